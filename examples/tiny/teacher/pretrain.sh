@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Pre-trains the small teacher of this example as HuBERT is: a first round on k-means units of MFCC, a second one on
+# units of the first model's features. About an hour and a half on 2 cores for an hour of speech.
+#
+#   bash examples/tiny/teacher/pretrain.sh MANIFESTS OUT
+#
+# MANIFESTS holds train.tsv and valid.tsv; OUT receives everything, the teacher as OUT/teacher.safetensors.
+# Run it in an environment where skill_fairseq is installed, with the extra "probe" for k-means.
+set -euo pipefail
+
+manifests=$(cd "$1" && pwd)
+mkdir -p "$2"
+out=$(cd "$2" && pwd)
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# Every batch has a length of its own: keep the convolution kernels that were compiled for each.
+export ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192
+
+mkdir -p "$out/manifests"
+for split in train valid; do  # stock fairseq takes a relative root from the working directory: make it absolute
+    root=$(cd "$manifests" && cd "$(head -n 1 "$split.tsv")" && pwd)
+    { echo "$root"; tail -n +2 "$manifests/$split.tsv"; } > "$out/manifests/$split.tsv"
+done
+
+pretrain() {  # round, label rate, overrides ...
+    local round=$1 rate=$2
+    shift 2
+    fairseq-hydra-train --config-dir config/pretrain --config-name wavlm_tiny_speech \
+        task.data="$out/manifests" task.label_dir="$out/$round" task.label_rate="$rate" \
+        hydra.run.dir="$out/$round" checkpoint.save_dir="$out/$round" "$@"
+}
+
+python "$here/units.py" --data "$out/manifests" --out "$out/round1" --units 100
+pretrain round1 100 optimization.max_update=800
+python "$here/units.py" --data "$out/manifests" --out "$out/round2" --units 200 \
+    --model "$out/round1/checkpoint_last.pt" --layer 6
+pretrain round2 50 optimization.max_update=2500
+skill-export "$out/round2/checkpoint_last.pt" "$out/teacher.safetensors" --dtype float16

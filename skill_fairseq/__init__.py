@@ -1,0 +1,15 @@
+"""SKILL: similarity-aware distillation and structured pruning of speech encoders, a fairseq plugin.
+
+Importing it registers, where fairseq is installed, the task ``skill_distillation``, the models ``wavlm`` and
+``skill_student`` and the criterion ``skill_group_kd``. Without fairseq, encoders still load and run.
+"""
+
+from importlib.util import find_spec
+
+from skill_fairseq.checkpoints import load_encoder
+
+__all__ = ["load_encoder"]
+__version__ = "0.1.0"
+
+if find_spec("fairseq") is not None:
+    import skill_fairseq.models.wavlm  # noqa: F401

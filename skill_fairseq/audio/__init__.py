@@ -1,0 +1,1 @@
+"""Audio files and manifests, and the classic spectral features."""

@@ -1,0 +1,84 @@
+"""Our own file of an encoder: one safetensors file that describes itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from skill_fairseq.checkpoints.safetensors_file import load_metadata, load_tensors
+from skill_fairseq.checkpoints.source import EncoderSource, reading_config
+from skill_fairseq.files import PathLike, atomic_write
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.encoder import SpeechEncoder
+
+FORMAT = "skill_fairseq.encoder"
+FORMAT_VERSION = "1"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def save_encoder(
+    encoder: SpeechEncoder,
+    path: PathLike,
+    provenance: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Writes the encoder's weights, shape and provenance, in one step.
+
+    Args:
+        encoder: may have gates; they stay float32, so that the same units are kept whatever the type.
+        path: the file to write.
+        provenance: where the encoder comes from; anything that JSON can hold.
+        dtype: type of the weights in the file, "float32", "float16" or "bfloat16"; they load back as float32.
+
+    Raises:
+        ValueError: the dtype is unknown, or a weight is beyond its range.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r}; expected one of {list(DTYPES)}")
+    gates = {f"{name}.{inner}" for name, gate in encoder.named_gates() for inner in gate.state_dict()}
+    state = {}
+    for name, tensor in encoder.state_dict().items():
+        stored = tensor if name in gates else tensor.to(DTYPES[dtype])
+        if not torch.isfinite(stored).all():
+            whole = bool(torch.isfinite(tensor).all())
+            reason = f"values too large for {dtype}; use bfloat16" if whole else "infinite or NaN values"
+            raise ValueError(f"the encoder's {name} has {reason}")
+        state[name] = stored.detach().cpu().contiguous().clone()
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": json.dumps(encoder.config.to_dict()),
+        "provenance": json.dumps(dict(provenance or {})),
+    }
+    with atomic_write(path) as temporary:
+        save_file(state, str(temporary), metadata)
+
+
+def read_export(path: Path) -> EncoderSource:
+    """The encoder in a file of :func:`save_encoder`.
+
+    Raises:
+        ValueError: another safetensors file, or one of a later version.
+    """
+    metadata = load_metadata(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: recognised as a safetensors file, but its metadata {dict(list(metadata.items())[:3])} "
+            f"is not that of an exported encoder (format = {FORMAT!r}); for a Hugging Face model give its "
+            "folder, which holds config.json too"
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: has format_version {metadata.get('format_version')!r}; this version of skill_fairseq "
+            f"reads {FORMAT_VERSION!r}: upgrade skill_fairseq"
+        )
+    with reading_config(path):
+        config = EncoderConfig.from_dict(json.loads(metadata["config"]))
+        provenance = json.loads(metadata.get("provenance", "{}"))
+    tensors = load_tensors(path)
+    return EncoderSource("an exported encoder", config, tensors, lambda name: name, provenance=provenance)

@@ -1,0 +1,153 @@
+"""fairseq checkpoints of HuBERT, wav2vec 2.0 and of this package's own models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skill_fairseq.checkpoints.safe_load import plain
+from skill_fairseq.checkpoints.source import (
+    ADDED_HERE,
+    EncoderSource,
+    Rules,
+    State,
+    reading_config,
+    refuse,
+    renaming,
+    tensors_of,
+)
+from skill_fairseq.modules.config import EncoderConfig
+
+_LAYER = r"transformer\.layers\.(\d+)\."
+
+ENCODER_NAMES: Rules = (
+    (r"feature_extractor\.layers\.(\d+)\.conv\.", r"feature_extractor.conv_layers.\1.0."),
+    (r"feature_extractor\.layers\.(\d+)\.norm\.", r"feature_extractor.conv_layers.\1.2."),
+    (r"feature_projection\.norm\.", "layer_norm."),
+    (r"feature_projection\.linear\.", "post_extract_proj."),
+    (r"transformer\.pos_conv\.", "encoder.pos_conv.0."),
+    (r"transformer\.relative_position\.", "encoder.layers.0.self_attn.relative_attention_bias."),
+    (_LAYER + r"attention_norm\.", r"encoder.layers.\1.self_attn_layer_norm."),
+    (_LAYER + r"ffn_norm\.", r"encoder.layers.\1.final_layer_norm."),
+    (_LAYER + r"attention\.position_gate\.", r"encoder.layers.\1.self_attn."),
+    (_LAYER + r"attention\.", r"encoder.layers.\1.self_attn."),
+    (_LAYER + r"ffn\.", r"encoder.layers.\1."),
+    (r"transformer\.", "encoder."),
+)
+"""From our names to those of fairseq and of Microsoft's WavLM."""
+
+LAYER_NORM_EXTRACTOR: Rules = (
+    (r"feature_extractor\.layers\.(\d+)\.norm\.", r"feature_extractor.conv_layers.\1.2.1."),
+)
+"""Goes first where the extractor normalises every layer: there the norm sits between two transpositions."""
+
+PRETRAINING = (
+    r"mask_emb",
+    r"final_proj\..*",
+    r"label_embs_concat",
+    r"target_glu\..*",
+    r"quantizer\..*",
+    r"project_q\..*",
+)
+"""Masking and prediction heads, which only pre-training uses."""
+
+OWN = "speech_encoder."
+"""Where our fairseq models keep the encoder."""
+
+SUPPORTED = {
+    "layer_type": "transformer",
+    "pos_conv_depth": 1,
+    "conv_pos_batch_norm": False,
+    "quantize_input": False,
+    "crop_seq_to_multiple": 1,
+}
+
+
+def split_config(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model's and the task's config of a fairseq checkpoint, in both of its styles.
+
+    Returns:
+        plain dictionaries; both are the same one where the checkpoint has ``args`` (fairseq before 0.10).
+    """
+    cfg = plain(checkpoint.get("cfg")) or {}
+    if cfg.get("model") is not None:
+        return cfg["model"], cfg.get("task") or {}
+    args = plain(checkpoint["args"])
+    return args, args
+
+
+def model_name(fields: Mapping[str, Any]) -> str:
+    """Name under which fairseq registered the model, or "" where the config does not say."""
+    return str(fields.get("_name") or fields.get("arch") or "")
+
+
+def read_fairseq(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
+    """The encoder in a fairseq checkpoint.
+
+    Raises:
+        ValueError: another model, or a feature that this encoder does not have.
+    """
+    fields, task = split_config(checkpoint)
+    name = model_name(fields)
+    state = tensors_of(checkpoint["model"], path)
+    fields = {**fields, "normalize": _flag(fields.get("normalize"), task.get("normalize"))}
+    if any(key.startswith(OWN) for key in state):
+        with reading_config(path):
+            config = EncoderConfig.from_fairseq(fields)
+        return EncoderSource(
+            f"a fairseq checkpoint of this package's model {name!r}",
+            config,
+            state,
+            lambda own: OWN + own,
+            PRETRAINING,
+            provenance=_progress(checkpoint),
+        )
+    if name not in ("hubert", "wav2vec2"):
+        raise ValueError(
+            f"{path}: recognised as a fairseq checkpoint of model {name!r}, which is not supported; expected "
+            "'hubert', 'wav2vec2', 'wavlm' or 'skill_student', pre-trained and not fine-tuned; its weights "
+            f"begin with {list(state)[:3]}"
+        )
+    refuse(path, fields, SUPPORTED)
+    # fairseq's HuBERT cuts the samples into chunks, its wav2vec 2.0 counts frames as the convolutions do.
+    fields["padding_rule"] = "chunks" if name == "hubert" else "convolution"
+    with reading_config(path):
+        config = EncoderConfig.from_fairseq(fields)
+    return EncoderSource(
+        f"a fairseq checkpoint of model {name!r}",
+        config,
+        with_projection(state, config),
+        encoder_names(config),
+        PRETRAINING,
+        ADDED_HERE,
+        _progress(checkpoint),
+    )
+
+
+def encoder_names(config: EncoderConfig) -> Callable[[str], str]:
+    """The function from our names to fairseq's for an encoder of this shape."""
+    return renaming((LAYER_NORM_EXTRACTOR if config.extractor_mode == "layer_norm" else ()) + ENCODER_NAMES)
+
+
+def with_projection(state: State, config: EncoderConfig) -> State:
+    """fairseq leaves the projection out where the conv features have the model's width: the identity."""
+    width = config.conv_feature_layers[-1][0]
+    if width == config.encoder_embed_dim and not any(key.startswith("post_extract_proj.") for key in state):
+        state["post_extract_proj.weight"] = torch.eye(width)
+        state["post_extract_proj.bias"] = torch.zeros(width)
+    return state
+
+
+def _flag(*candidates: Any) -> bool:
+    """The first that is a bool; others are unset or an unresolved interpolation."""
+    return next((value for value in candidates if isinstance(value, bool)), False)
+
+
+def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    history = checkpoint.get("optimizer_history")
+    last = history[-1] if isinstance(history, (list, tuple)) and history else {}
+    updates = last.get("num_updates") if isinstance(last, Mapping) else None
+    return {"num_updates": updates} if isinstance(updates, int) else {}

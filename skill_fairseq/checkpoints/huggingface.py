@@ -1,0 +1,174 @@
+"""Hugging Face folders of WavLM, HuBERT and wav2vec 2.0: ``config.json`` and weights in all their forms."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skill_fairseq.checkpoints.safe_load import load_torch_file
+from skill_fairseq.checkpoints.safetensors_file import load_tensors
+from skill_fairseq.checkpoints.source import (
+    ADDED_HERE,
+    EncoderSource,
+    Rules,
+    State,
+    reading_config,
+    refuse,
+    renaming,
+    tensors_of,
+)
+from skill_fairseq.modules.config import EncoderConfig
+
+MODEL_TYPES = ("wavlm", "hubert", "wav2vec2")
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+_LAYER = r"transformer\.layers\.(\d+)\."
+
+ENCODER_NAMES: Rules = (
+    (r"feature_extractor\.layers\.(\d+)\.conv\.", r"feature_extractor.conv_layers.\1.conv."),
+    (r"feature_extractor\.layers\.(\d+)\.norm\.", r"feature_extractor.conv_layers.\1.layer_norm."),
+    (r"feature_projection\.norm\.", "feature_projection.layer_norm."),
+    (r"feature_projection\.linear\.", "feature_projection.projection."),
+    (r"transformer\.pos_conv\.", "encoder.pos_conv_embed.conv."),
+    (r"transformer\.relative_position\.", "encoder.layers.0.attention.rel_attn_embed."),
+    (_LAYER + r"attention_norm\.", r"encoder.layers.\1.layer_norm."),
+    (_LAYER + r"ffn_norm\.", r"encoder.layers.\1.final_layer_norm."),
+    (_LAYER + r"attention\.position_gate\.grep_a", r"encoder.layers.\1.attention.gru_rel_pos_const"),
+    (_LAYER + r"attention\.position_gate\.grep_linear\.", r"encoder.layers.\1.attention.gru_rel_pos_linear."),
+    (_LAYER + r"ffn\.fc1\.", r"encoder.layers.\1.feed_forward.intermediate_dense."),
+    (_LAYER + r"ffn\.fc2\.", r"encoder.layers.\1.feed_forward.output_dense."),
+    (r"transformer\.", "encoder."),
+)
+"""From our names to transformers'."""
+
+TASK_HEADS = (
+    r"masked_spec_embed",
+    r"quantizer\..*",
+    r"project_(q|hid)\..*",
+    r"(lm_head|projector|classifier|tdnn|objective)\..*",
+    r"feature_extractor\.(weight|bias)",  # a linear layer of the speaker verification head
+    r"layer_weights",
+)
+"""Masking, quantiser, and the heads of transformers' fine-tuned models."""
+
+SUPPORTED = {
+    "add_adapter": False,
+    "adapter_attn_dim": None,
+    "feat_proj_layer_norm": True,
+    "conv_pos_batch_norm": False,
+    "feat_extract_activation": "gelu",
+    "layer_norm_eps": 1e-5,
+}
+
+
+def read_folder(folder: Path, trust: bool = False) -> EncoderSource:
+    """The encoder in a folder that ``save_pretrained`` wrote or the Hugging Face hub serves.
+
+    Raises:
+        ValueError: another model, a feature that this encoder does not have, or a damaged file.
+        FileNotFoundError: a file is missing.
+    """
+    fields = _read_json(folder / "config.json")
+    kind = fields.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise ValueError(
+            f"{folder}: recognised as a Hugging Face folder, but config.json has model_type = {kind!r}; "
+            f"expected one of {list(MODEL_TYPES)}"
+        )
+    refuse(folder / "config.json", fields, SUPPORTED)
+    with reading_config(folder / "config.json"):
+        config = _config(fields, folder)
+    state = {_spelling(name, kind): tensor for name, tensor in _read_weights(folder, trust).items()}
+    return EncoderSource(
+        f"a Hugging Face folder of {kind}", config, state, renaming(ENCODER_NAMES), TASK_HEADS, ADDED_HERE
+    )
+
+
+def _config(fields: Mapping[str, Any], folder: Path) -> EncoderConfig:
+    """The shape; absent fields have the defaults of transformers, which are those of the Base models."""
+    conv = [fields.get(name, default) for name, default in _CONV_DEFAULTS.items()]
+    if len({len(numbers) for numbers in conv}) != 1:
+        raise ValueError(f"{', '.join(_CONV_DEFAULTS)} must have the same length; found {conv}")
+    preprocessor = folder / "preprocessor_config.json"
+    audio = _read_json(preprocessor) if preprocessor.exists() else {}
+    norm = fields.get("feat_extract_norm", "group")
+    return EncoderConfig(
+        extractor_mode={"group": "default", "layer": "layer_norm"}.get(norm, norm),
+        conv_feature_layers=list(zip(*conv)),
+        conv_bias=fields.get("conv_bias", False),
+        encoder_layers=fields.get("num_hidden_layers", 12),
+        encoder_embed_dim=fields.get("hidden_size", 768),
+        encoder_ffn_embed_dim=fields.get("intermediate_size", 3072),
+        encoder_attention_heads=fields.get("num_attention_heads", 12),
+        activation_fn=fields.get("hidden_act", "gelu"),
+        layer_norm_first=fields.get("do_stable_layer_norm", False),
+        conv_pos=fields.get("num_conv_pos_embeddings", 128),
+        conv_pos_groups=fields.get("num_conv_pos_embedding_groups", 16),
+        relative_position=fields["model_type"] == "wavlm",
+        num_buckets=fields.get("num_buckets", 320),
+        max_distance=fields.get("max_bucket_distance", 800),
+        normalize=audio.get("do_normalize", norm == "layer"),
+        sample_rate=audio.get("sampling_rate", 16000),
+        padding_rule="convolution",
+    )
+
+
+_CONV_DEFAULTS = {
+    "conv_dim": [512] * 7,
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+}
+
+
+def _spelling(name: str, kind: str) -> str:
+    """One spelling, whether saved with a head or without, before or after torch renamed the weight norm."""
+    if name.startswith(kind + "."):
+        name = name[len(kind) + 1 :]
+    return name.replace("parametrizations.weight.original0", "weight_g").replace(
+        "parametrizations.weight.original1", "weight_v"
+    )
+
+
+def _read_weights(folder: Path, trust: bool) -> State:
+    for name in WEIGHT_FILES:
+        if not (folder / name).exists():
+            continue
+        if not name.endswith(".index.json"):
+            return _read_shard(folder / name, trust)
+        state: State = {}
+        shards = set(_read_json(folder / name).get("weight_map", {}).values())
+        for shard in sorted(shards):
+            if Path(shard).name != shard:
+                raise ValueError(f"{folder / name}: names the shard {shard!r}; expected one beside it")
+            state.update(_read_shard(folder / shard, trust))
+        return state
+    raise FileNotFoundError(
+        f"{folder}: has config.json but no weights; expected one of {list(WEIGHT_FILES)}, found "
+        f"{sorted(entry.name for entry in folder.iterdir())[:10]}"
+    )
+
+
+def _read_shard(path: Path, trust: bool) -> State:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: this piece of the weights is missing; fetch the folder again")
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    return tensors_of(load_torch_file(path, trust), path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON ({error}); fetch it again") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: holds {type(fields).__name__}; expected an object with named fields")
+    return fields

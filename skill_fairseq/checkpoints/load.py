@@ -1,0 +1,107 @@
+"""From any file that holds an encoder to the encoder: recognised by content, never by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skill_fairseq.checkpoints.export import read_export
+from skill_fairseq.checkpoints.fairseq_import import read_fairseq
+from skill_fairseq.checkpoints.huggingface import read_folder
+from skill_fairseq.checkpoints.microsoft import read_microsoft
+from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
+from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
+from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
+from skill_fairseq.files import PathLike
+from skill_fairseq.modules.encoder import SpeechEncoder
+
+EXPECTED = (
+    "a Microsoft WavLM file, a fairseq checkpoint of hubert, wav2vec2, wavlm or skill_student, "
+    "a Hugging Face folder of WavLM, HuBERT or wav2vec 2.0, or a file of skill-export"
+)
+
+_LOOKALIKES = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
+    (b"<", "an HTML or XML page, perhaps a download that failed"),
+    (b"fLaC", "FLAC audio"),
+    (b"RIFF", "WAV audio"),
+    (b"{", "JSON text"),
+    (b"\x1f\x8b", "a gzip archive"),
+)
+
+
+def load_encoder(
+    path: PathLike, device: str | torch.device = "cpu", trust: bool = False
+) -> SpeechEncoder:
+    """Loads an encoder from any file that the importers know.
+
+    Args:
+        path: Microsoft's WavLM ``.pt``; a Hugging Face folder of WavLM, HuBERT or wav2vec 2.0; a fairseq
+            checkpoint of HuBERT, wav2vec 2.0 or of this package's models; or a file of ``skill-export``.
+        device: where to put it.
+        trust: also read files with pickled classes that are not known to be harmless, which runs their code.
+
+    Returns:
+        the encoder in float32 and eval mode, its parameters trainable.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: the file is truncated, foreign or unsupported; says what was recognised and expected.
+    """
+    source = read_source(path, trust)
+    return build_encoder(source, Path(path)).to(device).eval()
+
+
+def read_source(path: PathLike, trust: bool = False) -> EncoderSource:
+    """Recognises a file or folder and reads shape and weights, without building the encoder.
+
+    Raises:
+        as :func:`load_encoder`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return read_folder(path, trust)
+        found = sorted(entry.name for entry in path.iterdir())[:10]
+        raise ValueError(
+            f"{path}: is a folder without config.json (it holds {found}); a folder must be a Hugging Face "
+            "model, otherwise name the file itself"
+        )
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; expected {EXPECTED}, on this machine")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if not head:
+        raise ValueError(f"{path}: is empty; fetch it again")
+    if looks_like_safetensors(head):
+        return read_export(path)
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return _read_checkpoint(load_torch_file(path, trust), path)
+    unknown = f"it begins with {head[:8]!r}"
+    kind = next((kind for start, kind in _LOOKALIKES if head.lstrip().startswith(start)), unknown)
+    raise ValueError(f"{path}: is no checkpoint ({kind}); expected {EXPECTED}")
+
+
+def _read_checkpoint(checkpoint: Any, path: Path) -> EncoderSource:
+    """Tells the kinds of torch files apart by their keys."""
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path}: holds an object of type {type(checkpoint).__name__}; expected {EXPECTED}")
+    if "model" in checkpoint:
+        cfg = plain(checkpoint.get("cfg"))
+        if isinstance(cfg, dict) and cfg.get("model") is not None or checkpoint.get("args") is not None:
+            return read_fairseq(checkpoint, path)
+        if isinstance(cfg, dict) and "encoder_layers" in cfg:
+            return read_microsoft(checkpoint, path)
+    raise ValueError(
+        f"{path}: recognised as a torch file with the keys {list(checkpoint)[:5]}{_hint(checkpoint)}; "
+        f"expected {EXPECTED}"
+    )
+
+
+def _hint(checkpoint: Any) -> str:
+    """What a foreign dictionary probably is."""
+    if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        return ", a bare state dict without a config (for a Hugging Face model give its folder)"
+    return ""

@@ -1,0 +1,298 @@
+"""`skill-cluster`: groups of similar teacher layers, for the distillation to follow."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy
+import torch
+from tqdm import tqdm
+
+import skill_fairseq
+from skill_fairseq.audio.manifest import check_manifest, read_manifest
+from skill_fairseq.checkpoints import load_encoder
+from skill_fairseq.cli._common import run
+from skill_fairseq.clustering import linkage
+from skill_fairseq.clustering.calibration import choose_utterances, layer_similarity
+from skill_fairseq.clustering.config_file import format_groups, merge_groups, read_config, write_config
+from skill_fairseq.clustering.plot import plot_clusters
+from skill_fairseq.clustering.similarity import CHEAP_MEASURES, MEASURES
+from skill_fairseq.files import atomic_write, sha256
+
+EPILOG = """measures (distances between two layers, over all frames of the calibration set):
+  cka_minibatch  1 - linear CKA, unbiased estimate on blocks of frames (default)
+  cka            1 - linear CKA, exact from covariances; slower, and keeps 0.4 GB for Base, 2.7 GB for Large
+  cosine         mean of 1 - cos
+  l1, l2         mean absolute difference, root mean square difference
+  loss           l1 + cosine: the distillation loss itself
+
+examples:
+  skill-cluster --teacher WavLM-Base+.pt --manifest data/train.tsv
+  skill-cluster --teacher WavLM-Base+.pt --manifest data/train.tsv --config mine.yaml --num-groups 5
+  skill-cluster --teacher HF_FOLDER --manifest data/train.tsv --silhouette 3 6 --neighbours-only --compare
+
+writes OUT/groups.yaml (for criterion.groups_file), OUT/clusters.json (all distances, the tree, the settings)
+and OUT/clusters.png (needs matplotlib). With --config the groups go into that training config too; its
+comments stay. The same audio gives the same groups, whatever the manifest's order and the batch size.
+"""
+
+DEFAULT_GROUPS = 4  # as many as DPHuBERT has target layers
+
+
+def make_groups(
+    distances: np.ndarray, args: argparse.Namespace
+) -> tuple[np.ndarray, linkage.Groups, dict[str, Any]]:
+    """Tree, groups of indices, and how the tree was cut (for the JSON) under the command's options."""
+    tree = linkage.link(distances, args.linkage, args.neighbours_only)
+    if args.height is not None:
+        return tree, linkage.cut_at_height(tree, args.height), {"by": "height", "height": args.height}
+    cut: dict[str, Any] = {"by": "number"}
+    if args.silhouette:
+        groups, scores = linkage.cut_by_silhouette(tree, distances, *args.silhouette)
+        cut = {"by": "silhouette", "silhouettes": scores}
+    else:
+        groups = linkage.cut_to_number(tree, args.num_groups)
+    cut["height"] = linkage.cut_height(tree, len(groups))
+    return tree, groups, cut
+
+
+def hash_teacher(path: Path) -> str:
+    """SHA-256 of a file; of a folder, that of the lines ``<sha256>  <name>`` of its files, sorted by name."""
+    if path.is_file():
+        return sha256(path)
+    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(path.iterdir()) if file.is_file()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def format_table(distances: np.ndarray, groups: Sequence[Sequence[int]], layers: Sequence[int]) -> str:
+    """A line a group: its layers, the mean distance within, and to the nearest other group."""
+    lines = ["group  layers              within  to nearest"]
+    for number, group in enumerate(groups):
+        size = len(group)
+        within = f"{distances[np.ix_(group, group)].sum() / (size * (size - 1)):.4f}" if size > 1 else "-"
+        gaps = [distances[np.ix_(group, other)].mean() for other in groups if other is not group]
+        nearest = f"{min(gaps):.4f}" if gaps else "-"
+        lines.append(f"{number:>5}  {_ranges([layers[i] for i in group]):<18}  {within:>6}  {nearest:>10}")
+    return "\n".join(lines)
+
+
+def format_comparison(
+    matrices: dict[str, np.ndarray], number: int, layers: Sequence[int], args: argparse.Namespace
+) -> str:
+    """As many groups by each measure, under the same linkage."""
+    lines = [f"{number} groups by each measure:"]
+    for measure, distances in matrices.items():
+        if args.linkage != "ward" or measure in linkage.EUCLIDEAN_MEASURES:
+            tree = linkage.link(distances, args.linkage, args.neighbours_only)
+            groups = linkage.cut_to_number(tree, number)
+            lines.append(
+                f"  {measure:<14} {' | '.join(_ranges([layers[i] for i in group]) for group in groups)}"
+            )
+    return "\n".join(lines)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, runs shortened: 1-3, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+@run
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    _check_options(args)
+    manifest = read_manifest(args.manifest)
+    check_manifest(manifest)
+    encoder = load_encoder(args.teacher, args.device)
+    layers = list(range(1 if args.no_layer_0 else 0, encoder.config.encoder_layers + 1))
+    make_groups(1.0 - np.eye(len(layers)), args)  # options out of range fail before the work
+
+    rate = encoder.config.sample_rate
+    chosen = choose_utterances(manifest, args.max_seconds, args.max_utterances, args.seed, rate)
+    files = [manifest.files[i] for i in chosen]
+    seconds = sum(manifest.sizes[i] for i in chosen) / rate
+    measures = MEASURES if args.compare else tuple(dict.fromkeys([*CHEAP_MEASURES, args.measure]))
+    with tqdm(total=round(seconds, 1), desc="encoding", unit="s audio", disable=None) as bar:
+        similarity = layer_similarity(encoder, files, measures, args.batch_size, bar.update)
+    everything = similarity.distances()
+    matrices = {measure: matrix[layers[0] :, layers[0] :] for measure, matrix in everything.items()}
+
+    distances = matrices[args.measure]
+    tree, groups, cut = make_groups(distances, args)
+    named = [[layers[i] for i in group] for group in groups]
+    calibration = f"{len(chosen)} utterances, {seconds:.1f} s, {similarity.num_frames} frames"
+    title = (
+        f"{args.teacher.name}: {len(groups)} groups of {len(layers)} layers by {args.measure}, "
+        f"{args.linkage} linkage{' of neighbours' if args.neighbours_only else ''}"
+    )
+    print(f"{title}\n({calibration})\n\n{format_table(distances, groups, layers)}\n")
+    if args.compare:
+        print(f"{format_comparison(matrices, len(groups), layers, args)}\n")
+
+    _write_groups(args.out / "groups.yaml", named, f"{title} ({calibration})")
+    record = {
+        "groups": named,
+        "layers": layers,
+        "measure": args.measure,
+        "linkage": tree.tolist(),
+        "cut": cut,
+        "matrices": {measure: matrix.tolist() for measure, matrix in matrices.items()},
+        "teacher": {"name": args.teacher.name, "sha256": hash_teacher(args.teacher)},
+        "calibration": {
+            "manifest": args.manifest.name,
+            "utterances": [manifest.paths[i] for i in chosen],
+            "num_utterances": len(chosen),
+            "num_frames": similarity.num_frames,
+            "seconds": seconds,
+        },
+        "settings": _settings(args),
+        "versions": _versions(),
+    }
+    with atomic_write(args.out / "clusters.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    written = [args.out / "groups.yaml", args.out / "clusters.json"]
+    picture = args.out / "clusters.png"
+    try:
+        plot_clusters(picture, distances, tree, groups, cut["height"], layers, args.measure, title)
+        written.append(picture)
+    except ImportError as error:
+        print(f"no {picture}: {error}; pip install matplotlib", file=sys.stderr)
+    if args.config:
+        write_config(args.config, merge_groups(read_config(args.config), named, str(args.config)))
+        written.append(args.config)
+    print(f"wrote {', '.join(map(str, written))}")
+    print(
+        f"to train with these groups: fairseq-hydra-train ... 'criterion.groups={format_groups(named, ',')}'"
+    )
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Options that can change the result; JSON has no infinity, so no limit is null."""
+    names = "linkage num_groups height silhouette neighbours_only no_layer_0 max_seconds max_utterances seed"
+    settings = {name: getattr(args, name) for name in [*names.split(), "batch_size", "device"]}
+    return {name: None if value == float("inf") else value for name, value in settings.items()}
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "skill_fairseq": skill_fairseq.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+    }
+
+
+def _write_groups(path: Path, groups: Sequence[Sequence[int]], about: str) -> None:
+    text = (
+        f"# {about}\n"
+        "# Written by skill-cluster. Train with criterion.groups_file=<this file>, or by the override\n"
+        f"# 'criterion.groups={format_groups(groups, ',')}'\n"
+        f"groups: {format_groups(groups)}\n"
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """What can be refused before anything is read."""
+    linkage.check_linkage(args.linkage, args.measure)
+    for name in ("max_seconds", "max_utterances", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name.replace('_', '-')}: {value}; expected more than 0")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device: {args.device!r}, but torch sees no GPU here, expected 'cpu'; leave --device out"
+        )
+    if args.config:
+        merge_groups(read_config(args.config), [[0]], str(args.config))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="skill-cluster",
+        description="Cluster a teacher's layers by the similarity of their hidden states on a little speech.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--teacher",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="any file or folder that load_encoder reads",
+    )
+    add(
+        "--manifest", required=True, type=Path, metavar="TSV", help="audio to choose the calibration set from"
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("clusters"),
+        metavar="DIR",
+        help="folder to write (default: clusters)",
+    )
+    add("--config", type=Path, metavar="YAML", help="training config to put criterion.groups into")
+    add("--measure", choices=MEASURES, default="cka_minibatch", help="see below (default: cka_minibatch)")
+    add("--linkage", choices=linkage.LINKAGES, default="average", help="ward only with l2 (default: average)")
+    cut = parser.add_mutually_exclusive_group()
+    cut.add_argument(
+        "--num-groups",
+        type=int,
+        default=DEFAULT_GROUPS,
+        metavar="K",
+        help=f"exactly so many (default: {DEFAULT_GROUPS}, the number of DPHuBERT's target layers)",
+    )
+    cut.add_argument("--height", type=float, metavar="H", help="merge up to this distance")
+    cut.add_argument(
+        "--silhouette",
+        type=int,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="as many in this range as have the best silhouette",
+    )
+    add(
+        "--neighbours-only",
+        action="store_true",
+        help="only neighbouring layers may merge: every group is a run of layers",
+    )
+    add("--no-layer-0", action="store_true", help="leave out layer 0, the features before the Transformer")
+    add(
+        "--max-seconds",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="of audio in all; inf: all (default: 600)",
+    )
+    add("--max-utterances", type=int, metavar="N", help="at most so many (default: no limit)")
+    add("--seed", type=int, default=0, help="of the choice of utterances (default: 0)")
+    add(
+        "--batch-size",
+        type=int,
+        default=1,
+        help="most utterances to encode together; only equal lengths are (default: 1)",
+    )
+    add("--device", default="cpu", help="where the teacher runs (default: cpu)")
+    add("--compare", action="store_true", help="also print as many groups by every measure")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""`skill-probe`: how much do frozen features know?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from skill_fairseq.cli._common import run
+from skill_fairseq.files import atomic_write
+from skill_fairseq.probing.classify import probe
+from skill_fairseq.probing.models import ProbedModel, resolve_model
+from skill_fairseq.probing.pooling import pool_files
+from skill_fairseq.probing.tasks import Task, read_task
+from skill_fairseq.probing.verify import verify
+
+PICTURES = (".png", ".pdf", ".svg")
+EPILOG = """models:
+  FILE          any file or folder that skill_fairseq.load_encoder reads
+  random:FILE   the shape of FILE with fresh random weights
+  logmel        log-mel features, no model at all
+  NAME=MODEL    any of these under a name of your own
+
+tasks:
+  a folder with {train,valid,test}.tsv and {train,valid,test}.labels.tsv: mean and standard deviation over
+  time of every layer, a learnt weighted sum of the layers, logistic regression; accuracy with its 95 %
+  interval (Wilson); a folder with test.tsv and trials.tsv: cosine of pairs; equal error rate with its 95 %
+  interval (bootstrap).
+
+examples:
+  skill-probe teacher.pt student.safetensors logmel --task tasks/digit --task tasks/speaker
+  skill-probe teacher=wavlm.pt none=random:wavlm.pt --task tasks/digit --json probe.json --plot probe.png
+"""
+
+
+def probe_model(model: ProbedModel, tasks: Sequence[Task], seed: int = 0) -> list[dict[str, Any]]:
+    """Probe one model on every task; recordings that tasks share are encoded once.
+
+    Returns:
+        one entry a task for the JSON: model, parameters, task, metric, value, interval (fractions) and
+        details.
+    """
+    pooled = pool_files(model.features, (file for task in tasks for file in task.files), model.name)
+    entries = []
+    for task in tasks:
+        features = {s: np.stack([pooled[file] for file in m.files]) for s, m in task.manifests.items()}
+        entry: dict[str, Any] = {"model": model.name, "parameters": model.parameters, "task": task.name}
+        if task.trials is not None:
+            checked = verify(features["test"], task.trials, seed=seed)
+            entry.update(
+                metric="equal error rate", value=checked.eer, interval=checked.interval, trials=checked.trials
+            )
+        else:
+            result = probe(features, task.labels)
+            entry.update(metric="accuracy", value=result.accuracy, interval=result.interval)
+            entry.update(correct=result.correct, total=result.total, classes=result.classes)
+            entry.update(C=result.strength, layer_weights=result.layer_weights)
+        entries.append(entry)
+    return entries
+
+
+def format_table(entries: Sequence[dict[str, Any]], tasks: Sequence[Task]) -> str:
+    """Models down, tasks across; per cent, with the interval in brackets."""
+    kinds = {entry["task"]: entry["metric"] for entry in entries}
+    rows = [["model", "parameters", *(f"{task.name}, {kinds[task.name]} %" for task in tasks)]]
+    for entry in entries:
+        if entry["task"] == tasks[0].name:
+            rows.append([entry["model"], "-" if entry["parameters"] is None else f"{entry['parameters']:,}"])
+        low, high = entry["interval"]
+        rows[-1].append(f"{100 * entry['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def plot_bars(entries: Sequence[dict[str, Any]], tasks: Sequence[Task], path: Path) -> None:
+    """Bar chart, one panel a task, with intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(entry["model"] for entry in entries))
+    figure, panels = pyplot.subplots(
+        1,
+        len(tasks),
+        figsize=(1.5 + len(tasks) * (1.2 + 0.7 * len(models)), 4),
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel, task in zip(panels[0], tasks):
+        shown = [entry for entry in entries if entry["task"] == task.name]
+        values = np.array([100 * entry["value"] for entry in shown])
+        low, high = np.array([entry["interval"] for entry in shown]).T * 100
+        reach = np.maximum([values - low, high - values], 0)  # a bootstrap interval may exclude its value
+        panel.bar(models, values, yerr=reach, capsize=4, color="#4c72b0", ecolor="#333333")
+        if "classes" in shown[0]:
+            panel.axhline(100 / shown[0]["classes"], color="#999999", linestyle=":")
+        panel.set(title=task.name, ylabel=f"{shown[0]['metric']}, %", ylim=(0, 105))
+        panel.tick_params(axis="x", rotation=30)
+        panel.spines[["top", "right"]].set_visible(False)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    pyplot.close(figure)
+
+
+@run
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    _check_options(args)
+    tasks = [read_task(folder) for folder in args.task]
+    _require_unique("--task", [task.name for task in tasks], "rename a folder")
+    models = [resolve_model(word, args.device, args.seed) for word in args.model]
+    _require_unique("MODEL", [model.name for model in models], "name it, as in NAME=MODEL")
+    entries = [entry for model in models for entry in probe_model(model, tasks, args.seed)]
+    print(format_table(entries, tasks))
+    if args.json:
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(
+                json.dumps({"seed": args.seed, "results": entries}, indent=2) + "\n", encoding="utf-8"
+            )
+    if args.plot:
+        plot_bars(entries, tasks, args.plot)
+    return 0
+
+
+def _require_unique(option: str, names: Sequence[str], remedy: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{option}: {name!r} is given {names.count(name)} times, expected different names; {remedy}"
+            )
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """What would otherwise fail only after the work."""
+    if args.plot and args.plot.suffix.lower() not in PICTURES:
+        raise ValueError(f"--plot: {args.plot}, expected a name ending in {', '.join(PICTURES)}; rename it")
+    if args.plot and find_spec("matplotlib") is None:
+        raise ValueError(
+            f"--plot {args.plot}: matplotlib is not installed; run pip install matplotlib or leave --plot out"
+        )
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device: {args.device!r}, but torch sees no GPU here, expected 'cpu'; leave --device out"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="skill-probe",
+        description="Probe frozen features of models with labelled speech and print one table.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="+", metavar="MODEL", help="see below")
+    parser.add_argument(
+        "--task",
+        action="append",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="task folder; may be given several times",
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write all figures here")
+    parser.add_argument(
+        "--plot", type=Path, metavar="OUT.png", help="also draw a bar chart here (needs matplotlib)"
+    )
+    parser.add_argument("--device", default="cpu", help="where models run (default: cpu)")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights and bootstrap (default: 0)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

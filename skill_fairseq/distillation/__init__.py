@@ -1,0 +1,1 @@
+"""Distillation of groups of teacher layers: the loss, the groups and their projections."""

@@ -1,0 +1,86 @@
+"""The distance between the student's and the teacher's representations."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+COS_TYPES = ("raw", "log_sig")
+
+
+class LossParts(NamedTuple):
+    """Scalars, float32 (float64 for float64 input). Parts are unweighted, and 0 where the weight is 0."""
+
+    total: Tensor
+    l1: Tensor
+    cos: Tensor
+    l2: Tensor
+
+
+def distillation_loss(
+    student: Tensor,
+    teacher: Tensor,
+    padding_mask: Tensor | None = None,
+    l1_weight: float = 1.0,
+    cos_weight: float = 1.0,
+    l2_weight: float = 0.0,
+    cos_type: str = "raw",
+) -> LossParts:
+    """Weighted sum of L1, cosine and L2 terms (DistilHuBERT, arXiv:2110.01900, eq. 1; DPHuBERT, eq. 1).
+
+    L1 and L2 are means over the features of all frames outside the padding, the cosine term over the frames.
+    Lower precision is raised to float32 first.
+
+    Args:
+        student: (B, T, D) or (B, L, T, D), projected to the teacher's dimension.
+        teacher: of the same shape.
+        padding_mask: (B, T) bool, True for padding; None: there is none.
+        l1_weight: weight of ``mean |student - teacher|``.
+        cos_weight: weight of the cosine term.
+        l2_weight: weight of ``mean (student - teacher)^2``.
+        cos_type: "raw" for ``-mean cos``, "log_sig" for ``-mean log sigmoid(cos)``.
+
+    Raises:
+        ValueError: if shapes differ, every frame is padding, or ``cos_type`` is unknown.
+    """
+    if cos_type not in COS_TYPES:
+        raise ValueError(f"cos_type is {cos_type!r}, but must be one of {', '.join(COS_TYPES)}")
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student has shape {tuple(student.shape)}, teacher {tuple(teacher.shape)}, but they must agree; "
+            "give both the same audio and project the student to the teacher's dimension"
+        )
+    student, teacher = _at_least_float32(student), _at_least_float32(teacher)
+    if padding_mask is not None:
+        student, teacher = _without_padding(student, padding_mask), _without_padding(teacher, padding_mask)
+
+    l1 = cos = l2 = student.new_zeros(())
+    if l1_weight:
+        l1 = F.l1_loss(student, teacher)
+    if l2_weight:
+        l2 = F.mse_loss(student, teacher)
+    if cos_weight:
+        similarity = F.cosine_similarity(student, teacher, dim=-1)
+        cos = -(similarity if cos_type == "raw" else F.logsigmoid(similarity)).mean()
+    return LossParts(l1_weight * l1 + cos_weight * cos + l2_weight * l2, l1, cos, l2)
+
+
+def _at_least_float32(states: Tensor) -> Tensor:
+    return states.float() if states.dtype in (torch.float16, torch.bfloat16) else states
+
+
+def _without_padding(states: Tensor, padding_mask: Tensor) -> Tensor:
+    """Frames outside the padding, (N, D) or (N, L, D). Selecting, unlike weighting, also stops NaNs there."""
+    frames = states if states.dim() == 3 else states.transpose(1, 2)
+    if padding_mask.shape != frames.shape[:2]:
+        raise ValueError(
+            f"padding_mask has shape {tuple(padding_mask.shape)}, but must have {tuple(frames.shape[:2])}: "
+            "batch and frames (not samples)"
+        )
+    frames = frames[~padding_mask]
+    if not len(frames):
+        raise ValueError("padding_mask marks every frame of the batch as padding; leave such batches out")
+    return frames

@@ -1,0 +1,251 @@
+"""Lets stock fairseq 0.12.2 (hydra-core 1.0.7, omegaconf 2.0.6) run on Python 3.10-3.13 and torch >= 2.6.
+
+``skill_fairseq_hook.pth`` in site-packages starts this module with every Python of the environment, so it
+reaches ``fairseq-hydra-train``, torchrun, spawned children and Slurm jobs alike. Until fairseq, hydra,
+omegaconf or antlr4 is imported it does nothing; where omegaconf is not 2.0.x it steps aside;
+``SKILL_FAIRSEQ_HOOK=0`` in the environment switches it off.
+
+It is installed at the top level, beside the package: it must not import torch, fairseq or skill_fairseq.
+Each function below that takes no argument, or one module, is one patch, named after what it does; its
+docstring quotes the error that it answers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False  # as typing's, which would cost start-up time
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
+PACKAGES = ("antlr4", "fairseq", "hydra", "omegaconf")
+USER_DIR = "SKILL_FAIRSEQ_USER_DIR"
+
+
+def install() -> None:
+    """Starts the hook, once; does nothing where ``SKILL_FAIRSEQ_HOOK=0``."""
+    if os.environ.get("SKILL_FAIRSEQ_HOOK") != "0" and Finder not in sys.meta_path:
+        sys.meta_path.insert(0, Finder)  # type: ignore[arg-type]
+
+
+class Finder:
+    """Entry of ``sys.meta_path`` that sees the first import of each of ``PACKAGES`` and patches it."""
+
+    started = False
+
+    @classmethod
+    def find_spec(
+        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Spec of a module to be patched once it has run; None leaves the import to the other finders."""
+        if name.partition(".")[0] not in PACKAGES:
+            return None
+        if not cls.started:
+            cls.started = True
+            if not _old_omegaconf():
+                sys.meta_path.remove(cls)  # type: ignore[arg-type]
+                return None
+            for patch in BEFORE:
+                patch()
+        return _spec_with_patches(name, path, AFTER[name]) if name in AFTER else None
+
+
+def _old_omegaconf() -> bool:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("omegaconf").startswith("2.0.")
+    except PackageNotFoundError:
+        return False
+
+
+def _spec_with_patches(
+    name: str, path: Sequence[str] | None, patches: Sequence[Callable[[ModuleType], None]]
+) -> ModuleSpec | None:
+    from importlib.machinery import PathFinder
+
+    spec = PathFinder.find_spec(name, path)
+    if spec is None or spec.loader is None:
+        return None
+    run = spec.loader.exec_module
+
+    def run_and_patch(module: ModuleType) -> None:
+        run(module)
+        for patch in patches:
+            patch(module)
+
+    spec.loader.exec_module = run_and_patch  # type: ignore[method-assign]
+    return spec
+
+
+class View:
+    """A module as one importer sees it: a few names replaced, all others the module's own."""
+
+    def __init__(self, module: ModuleType, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+# Before the first of the packages is imported
+
+
+def allow_dataclass_defaults() -> None:
+    """Python >= 3.11, importing hydra or fairseq.
+
+    "ValueError: mutable default <class '...CommonConfig'> for field common is not allowed: use
+    default_factory". The check asks whether the default's class can be hashed: give the config classes of
+    these packages the hash of ``object`` when they serve as a default.
+    """
+    if sys.version_info < (3, 11):
+        return
+    import dataclasses
+
+    check = dataclasses._get_field  # type: ignore[attr-defined]
+
+    def get_field(cls: type, name: str, *args: Any, **kwargs: Any) -> Any:
+        default = getattr(cls, name, None)
+        if isinstance(default, dataclasses.Field):
+            default = default.default
+        kind = type(default)
+        if (
+            cls.__module__.partition(".")[0] in PACKAGES
+            and dataclasses.is_dataclass(kind)
+            and kind.__hash__ is None
+        ):
+            kind.__hash__ = object.__hash__  # type: ignore[assignment]
+        return check(cls, name, *args, **kwargs)
+
+    dataclasses._get_field = get_field  # type: ignore[attr-defined]
+
+
+def restore_find_module() -> None:
+    """Python >= 3.12, hydra scanning its plugins.
+
+    "AttributeError: 'FileFinder' object has no attribute 'find_module'": say it by ``find_spec``.
+    """
+    from importlib.machinery import FileFinder
+
+    if hasattr(FileFinder, "find_module"):
+        return
+
+    def find_module(self: FileFinder, fullname: str, path: str | None = None) -> Any:
+        spec = self.find_spec(fullname)
+        return spec and spec.loader
+
+    FileFinder.find_module = find_module  # type: ignore[method-assign, assignment]
+
+
+def restore_typing_io() -> None:
+    """Python >= 3.13, antlr4 4.8 and hydra's grammar.
+
+    "ModuleNotFoundError: No module named 'typing.io'": a module with its three names.
+    """
+    if sys.version_info < (3, 13):
+        return
+    import types
+    import typing
+
+    module = types.ModuleType("typing.io")
+    vars(module).update(IO=typing.IO, TextIO=typing.TextIO, BinaryIO=typing.BinaryIO)
+    sys.modules.setdefault("typing.io", module)
+
+
+def name_user_dir() -> None:
+    """Sets ``SKILL_FAIRSEQ_USER_DIR`` to the folder of the installed skill_fairseq.
+
+    Our configs say ``common.user_dir: ${env:SKILL_FAIRSEQ_USER_DIR,skill_fairseq}``: without the variable
+    fairseq looks for ``skill_fairseq`` in the working directory, then beside itself in site-packages, and
+    an editable install is in neither ("FileNotFoundError: .../skill_fairseq"). The package is located, not
+    imported.
+    """
+    from importlib.util import find_spec
+
+    spec = find_spec("skill_fairseq")
+    if spec is not None and spec.origin and spec.submodule_search_locations:
+        os.environ[USER_DIR] = spec.submodule_search_locations[0]
+
+
+# After a module of the packages has run
+
+
+def print_exceptions(hydra_utils: ModuleType) -> None:
+    """Python >= 3.10, any crash under ``hydra.main``.
+
+    "TypeError: print_exception() got an unexpected keyword argument 'etype'" hides the error that was to be
+    printed: take the arguments by position.
+    """
+    import traceback
+
+    def print_exception(etype: object, value: BaseException, tb: Any) -> None:
+        traceback.print_exception(type(value), value, tb)
+
+    hydra_utils.print_exception = print_exception  # type: ignore[attr-defined]
+
+
+def find_config_dir(hydra_utils: ModuleType) -> None:
+    """``--config-dir config/distill`` from any working directory.
+
+    "Additional config directory '.../config/distill' not found": a folder that is not in the working
+    directory is looked up in the package (wheel) and beside it (checkout).
+    """
+    plain_parser = hydra_utils.get_args_parser
+
+    def get_args_parser() -> ArgumentParser:
+        parser = plain_parser()
+        parser._option_string_actions["--config-dir"].type = packaged_config_dir
+        return parser
+
+    hydra_utils.get_args_parser = get_args_parser  # type: ignore[attr-defined]
+
+
+def packaged_config_dir(path: str) -> str:
+    """``path`` where it exists or is found nowhere, else the same folder of the installed skill_fairseq."""
+    user_dir = os.environ.get(USER_DIR)
+    if user_dir and not os.path.exists(path):
+        for parent in (user_dir, os.path.dirname(user_dir)):
+            if os.path.isdir(os.path.join(parent, path)):
+                return os.path.join(parent, path)
+    return path
+
+
+def load_own_checkpoints(module: ModuleType) -> None:
+    """torch >= 2.6, fairseq loading a checkpoint, or handing an object to another process.
+
+    "UnpicklingError: Weights only load failed": fairseq's checkpoints hold DictConfig, Namespace and
+    Dictionary. ``torch.load`` as this module of fairseq sees it keeps its old default; everyone else's is
+    untouched. torch < 1.13 has no such argument.
+    """
+    from inspect import signature
+
+    load = module.torch.load
+    if "weights_only" not in signature(load).parameters:
+        return
+
+    def load_with_old_default(*args: Any, weights_only: bool | None = None, **kwargs: Any) -> Any:
+        return load(*args, weights_only=bool(weights_only), **kwargs)
+
+    module.torch = View(module.torch, load=load_with_old_default)  # type: ignore[attr-defined]
+
+
+def restore_numpy_int(data_utils: ModuleType) -> None:
+    """numpy >= 1.24, masking with ``no_mask_overlap``.
+
+    "AttributeError: module 'numpy' has no attribute 'int'": it has, as fairseq's masking sees it.
+    """
+    data_utils.np = View(data_utils.np, int=int)  # type: ignore[attr-defined]
+
+
+BEFORE = (allow_dataclass_defaults, restore_find_module, restore_typing_io, name_user_dir)
+AFTER = {
+    "hydra._internal.utils": (print_exceptions, find_config_dir),
+    "fairseq.checkpoint_utils": (load_own_checkpoints,),
+    "fairseq.distributed.utils": (load_own_checkpoints,),
+    "fairseq.data.data_utils": (restore_numpy_int,),
+}

@@ -1,0 +1,1 @@
+"""fairseq models: ``wavlm`` (full shape, pre-trainable) and ``skill_student`` (gated or shrunk)."""

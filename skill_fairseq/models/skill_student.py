@@ -1,0 +1,187 @@
+"""The student: a speech encoder with hard-concrete gates (stage 1) or already shrunk (stage 2)."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from fairseq.dataclass import ChoiceEnum
+from fairseq.models import BaseFairseqModel, register_model
+from fairseq.models.hubert.hubert import HubertModel
+from omegaconf import II
+from torch import Tensor
+
+from skill_fairseq.checkpoints import load_encoder, read_target_sparsity
+from skill_fairseq.models.wavlm import WavLMConfig, WavLMModel, dropouts, encoder_config
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.pruning.expected import expected_parameters
+from skill_fairseq.pruning.shrink import shrink
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SkillStudentConfig(WavLMConfig):
+    """Shape, gates and origin of the student. The shape is filled in from ``init_from``."""
+
+    init_from: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "teacher file (the student starts as its copy), or the stage-1 checkpoint, which is shrunk first"
+        },
+    )
+    pruning_units: List[str] = field(
+        default_factory=list,
+        metadata={"help": "what gets gates, out of: conv, heads, ffn, attention_layers, ffn_layers; empty: none"},
+    )
+    conv_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of conv channel gates"})
+    head_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of attention head gates"})
+    ffn_drop_rate: float = field(
+        default=0.01, metadata={"help": "initial drop rate of FFN unit gates (DPHuBERT: 0.5, a damaged start)"}
+    )
+    layer_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of whole-sublayer gates"})
+    gate_sampling: ChoiceEnum(["shared", "per_rank"]) = field(  # type: ignore[valid-type]
+        default="shared",
+        metadata={"help": "shared: every rank draws the same gates in an update; per_rank: each its own"},
+    )
+    seed: int = field(default=II("common.seed"), metadata={"help": "seed of the gate samples"})
+    conv_channels: Optional[Any] = field(
+        default=None, metadata={"help": "conv channels left in each layer; null: all (filled in)"}
+    )
+    heads: Optional[Any] = field(
+        default=None, metadata={"help": "indices of the heads left in each layer; null: all (filled in)"}
+    )
+    ffn_dims: Optional[Any] = field(
+        default=None, metadata={"help": "FFN units left in each layer; null: all (filled in)"}
+    )
+    original_parameters: Optional[int] = field(
+        default=None, metadata={"help": "parameters before any pruning, which sparsity refers to (filled in)"}
+    )
+    label_rate: float = field(default=-1.0, metadata={"help": "not used: the student has no labels"})
+
+
+def initial_student(cfg: SkillStudentConfig) -> SpeechEncoder:
+    """The student that training starts from, made of the file ``cfg.init_from``.
+
+    A teacher's copy gets the gates that ``cfg.pruning_units`` names. A gated stage-1 checkpoint without
+    ``cfg.pruning_units`` is shrunk to the sparsity that its stage aimed at.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or not a known encoder.
+    """
+    encoder = load_encoder(cfg.init_from)
+    if not encoder.config.pruning_units and not cfg.pruning_units:
+        return encoder
+    if encoder.config.pruning_units:
+        if cfg.pruning_units:
+            raise ValueError(
+                f"model.init_from: {cfg.init_from} already has gates; leave model.pruning_units empty to shrink it and "
+                "distil on, or give an ungated teacher"
+            )
+        before = encoder.num_parameters()
+        encoder = shrink(encoder, read_target_sparsity(cfg.init_from))
+        logger.info(f"shrunk {cfg.init_from}: {before:,} to {encoder.num_parameters():,} parameters")
+        return encoder
+    original = encoder.config.original_parameters or encoder.num_parameters()
+    gated = SpeechEncoder(
+        encoder.config.replace(pruning_units=list(cfg.pruning_units), original_parameters=original)
+    )
+    missing, unexpected = gated.load_state_dict(encoder.state_dict(), strict=False)
+    assert not unexpected and all(".gate." in name or ".output_gate." in name for name in missing)
+    return gated
+
+
+@register_model("skill_student", dataclass=SkillStudentConfig)
+class SkillStudentModel(WavLMModel):
+    """A :class:`SpeechEncoder` to be distilled, and afterwards fine-tuned like HuBERT.
+
+    Args:
+        cfg: model config with the shape filled in.
+    """
+
+    def __init__(self, cfg: SkillStudentConfig) -> None:
+        BaseFairseqModel.__init__(self)
+        self.cfg = cfg
+        self.speech_encoder = SpeechEncoder(encoder_config(cfg), dropouts(cfg))
+        self._init_masking(cfg)
+        # Used by fine-tuning alone: in distillation it would be a parameter without gradient.
+        self.mask_emb.requires_grad_(False)
+        self.feature_grad_mult = cfg.feature_grad_mult
+        self.generator = torch.Generator()
+        self._update: Optional[int] = None
+        rates = {"conv": cfg.conv_drop_rate, "heads": cfg.head_drop_rate, "ffn": cfg.ffn_drop_rate}
+        for name, gate in self.speech_encoder.named_gates():
+            gate.drop_rate = rates[self.gate_kind(name)] if self.gate_kind(name) in rates else cfg.layer_drop_rate
+            gate.reset_parameters()
+            gate.generator = self.generator
+
+    @staticmethod
+    def gate_kind(name: str) -> str:
+        """The pruning unit ("conv", "heads", ...) of a gate, from its path in the encoder."""
+        if name.startswith("feature_extractor."):
+            return "conv"
+        kind = "attention" if ".attention." in name else "ffn"
+        if name.endswith("output_gate"):
+            return f"{kind}_layers"
+        return "heads" if kind == "attention" else "ffn"
+
+    @classmethod
+    def build_model(cls, cfg: SkillStudentConfig, task: Any) -> "SkillStudentModel":
+        """Called by fairseq; the shape stands in ``cfg``, no file is opened."""
+        return cls(cfg)
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Seeds the gate samples of this update, so that they depend on nothing but seed, update and rank."""
+        super().set_num_updates(num_updates)
+        if num_updates != self._update:
+            self._update = num_updates
+            rank = 0
+            if self.cfg.gate_sampling != "shared" and torch.distributed.is_initialized():
+                rank = torch.distributed.get_rank()
+            self.generator.manual_seed((self.cfg.seed * 1_000_003 + num_updates) * 4096 + rank)
+
+    def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None, **kwargs: Any) -> Dict[str, Any]:
+        """One forward for distillation.
+
+        Args:
+            source: (B, N) samples.
+            padding_mask: (B, N) bool, True = padding, or None.
+
+        Returns:
+            ``x`` (B, T, D), ``hidden_states`` (L + 1 tensors (B, T, D)), ``padding_mask`` (B, T) or None, and
+            ``expected_parameters``, a scalar with gradient, None without gates.
+        """
+        out = self.speech_encoder(source, padding_mask)
+        gated = bool(self.speech_encoder.config.pruning_units)
+        return {
+            **out._asdict(),
+            "expected_parameters": expected_parameters(self.speech_encoder) if gated else None,
+        }
+
+    def extract_features(
+        self,
+        source: Tensor,
+        padding_mask: Optional[Tensor] = None,
+        mask: bool = False,
+        ret_conv: bool = False,
+        output_layer: Optional[int] = None,
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """HuBERT's interface for fine-tuning.
+
+        Args:
+            source: (B, N) samples.
+            padding_mask: (B, N) bool, True = padding, or None.
+            mask: mask spans of time and channels, as the model config says.
+            ret_conv: return the projected conv features instead of the output.
+            output_layer: 1-based layer whose output is wanted; None: the last.
+
+        Returns:
+            (B, T, D) features and (B, T) padding mask or None.
+        """
+        transform = (lambda x, pad: HubertModel.apply_mask(self, x.clone(), pad, None)[0]) if mask else None
+        out = self.speech_encoder(source, padding_mask, transform, output_layer)
+        return (out.hidden_states[0] if ret_conv else out.x), out.padding_mask
+
+    def remove_pretraining_modules(self) -> None:
+        """Called before fine-tuning: from now on the mask embedding is learned."""
+        self.mask_emb.requires_grad_(True)

@@ -1,0 +1,150 @@
+"""WavLM, HuBERT and wav2vec 2.0 encoders as a fairseq model, pre-trainable by fairseq's ``hubert_pretraining``."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import torch
+from fairseq.dataclass import ChoiceEnum
+from fairseq.models import BaseFairseqModel, register_model
+from fairseq.models.hubert.hubert import HubertConfig, HubertModel
+from fairseq.modules import GradMultiply
+from omegaconf import II
+from torch import Tensor, nn
+
+from skill_fairseq.checkpoints.safe_load import plain
+from skill_fairseq.modules.config import EncoderConfig, format_conv_layers
+from skill_fairseq.modules.encoder import Dropouts, SpeechEncoder
+
+
+@dataclass
+class WavLMConfig(HubertConfig):
+    """HuBERT's configuration and what WavLM adds."""
+
+    relative_position: bool = field(
+        default=True, metadata={"help": "WavLM's gated relative position bias; false makes it HuBERT"}
+    )
+    num_buckets: int = field(default=320, metadata={"help": "buckets of the relative position table"})
+    max_distance: int = field(default=800, metadata={"help": "distance (frames) from which positions share a bucket"})
+    normalize: bool = field(
+        default=II("task.normalize"), metadata={"help": "whether the model expects normalised waveforms"}
+    )
+    padding_rule: ChoiceEnum(["chunks", "convolution"]) = field(  # type: ignore[valid-type]
+        default="chunks",
+        metadata={"help": "which frames of a padded utterance count: fairseq's rule (chunks) or transformers'"},
+    )
+
+
+def encoder_config(cfg: Any) -> EncoderConfig:
+    """The shape written in a fairseq model config (a dataclass, DictConfig or namespace).
+
+    Raises:
+        ValueError: a field's value is not usable; names the field.
+    """
+    names = (f.name for f in dataclasses.fields(EncoderConfig))
+    return EncoderConfig.from_fairseq({name: plain(getattr(cfg, name, None)) for name in names})
+
+
+def fairseq_fields(config: EncoderConfig) -> Dict[str, Any]:
+    """The inverse: fields of a fairseq model config that describe this shape."""
+    fields = config.to_dict()
+    fields["conv_feature_layers"] = format_conv_layers(config.conv_feature_layers)
+    del fields["sample_rate"]
+    return fields
+
+
+def dropouts(cfg: Any) -> Dropouts:
+    """Dropout probabilities of a fairseq model config."""
+    return Dropouts(
+        hidden=cfg.dropout,
+        attention=cfg.attention_dropout,
+        activation=cfg.activation_dropout,
+        input=cfg.dropout_input,
+        layerdrop=cfg.encoder_layerdrop,
+    )
+
+
+@register_model("wavlm", dataclass=WavLMConfig)
+class WavLMModel(HubertModel):
+    """:class:`SpeechEncoder` with HuBERT's masked-prediction heads.
+
+    Everything that concerns masking, targets and logits is fairseq's; the encoder is ours.
+
+    Args:
+        cfg: model config.
+        task_cfg: config of the task; its ``sample_rate`` relates labels to frames.
+        dictionaries: label dictionaries; with None in it, no prediction heads are made (fine-tuning).
+    """
+
+    def __init__(self, cfg: WavLMConfig, task_cfg: Any, dictionaries: List[Any]) -> None:
+        BaseFairseqModel.__init__(self)  # HubertModel's own would build a second encoder
+        config = encoder_config(cfg)
+        self.cfg = cfg
+        self.speech_encoder = SpeechEncoder(config, dropouts(cfg))
+        self.feat2tar_ratio = cfg.label_rate * config.downsampling / getattr(task_cfg, "sample_rate", 16000)
+        self._init_masking(cfg)
+
+        self.dropout_features = nn.Dropout(cfg.dropout_features)
+        self.feature_grad_mult = cfg.feature_grad_mult
+        self.logit_temp = cfg.logit_temp
+        self.skip_masked = cfg.skip_masked
+        self.skip_nomask = cfg.skip_nomask
+        self.untie_final_proj = cfg.untie_final_proj
+        final_dim = cfg.final_dim if cfg.final_dim > 0 else config.encoder_embed_dim
+        self.target_glu = (
+            nn.Sequential(nn.Linear(final_dim, final_dim * 2), nn.GLU()) if cfg.target_glu else None
+        )
+        heads = len(dictionaries) if self.untie_final_proj else 1
+        self.final_proj = nn.Linear(config.encoder_embed_dim, final_dim * heads)
+        if not any(d is None for d in dictionaries):
+            self.num_classes = [len(d) for d in dictionaries]
+            self.label_embs_concat = nn.Parameter(torch.empty(sum(self.num_classes), final_dim).uniform_())
+
+    def _init_masking(self, cfg: Any) -> None:
+        """Time and channel masking, under the names that HubertModel.apply_mask reads."""
+        for name in ("prob", "selection", "other", "length", "min_space"):
+            for kind in ("mask_", "mask_channel_"):
+                setattr(self, kind + name, getattr(cfg, kind + name))
+        self.no_mask_overlap = cfg.no_mask_overlap
+        self.no_mask_channel_overlap = cfg.no_mask_channel_overlap
+        self.mask_emb = nn.Parameter(torch.empty(cfg.encoder_embed_dim).uniform_())
+
+    @classmethod
+    def build_model(cls, cfg: WavLMConfig, task: Any) -> "WavLMModel":
+        """Called by fairseq."""
+        return cls(cfg, task.cfg, getattr(task, "dictionaries", [None]))
+
+    # The names under which HubertModel.forward looks for the encoder's parts.
+
+    @property
+    def layer_norm(self) -> nn.Module:
+        """LayerNorm over the conv features."""
+        return self.speech_encoder.feature_projection.norm
+
+    @property
+    def post_extract_proj(self) -> nn.Module:
+        """Conv features to the model's width."""
+        return self.speech_encoder.feature_projection.linear
+
+    @property
+    def dropout_input(self) -> nn.Module:
+        """Dropout on the projected features."""
+        return self.speech_encoder.feature_projection.dropout
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The transformer."""
+        return self.speech_encoder.transformer
+
+    def forward_features(self, source: Tensor) -> Tensor:
+        """(B, N) samples to (B, C, T) conv features, their gradient scaled by ``feature_grad_mult``."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.feature_grad_mult > 0):
+            features, _ = self.speech_encoder.feature_extractor(source)
+        if self.feature_grad_mult not in (0.0, 1.0):
+            features = GradMultiply.apply(features, self.feature_grad_mult)
+        return features.transpose(1, 2)
+
+    def max_positions(self) -> Optional[int]:
+        """No limit."""
+        return None

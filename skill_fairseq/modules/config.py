@@ -1,0 +1,245 @@
+"""The shape of an encoder as data: one dataclass describes teacher, gated student and shrunk student."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+ConvLayers = List[Tuple[int, int, int]]
+
+PRUNING_UNITS = ("conv", "heads", "ffn", "attention_layers", "ffn_layers")
+
+_CONV_TERM = re.compile(r"\[\s*((?:\(\s*\d+\s*,\s*\d+\s*,\s*\d+\s*\)\s*,?\s*)+)\](?:\s*\*\s*(\d+))?")
+_CONV_TUPLE = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\)")
+
+
+def parse_conv_layers(value: Any) -> ConvLayers:
+    """Reads fairseq's convolution string, for example ``"[(512,10,5)] + [(512,3,2)] * 4"``, without evaluating it.
+
+    Args:
+        value: the string, or a sequence of (channels, kernel, stride) triples.
+
+    Returns:
+        one (channels, kernel size, stride) a layer.
+
+    Raises:
+        ValueError: the string is not a sum of lists of triples, or a number is not positive.
+    """
+    if isinstance(value, str):
+        rest, layers = value.strip(), []
+        while rest:
+            match = _CONV_TERM.match(rest)
+            if match is None:
+                raise ValueError(
+                    f"conv_feature_layers: cannot read {value!r}; expected a sum of lists of "
+                    "(channels, kernel, stride), for example '[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2'"
+                )
+            triples = [tuple(map(int, t)) for t in _CONV_TUPLE.findall(match.group(1))]
+            layers += triples * int(match.group(2) or 1)
+            rest = rest[match.end() :].strip()
+            if rest.startswith("+") and rest[1:].strip():
+                rest = rest[1:].strip()
+            elif rest:
+                raise ValueError(f"conv_feature_layers: unexpected {rest!r} in {value!r}; join lists by '+'")
+    else:
+        layers = [tuple(int(n) for n in triple) for triple in value]
+    if not layers or any(len(triple) != 3 or min(triple) < 1 for triple in layers):
+        raise ValueError(
+            f"conv_feature_layers: {value!r} needs at least one (channels, kernel, stride) of positive numbers"
+        )
+    return layers  # type: ignore[return-value]
+
+
+def format_conv_layers(layers: Sequence[Sequence[int]]) -> str:
+    """The inverse of :func:`parse_conv_layers`: fairseq's string form."""
+    return " + ".join(f"[({c},{k},{s})]" for c, k, s in layers)
+
+
+@dataclasses.dataclass
+class EncoderConfig:
+    """Shape of a speech encoder; field names are fairseq's where fairseq has the field.
+
+    The full widths (``conv_feature_layers``, ``encoder_attention_heads``, ``encoder_ffn_embed_dim``) stay those of
+    the original model for life, because normalisation statistics and relative positions refer to them. What is
+    left after pruning stands in ``conv_channels``, ``heads`` and ``ffn_dims``; ``None`` there means all of it.
+    """
+
+    extractor_mode: str = "default"
+    conv_feature_layers: Any = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
+    conv_bias: bool = False
+    encoder_layers: int = 12
+    encoder_embed_dim: int = 768
+    encoder_ffn_embed_dim: int = 3072
+    encoder_attention_heads: int = 12
+    activation_fn: str = "gelu"
+    layer_norm_first: bool = False
+    conv_pos: int = 128
+    conv_pos_groups: int = 16
+    relative_position: bool = False
+    num_buckets: int = 320
+    max_distance: int = 800
+    normalize: bool = False
+    padding_rule: str = "chunks"
+    sample_rate: int = 16000
+
+    # What pruning has left: kept conv channels a layer; a list of kept head indices a layer; kept FFN units a
+    # layer. An empty list or 0 leaves the sublayer's output bias alone, None removes the sublayer.
+    conv_channels: Optional[List[int]] = None
+    heads: Optional[List[Optional[List[int]]]] = None
+    ffn_dims: Optional[List[Optional[int]]] = None
+
+    # Hard-concrete gates on these units (stage 1 only).
+    pruning_units: List[str] = dataclasses.field(default_factory=list)
+
+    # Parameters of the encoder that the first student was pruned from; None: this one's full shape.
+    original_parameters: Optional[int] = None
+
+    def __post_init__(self) -> None:
+        self.conv_feature_layers = parse_conv_layers(self.conv_feature_layers)
+        self.pruning_units = list(self.pruning_units)
+        n = self.encoder_layers
+        if self.conv_channels is None:
+            self.conv_channels = [c for c, _, _ in self.conv_feature_layers]
+        if self.heads is None:
+            self.heads = [list(range(self.encoder_attention_heads)) for _ in range(n)]
+        if self.ffn_dims is None:
+            self.ffn_dims = [self.encoder_ffn_embed_dim] * n
+        self.conv_channels = [int(c) for c in self.conv_channels]
+        self.heads = [None if h is None else sorted(int(i) for i in h) for h in self.heads]
+        self.ffn_dims = [None if f is None else int(f) for f in self.ffn_dims]
+        self._validate()
+
+    def _validate(self) -> None:
+        def require(ok: bool, field: str, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"model.{field}: {getattr(self, field)!r} is not usable; expected {expected}")
+
+        n, full_heads = self.encoder_layers, self.encoder_attention_heads
+        require(self.extractor_mode in ("default", "layer_norm"), "extractor_mode", "'default' or 'layer_norm'")
+        require(self.padding_rule in ("chunks", "convolution"), "padding_rule", "'chunks' or 'convolution'")
+        require(self.activation_fn in ("gelu", "relu"), "activation_fn", "'gelu' or 'relu'")
+        require(n > 0, "encoder_layers", "a positive number")
+        require(
+            self.encoder_embed_dim % full_heads == 0,
+            "encoder_attention_heads",
+            f"a divisor of encoder_embed_dim={self.encoder_embed_dim}",
+        )
+        require(
+            self.encoder_embed_dim % self.conv_pos_groups == 0,
+            "conv_pos_groups",
+            f"a divisor of encoder_embed_dim={self.encoder_embed_dim}",
+        )
+        full = [c for c, _, _ in self.conv_feature_layers]
+        assert self.conv_channels is not None and self.heads is not None and self.ffn_dims is not None
+        require(
+            len(self.conv_channels) == len(full) and all(1 <= c <= f for c, f in zip(self.conv_channels, full)),
+            "conv_channels",
+            f"{len(full)} numbers from 1 to {full}",
+        )
+        require(
+            len(self.heads) == n
+            and all(h is None or (len(set(h)) == len(h) and set(h) <= set(range(full_heads))) for h in self.heads),
+            "heads",
+            f"{n} lists of head indices from 0 to {full_heads - 1} (null: sublayer removed)",
+        )
+        require(
+            len(self.ffn_dims) == n and all(f is None or 0 <= f <= self.encoder_ffn_embed_dim for f in self.ffn_dims),
+            "ffn_dims",
+            f"{n} numbers from 0 to encoder_ffn_embed_dim={self.encoder_ffn_embed_dim} (null: sublayer removed)",
+        )
+        require(
+            set(self.pruning_units) <= set(PRUNING_UNITS), "pruning_units", f"a list out of {list(PRUNING_UNITS)}"
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Features of one attention head."""
+        return self.encoder_embed_dim // self.encoder_attention_heads
+
+    @property
+    def downsampling(self) -> int:
+        """Audio samples a frame (320 for every published model)."""
+        rate = 1
+        for _, _, stride in self.conv_feature_layers:
+            rate *= stride
+        return rate
+
+    @property
+    def receptive_field(self) -> int:
+        """Audio samples that the first frame sees: the shortest usable input (400 for every published model)."""
+        field = 1
+        for _, kernel, stride in reversed(self.conv_feature_layers):
+            field = (field - 1) * stride + kernel
+        return field
+
+    def num_frames(self, num_samples: Any) -> Any:
+        """Frames that the conv stack makes of ``num_samples`` samples (an int or an integer tensor)."""
+        for _, kernel, stride in self.conv_feature_layers:
+            num_samples = (num_samples - kernel) // stride + 1
+        return num_samples
+
+    def is_full(self) -> bool:
+        """Whether nothing has been pruned from the original shape."""
+        return self == self.replace(conv_channels=None, heads=None, ffn_dims=None)
+
+    def replace(self, **changes: Any) -> "EncoderConfig":
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """Plain types only, for JSON and for checkpoints."""
+        fields = dataclasses.asdict(self)
+        fields["conv_feature_layers"] = format_conv_layers(self.conv_feature_layers)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "EncoderConfig":
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a field is unknown or its value unusable.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ValueError(f"encoder config: unknown fields {unknown}; this version knows {sorted(known)}")
+        return cls(**fields)
+
+    @classmethod
+    def from_fairseq(cls, fields: Mapping[str, Any]) -> EncoderConfig:
+        """The shape in a fairseq model config of plain values; other fields are passed over, None is unset.
+
+        Raises:
+            ValueError: a field's value is not usable; names the field.
+        """
+        known = (f.name for f in dataclasses.fields(cls))
+        return cls(**{name: fields[name] for name in known if fields.get(name) is not None})
+
+
+def wavlm_base(**changes: Any) -> EncoderConfig:
+    """WavLM Base and Base+ (94,381,168 parameters)."""
+    return EncoderConfig(relative_position=True).replace(**changes)
+
+
+def hubert_base(**changes: Any) -> EncoderConfig:
+    """HuBERT Base (94,370,944 parameters); wav2vec 2.0 Base has the same shape."""
+    return EncoderConfig().replace(**changes)
+
+
+def hubert_large(**changes: Any) -> EncoderConfig:
+    """HuBERT Large (315,434,112 parameters)."""
+    return EncoderConfig(
+        extractor_mode="layer_norm",
+        encoder_layers=24,
+        encoder_embed_dim=1024,
+        encoder_ffn_embed_dim=4096,
+        encoder_attention_heads=16,
+        layer_norm_first=True,
+        normalize=True,
+    ).replace(**changes)
+
+
+def wavlm_large(**changes: Any) -> EncoderConfig:
+    """WavLM Large (315,452,096 parameters)."""
+    return hubert_large(relative_position=True).replace(**changes)

@@ -1,0 +1,255 @@
+"""The speech encoder: one class for teacher, gated student and shrunk student."""
+
+from __future__ import annotations
+
+from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from skill_fairseq.modules.attention import SelfAttention
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.conv_stack import ConvStack
+from skill_fairseq.modules.feed_forward import FeedForward
+from skill_fairseq.modules.hard_concrete import HardConcrete
+from skill_fairseq.modules.layer import EncoderLayer
+from skill_fairseq.modules.norms import ChannelLayerNorm
+from skill_fairseq.modules.positional_conv import PositionalConv
+from skill_fairseq.modules.relative_position import RelativePosition
+
+FrameTransform = Callable[[Tensor, Optional[Tensor]], Tensor]
+
+
+class Dropouts(NamedTuple):
+    """Dropout probabilities; only training uses them, so they are no part of an encoder's shape."""
+
+    hidden: float = 0.0
+    attention: float = 0.0
+    activation: float = 0.0
+    input: float = 0.0
+    layerdrop: float = 0.0
+
+
+class EncoderOutput(NamedTuple):
+    """What an encoder returns.
+
+    Attributes:
+        x: (B, T, D) output, after the final LayerNorm where the model has one.
+        hidden_states: L + 1 tensors (B, T, D): [0] before the positional convolution, [i] after layer i, before a
+            final LayerNorm.
+        padding_mask: (B, T) bool, True = padding, or None.
+    """
+
+    x: Tensor
+    hidden_states: List[Tensor]
+    padding_mask: Optional[Tensor]
+
+
+def frame_padding_mask(padding_mask: Tensor, num_frames: int, config: EncoderConfig) -> Tensor:
+    """Padding of frames from padding of samples.
+
+    Rule "chunks" (Microsoft's and fairseq's): the samples are cut into ``num_frames`` equal chunks and a frame is
+    padding if its whole chunk is. Rule "convolution" (transformers'): a frame counts if the conv stack would make it
+    of the unpadded audio alone, one frame less in places.
+
+    Args:
+        padding_mask: (B, N) bool, True = padding, at the end of each row.
+        num_frames: T.
+
+    Returns:
+        (B, T) bool.
+    """
+    if config.padding_rule == "chunks":
+        usable = padding_mask.size(1) - padding_mask.size(1) % num_frames
+        return padding_mask[:, :usable].unflatten(1, (num_frames, -1)).all(-1)
+    lengths = config.num_frames((~padding_mask).sum(1))
+    return torch.arange(num_frames, device=padding_mask.device) >= lengths[:, None]
+
+
+class FeatureProjection(nn.Module):
+    """LayerNorm over the conv channels, then a linear map to the model's width.
+
+    Args:
+        config: shape.
+        dropout: dropout probability on the result.
+    """
+
+    def __init__(self, config: EncoderConfig, dropout: float) -> None:
+        super().__init__()
+        assert config.conv_channels is not None
+        width = config.conv_channels[-1]
+        self.norm = ChannelLayerNorm(width, config.conv_feature_layers[-1][0])
+        self.linear = nn.Linear(width, config.encoder_embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, present: Optional[Tensor] = None) -> Tensor:
+        """(B, T, C) conv features and their open gates (C,) or None, to (B, T, D)."""
+        return self.dropout(self.linear(self.norm(x, present)))
+
+
+class Transformer(nn.Module):
+    """Positional convolution and transformer layers.
+
+    Args:
+        config: shape.
+        dropouts: dropout probabilities.
+    """
+
+    def __init__(self, config: EncoderConfig, dropouts: Dropouts) -> None:
+        super().__init__()
+        dim = config.encoder_embed_dim
+        self.layer_norm_first = config.layer_norm_first
+        self.layerdrop = dropouts.layerdrop
+        self.pos_conv = PositionalConv(dim, config.conv_pos, config.conv_pos_groups)
+        self.relative_position = (
+            RelativePosition(config.num_buckets, config.max_distance, config.encoder_attention_heads)
+            if config.relative_position
+            else None
+        )
+        self.layer_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropouts.hidden)
+        units = config.pruning_units
+        layers = []
+        assert config.heads is not None and config.ffn_dims is not None
+        for heads, ffn_dim in zip(config.heads, config.ffn_dims):
+            attention = ffn = None
+            if heads is not None:
+                attention = SelfAttention(
+                    dim,
+                    config.head_dim,
+                    heads,
+                    config.encoder_attention_heads,
+                    dropouts.attention,
+                    config.relative_position,
+                    "heads" in units,
+                    "attention_layers" in units,
+                )
+            if ffn_dim is not None:
+                ffn = FeedForward(
+                    dim,
+                    ffn_dim,
+                    config.activation_fn,
+                    dropouts.activation,
+                    "ffn" in units,
+                    "ffn_layers" in units,
+                )
+            layers.append(EncoderLayer(dim, attention, ffn, config.layer_norm_first, dropouts.hidden))
+        self.layers = nn.ModuleList(layers)
+        self.apply(_init_like_bert)
+
+    def forward(
+        self, x: Tensor, padding_mask: Optional[Tensor] = None, layer: Optional[int] = None
+    ) -> Tuple[Tensor, List[Tensor]]:
+        """Args:
+            x: (B, T, D) projected features.
+            padding_mask: (B, T) bool, True = padding, or None.
+            layer: 0-based index of the layer to stop after; None runs all and the final LayerNorm.
+
+        Returns:
+            (B, T, D) output, and the output (B, T, D) of every layer that ran.
+        """
+        if padding_mask is not None:
+            if padding_mask.any():
+                x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+            else:
+                padding_mask = None
+        x = x + self.pos_conv(x)
+        if not self.layer_norm_first:
+            x = self.layer_norm(x)
+        x = self.dropout(x)
+        position_bias = None if self.relative_position is None else self.relative_position(x.size(1))
+        states: List[Tensor] = []
+        for i, block in enumerate(self.layers):
+            if not (self.training and self.layerdrop > 0 and np.random.random() < self.layerdrop):
+                x = block(x, position_bias, padding_mask)
+            states.append(x)
+            if i == layer:
+                return x, states
+        return (self.layer_norm(x) if self.layer_norm_first else x), states
+
+
+def _init_like_bert(module: nn.Module) -> None:
+    """BERT's initialisation, as fairseq's speech encoders use it."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, RelativePosition):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+class SpeechEncoder(nn.Module):
+    """WavLM, HuBERT or wav2vec 2.0 encoder whose every layer may have its own width.
+
+    Args:
+        config: shape.
+        dropouts: dropout probabilities for training.
+
+    Example::
+
+        encoder = skill_fairseq.load_encoder("student.safetensors")
+        out = encoder(torch.randn(1, 16000))
+        out.hidden_states[6]  # (1, 49, D)
+    """
+
+    def __init__(self, config: EncoderConfig, dropouts: Dropouts = Dropouts()) -> None:  # noqa: B008
+        super().__init__()
+        self.config = config
+        self.feature_extractor = ConvStack(config)
+        self.feature_projection = FeatureProjection(config, dropouts.input)
+        self.transformer = Transformer(config, dropouts)
+
+    @property
+    def normalize(self) -> bool:
+        """Whether the waveform must be brought to zero mean and unit variance before it comes in."""
+        return self.config.normalize
+
+    def forward(
+        self,
+        source: Tensor,
+        padding_mask: Optional[Tensor] = None,
+        transform: Optional[FrameTransform] = None,
+        last_layer: Optional[int] = None,
+    ) -> EncoderOutput:
+        """Encodes a batch.
+
+        Args:
+            source: (B, N) samples at 16 kHz, already normalised where ``normalize`` says so.
+            padding_mask: (B, N) bool, True = padding, or None.
+            transform: called with the projected features (B, T, D) and the frames' padding mask, returns features
+                (B, T, D) for the transformer: time masking in pre-training and fine-tuning.
+            last_layer: stop after this layer (1-based; 0 runs none); None runs all.
+
+        Returns:
+            output, hidden states, padding mask of the frames.
+
+        Raises:
+            ValueError: the source is not (B, N), or too short for one frame.
+        """
+        if source.dim() != 2:
+            raise ValueError(f"source: shape {tuple(source.shape)}; expected (batch, samples)")
+        if source.size(1) < self.config.receptive_field:
+            raise ValueError(
+                f"source: {source.size(1)} samples are too short for one frame; at least "
+                f"{self.config.receptive_field} are needed: drop or pad shorter audio"
+            )
+        features, present = self.feature_extractor(source)
+        if padding_mask is not None:
+            padding_mask = frame_padding_mask(padding_mask, features.size(1), self.config)
+        projected = self.feature_projection(features, present)
+        x = projected if transform is None else transform(projected, padding_mask)
+        if last_layer == 0:
+            return EncoderOutput(projected, [projected], padding_mask)
+        x, states = self.transformer(x, padding_mask, None if last_layer is None else last_layer - 1)
+        return EncoderOutput(x, [projected, *states], padding_mask)
+
+    def named_gates(self) -> Iterator[Tuple[str, HardConcrete]]:
+        """Every gate with its path in the module."""
+        for name, module in self.named_modules():
+            if isinstance(module, HardConcrete):
+                yield name, module
+
+    def num_parameters(self) -> int:
+        """Parameters of the encoder itself, gates not counted."""
+        gates = sum(p.numel() for _, gate in self.named_gates() for p in gate.parameters())
+        return sum(p.numel() for p in self.parameters()) - gates

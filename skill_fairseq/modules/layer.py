@@ -1,0 +1,55 @@
+"""One transformer layer; either sublayer may have been removed."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from torch import Tensor, nn
+
+from skill_fairseq.modules.attention import SelfAttention
+from skill_fairseq.modules.feed_forward import FeedForward
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward network with residual connections.
+
+    Args:
+        embed_dim: D.
+        attention: the attention sublayer, or None where it was removed.
+        ffn: the feed-forward sublayer, or None where it was removed.
+        layer_norm_first: normalise before each sublayer (Large) instead of after (Base).
+        dropout: dropout probability on each sublayer's output.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        attention: Optional[SelfAttention],
+        ffn: Optional[FeedForward],
+        layer_norm_first: bool,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attention_norm = nn.LayerNorm(embed_dim)
+        self.ffn = ffn
+        self.ffn_norm = nn.LayerNorm(embed_dim)
+        self.layer_norm_first = layer_norm_first
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, position_bias: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
+    ) -> Tensor:
+        """(B, T, D) to (B, T, D); the other arguments as in :class:`SelfAttention`."""
+        if self.layer_norm_first:
+            if self.attention is not None:
+                x = x + self.dropout(self.attention(self.attention_norm(x), position_bias, padding_mask))
+            if self.ffn is not None:
+                x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+            return x
+        if self.attention is not None:
+            x = x + self.dropout(self.attention(x, position_bias, padding_mask))
+        x = self.attention_norm(x)
+        if self.ffn is not None:
+            x = x + self.dropout(self.ffn(x))
+        return self.ffn_norm(x)

@@ -1,0 +1,1 @@
+"""Probing of frozen features: pooling over time, classification, verification, intervals."""

@@ -1,0 +1,123 @@
+"""Classification of frozen features: weighted sum of layers, then logistic regression."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from skill_fairseq.probing.intervals import wilson
+
+STRENGTHS = tuple(10.0**exponent for exponent in range(-5, 3))
+"""Values of C (inverse regularisation) that the valid set chooses from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeResult:
+    """Outcome of one probe.
+
+    Attributes:
+        accuracy: share of test recordings classified right.
+        interval: Wilson 95 % interval of it.
+        correct, total: test recordings.
+        classes: number of classes.
+        strength: C chosen on the valid set.
+        layer_weights: softmax weight of each layer; sums to 1.
+    """
+
+    accuracy: float
+    interval: tuple[float, float]
+    correct: int
+    total: int
+    classes: int
+    strength: float
+    layer_weights: list[float]
+
+
+def learn_layer_weights(
+    features: np.ndarray, targets: np.ndarray, penalty: float = 0.01, steps: int = 100
+) -> np.ndarray:
+    """Weights of a sum over layers, learnt together with a linear classifier (as in SUPERB, arXiv
+    2105.01051).
+
+    Minimises mean cross-entropy + penalty / 2 * |W|^2 by L-BFGS over softmax weights, which start equal, and
+    a linear head, which starts at zero: there is nothing random in it.
+
+    Args:
+        features: (N, layers, F) float32, each dimension of each layer standardised.
+        targets: (N,) class indices.
+        penalty: on the squared weights of the head.
+        steps: at most so many L-BFGS iterations.
+
+    Returns:
+        (layers,) positive, sum 1.
+    """
+    num_layers, width = features.shape[1:]
+    if num_layers == 1:
+        return np.ones(1, dtype=np.float32)
+    x, y = torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)), torch.from_numpy(targets)
+    logits = torch.zeros(num_layers, requires_grad=True)
+    head = torch.zeros(width, int(targets.max()) + 1, requires_grad=True)
+    bias = torch.zeros(head.size(1), requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits, head, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        mixed = torch.einsum("nlf,l->nf", x, logits.softmax(0))
+        loss = F.cross_entropy(mixed @ head + bias, y) + penalty / 2 * head.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call,arg-type]
+    return logits.detach().softmax(0).numpy()
+
+
+def probe(features: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]]) -> ProbeResult:
+    """Train a probe on frozen features and test it.
+
+    Layer weights are learnt on the training set. The weighted sum, standardised by the training set, goes to
+    scikit-learn's LogisticRegression; its C is the one with the best valid accuracy, ties going to the lower
+    valid cross-entropy. The test set is used once, at the end.
+
+    Args:
+        features: (N, layers, F) of the splits `train`, `valid` and `test`.
+        labels: N labels of each split; every label must occur in `train`.
+
+    Returns:
+        see `ProbeResult`.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.preprocessing import LabelEncoder, StandardScaler
+
+    encoder = LabelEncoder().fit(labels["train"])
+    targets = {split: encoder.transform(labels[split]) for split in features}
+    shape = features["train"].shape[1:]
+    per_layer = StandardScaler().fit(features["train"].reshape(len(features["train"]), -1))
+    scaled = {s: per_layer.transform(x.reshape(len(x), -1)).reshape(-1, *shape) for s, x in features.items()}
+    weights = learn_layer_weights(scaled["train"], targets["train"])
+    mixed = {split: np.einsum("nlf,l->nf", x, weights) for split, x in scaled.items()}
+    scaler = StandardScaler().fit(mixed["train"])
+    mixed = {split: scaler.transform(x) for split, x in mixed.items()}
+
+    classes = np.arange(len(encoder.classes_))
+    candidates = []
+    for strength in STRENGTHS:
+        model = LogisticRegression(C=strength, max_iter=5000).fit(mixed["train"], targets["train"])
+        accuracy = model.score(mixed["valid"], targets["valid"])
+        loss = log_loss(targets["valid"], model.predict_proba(mixed["valid"]), labels=classes)
+        candidates.append((-accuracy, loss, strength, model))
+    _, _, strength, model = min(candidates, key=lambda candidate: candidate[:2])
+    correct, total = int((model.predict(mixed["test"]) == targets["test"]).sum()), len(targets["test"])
+    return ProbeResult(
+        accuracy=correct / total,
+        interval=wilson(correct, total),
+        correct=correct,
+        total=total,
+        classes=len(classes),
+        strength=strength,
+        layer_weights=[float(weight) for weight in weights],
+    )

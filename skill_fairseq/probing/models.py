@@ -1,0 +1,77 @@
+"""What `skill-probe` can probe: encoder files, the same shape with random weights, and log-mel features."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+from torch import Tensor
+
+from skill_fairseq.audio.features import log_mel
+from skill_fairseq.probing.pooling import EncoderFeatures, Features
+
+LOG_MEL = "logmel"
+RANDOM = "random:"
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbedModel:
+    """A model under its name in the table.
+
+    Attributes:
+        name: for table, JSON and plot.
+        features: samples to hidden states.
+        parameters: number of parameters; None for log-mel, which has none.
+    """
+
+    name: str
+    features: Features
+    parameters: int | None
+
+
+def level_free_log_mel(wave: Tensor) -> list[Tensor]:
+    """(N,) samples to log-mel features [(T, 80)] less their mean over the recording, so that its gain has no
+    effect.
+
+    Encoders whose first convolution is normalised over time ignore gain as well; without this the baseline
+    mostly measures how loud a speaker was recorded.
+    """
+    energies = log_mel(wave)
+    return [energies - energies.mean()]
+
+
+def resolve_model(word: str, device: str = "cpu", seed: int = 0) -> ProbedModel:
+    """From a word of the command line to a model.
+
+    Args:
+        word: `logmel`, a file or folder for `skill_fairseq.load_encoder`, or `random:FILE` for the shape of
+            FILE with fresh random weights; `NAME=` before it gives it a name for the table.
+        device: where encoders run.
+        seed: of random weights.
+
+    Returns:
+        see `ProbedModel`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not an encoder.
+    """
+    name, what = word, word
+    if "=" in word and not os.path.exists(word.partition(RANDOM)[2] if word.startswith(RANDOM) else word):
+        name, _, what = word.partition("=")
+    if what == LOG_MEL:
+        return ProbedModel(name, level_free_log_mel, None)
+    path = what[len(RANDOM) :] if what.startswith(RANDOM) else what
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"{path}: no such model file; expected a file or folder that load_encoder reads, {RANDOM}FILE, "
+            f"or {LOG_MEL}"
+        )
+    from skill_fairseq import load_encoder
+
+    encoder = load_encoder(path, device=device)
+    if what.startswith(RANDOM):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            encoder = type(encoder)(encoder.config).to(device).eval()
+    return ProbedModel(name, EncoderFeatures(encoder), encoder.num_parameters())

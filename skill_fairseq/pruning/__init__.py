@@ -1,0 +1,1 @@
+"""Structured pruning: expected size, the size constraint, and what follows from learned gates."""

@@ -1,0 +1,62 @@
+"""Sizes of encoders as they are and as their gates expect them to become."""
+
+from __future__ import annotations
+
+from typing import List
+
+from torch import Tensor
+
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.pruning.size import Number, Widths, count_parameters, static_shape, widths_of
+
+
+def full_parameters(config: EncoderConfig) -> int:
+    """Parameters of the original, unpruned shape: what sparsity refers to."""
+    if config.original_parameters:
+        return config.original_parameters
+    full = config.replace(conv_channels=None, heads=None, ffn_dims=None)
+    return int(count_parameters(static_shape(full), widths_of(full)))
+
+
+def expected_widths(encoder: SpeechEncoder) -> Widths:
+    """Widths under the gates' probabilities; differentiable where there are gates, integers where not."""
+    exact = widths_of(encoder.config)
+    conv: List[Number] = [
+        width if layer.gate is None else layer.gate.expected_kept()
+        for width, layer in zip(exact.conv, encoder.feature_extractor.layers)
+    ]
+    columns: dict[str, List[Number]] = {"heads": [], "attention": [], "units": [], "ffn": []}
+    for i, layer in enumerate(encoder.transformer.layers):
+        for sublayer, width, of_units, of_sublayer in (
+            (layer.attention, exact.heads[i], "heads", "attention"),
+            (layer.ffn, exact.ffn[i], "units", "ffn"),
+        ):
+            unit_gate = None if sublayer is None else sublayer.gate
+            output_gate = None if sublayer is None else sublayer.output_gate
+            columns[of_units].append(width if unit_gate is None else unit_gate.expected_kept())
+            present: Number = int(sublayer is not None)
+            columns[of_sublayer].append(present if output_gate is None else output_gate.expected_kept())
+    return Widths(conv, columns["heads"], columns["units"], columns["attention"], columns["ffn"])
+
+
+def expected_parameters(encoder: SpeechEncoder) -> Tensor:
+    """Expected number of parameters under the gates, a float32 scalar with gradient (an int without gates)."""
+    return count_parameters(static_shape(encoder.config), expected_widths(encoder))  # type: ignore[return-value]
+
+
+def smallest_parameters(encoder: SpeechEncoder) -> int:
+    """Parameters left if every gate closed but for one channel a convolution: the least that can be reached."""
+    widths = widths_of(encoder.config)
+    units = encoder.config.pruning_units
+    layers = len(widths.heads)
+    nothing = [0] * layers
+    attention, ffn = widths.attention_present, widths.ffn_present
+    smallest = Widths(
+        conv=[1] * len(widths.conv) if "conv" in units else widths.conv,
+        heads=nothing if "heads" in units else widths.heads,
+        ffn=nothing if "ffn" in units else widths.ffn,
+        attention_present=nothing if "attention_layers" in units else attention,
+        ffn_present=nothing if "ffn_layers" in units else ffn,
+    )
+    return int(count_parameters(static_shape(encoder.config), smallest))

@@ -1,0 +1,81 @@
+"""The constraint on the student's size: an augmented Lagrangian, its target, and the learning-rate factor.
+
+Sizes enter as sparsity, ``s = 1 - E[parameters] / full``, see :mod:`skill_fairseq.pruning.size`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from skill_fairseq.modules.fp32 import Float32Module
+
+
+def target_sparsity(update: int, warmup: int, final: float) -> float:
+    """Target at an update (the first is 0): rises linearly from 0 to ``final`` over ``warmup`` updates."""
+    return final if update >= warmup else final * update / warmup
+
+
+def lagrangian(sparsity: Tensor, target: float, lambda1: float | Tensor, lambda2: float | Tensor) -> Tensor:
+    """``lambda1 (s - t) + lambda2 (s - t)^2``, a scalar (DPHuBERT, arXiv:2305.17651; Wang et al. 2020)."""
+    excess = sparsity - target
+    return lambda1 * excess + lambda2 * excess**2
+
+
+def ascending(multiplier: Tensor) -> Tensor:
+    """The same value with the gradient's sign flipped, so that an optimizer that descends ascends on it."""
+    return 2 * multiplier.detach() - multiplier
+
+
+def linear_warmup_decay(update: int, warmup: int, max_update: int) -> float:
+    """Factor on every learning rate: rises to 1 over ``warmup`` updates, falls to 0 at the last one.
+
+    ``update`` is the index of the update about to be made; the first is 0, and its factor ``1 / warmup``.
+    """
+    step = update + 1
+    if step <= warmup:
+        return step / warmup
+    return max(0, max_update - step) / max(1, max_update - warmup)
+
+
+class SizeConstraint(Float32Module):
+    """Holds the multipliers and gives the regulariser that drives the student to its target sparsity.
+
+    The student minimises the regulariser while ``lambda1`` and ``lambda2`` maximise it: they are parameters
+    (scalars, float32 at any precision, zero at the start, optimizer group ``multipliers``) whose gradient is
+    flipped, so that they take part in ordinary, descending optimisation. They must have no weight decay.
+
+    Args:
+        target: sparsity to reach, in [0, 1).
+        warmup: number of updates over which the target rises from 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    param_group = "multipliers"
+
+    def __init__(self, target: float, warmup: int = 5000) -> None:
+        super().__init__()
+        if not 0.0 <= target < 1.0:
+            raise ValueError(
+                f"target_sparsity is {target}, but must lie in [0, 1): it is the fraction of the teacher's "
+                "parameters to remove; 0.75 leaves a quarter"
+            )
+        if warmup < 0:
+            raise ValueError(f"sparsity warmup is {warmup} updates, but must not be negative; 0 means none")
+        self.target = target
+        self.warmup = warmup
+        self.lambda1 = nn.Parameter(torch.zeros((), dtype=torch.float32))
+        self.lambda2 = nn.Parameter(torch.zeros((), dtype=torch.float32))
+
+    def target_at(self, update: int) -> float:
+        """Target sparsity at an update, the first being 0."""
+        return target_sparsity(update, self.warmup, self.target)
+
+    def forward(self, sparsity: Tensor, update: int) -> Tensor:
+        """Regulariser at an update, for the expected sparsity (a float32 scalar): a float32 scalar."""
+        return lagrangian(sparsity, self.target_at(update), ascending(self.lambda1), ascending(self.lambda2))
+
+    def extra_repr(self) -> str:
+        return f"target={self.target}, warmup={self.warmup}"

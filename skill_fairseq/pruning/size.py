@@ -1,0 +1,201 @@
+"""What an encoder of given widths costs: parameters, exact or expected, and multiply-accumulates.
+
+Counted is the encoder that is distilled: convolutional stack, feature projection, positional convolution,
+Transformer layers and relative position; no mask embedding and no heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar, Union
+
+from torch import Tensor
+
+Number = Union[int, float, Tensor]
+"""A width: an integer, or its expectation as a scalar tensor."""
+
+_N = TypeVar("_N", float, Tensor)
+
+RELATIVE_GATE_OUTPUTS = 8
+"""Features from which WavLM's relative-position gate computes its two factors."""
+
+
+@dataclass(frozen=True)
+class StaticShape:
+    """What pruning never changes. Names follow fairseq's HuBERT and Microsoft's WavLM where they have one.
+
+    Attributes:
+        conv_kernels: kernel size of each convolution, in its input's frames.
+        conv_strides: stride of each convolution.
+        conv_bias: whether the convolutions have biases.
+        extractor_mode: "default" (one GroupNorm after the first convolution) or "layer_norm" (one LayerNorm
+            after every convolution).
+        embed_dim: dimension D of the Transformer.
+        head_dim: dimension of one attention head.
+        conv_pos: kernel size of the positional convolution.
+        conv_pos_groups: its groups.
+        relative_position: whether attention has WavLM's gated relative-position bias.
+        num_buckets: rows of its table.
+        full_heads: heads before any pruning; the table and the gates' constants keep that many.
+    """
+
+    conv_kernels: tuple[int, ...]
+    conv_strides: tuple[int, ...]
+    conv_bias: bool
+    extractor_mode: str
+    embed_dim: int
+    head_dim: int
+    conv_pos: int
+    conv_pos_groups: int
+    relative_position: bool
+    num_buckets: int
+    full_heads: int
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What pruning changes; integers for an encoder that exists, scalar tensors for expectations under gates.
+
+    A sublayer that lost all units but is present keeps its output bias, and nothing else. One that is not
+    present adds nothing.
+
+    Attributes:
+        conv: output channels of each convolution.
+        heads: attention heads of each layer.
+        ffn: feed-forward units of each layer.
+        attention_present: 1 or 0 for each layer, or the probability of presence; None: all present.
+        ffn_present: the same for the feed-forward sublayers.
+    """
+
+    conv: Sequence[Number]
+    heads: Sequence[Number]
+    ffn: Sequence[Number]
+    attention_present: Sequence[Number] | None = None
+    ffn_present: Sequence[Number] | None = None
+
+    def attention(self) -> list[tuple[Number, Number]]:
+        """(heads, presence) of each layer."""
+        return list(zip(self.heads, self.attention_present or [1] * len(self.heads)))
+
+    def feed_forward(self) -> list[tuple[Number, Number]]:
+        """(units, presence) of each layer."""
+        return list(zip(self.ffn, self.ffn_present or [1] * len(self.ffn)))
+
+
+def count_parameters(static: StaticShape, widths: Widths) -> Number:
+    """Number of parameters.
+
+    The count is exact, and an int, for integer widths. Tensor widths give a differentiable scalar, the
+    expected count, gates being independent of each other (DPHuBERT, arXiv:2305.17651).
+
+    The small gate of relative position (``8 head_dim + 8 + full_heads`` parameters a layer) goes when its
+    attention is gone for certain, which only plain numbers tell; under a gate it counts in full.
+
+    Raises:
+        ValueError: if the widths do not fit the static shape.
+    """
+    _check(static, widths)
+    dim, head_dim = static.embed_dim, static.head_dim
+
+    total = _count_conv_stack(static, widths.conv)
+    total += 2 * widths.conv[-1] + (widths.conv[-1] + 1) * dim  # LayerNorm, then the projection to D
+    total += dim * (dim // static.conv_pos_groups) * static.conv_pos  # positional convolution: weight_v,
+    total += static.conv_pos + dim  # weight_g, bias
+    total += 2 * dim  # the encoder's LayerNorm
+    total += 4 * dim * len(widths.heads)  # two LayerNorms a layer
+    if static.relative_position:
+        total += static.num_buckets * static.full_heads
+
+    head_parameters = 3 * (dim + 1) * head_dim + head_dim * dim  # query, key, value with bias; output columns
+    relative_gate = head_dim * RELATIVE_GATE_OUTPUTS + RELATIVE_GATE_OUTPUTS + static.full_heads
+    for heads, present in widths.attention():
+        total += present * (heads * head_parameters + dim)
+        if static.relative_position and not (_is_none(heads) or _is_none(present)):
+            total += relative_gate
+    unit_parameters = (dim + 1) + dim  # input row with bias; output column
+    for units, present in widths.feed_forward():
+        total += present * (units * unit_parameters + dim)
+    return total
+
+
+def sparsity(expected: _N, full: int) -> _N:
+    """Fraction of ``full`` parameters that is gone; differentiable for a tensor."""
+    return 1 - expected / full
+
+
+def count_macs(static: StaticShape, widths: Widths, num_samples: int) -> int:
+    """Multiply-accumulates of one forward pass over one utterance, for integer widths.
+
+    With T frames and T_i outputs of convolution i, D the Transformer's dimension, d a head's:
+
+    - convolution i: ``T_i in out kernel``
+    - feature projection: ``T in D``
+    - positional convolution: ``T D (D / groups) kernel``
+    - attention of h heads: projections ``4 T D h d``, scores and weighted sum ``2 T^2 h d``
+    - relative position, of h heads: gate ``T h d 8``, gated bias ``T^2 h``
+    - feed-forward of f units: ``2 T D f``
+
+    Biases, norms, activations, softmax and gate values are not counted.
+
+    Args:
+        num_samples: length of the utterance at 16 kHz.
+
+    Raises:
+        ValueError: if the widths do not fit the static shape, or the utterance is too short for one frame.
+    """
+    _check(static, widths)
+    dim, head_dim = static.embed_dim, static.head_dim
+
+    macs, length, in_channels = 0, num_samples, 1
+    for out_channels, kernel, stride in zip(map(int, widths.conv), static.conv_kernels, static.conv_strides):
+        if length < kernel:
+            raise ValueError(f"num_samples is {num_samples}, too short for one frame; give more audio")
+        length = (length - kernel) // stride + 1
+        macs += length * in_channels * out_channels * kernel
+        in_channels = out_channels
+
+    macs += length * in_channels * dim
+    macs += length * dim * (dim // static.conv_pos_groups) * static.conv_pos
+    for heads, present in widths.attention():
+        inner = int(present) * int(heads) * head_dim
+        macs += 4 * length * dim * inner + 2 * length**2 * inner
+        if static.relative_position:
+            macs += length * inner * RELATIVE_GATE_OUTPUTS + length**2 * (inner // head_dim)
+    for units, present in widths.feed_forward():
+        macs += 2 * length * dim * int(present) * int(units)
+    return macs
+
+
+def _count_conv_stack(static: StaticShape, channels: Sequence[Number]) -> Number:
+    total: Number = 0
+    in_channels: Number = 1
+    for i, (out_channels, kernel) in enumerate(zip(channels, static.conv_kernels)):
+        total += in_channels * out_channels * kernel
+        if static.conv_bias:
+            total += out_channels
+        if i == 0 or static.extractor_mode == "layer_norm":
+            total += 2 * out_channels
+        in_channels = out_channels
+    return total
+
+
+def _is_none(width: Number) -> bool:
+    """Whether nothing is left for certain. Not asked of expectations: it would synchronise a GPU."""
+    return not isinstance(width, Tensor) and width == 0
+
+
+def _check(static: StaticShape, widths: Widths) -> None:
+    if static.extractor_mode not in ("default", "layer_norm"):
+        raise ValueError(f"extractor_mode is {static.extractor_mode!r}; give 'default' or 'layer_norm'")
+    layers = len(widths.heads)
+    expected = {
+        "conv_strides": (len(static.conv_strides), len(static.conv_kernels)),
+        "conv": (len(widths.conv), len(static.conv_kernels)),
+        "ffn": (len(widths.ffn), layers),
+        "attention_present": (len(widths.attention_present or widths.heads), layers),
+        "ffn_present": (len(widths.ffn_present or widths.heads), layers),
+    }
+    for name, (found, wanted) in expected.items():
+        if found != wanted:
+            raise ValueError(f"{name} has {found} entries, but must have {wanted}: one a layer")

@@ -1,0 +1,171 @@
+"""Manifests, audio files, and the speech that comes with the repository."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest, write_manifest
+
+DATA = Path(__file__).resolve().parents[2] / "examples" / "tiny" / "data"
+
+
+def tone(samples: int, rate: int = 16000) -> np.ndarray:
+    return (0.5 * np.sin(2 * math.pi * 440 * np.arange(samples) / rate)).astype(np.float32)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "train.tsv", "/speech", ["a.flac", "b c/d.wav"], [400, 16000])
+    assert (tmp_path / "train.tsv").read_text() == "/speech\na.flac\t400\nb c/d.wav\t16000\n"
+    manifest = read_manifest(tmp_path / "train.tsv")
+    assert (manifest.paths, manifest.sizes, len(manifest)) == (["a.flac", "b c/d.wav"], [400, 16000], 2)
+    assert manifest.files == [Path("/speech/a.flac"), Path("/speech/b c/d.wav")]
+
+
+@pytest.mark.parametrize("root", [".", "../..", "sub"])
+def test_relative_root_is_relative_to_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str
+) -> None:
+    folder = tmp_path / "tasks" / "digit"
+    write_manifest(folder / "test.tsv", root, ["a.flac"], [400])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert read_manifest(Path("..", "tasks", "digit", "test.tsv")).root == (folder / root).resolve()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "lists no audio"),
+        ("/root\n", "lists no audio"),
+        ("a.flac\t400\n", "line 1: .*expected the root"),
+        ("/root\na.flac\t400\nb.flac 400\n", "line 3: found 'b.flac 400'"),
+        ("/root\na.flac\t-5\n", "line 2: .*number of samples above 0"),
+        ("/root\na.flac\t0\n", "line 2"),
+        ("/root\n\t400\n", "line 2"),
+        ("/root\na.flac\t400\tgeorge\n", "line 2"),
+    ],
+)
+def test_malformed_manifest(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "train.tsv").write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_manifest(tmp_path / "train.tsv")
+    assert str(tmp_path / "train.tsv") in str(caught.value)
+
+
+def test_missing_manifest(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="skill-manifest"):
+        read_manifest(tmp_path / "train.tsv")
+
+
+def test_missing_files_are_counted_and_named(tmp_path: Path) -> None:
+    (tmp_path / "there.flac").touch()
+    names = ["gone0.flac", "there.flac", "gone1.flac", "gone2.flac", "gone3.flac"]
+    write_manifest(tmp_path / "train.tsv", ".", names, [400] * 5)
+    with pytest.raises(FileNotFoundError, match="4 of 5 files are missing") as caught:
+        check_manifest(read_manifest(tmp_path / "train.tsv"))
+    assert all(name in str(caught.value) for name in ("gone0", "gone1", "gone2"))
+    assert "gone3" not in str(caught.value)
+    write_manifest(tmp_path / "train.tsv", ".", ["there.flac"], [400])
+    check_manifest(read_manifest(tmp_path / "train.tsv"))
+
+
+@pytest.mark.parametrize("name", ["a\tb.flac", "a\nb.flac", "a\x85b.flac", ""])
+def test_unstorable_path_writes_nothing(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="rename the file"):
+        write_manifest(tmp_path / "train.tsv", ".", ["good.flac", name], [400, 400])
+    with pytest.raises(ValueError, match="1 paths but 2 sizes"):
+        write_manifest(tmp_path / "train.tsv", ".", ["good.flac"], [400, 400])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", ["flac", "wav"])
+def test_load_audio_gives_the_samples(tmp_path: Path, ending: str) -> None:
+    integers = np.array([0, 1, -1, 32767, -32768] * 100, dtype=np.int16)
+    soundfile.write(tmp_path / f"a.{ending}", integers, 16000, subtype="PCM_16")
+    wave = load_audio(tmp_path / f"a.{ending}")
+    assert wave.dtype == torch.float32 and wave.shape == (500,)
+    np.testing.assert_array_equal(wave.numpy() * 32768, integers)
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "message"),
+    [
+        (tone(8000), 8000, r"sample rate 8000 Hz, expected 16000 Hz; convert it: ffmpeg .*-ar 16000"),
+        (np.stack([tone(8000)] * 2, axis=1), 16000, r"2 channels, expected 1 \(mono\); convert it"),
+        (tone(399), 16000, r"399 samples, expected at least 400 \(0.025 s\)"),
+        (
+            np.r_[tone(500), np.nan, np.inf].astype(np.float32),
+            16000,
+            "2 samples are NaN or infinite, the first at 500",
+        ),
+    ],
+)
+def test_load_audio_names_what_is_wrong(tmp_path: Path, samples: np.ndarray, rate: int, message: str) -> None:
+    file = tmp_path / "bad.wav"
+    soundfile.write(file, samples, rate, subtype="FLOAT")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_audio(file)
+    assert str(file) in str(caught.value)
+
+
+def test_load_audio_of_no_audio(tmp_path: Path) -> None:
+    (tmp_path / "text.flac").write_text("no audio at all")
+    with pytest.raises(ValueError, match="text.flac: cannot be decoded"):
+        load_audio(tmp_path / "text.flac")
+    with pytest.raises(FileNotFoundError, match="gone.flac: no such audio file"):
+        load_audio(tmp_path / "gone.flac")
+
+
+def test_min_samples_is_inclusive(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", tone(400), 16000)
+    assert len(load_audio(tmp_path / "a.flac")) == 400
+    with pytest.raises(ValueError, match="400 samples, expected at least 401"):
+        load_audio(tmp_path / "a.flac", min_samples=401)
+
+
+def rows(path: Path) -> list:
+    with open(path, encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream, delimiter="\t"))
+
+
+def test_example_speech_is_as_its_manifests_say() -> None:
+    files = set()
+    for path in [*DATA.glob("*.tsv"), *DATA.glob("tasks/*/t*[nt].tsv"), *DATA.glob("tasks/*/valid.tsv")]:
+        manifest = read_manifest(path)
+        check_manifest(manifest)
+        assert manifest.root == DATA
+        files.update(zip(manifest.files, manifest.sizes))
+    assert {file for file, _ in files} == set(DATA.glob("audio/**/*.flac"))
+    for file, size in files:
+        info = soundfile.info(str(file))
+        assert (info.samplerate, info.channels, info.frames) == (16000, 1, size)
+    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) <= 8_000_000
+
+
+def test_nothing_tested_on_is_trained_on() -> None:
+    unlabelled = {
+        split: set(read_manifest(DATA / f"{split}.tsv").paths) for split in ("train", "valid", "test")
+    }
+    assert not unlabelled["train"] & unlabelled["valid"] and not unlabelled["test"] & unlabelled["valid"]
+    for task in ("digit", "speaker"):
+        parts = {
+            split: set(read_manifest(DATA / "tasks" / task / f"{split}.tsv").paths) for split in unlabelled
+        }
+        assert len(set.union(*parts.values())) == sum(map(len, parts.values()))
+        assert not parts["test"] & (unlabelled["train"] | unlabelled["valid"])
+    speakers = {
+        split: {row["speaker"] for row in rows(DATA / "tasks" / "digit" / f"{split}.labels.tsv")}
+        for split in unlabelled
+    }
+    assert (
+        speakers["test"] == {"fsdd-yweweler"}
+        and speakers["valid"] == {"fsdd-theo"}
+        and len(speakers["train"]) == 4
+    )

@@ -1,0 +1,196 @@
+"""Small foreign models with random weights, their hidden states, and files of them as their owners write them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+CONV = {
+    "base": [(16, 10, 5)] + [(16, 3, 2)] * 4 + [(16, 2, 2)] * 2,
+    "large": [(24, 10, 5)] + [(24, 3, 2)] * 4 + [(24, 2, 2)] * 1 + [(32, 2, 2)],
+}
+SHAPE: dict[str, dict[str, Any]] = {
+    "base": {"layers": 3, "dim": 48, "ffn": 80, "heads": 4, "conv_pos": 16, "groups": 4},
+    "large": {"layers": 4, "dim": 64, "ffn": 96, "heads": 8, "conv_pos": 15, "groups": 8},
+}
+SAMPLES = (16000, 15900, 9100, 5841)
+
+
+@pytest.fixture(scope="session")
+def foreign() -> Any:
+    """The functions of this file."""
+    return sys.modules[__name__]
+
+
+class States(NamedTuple):
+    """Hidden states as SpeechEncoder orders them, the output, and True where a frame is padding."""
+
+    hidden: list[Tensor]
+    x: Tensor
+    padding: Tensor | None
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives every parameter a random value that matters: no bias is 0, no scale is 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.dim() == 1:
+                p.copy_(noise * 0.1 if name.endswith("bias") else 1 + 0.2 * noise)
+            elif p.shape[0] == 1:  # scale of the weight norm, and of the position gate
+                p.copy_(1 + 0.2 * noise)
+            elif "rel_attn_embed" in name or "relative_position" in name:
+                p.copy_(noise)
+            else:
+                p.copy_(noise / p[0].numel() ** 0.5)
+    return module.eval()
+
+
+def padded_batch(samples: tuple[int, ...] = SAMPLES, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """(B, N) noise, zero where padded, and its padding mask."""
+    generator = torch.Generator().manual_seed(seed)
+    padding = torch.arange(max(samples)) >= torch.tensor(samples)[:, None]
+    return torch.randn(padding.shape, generator=generator).masked_fill(padding, 0.0), padding
+
+
+def huggingface(kind: str, style: str, **changes: Any) -> nn.Module:
+    """A random WavLMModel, HubertModel or Wav2Vec2Model of transformers."""
+    import transformers
+
+    name = {"wavlm": "WavLM", "hubert": "Hubert", "wav2vec2": "Wav2Vec2"}[kind]
+    shape, large = SHAPE[style], style == "large"
+    fields = {
+        "hidden_size": shape["dim"],
+        "num_hidden_layers": shape["layers"],
+        "num_attention_heads": shape["heads"],
+        "intermediate_size": shape["ffn"],
+        "conv_dim": [c for c, _, _ in CONV[style]],
+        "conv_kernel": [k for _, k, _ in CONV[style]],
+        "conv_stride": [s for _, _, s in CONV[style]],
+        "conv_bias": large,
+        "feat_extract_norm": "layer" if large else "group",
+        "do_stable_layer_norm": large,
+        "num_conv_pos_embeddings": shape["conv_pos"],
+        "num_conv_pos_embedding_groups": shape["groups"],
+        **({"num_buckets": 16, "max_bucket_distance": 24} if kind == "wavlm" else {}),
+        **changes,
+    }
+    model = getattr(transformers, name + "Model")(getattr(transformers, name + "Config")(**fields))
+    return randomise(model)
+
+
+def huggingface_states(model: Any, source: Tensor, padding: Tensor | None = None) -> States:
+    """What transformers computes."""
+    mask = None if padding is None else (~padding).long()
+    with Recorder(model.feature_projection, *model.encoder.layers) as hidden, torch.no_grad():
+        x = model(source, attention_mask=mask).last_hidden_state
+        if mask is not None:
+            padding = ~model._get_feature_vector_attention_mask(x.size(1), mask)
+    return States(hidden, x, padding)
+
+
+def fairseq(kind: str, style: str, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A random HubertModel or Wav2Vec2Model of fairseq, and the ``cfg`` of its checkpoint."""
+    from fairseq.data import Dictionary
+    from fairseq.models.hubert.hubert import HubertConfig, HubertModel
+    from fairseq.models.wav2vec import Wav2Vec2Config, Wav2Vec2Model
+    from omegaconf import OmegaConf
+
+    shape, large = SHAPE[style], style == "large"
+    fields: dict[str, Any] = {
+        "extractor_mode": "layer_norm" if large else "default",
+        "conv_feature_layers": str(CONV[style]),
+        "conv_bias": large,
+        "encoder_layers": shape["layers"],
+        "encoder_embed_dim": shape["dim"],
+        "encoder_ffn_embed_dim": shape["ffn"],
+        "encoder_attention_heads": shape["heads"],
+        "activation_fn": "gelu",
+        "layer_norm_first": large,
+        "conv_pos": shape["conv_pos"],
+        "conv_pos_groups": shape["groups"],
+        **changes,
+    }
+    if kind == "hubert":
+        cfg = HubertConfig(label_rate=50, final_dim=8, **fields)
+        model = HubertModel(cfg, argparse.Namespace(sample_rate=16000), [Dictionary()])
+    else:
+        cfg = Wav2Vec2Config(quantize_targets=True, latent_vars=4, final_dim=8, **fields)
+        model = Wav2Vec2Model(cfg)
+    written = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    written = {"model": {"_name": kind, **written}, "task": {"normalize": large, "sample_rate": 16000}}
+    return randomise(model), written
+
+
+def fairseq_states(model: Any, source: Tensor, padding: Tensor | None = None) -> States:
+    """What fairseq computes."""
+    first = model.layer_norm if model.post_extract_proj is None else model.post_extract_proj
+    with Recorder(first, *model.encoder.layers) as hidden, torch.no_grad():
+        out = model.extract_features(source, padding, mask=False)
+    x, padding = (out["x"], out["padding_mask"]) if isinstance(out, dict) else out
+    # fairseq's layers work on (T, B, D), with T made even.
+    hidden = [hidden[0]] + [h[: x.size(1)].transpose(0, 1) for h in hidden[1:]]
+    return States(hidden, x, padding)
+
+
+def save_fairseq(model: nn.Module, cfg: Any, path: Path, **changes: Any) -> Path:
+    """Writes a checkpoint with everything that fairseq's trainer puts into one."""
+    from fairseq.data import Dictionary
+
+    optimizer = torch.optim.Adam([nn.Parameter(torch.ones(3))])
+    checkpoint = {
+        "args": None,
+        "cfg": cfg,
+        "model": model.state_dict(),
+        "criterion": None,
+        "optimizer_history": [{"criterion_name": "HubertCriterion", "num_updates": 400}],
+        "task_state": {"dictionaries": [Dictionary()]},
+        "extra_state": {"metrics": [], "val_loss": np.float64(3.5), "epoch": np.int64(2)},
+        "last_optimizer_state": optimizer.state_dict(),
+        **changes,
+    }
+    torch.save(checkpoint, path)
+    return path
+
+
+class Recorder:
+    """Collects copies of the outputs of modules, in the order of their calls, while it is entered."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.modules = modules
+
+    def __enter__(self) -> list[Tensor]:
+        outputs: list[Tensor] = []
+
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs.append((output[0] if isinstance(output, tuple) else output).clone())
+
+        self.handles = [module.register_forward_hook(record) for module in self.modules]
+        return outputs
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def assert_same_states(ours: Any, theirs: States, tolerance: float = 1e-5) -> None:
+    """Every hidden state, the output and the frame counts agree outside the padding."""
+    if theirs.padding is None:
+        assert ours.padding_mask is None or not ours.padding_mask.any()
+        counts = torch.ones(theirs.x.shape[:2], dtype=torch.bool)
+    else:
+        assert torch.equal(ours.padding_mask, theirs.padding)
+        counts = ~theirs.padding
+    assert len(ours.hidden_states) == len(theirs.hidden)
+    for i, (a, b) in enumerate(zip([*ours.hidden_states, ours.x], [*theirs.hidden, theirs.x])):
+        assert a.shape == b.shape
+        assert b[counts].std() > 0.1  # random weights, yet signals of a usual size
+        assert (a - b)[counts].abs().max() <= tolerance, f"hidden state {i}"

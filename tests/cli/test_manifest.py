@@ -1,0 +1,176 @@
+"""skill-manifest, on folders of every kind of file."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest
+from skill_fairseq.cli.manifest import main
+
+
+def tone(seconds: float, rate: int = 16000) -> np.ndarray:
+    return (0.5 * np.sin(2 * math.pi * 440 * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def write(file: Path, samples: np.ndarray, rate: int = 16000) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(file, samples, rate)
+
+
+def many(folder: Path, count: int) -> Path:
+    for index in range(count):
+        write(folder / f"speaker{index % 3}" / f"{index:03d}.wav", tone(0.5))
+    return folder
+
+
+def splits(out: Path) -> dict[str, list[str]]:
+    return {path.stem: read_manifest(path).paths for path in out.glob("*.tsv") if path.stem != "left_out"}
+
+
+def left_out(out: Path) -> dict[str, str]:
+    header, *rows = (out / "left_out.tsv").read_text().splitlines()
+    assert header == "path\treason\tdetail"
+    return {row.split("\t")[0]: row.split("\t", 1)[1] for row in rows}
+
+
+def test_good_files_stay_and_bad_ones_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder, out = tmp_path / "audio", tmp_path / "out"
+    write(folder / "good.flac", tone(2))
+    write(folder / "deep" / "er" / "GOOD.WAV", tone(3))
+    write(folder / "shortest.flac", tone(1))
+    write(folder / "short.flac", tone(0.99))
+    write(folder / "longest.ogg", tone(4))
+    write(folder / "long.flac", tone(4.01))
+    write(folder / "stereo.wav", np.stack([tone(2)] * 2, axis=1))
+    write(folder / "phone.wav", tone(2, 8000), 8000)
+    write(folder / "cut.flac", np.random.default_rng(0).normal(size=32000) * 0.1)
+    (folder / "cut.flac").write_bytes((folder / "cut.flac").read_bytes()[:-20000])
+    (folder / "text.flac").write_text("no audio")
+    (folder / "empty.wav").touch()
+    (folder / "notes.txt").write_text("not looked at")
+    write(folder / "a\tb.flac", tone(2))
+
+    assert (
+        main([str(folder), str(out), "--min-seconds", "1", "--max-seconds", "4", "--valid-percent", "0"]) == 0
+    )
+    manifest = read_manifest(out / "train.tsv")
+    check_manifest(manifest)
+    assert manifest.root == folder.resolve() and (out / "train.tsv").read_text().startswith(
+        f"{folder.resolve()}\n"
+    )
+    assert dict(zip(manifest.paths, manifest.sizes)) == {
+        "good.flac": 32000,
+        "deep/er/GOOD.WAV": 48000,
+        "shortest.flac": 16000,
+        "longest.ogg": 64000,
+    }
+    assert all(len(load_audio(file)) == size for file, size in zip(manifest.files, manifest.sizes))
+
+    reasons = left_out(out)
+    assert set(reasons) == {
+        "short.flac",
+        "long.flac",
+        "stereo.wav",
+        "phone.wav",
+        "cut.flac",
+        "text.flac",
+        "empty.wav",
+    } | {repr("a\tb.flac")}
+    assert reasons["short.flac"] == "too short\t0.990 s, expected 1 s or more"
+    assert reasons["long.flac"] == "too long\t4.010 s, expected 4 s or less"
+    assert reasons["stereo.wav"] == "not mono\t2 channels, expected 1"
+    assert reasons["phone.wav"] == "other sample rate\t8000 Hz, expected 16000 Hz"
+    assert all(reasons[name].startswith("unreadable\t") for name in ("cut.flac", "text.flac", "empty.wav"))
+    printed = capsys.readouterr().out
+    assert "left out: 8 files" in printed and "unreadable: 3: " in printed
+    assert (
+        "other sample rate: 1: phone.wav (8000 Hz, expected 16000 Hz)" in printed and "ffmpeg -i" in printed
+    )
+    assert "4 recordings, 0.003 hours" in printed
+
+
+def test_damage_in_the_middle_needs_decode(tmp_path: Path) -> None:
+    samples = tone(2)
+    samples[5000] = np.nan
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / "nan.wav", samples, 16000, subtype="FLOAT")
+    write(tmp_path / "audio" / "good.wav", tone(2))
+    arguments = [str(tmp_path / "audio"), str(tmp_path / "out"), "--valid-percent", "0"]
+    assert main(arguments) == 0 and splits(tmp_path / "out") == {"train": ["good.wav", "nan.wav"]}
+    assert main([*arguments, "--decode"]) == 0 and splits(tmp_path / "out") == {"train": ["good.wav"]}
+    assert "1 samples are NaN or infinite, the first at 5000" in left_out(tmp_path / "out")["nan.wav"]
+
+
+def test_split_shares_out_everything_reproducibly(tmp_path: Path) -> None:
+    folder = many(tmp_path / "audio", 40)
+
+    def run(name: str, seed: str) -> dict[str, list[str]]:
+        options = ["--valid-percent", "10", "--test-percent", "25", "--seed", seed]
+        assert main([str(folder), str(tmp_path / name), *options]) == 0
+        return splits(tmp_path / name)
+
+    first, again, other = run("first", "0"), run("again", "0"), run("other", "1")
+    assert first == again and first != other
+    for parts in (first, other):
+        assert {name: len(paths) for name, paths in parts.items()} == {"train": 26, "valid": 4, "test": 10}
+        assert sorted(sum(parts.values(), [])) == sorted(
+            str(p.relative_to(folder)) for p in folder.rglob("*.wav")
+        )
+        assert all(paths == sorted(paths) for paths in parts.values())
+
+
+def test_split_depends_on_paths_below_the_folder_only(tmp_path: Path) -> None:
+    options = ["--valid-percent", "20"]
+    for name in ("here", "there"):
+        assert main([str(many(tmp_path / name, 10)), str(tmp_path / f"out-{name}"), *options]) == 0
+    assert splits(tmp_path / "out-here") == splits(tmp_path / "out-there")
+
+
+def test_a_split_asked_for_is_never_empty(tmp_path: Path) -> None:
+    assert main([str(many(tmp_path / "audio", 5)), str(tmp_path / "out")]) == 0
+    assert {name: len(paths) for name, paths in splits(tmp_path / "out").items()} == {"train": 4, "valid": 1}
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    many(tmp_path / "store", 3)
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "link").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "loop").symlink_to(tmp_path / "store")
+    assert main([str(tmp_path / "audio"), str(tmp_path / "out"), "--valid-percent", "0"]) == 0
+    assert splits(tmp_path / "out")["train"] == [f"link/speaker{index}/00{index}.wav" for index in range(3)]
+
+
+def fails(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    return message
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder, out = many(tmp_path / "audio", 3), tmp_path / "out"
+    assert "no such folder" in fails(capsys, tmp_path / "nothing", out)
+    assert "no files ending in flac" in fails(capsys, folder, out, "--ext", "flac")
+    assert "--valid-percent: 100, expected" in fails(capsys, folder, out, "--valid-percent", 100)
+    assert "expected 0 <= min <= max" in fails(capsys, folder, out, "--min-seconds", 2, "--max-seconds", 1)
+    assert not out.exists()
+    assert "leave none for train.tsv" in fails(
+        capsys, folder, out, "--valid-percent", 50, "--test-percent", 50
+    )
+    assert "none of 3 files is usable" in fails(capsys, folder, out, "--min-seconds", 5)
+    assert splits(out) == {} and len(left_out(out)) == 3
+
+
+def test_a_stale_split_is_not_left_beside_a_new_train_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, out = many(tmp_path / "audio", 4), tmp_path / "out"
+    assert main([str(folder), str(out), "--test-percent", "25"]) == 0
+    before = splits(out)
+    assert "test.tsv exists, but --test-percent is 0" in fails(capsys, folder, out)
+    assert splits(out) == before

@@ -1,0 +1,139 @@
+"""Each patch of the start-up hook: the error without it, on the versions that have it, and none with it."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy
+import pytest
+import torch
+
+
+def version(package) -> tuple[int, int]:
+    major, minor = package.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+DATACLASS_DEFAULT = """
+import omegaconf
+from dataclasses import dataclass
+
+@dataclass
+class Inner:
+    value: int = 3
+
+@dataclass
+class Outer:
+    __module__ = {module!r}
+    inner: Inner = Inner()
+
+print(Outer().inner.value)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "hook", "refused"),
+    [("fairseq.made_up", True, False), ("fairseq.made_up", False, True), ("elsewhere", True, True)],
+)
+def test_dataclass_default_is_allowed_in_the_patched_packages_only(python, module, hook, refused):
+    result = python(DATACLASS_DEFAULT.format(module=module), hook)
+    if refused and sys.version_info >= (3, 11):
+        assert "ValueError: mutable default" in result.stderr
+    else:
+        assert result.stdout == "3\n", result.stderr
+
+
+@pytest.mark.parametrize("hook", [True, False])
+def test_hydra_finds_its_plugins(python, hook):
+    result = python(
+        "from hydra.core.plugins import Plugins\n"
+        "from hydra.plugins.launcher import Launcher\n"
+        "print([launcher.__name__ for launcher in Plugins.instance().discover(Launcher)])\n",
+        hook,
+    )
+    if hook or sys.version_info < (3, 11):
+        assert "BasicLauncher" in result.stdout, result.stderr
+    else:
+        assert result.returncode == 1
+
+
+def test_find_module_is_what_find_spec_loads(python):
+    result = python(
+        "import omegaconf, json\n"
+        "from importlib.machinery import FileFinder, SourceFileLoader\n"
+        "finder = FileFinder(json.__path__[0], (SourceFileLoader, ['.py']))\n"
+        "print(finder.find_module('decoder').path == json.decoder.__file__, finder.find_module('absent'))\n"
+    )
+    assert result.stdout == "True None\n", result.stderr
+
+
+@pytest.mark.parametrize("hook", [True, False])
+def test_typing_io_can_be_imported_by_antlr4(python, hook):
+    result = python("import antlr4, typing\nprint(sys.modules['antlr4.Lexer'].TextIO is typing.TextIO)\n", hook)
+    if not hook and sys.version_info >= (3, 13):
+        assert "No module named 'typing.io'" in result.stderr
+    else:
+        assert result.stdout == "True\n", result.stderr
+
+
+def test_crash_under_hydra_shows_its_own_error_from_the_failing_line(python):
+    result = python(
+        "import hydra\n@hydra.main()\ndef app(config):\n    raise ValueError('the real error')\napp()\n"
+    )
+    assert result.returncode == 1
+    assert "ValueError: the real error" in result.stderr
+    assert "in app\n    raise ValueError('the real error')" in result.stderr
+    assert "TypeError" not in result.stderr
+    assert "run_and_report" not in result.stderr  # hydra's own frames are still left out
+
+
+def test_fairseq_loads_and_masks_while_others_see_plain_torch_and_numpy(python):
+    """Rows of torch.load and numpy.int together: importing fairseq takes long."""
+    result = python(
+        """
+import io
+import numpy as np
+import torch
+from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
+from fairseq.data.data_utils import compute_mask_indices
+from fairseq.distributed import utils as distributed_utils
+from omegaconf import OmegaConf
+
+state = {
+    "args": None,
+    "cfg": OmegaConf.create({"task": {"data": "here"}}),
+    "dictionary": Dictionary(),
+    "extra_state": {"train_iterator": {"epoch": 2}},
+    "optimizer_history": [{"optimizer_name": "a", "lr_scheduler_state": {}, "num_updates": 7}],
+}
+torch.save(state, "checkpoint.pt")
+
+def error(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except Exception as e:
+        return type(e).__name__
+    return None
+
+print("checkpoint", len(checkpoint_utils.load_checkpoint_to_cpu("checkpoint.pt")["dictionary"]))
+print("broadcast", len(distributed_utils.torch.load("checkpoint.pt")["dictionary"]))
+print("torch.load", error(torch.load, "checkpoint.pt"))
+print("weights_only", error(checkpoint_utils.torch.load, "checkpoint.pt", weights_only=True))
+mask = compute_mask_indices((4, 100), None, 0.4, 10, no_overlap=True, min_space=1)
+print("masked", mask.shape, mask.any(1).all())
+print("np.int", error(lambda: np.int))
+"""
+    )
+    assert result.returncode == 0, result.stderr
+    seen = dict(line.split(" ", 1) for line in result.stdout.splitlines())
+    assert seen["checkpoint"] == seen["broadcast"] == "4"  # Dictionary's special symbols
+    assert seen["masked"] == "(4, 100) True"
+    assert seen["torch.load"] == ("UnpicklingError" if version(torch) >= (2, 6) else "None")
+    assert seen["weights_only"] == ("UnpicklingError" if version(torch) >= (1, 13) else "TypeError")
+    assert seen["np.int"] == ("AttributeError" if version(numpy) >= (1, 24) else "None")
+
+
+def test_without_the_hook_fairseq_fails_from_python_3_11(python):
+    result = python("import fairseq", hook=False)
+    assert (result.returncode != 0) == (sys.version_info >= (3, 11)), result.stderr

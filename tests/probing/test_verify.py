@@ -1,0 +1,77 @@
+"""Cosine scores and equal error rate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from skill_fairseq.probing.verify import VerificationResult, cosine_scores, equal_error_rate, verify
+
+
+def brute_force_eer(scores: np.ndarray, same: np.ndarray) -> float:
+    """Walk along the (false accept, false reject) polygon in tiny steps to where they are equal."""
+    corners = []
+    for threshold in [np.inf, *sorted(set(scores), reverse=True)]:
+        corners.append(((scores[~same] >= threshold).mean(), (scores[same] < threshold).mean()))
+    best = (np.inf, 0.0)
+    for (accept, reject), (next_accept, next_reject) in zip(corners, corners[1:]):
+        for share in np.linspace(0, 1, 2001):
+            a, r = accept + share * (next_accept - accept), reject + share * (next_reject - reject)
+            best = min(best, (abs(a - r), a))
+    return best[1]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("digits", [1, 6])
+def test_eer_is_brute_force(seed: int, digits: int) -> None:
+    generator = np.random.default_rng(seed)
+    same = generator.random(60) < 0.3
+    scores = (generator.normal(size=60) + 1.0 * same).round(digits)  # one digit: many ties
+    assert equal_error_rate(scores, same) == pytest.approx(brute_force_eer(scores, same), abs=1e-3)
+
+
+def test_eer_of_simple_cases() -> None:
+    same = np.array([True, True, False, False])
+    assert equal_error_rate(np.array([0.9, 0.8, 0.2, 0.1]), same) == 0
+    assert equal_error_rate(np.array([0.1, 0.2, 0.8, 0.9]), same) == 1
+    assert equal_error_rate(np.array([0.9, 0.3, 0.6, 0.1]), same) == 0.5
+    assert equal_error_rate(np.zeros(4), same) == 0.5
+    with pytest.raises(ValueError, match="4 of 4 pairs, expected both kinds"):
+        equal_error_rate(np.arange(4.0), np.ones(4, dtype=bool))
+
+
+def test_cosine_scores_are_the_formula() -> None:
+    features = np.random.default_rng(0).normal(size=(7, 3, 5)) * np.array([1.0, 10.0, 100.0])[:, None]
+    features[:, 0, 0] = 2.0  # constant: must not divide by zero
+    vectors = []
+    for recording in features:
+        total = np.zeros(5)
+        for layer in range(3):
+            for d in range(5):
+                column = features[:, layer, d]
+                total[d] += (recording[layer, d] - column.mean()) / (column.std() or 1.0) / 3
+        vectors.append(total)
+    pairs = [(0, 1), (6, 2), (3, 3)]
+    expected = [
+        a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in ((vectors[i], vectors[j]) for i, j in pairs)
+    ]
+    np.testing.assert_allclose(cosine_scores(features, pairs), expected, atol=1e-12)
+
+
+def test_verify_separates_speakers_and_is_reproducible() -> None:
+    generator = np.random.default_rng(1)
+    speakers = np.repeat(np.arange(6), 5)
+    centres = generator.normal(size=(6, 2, 20))
+    trials = [(bool(speakers[i] == speakers[j]), i, j) for i in range(30) for j in range(i)]
+
+    def result(noise: float, seed: int = 0) -> VerificationResult:
+        draw = np.random.default_rng(2).normal(size=(30, 2, 20))
+        return verify(centres[speakers] + noise * draw, trials, resamples=200, seed=seed)
+
+    clear, noisy = result(0.1), result(3.0)
+    assert clear.eer == 0 and clear.interval == (0.0, 0.0) and clear.trials == 435
+    assert 0.2 < noisy.eer < 0.5
+    low, high = noisy.interval
+    assert low < noisy.eer < high and 0.05 < high - low < 0.25
+    assert result(3.0) == noisy
+    assert result(3.0, seed=1).interval != noisy.interval
