@@ -7,9 +7,14 @@ Importing it registers, where fairseq is installed, the task ``skill_distillatio
 from importlib.util import find_spec
 
 from skill_fairseq.checkpoints import load_encoder
+from skill_fairseq.pruning.shrink import shrink
 
-__all__ = ["load_encoder"]
+__all__ = ["load_encoder", "shrink"]
 __version__ = "0.1.0"
 
 if find_spec("fairseq") is not None:
-    import skill_fairseq.models.wavlm  # noqa: F401
+    import skill_fairseq.criterions.skill_group_kd
+    import skill_fairseq.models.skill_student
+    import skill_fairseq.models.wavlm
+    import skill_fairseq.optim.linear_warmup_decay
+    import skill_fairseq.tasks.skill_distillation  # noqa: F401

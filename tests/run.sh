@@ -4,34 +4,45 @@
 #   bash tests/run.sh                      everything
 #   bash tests/run.sh -m "not slow" -x     arguments go to pytest
 #
-# Needs python3 (3.9-3.13, with venv and, to build fairseq, a C++ compiler) and PyPI. PYTHON names another
-# Python, VENV another environment folder; an environment is kept until its requirements change.
-# For a CPU build of torch where pip offers CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+# Needs python3 (3.9-3.13, with venv and, as fairseq has no wheels, a C++ compiler) and PyPI. PYTHON names
+# another Python, VENV another environment folder, LINT=0 leaves out ruff and mypy. An environment is used
+# again until its requirements change.
+# Where pip would fetch torch with CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has it without.
 set -euo pipefail
 cwd=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 say() { printf '\n== %s\n' "$*"; }
 
-PYTHON=${PYTHON:-python3}
-VENV=${VENV:-$PWD/tests/.venv}
-[[ $VENV = /* ]] || VENV=$cwd/$VENV
+python=${PYTHON:-python3}
+venv=${VENV:-$PWD/tests/.venv}
+[[ $venv = /* ]] || venv=$cwd/$venv
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+
+case $version in
+    # The oldest torch, and what goes with it.
+    3.9 | 3.10) requirements=('torch==1.12.1' 'torchaudio==0.12.1' 'numpy<1.24' 'transformers<4.31') ;;
+    *) requirements=(-c tests/constraints.txt) ;;
+esac
 
 # The stamp is written last: an interrupted installation starts again.
-stamp=$({ "$PYTHON" --version; pwd; cat setup.py pyproject.toml tests/constraints.txt; } | cksum)
-if [ "$(cat "$VENV/installed" 2>/dev/null)" = "$stamp" ]; then
-    say "environment $VENV is up to date"
+stamp=$({ echo "$PWD $version ${requirements[*]}" && cat setup.py pyproject.toml tests/constraints.txt; } | cksum)
+if [ "$(cat "$venv/installed" 2>/dev/null)" = "$stamp" ]; then
+    say "environment $venv is up to date"
 else
-    say "making the environment $VENV (about 2 minutes)"
-    "$PYTHON" -m venv --clear "$VENV"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check 'pip<24.1'
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c tests/constraints.txt -e '.[tests]'
-    printf '%s\n' "$stamp" >"$VENV/installed"
+    say "making the environment $venv with Python $version (about 2 minutes)"
+    "$python" -m venv --clear "$venv"
+    pip() { "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
+    pip install 'pip<24.1'
+    pip install "${requirements[@]}" -e '.[tests]'
+    printf '%s\n' "$stamp" >"$venv/installed"
 fi
-export PATH="$VENV/bin:$PATH"
+export PATH="$venv/bin:$PATH"
 
-say ruff
-ruff check .
-say mypy
-mypy skill_fairseq setup.py
+if [ "${LINT:-1}" = 1 ]; then
+    say ruff
+    ruff check .
+    say mypy
+    mypy skill_fairseq setup.py
+fi
 say pytest
 python -m pytest "$@"

@@ -150,4 +150,7 @@ def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     history = checkpoint.get("optimizer_history")
     last = history[-1] if isinstance(history, (list, tuple)) and history else {}
     updates = last.get("num_updates") if isinstance(last, Mapping) else None
-    return {"num_updates": updates} if isinstance(updates, int) else {}
+    found = {"num_updates": updates} if isinstance(updates, int) else {}
+    criterion = (plain(checkpoint.get("cfg")) or {}).get("criterion") or {}
+    kept = {name: criterion.get(name) for name in ("groups", "target_sparsity") if criterion.get(name) is not None}
+    return {**found, **kept}

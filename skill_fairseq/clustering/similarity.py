@@ -5,7 +5,7 @@ Definitions, for two layers with states x_f, y_f in R^D at the frames f = 1..N (
 =================  ====================================================================================
 ``cka``            1 - linear CKA of the centred states, exact (Kornblith et al. 2019, arXiv:1905.00414)
 ``cka_minibatch``  1 - linear CKA by the unbiased HSIC of blocks of frames (Nguyen et al. 2021,
-                   arXiv:2010.15327, eq. 2 and 3; HSIC_1 of Song et al. 2012)
+                   arXiv:2010.15327), averaged over the blocks before the quotient is taken
 ``cosine``         mean over frames of 1 - cos(x_f, y_f)
 ``l1``             mean over frames and features of |x - y|
 ``l2``             root of the mean over frames and features of (x - y)^2: a Euclidean distance
@@ -32,10 +32,9 @@ _MIN_BLOCK = 4  # the unbiased HSIC divides by n (n - 3)
 
 
 def unbiased_hsic(states: Tensor) -> Tensor:
-    """Unbiased HSIC with linear kernels between all pairs of layers (Song et al. 2012, eq. 5).
+    """Unbiased HSIC with linear kernels between all pairs of layers (Song et al. 2012).
 
-    Computed as inner products of U-centred Gram matrices (Szekely and Rizzo 2014, eq. 3.1), which is the same
-    number.
+    Computed as inner products of U-centred Gram matrices (Szekely and Rizzo 2014), which gives the same numbers.
 
     Args:
         states: (S, n, D) float64 states of S layers at n >= 4 frames.

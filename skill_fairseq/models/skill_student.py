@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -11,7 +12,8 @@ from fairseq.models.hubert.hubert import HubertModel
 from omegaconf import II
 from torch import Tensor
 
-from skill_fairseq.checkpoints import load_encoder, read_target_sparsity
+from skill_fairseq.checkpoints.load import read_source
+from skill_fairseq.checkpoints.source import build_encoder
 from skill_fairseq.models.wavlm import WavLMConfig, WavLMModel, dropouts, encoder_config
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.expected import expected_parameters
@@ -69,7 +71,8 @@ def initial_student(cfg: SkillStudentConfig) -> SpeechEncoder:
     Raises:
         FileNotFoundError, ValueError: the file is missing or not a known encoder.
     """
-    encoder = load_encoder(cfg.init_from)
+    source = read_source(cfg.init_from)
+    encoder = build_encoder(source, Path(cfg.init_from)).eval()
     if not encoder.config.pruning_units and not cfg.pruning_units:
         return encoder
     if encoder.config.pruning_units:
@@ -79,7 +82,7 @@ def initial_student(cfg: SkillStudentConfig) -> SpeechEncoder:
                 "distil on, or give an ungated teacher"
             )
         before = encoder.num_parameters()
-        encoder = shrink(encoder, read_target_sparsity(cfg.init_from))
+        encoder = shrink(encoder, source.provenance.get("target_sparsity"))
         logger.info(f"shrunk {cfg.init_from}: {before:,} to {encoder.num_parameters():,} parameters")
         return encoder
     original = encoder.config.original_parameters or encoder.num_parameters()

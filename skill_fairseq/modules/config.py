@@ -184,7 +184,14 @@ class EncoderConfig:
         return self == self.replace(conv_channels=None, heads=None, ffn_dims=None)
 
     def replace(self, **changes: Any) -> "EncoderConfig":
-        """A copy with some fields changed."""
+        """A copy with some fields changed; what was not pruned follows a changed full width."""
+        for kept, full in (
+            ("conv_channels", [c for c, _, _ in self.conv_feature_layers]),
+            ("heads", [list(range(self.encoder_attention_heads))] * self.encoder_layers),
+            ("ffn_dims", [self.encoder_ffn_embed_dim] * self.encoder_layers),
+        ):
+            if getattr(self, kept) == full:
+                changes.setdefault(kept, None)
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> Dict[str, Any]:

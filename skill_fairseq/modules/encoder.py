@@ -17,6 +17,7 @@ from skill_fairseq.modules.layer import EncoderLayer
 from skill_fairseq.modules.norms import ChannelLayerNorm
 from skill_fairseq.modules.positional_conv import PositionalConv
 from skill_fairseq.modules.relative_position import RelativePosition
+from skill_fairseq.pruning.size import count_macs, static_shape, widths_of
 
 FrameTransform = Callable[[Tensor, Optional[Tensor]], Tensor]
 
@@ -195,6 +196,7 @@ class SpeechEncoder(nn.Module):
     def __init__(self, config: EncoderConfig, dropouts: Dropouts = Dropouts()) -> None:  # noqa: B008
         super().__init__()
         self.config = config
+        self.dropouts = dropouts
         self.feature_extractor = ConvStack(config)
         self.feature_projection = FeatureProjection(config, dropouts.input)
         self.transformer = Transformer(config, dropouts)
@@ -253,3 +255,8 @@ class SpeechEncoder(nn.Module):
         """Parameters of the encoder itself, gates not counted."""
         gates = sum(p.numel() for _, gate in self.named_gates() for p in gate.parameters())
         return sum(p.numel() for p in self.parameters()) - gates
+
+    def macs(self, seconds: float) -> int:
+        """Multiply-accumulates of one forward over that much audio; closed gates are not taken into account."""
+        samples = round(seconds * self.config.sample_rate)
+        return count_macs(static_shape(self.config), widths_of(self.config), samples)

@@ -40,11 +40,11 @@ class ProbeResult:
 def learn_layer_weights(
     features: np.ndarray, targets: np.ndarray, penalty: float = 0.01, steps: int = 100
 ) -> np.ndarray:
-    """Weights of a sum over layers, learnt together with a linear classifier (as in SUPERB, arXiv
-    2105.01051).
+    """Weights of a sum over layers, learnt together with a linear classifier.
 
-    Minimises mean cross-entropy + penalty / 2 * |W|^2 by L-BFGS over softmax weights, which start equal, and
-    a linear head, which starts at zero: there is nothing random in it.
+    The weighted sum is SUPERB's (arXiv 2105.01051, section 3). Minimises mean cross-entropy + penalty / 2 *
+    |W|^2 by L-BFGS over softmax weights, which start equal, and a linear head, which starts at zero: there is
+    nothing random in it.
 
     Args:
         features: (N, layers, F) float32, each dimension of each layer standardised.

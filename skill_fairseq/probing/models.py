@@ -31,8 +31,7 @@ class ProbedModel:
 
 
 def level_free_log_mel(wave: Tensor) -> list[Tensor]:
-    """(N,) samples to log-mel features [(T, 80)] less their mean over the recording, so that its gain has no
-    effect.
+    """(N,) samples to [(T, 80)] log-mel features less their mean over the recording: its gain has no effect.
 
     Encoders whose first convolution is normalised over time ignore gain as well; without this the baseline
     mostly measures how loud a speaker was recorded.
@@ -71,7 +70,6 @@ def resolve_model(word: str, device: str = "cpu", seed: int = 0) -> ProbedModel:
 
     encoder = load_encoder(path, device=device)
     if what.startswith(RANDOM):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            encoder = type(encoder)(encoder.config).to(device).eval()
+        torch.manual_seed(seed)
+        encoder = type(encoder)(encoder.config).to(device)
     return ProbedModel(name, EncoderFeatures(encoder), encoder.num_parameters())

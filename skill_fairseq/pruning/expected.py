@@ -45,10 +45,10 @@ def expected_parameters(encoder: SpeechEncoder) -> Tensor:
     return count_parameters(static_shape(encoder.config), expected_widths(encoder))  # type: ignore[return-value]
 
 
-def smallest_parameters(encoder: SpeechEncoder) -> int:
+def smallest_parameters(config: EncoderConfig) -> int:
     """Parameters left if every gate closed but for one channel a convolution: the least that can be reached."""
-    widths = widths_of(encoder.config)
-    units = encoder.config.pruning_units
+    widths = widths_of(config)
+    units = config.pruning_units
     layers = len(widths.heads)
     nothing = [0] * layers
     attention, ffn = widths.attention_present, widths.ffn_present
@@ -59,4 +59,4 @@ def smallest_parameters(encoder: SpeechEncoder) -> int:
         attention_present=nothing if "attention_layers" in units else attention,
         ffn_present=nothing if "ffn_layers" in units else ffn,
     )
-    return int(count_parameters(static_shape(encoder.config), smallest))
+    return int(count_parameters(static_shape(config), smallest))

@@ -12,6 +12,8 @@ from typing import TypeVar, Union
 
 from torch import Tensor
 
+from skill_fairseq.modules.config import EncoderConfig
+
 Number = Union[int, float, Tensor]
 """A width: an integer, or its expectation as a scalar tensor."""
 
@@ -81,6 +83,35 @@ class Widths:
     def feed_forward(self) -> list[tuple[Number, Number]]:
         """(units, presence) of each layer."""
         return list(zip(self.ffn, self.ffn_present or [1] * len(self.ffn)))
+
+
+def static_shape(config: EncoderConfig) -> StaticShape:
+    """The part of an encoder's shape that pruning never changes."""
+    return StaticShape(
+        conv_kernels=tuple(kernel for _, kernel, _ in config.conv_feature_layers),
+        conv_strides=tuple(stride for _, _, stride in config.conv_feature_layers),
+        conv_bias=config.conv_bias,
+        extractor_mode=config.extractor_mode,
+        embed_dim=config.encoder_embed_dim,
+        head_dim=config.head_dim,
+        conv_pos=config.conv_pos,
+        conv_pos_groups=config.conv_pos_groups,
+        relative_position=config.relative_position,
+        num_buckets=config.num_buckets,
+        full_heads=config.encoder_attention_heads,
+    )
+
+
+def widths_of(config: EncoderConfig) -> Widths:
+    """The widths of an encoder as it is, integers."""
+    assert config.conv_channels is not None and config.heads is not None and config.ffn_dims is not None
+    return Widths(
+        conv=config.conv_channels,
+        heads=[len(heads or ()) for heads in config.heads],
+        ffn=[units or 0 for units in config.ffn_dims],
+        attention_present=[int(heads is not None) for heads in config.heads],
+        ffn_present=[int(units is not None) for units in config.ffn_dims],
+    )
 
 
 def count_parameters(static: StaticShape, widths: Widths) -> Number:

@@ -21,8 +21,8 @@ def test_same_hidden_states_alone_and_padded(foreign, kind, style, tmp_path):
     with torch.no_grad():
         for row, samples in zip(source, foreign.SAMPLES):
             alone = row[None, :samples]
-            foreign.assert_same_states(encoder(alone), foreign.fairseq_states(model, alone))
-            foreign.assert_same_states(encoder(alone, alone.isnan()), foreign.fairseq_states(model, alone, alone.isnan()))
+            for mask in (None, torch.zeros_like(alone, dtype=torch.bool)):
+                foreign.assert_same_states(encoder(alone, mask), foreign.fairseq_states(model, alone, mask))
         theirs = foreign.fairseq_states(model, source, padding)
         ours = encoder(source, padding)
         foreign.assert_same_states(ours, theirs)
@@ -80,7 +80,7 @@ def microsoft_name(name: str, style: str) -> str:
     norm = r"2.1" if style == "large" else "2"
     for pattern, replacement in (
         (r"^feature_extractor\.conv_layers\.(\d)\.conv\.", r"feature_extractor.conv_layers.\1.0."),
-        (r"^feature_extractor\.conv_layers\.(\d)\.layer_norm\.", rf"feature_extractor.conv_layers.\1.{norm}."),
+        (r"^(feature_extractor\.conv_layers\.\d)\.layer_norm\.", rf"\1.{norm}."),
         (r"^feature_projection\.layer_norm\.", "layer_norm."),
         (r"^feature_projection\.projection\.", "post_extract_proj."),
         (r"pos_conv_embed\.conv\.parametrizations\.weight\.original0", "pos_conv.0.weight_g"),
@@ -134,9 +134,11 @@ def test_microsoft_wavlm(foreign, style, tmp_path):
             foreign.assert_same_states(encoder(alone), foreign.huggingface_states(model, alone))
         # Padded: Microsoft's rule for the frames is fairseq's; beyond that rule the arithmetic is the same.
         hubert, _ = foreign.fairseq("hubert", style)
-        assert torch.equal(encoder(source, padding).padding_mask, foreign.fairseq_states(hubert, source, padding).padding)
+        theirs = foreign.fairseq_states(hubert, source, padding)
+        assert torch.equal(encoder(source, padding).padding_mask, theirs.padding)
         encoder.config = encoder.config.replace(padding_rule="convolution")
-        foreign.assert_same_states(encoder(source, padding), foreign.huggingface_states(model, source, padding))
+        theirs = foreign.huggingface_states(model, source, padding)
+        foreign.assert_same_states(encoder(source, padding), theirs)
 
     cfg["gru_rel_pos"] = False
     torch.save({"cfg": cfg, "model": state}, tmp_path / "WavLM.pt")

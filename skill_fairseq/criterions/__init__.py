@@ -1,0 +1,1 @@
+"""fairseq criterion ``skill_group_kd``: group distillation and size constraint."""

@@ -1,0 +1,1 @@
+"""fairseq learning-rate scheduler ``linear_warmup_decay``."""

@@ -1,0 +1,53 @@
+"""DPHuBERT's learning-rate schedule: linear warm-up, linear decay to 0."""
+
+from dataclasses import dataclass, field
+from typing import Any, List, Optional
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.optim.lr_scheduler import FairseqLRScheduler, register_lr_scheduler
+from omegaconf import II
+
+from skill_fairseq.pruning.lagrangian import linear_warmup_decay
+
+
+@dataclass
+class LinearWarmupDecayConfig(FairseqDataclass):
+    """Warm-up, length and peak of the schedule."""
+
+    warmup_updates: int = field(default=15000, metadata={"help": "updates until the peak"})
+    total_num_update: int = field(
+        default=II("optimization.max_update"), metadata={"help": "update at which the rate has fallen to 0"}
+    )
+    lr: List[float] = II("optimization.lr")
+
+
+@register_lr_scheduler("linear_warmup_decay", dataclass=LinearWarmupDecayConfig)
+class LinearWarmupDecay(FairseqLRScheduler):
+    """Multiplies the peak rate by :func:`linear_warmup_decay`.
+
+    fairseq's ``polynomial_decay`` is one update late: its first update has rate 0.
+
+    Args:
+        cfg: schedule.
+        optimizer: whose rate is set.
+    """
+
+    def __init__(self, cfg: LinearWarmupDecayConfig, optimizer: Any) -> None:
+        super().__init__(cfg, optimizer)
+        if cfg.total_num_update <= cfg.warmup_updates:
+            raise ValueError(
+                f"lr_scheduler.warmup_updates: {cfg.warmup_updates} is not below the {cfg.total_num_update} updates of "
+                "the run (optimization.max_update); lower the one or raise the other"
+            )
+        self.step_update(0)
+
+    def step(self, epoch: int, val_loss: Optional[float] = None) -> float:
+        """Nothing happens at the end of an epoch."""
+        super().step(epoch, val_loss)
+        return self.optimizer.get_lr()
+
+    def step_update(self, num_updates: int) -> float:
+        """Sets the rate for the update with this 0-based index."""
+        factor = linear_warmup_decay(num_updates, self.cfg.warmup_updates, self.cfg.total_num_update)
+        self.optimizer.set_lr(self.cfg.lr[0] * factor)
+        return self.optimizer.get_lr()

@@ -1,0 +1,132 @@
+"""Which units stay: by each gate's own rounding, then one global correction to hit a size exactly."""
+
+from __future__ import annotations
+
+from typing import Callable, Dict, List, NamedTuple, Optional
+
+from torch import Tensor
+
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.pruning.expected import full_parameters, smallest_parameters
+from skill_fairseq.pruning.size import Number, Widths, count_parameters, static_shape, widths_of
+
+Selection = Dict[str, Tensor]
+"""Gate name -> (num_units,) bool, True for each unit that stays."""
+
+
+class _Gate(NamedTuple):
+    name: str
+    order: List[int]  # units, the most wanted first
+    log_alpha: List[float]  # in that order
+    at_least: int
+
+
+def select_units(encoder: SpeechEncoder, sparsity: Optional[float] = None) -> Selection:
+    """Units that stay when the encoder is shrunk.
+
+    Without a sparsity these are the units that evaluation keeps. With one, gates are opened or closed one unit at a
+    time, always the least wanted open (or the most wanted closed) unit of all whose size brings the encoder nearer to
+    ``(1 - sparsity) * original parameters``, until none does: the size is then off by less than the smallest unit.
+
+    Args:
+        encoder: with gates.
+        sparsity: fraction of the original parameters to remove, in [0, 1).
+
+    Raises:
+        ValueError: no gates, or the sparsity cannot be reached with them.
+    """
+    gates = dict(encoder.named_gates())
+    if not gates:
+        raise ValueError("the encoder has no gates: it is a teacher or already shrunk; give a stage-1 checkpoint")
+    if sparsity is None:
+        return {name: gate.kept() for name, gate in gates.items()}
+
+    check_reachable(encoder.config, sparsity, "sparsity")
+    table = []
+    for name, gate in gates.items():
+        values, order = gate.log_alpha.detach().cpu().sort(descending=True, stable=True)
+        at_least = 1 if name.startswith("feature_extractor.") else 0
+        table.append(_Gate(name, order.tolist(), values.tolist(), at_least))
+    counts = {name: max(int(gate.kept().sum()), 1 if "feature_ext" in name else 0) for name, gate in gates.items()}
+    target = round((1 - sparsity) * full_parameters(encoder.config))
+    _correct(table, counts, target, lambda kept: _size_with(encoder, kept))
+
+    selection = {}
+    for entry in table:
+        mask = gates[entry.name].kept() & False
+        mask[entry.order[: counts[entry.name]]] = True
+        selection[entry.name] = mask
+    return selection
+
+
+def apply_selection(encoder: SpeechEncoder, selection: Optional[Selection]) -> None:
+    """Makes evaluation of the gated encoder keep exactly these units; None returns to rounding."""
+    for name, gate in encoder.named_gates():
+        gate.set_kept(None if selection is None else selection[name])
+
+
+def check_reachable(config: EncoderConfig, sparsity: float, field: str) -> None:
+    """Refuses a sparsity that the encoder's gates cannot reach.
+
+    Raises:
+        ValueError: names ``field``, the value and what can be reached.
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"{field}: {sparsity} is no sparsity; expected a number in [0, 1), 0.75 removes three quarters")
+    full = full_parameters(config)
+    most = 1 - smallest_parameters(config) / full
+    least = 1 - int(count_parameters(static_shape(config), widths_of(config))) / full
+    if not least - 1e-9 <= sparsity <= most:
+        raise ValueError(
+            f"{field}: {sparsity} cannot be reached: gates on {config.pruning_units} allow "
+            f"{max(least, 0):.4f} to {most:.4f}; choose a sparsity in between, or gate more units (model.pruning_units)"
+        )
+
+
+def _correct(
+    gates: List[_Gate], counts: Dict[str, int], target: int, size_with: Callable[[Dict[str, int]], int]
+) -> None:
+    """Moves ``counts`` unit by unit until the size is as near to ``target`` as single units bring it."""
+    size = size_with(counts)
+    while size != target:
+        step = -1 if size > target else 1
+        moves = []
+        for gate in gates:
+            count = counts[gate.name]
+            if (step < 0 and count > gate.at_least) or (step > 0 and count < len(gate.order)):
+                # The unit at stake: the least wanted open one, or the most wanted closed one.
+                moves.append((-step * gate.log_alpha[count - 1 if step < 0 else count], gate.name))
+        for _, name in sorted(moves):
+            changed = {**counts, name: counts[name] + step}
+            new_size = size_with(changed)
+            # A unit behind a closed gate costs nothing: moving it is no progress.
+            if new_size != size and abs(new_size - target) < abs(size - target):
+                counts.update(changed)
+                size = new_size
+                break
+        else:
+            return
+
+
+def _size_with(encoder: SpeechEncoder, kept: Dict[str, int]) -> int:
+    return int(count_parameters(static_shape(encoder.config), kept_widths(encoder, kept)))
+
+
+def kept_widths(encoder: SpeechEncoder, kept: Dict[str, int]) -> Widths:
+    """Widths of the encoder with so many units kept by each gate (gate name -> count)."""
+    exact = widths_of(encoder.config)
+
+    def of(name: str, width: Number) -> Number:
+        return kept.get(name, width)
+
+    layers = range(len(exact.heads))
+    path = "transformer.layers.{}.{}.{}".format
+    assert exact.attention_present is not None and exact.ffn_present is not None
+    return Widths(
+        conv=[of(f"feature_extractor.layers.{i}.gate", width) for i, width in enumerate(exact.conv)],
+        heads=[of(path(i, "attention", "gate"), exact.heads[i]) for i in layers],
+        ffn=[of(path(i, "ffn", "gate"), exact.ffn[i]) for i in layers],
+        attention_present=[of(path(i, "attention", "output_gate"), exact.attention_present[i]) for i in layers],
+        ffn_present=[of(path(i, "ffn", "output_gate"), exact.ffn_present[i]) for i in layers],
+    )

@@ -1,0 +1,1 @@
+"""fairseq task ``skill_distillation``: manifests in, frozen teacher beside the model."""

@@ -1,0 +1,135 @@
+"""skill-probe on the speech of the example."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from skill_fairseq.audio.manifest import read_manifest, write_manifest
+from skill_fairseq.checkpoints import save_encoder
+from skill_fairseq.cli.probe import main
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.encoder import SpeechEncoder
+
+TASKS = Path(__file__).resolve().parents[2] / "examples" / "tiny" / "data" / "tasks"
+
+
+def small_task(folder: Path, source: str = "digit", every: int = 8) -> Path:
+    """Every eighth recording of a task, in another folder, with an absolute root."""
+    target = folder / source
+    for split in ("train", "valid", "test"):
+        manifest = read_manifest(TASKS / source / f"{split}.tsv")
+        chosen = range(0, len(manifest), every)
+        paths, sizes = [manifest.paths[i] for i in chosen], [manifest.sizes[i] for i in chosen]
+        write_manifest(target / f"{split}.tsv", manifest.root, paths, sizes)
+        header, *rows = (TASKS / source / f"{split}.labels.tsv").read_text().splitlines()
+        (target / f"{split}.labels.tsv").write_text("\n".join([header, *(rows[i] for i in chosen)]) + "\n")
+    return target
+
+
+def verification_task(folder: Path) -> Path:
+    """All pairs of three recordings of each speaker."""
+    manifest = read_manifest(TASKS / "speaker" / "test.tsv")
+    chosen = [i for i in range(len(manifest)) if i % 20 in (0, 7, 14)]
+    target = folder / "pairs"
+    paths = [manifest.paths[i] for i in chosen]
+    write_manifest(target / "test.tsv", manifest.root, paths, [manifest.sizes[i] for i in chosen])
+    names = [Path(path).stem for path in paths]
+    rows = ["same\tutterance_a\tutterance_b"]
+    for i, first in enumerate(names):
+        rows += [
+            f"{int(first.split('-')[1] == other.split('-')[1])}\t{first}\t{other}" for other in names[:i]
+        ]
+    (target / "trials.tsv").write_text("\n".join(rows) + "\n")
+    return target
+
+
+def saved_encoder(path: Path) -> str:
+    torch.manual_seed(0)
+    config = EncoderConfig(
+        conv_feature_layers="[(16,10,5)] + [(16,8,8)] * 2",
+        encoder_layers=1,
+        encoder_embed_dim=16,
+        encoder_ffn_embed_dim=16,
+        encoder_attention_heads=2,
+        conv_pos=8,
+        conv_pos_groups=2,
+    )
+    save_encoder(SpeechEncoder(config), path)
+    return str(path)
+
+
+def results(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    entries = json.loads(path.read_text())["results"]
+    return {(entry["model"], entry["task"]): entry for entry in entries}
+
+
+def test_log_mel_knows_speakers_and_some_digits_of_an_unseen_speaker(tmp_path: Path) -> None:
+    report = tmp_path / "probe.json"
+    tasks = ["--task", str(TASKS / "digit"), "--task", str(TASKS / "speaker")]
+    assert main(["logmel", *tasks, "--json", str(report)]) == 0
+    digit, speaker = results(report)["logmel", "digit"], results(report)["logmel", "speaker"]
+    assert (digit["total"], digit["classes"], speaker["total"], speaker["classes"]) == (300, 10, 120, 6)
+    assert 0.5 < digit["value"] < 0.8 and speaker["value"] > 0.9
+    for entry in (digit, speaker):
+        assert entry["value"] == entry["correct"] / entry["total"] and entry["layer_weights"] == [1.0]
+        assert 0 <= entry["interval"][0] < entry["value"] <= entry["interval"][1] <= 1
+
+
+def test_several_models_and_tasks_make_one_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    encoder = saved_encoder(tmp_path / "student.safetensors")
+    tasks = [small_task(tmp_path, "speaker"), verification_task(tmp_path)]
+    models = [f"student={encoder}", f"untrained=random:{encoder}", "logmel"]
+    options = ["--json", str(tmp_path / "probe.json"), "--plot", str(tmp_path / "probe.png"), "--seed", "3"]
+    options += [word for task in tasks for word in ("--task", str(task))]
+    assert main([*models, *options]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5 and "speaker, accuracy %" in lines[0] and "pairs, equal error rate %" in lines[0]
+    assert [line.split()[0] for line in lines[2:]] == ["student", "untrained", "logmel"]
+    found = results(tmp_path / "probe.json")
+    assert len(found) == 6
+    for line in lines[2:]:
+        for task in ("speaker", "pairs"):
+            entry = found[line.split()[0], task]
+            low, high = (100 * bound for bound in entry["interval"])
+            assert f"{100 * entry['value']:.1f} [{low:.1f}, {high:.1f}]" in line
+    assert len(found["student", "speaker"]["layer_weights"]) == 2
+    assert found["logmel", "pairs"]["trials"] == 153 and 0 < found["logmel", "pairs"]["value"] < 0.4
+    assert found["student", "speaker"]["parameters"] == found["untrained", "speaker"]["parameters"]
+    assert found["student", "speaker"]["layer_weights"] != found["untrained", "speaker"]["layer_weights"]
+    assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_run_gives_the_same_figures(tmp_path: Path) -> None:
+    encoder = saved_encoder(tmp_path / "student.safetensors")
+    task = small_task(tmp_path, "digit")
+    for name in ("first", "second"):
+        assert main([f"random:{encoder}", "--task", str(task), "--json", str(tmp_path / name)]) == 0
+    assert (tmp_path / "first").read_text() == (tmp_path / "second").read_text()
+
+
+def fails(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    return message
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    digit = TASKS / "digit"
+    assert "no such task folder" in fails(capsys, "logmel", "--task", tmp_path / "none")
+    assert "no such model file" in fails(capsys, "gone.pt", "--task", digit)
+    assert "'logmel' is given 2 times" in fails(capsys, "logmel", "logmel", "--task", digit)
+    assert "'digit' is given 2 times" in fails(capsys, "logmel", "--task", digit, "--task", digit)
+    assert "expected a name ending in" in fails(
+        capsys, "logmel", "--task", digit, "--plot", tmp_path / "a.xyz"
+    )
+    foreign = tmp_path / "speech.pt"
+    foreign.write_bytes(next(TASKS.parent.glob("audio/*/*/*.flac")).read_bytes())
+    assert str(foreign) in fails(capsys, foreign, "--task", digit)
+    assert list(tmp_path.iterdir()) == [foreign]
