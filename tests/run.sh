@@ -25,7 +25,7 @@ case $version in
 esac
 
 # The stamp is written last: an interrupted installation starts again.
-stamp=$({ echo "$PWD $version ${requirements[*]}" && cat setup.py pyproject.toml tests/constraints.txt; } | cksum)
+stamp=$({ echo "$PWD $version ${requirements[*]}" && cat setup.py tests/constraints.txt; } | cksum)
 if [ "$(cat "$venv/installed" 2>/dev/null)" = "$stamp" ]; then
     say "environment $venv is up to date"
 else

@@ -147,10 +147,11 @@ def _flag(*candidates: Any) -> bool:
 
 
 def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """How far training went, and what a distilled student aimed at."""
     history = checkpoint.get("optimizer_history")
     last = history[-1] if isinstance(history, (list, tuple)) and history else {}
     updates = last.get("num_updates") if isinstance(last, Mapping) else None
     found = {"num_updates": updates} if isinstance(updates, int) else {}
     criterion = (plain(checkpoint.get("cfg")) or {}).get("criterion") or {}
-    kept = {name: criterion.get(name) for name in ("groups", "target_sparsity") if criterion.get(name) is not None}
-    return {**found, **kept}
+    kept = {name: criterion.get(name) for name in ("groups", "target_sparsity")}
+    return {**found, **{name: value for name, value in kept.items() if value is not None}}

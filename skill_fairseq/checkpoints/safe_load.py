@@ -41,7 +41,8 @@ HARMLESS = (
 
 # What the tensors themselves are made of; torch versions spell storages differently.
 _TENSORS = re.compile(
-    r"collections\.OrderedDict|torch\.(Size|device|dtype|Tensor|\w+Storage)|torch\.storage\.\w+Storage"
+    r"builtins\.(set|frozenset)|collections\.OrderedDict"
+    r"|torch\.(Size|device|dtype|Tensor|\w+Storage)|torch\.storage\.\w+Storage"
     r"|torch\.(float|double|half|bfloat|u?int|long|short|bool)\d*"
     r"|torch\.nn\.parameter\.Parameter|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)"
 )
@@ -144,7 +145,7 @@ def load_torch_file(path: Path, trust: bool = False) -> Any:
         if trust and isinstance(error, (ImportError, AttributeError)):
             raise ValueError(f"{path}: a class in it cannot be imported ({error}); install it") from error
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused:
+        if refused and not _ends_with(path, refused.group(1).rpartition(".")[2]):
             raise ValueError(
                 f"{path}: holds an object of class {refused.group(1)}, which is not read from an untrusted "
                 "file because it could run code; if you trust where the file comes from, allow it with "
@@ -155,6 +156,11 @@ def load_torch_file(path: Path, trust: bool = False) -> Any:
             f"{path}: is truncated, damaged or no torch checkpoint ({reason}); expected what torch.save "
             "writes: compare its size or checksum with the original and fetch it again"
         ) from error
+
+
+def _ends_with(path: Path, name: str) -> bool:
+    """Whether a file ends with a name, or a byte after it: then the name itself was cut short."""
+    return name.encode() in path.read_bytes()[-len(name) - 1 :]
 
 
 def _check_archive(path: Path) -> None:

@@ -114,6 +114,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
+    args.teacher = args.teacher.absolute()  # a folder may be given as "."
     _check_options(args)
     manifest = read_manifest(args.manifest)
     check_manifest(manifest)

@@ -12,9 +12,9 @@ Definitions, for two layers with states x_f, y_f in R^D at the frames f = 1..N (
 ``loss``           l1 + cosine, the distillation loss between the layers, shifted to be 0 where it is least
 =================  ====================================================================================
 
-Exact CKA is biased upwards until frames far outnumber features, and costs about as much as a Base encoder's
-forward pass on a CPU; the minibatch estimate is neither. All sums are float64; no frames are kept beyond a
-buffer.
+Exact CKA is biased upwards until frames far outnumber features, and costs more than half a Base encoder's
+forward pass on a CPU; the minibatch estimate is unbiased and, with all the others, costs about a tenth.
+All sums are float64; no frames are kept beyond a buffer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MIN_BLOCK = 4  # the unbiased HSIC divides by n (n - 3)
 def unbiased_hsic(states: Tensor) -> Tensor:
     """Unbiased HSIC with linear kernels between all pairs of layers (Song et al. 2012).
 
-    Computed as inner products of U-centred Gram matrices (Szekely and Rizzo 2014), which gives the same numbers.
+    Computed as inner products of U-centred Gram matrices (Szekely and Rizzo 2014): the same numbers.
 
     Args:
         states: (S, n, D) float64 states of S layers at n >= 4 frames.
@@ -126,13 +126,13 @@ class LayerSimilarity:
                 f"hidden_states: {layers} layers of {features} features after {self._shape[0]} of "
                 f"{self._shape[1]}; use a new LayerSimilarity for another encoder"
             )
-        if not torch.isfinite(frames).all():
+        self.num_frames += count
+        self._add(frames)
+        if not torch.isfinite(self._l1).all():
             bad = [i for i in range(layers) if not torch.isfinite(frames[i]).all()]
             raise ValueError(
                 f"hidden_states: NaN or infinity in layers {bad}; check the audio and the teacher"
             )
-        self.num_frames += count
-        self._add(frames.double())
         if "cka_minibatch" in self.measures:
             self._fill(frames)
 
@@ -177,20 +177,23 @@ class LayerSimilarity:
             self._products = [zeros(features, (layers - i) * features) for i in range(layers)]
 
     def _add(self, frames: Tensor) -> None:
-        """Per-frame measures and covariances of (L + 1, n, D) float64 states."""
-        unit = frames / frames.norm(dim=2, keepdim=True).clamp_min(1e-8)
-        unit = unit.transpose(0, 1)
-        self._cosine += (unit @ unit.transpose(1, 2)).sum(0)
-        # Few frames at a time stay in the processor's cache.
+        """Per-frame measures and covariances of (L + 1, n, D) states."""
+        # Few frames at a time, so that they stay in the processor's cache.
         for piece in frames.split(max(1, 8192 // self._shape[1]), dim=1):
+            piece = piece.double()
             rows = piece.flatten(1)
             self._l1 += torch.pdist(rows, 1)
             self._l2 += torch.pdist(rows, 2).square()
+            per_frame = piece.transpose(0, 1)
+            products = per_frame @ per_frame.transpose(1, 2)
+            norms = products.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-8)
+            self._cosine += (products / norms[:, :, None] / norms[:, None, :]).sum(0)
         if "cka" in self.measures:
-            self._sums += frames.sum(1)
-            side_by_side = frames.transpose(0, 1).flatten(1)
+            exact = frames.double()
+            self._sums += exact.sum(1)
+            side_by_side = exact.transpose(0, 1).flatten(1)
             for i, products in enumerate(self._products):
-                products.addmm_(frames[i].T, side_by_side[:, i * self._shape[1] :])
+                products.addmm_(exact[i].T, side_by_side[:, i * self._shape[1] :])
 
     def _exact_hsic(self) -> Tensor:
         """Squared Frobenius norms of the cross-covariances (times the number of frames), (L + 1, L + 1)."""

@@ -12,7 +12,7 @@ from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from torch import Tensor, nn
 
-from skill_fairseq.checkpoints.safe_load import load_torch_file
+from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
 from skill_fairseq.distillation.groups import Groups, GroupProjections, map_groups, parse_groups
 from skill_fairseq.distillation.loss import LossParts, distillation_loss
 from skill_fairseq.distillation.teacher import averaged_states
@@ -79,7 +79,10 @@ def read_groups(cfg: SkillGroupKDConfig) -> Any:
     path = Path(cfg.groups_file)
     if not path.is_file():
         raise FileNotFoundError(f"criterion.groups_file: {path} does not exist; write it with skill-cluster")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"criterion.groups_file: {path} is no YAML ({error}); write it with skill-cluster") from error
     found = content.get("groups") if isinstance(content, dict) else None
     if found is None and isinstance(content, dict) and isinstance(content.get("criterion"), dict):
         found = content["criterion"].get("groups")
@@ -223,9 +226,10 @@ class SkillGroupKDCriterion(FairseqCriterion):
 def _weights(value: Any, num_groups: int) -> List[float]:
     if value is None:
         return [1 / num_groups] * num_groups
-    weights = [float(w) for w in value]
+    value = plain(value)
+    weights = [w for w in value if isinstance(w, (int, float))] if isinstance(value, list) else []
     if len(weights) != num_groups or not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
         raise ValueError(
-            f"criterion.group_weights: {list(value)}; expected {num_groups} numbers >= 0, not all 0, one for each group"
+            f"criterion.group_weights: {value}; expected {num_groups} numbers >= 0, not all 0, one for each group"
         )
     return weights

@@ -10,8 +10,12 @@ ConvLayers = List[Tuple[int, int, int]]
 
 PRUNING_UNITS = ("conv", "heads", "ffn", "attention_layers", "ffn_layers")
 
-_CONV_TERM = re.compile(r"\[\s*((?:\(\s*\d+\s*,\s*\d+\s*,\s*\d+\s*\)\s*,?\s*)+)\](?:\s*\*\s*(\d+))?")
-_CONV_TUPLE = re.compile(r"\(\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\)")
+_NUMBERS = r"\(\s*{0}\s*,\s*{0}\s*,\s*{0}\s*\)"
+_CONV_TUPLE = re.compile(_NUMBERS.format(r"(\d+)"))
+_CONV_TERM = re.compile(
+    r"\[\s*({0}(?:\s*,\s*{0})*)\s*,?\s*\](?:\s*\*\s*(\d+))?".format(_NUMBERS.format(r"\d+"))
+)
+MAX_CONV_LAYERS = 64
 
 
 def parse_conv_layers(value: Any) -> ConvLayers:
@@ -24,10 +28,11 @@ def parse_conv_layers(value: Any) -> ConvLayers:
         one (channels, kernel size, stride) a layer.
 
     Raises:
-        ValueError: the string is not a sum of lists of triples, or a number is not positive.
+        ValueError: the string is not a sum of lists of triples, there are too many, or a number is not positive.
     """
     if isinstance(value, str):
-        rest, layers = value.strip(), []
+        rest = value.strip()
+        layers: List[Any] = []
         while rest:
             match = _CONV_TERM.match(rest)
             if match is None:
@@ -36,7 +41,10 @@ def parse_conv_layers(value: Any) -> ConvLayers:
                     "(channels, kernel, stride), for example '[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2'"
                 )
             triples = [tuple(map(int, t)) for t in _CONV_TUPLE.findall(match.group(1))]
-            layers += triples * int(match.group(2) or 1)
+            times = int(match.group(2) or 1)
+            if len(layers) + len(triples) * times > MAX_CONV_LAYERS:
+                raise ValueError(f"conv_feature_layers: {value!r} has more than {MAX_CONV_LAYERS} layers")
+            layers += triples * times
             rest = rest[match.end() :].strip()
             if rest.startswith("+") and rest[1:].strip():
                 rest = rest[1:].strip()
@@ -98,6 +106,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         self.conv_feature_layers = parse_conv_layers(self.conv_feature_layers)
         self.pruning_units = list(self.pruning_units)
+        self._check_types()
         n = self.encoder_layers
         if self.conv_channels is None:
             self.conv_channels = [c for c, _, _ in self.conv_feature_layers]
@@ -109,6 +118,13 @@ class EncoderConfig:
         self.heads = [None if h is None else sorted(int(i) for i in h) for h in self.heads]
         self.ffn_dims = [None if f is None else int(f) for f in self.ffn_dims]
         self._validate()
+
+    def _check_types(self) -> None:
+        expected = {"int": "a positive whole number", "bool": "true or false", "str": "a word"}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.type in expected and (type(value).__name__ != f.type or (f.type == "int" and value < 1)):
+                raise ValueError(f"model.{f.name}: {value!r} is not usable; expected {expected[f.type]}")
 
     def _validate(self) -> None:
         def require(ok: bool, field: str, expected: str) -> None:
@@ -183,7 +199,7 @@ class EncoderConfig:
         """Whether nothing has been pruned from the original shape."""
         return self == self.replace(conv_channels=None, heads=None, ffn_dims=None)
 
-    def replace(self, **changes: Any) -> "EncoderConfig":
+    def replace(self, **changes: Any) -> EncoderConfig:
         """A copy with some fields changed; what was not pruned follows a changed full width."""
         for kept, full in (
             ("conv_channels", [c for c, _, _ in self.conv_feature_layers]),
@@ -201,7 +217,7 @@ class EncoderConfig:
         return fields
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "EncoderConfig":
+    def from_dict(cls, fields: Mapping[str, Any]) -> EncoderConfig:
         """Inverse of :meth:`to_dict`.
 
         Raises:

@@ -143,7 +143,7 @@ def fairseq_states(model: Any, source: Tensor, padding: Tensor | None = None) ->
     return States(hidden, x, padding)
 
 
-def save_fairseq(model: nn.Module, cfg: Any, path: Path, **changes: Any) -> Path:
+def save_fairseq(model: Any, cfg: Any, path: Path, **changes: Any) -> Path:
     """Writes a checkpoint with everything that fairseq's trainer puts into one."""
     from fairseq.data import Dictionary
 
@@ -151,7 +151,7 @@ def save_fairseq(model: nn.Module, cfg: Any, path: Path, **changes: Any) -> Path
     checkpoint = {
         "args": None,
         "cfg": cfg,
-        "model": model.state_dict(),
+        "model": model if isinstance(model, dict) else model.state_dict(),
         "criterion": None,
         "optimizer_history": [{"criterion_name": "HubertCriterion", "num_updates": 400}],
         "task_state": {"dictionaries": [Dictionary()]},

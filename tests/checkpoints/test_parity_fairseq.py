@@ -53,15 +53,15 @@ def test_configs_of_every_age_and_type(foreign, kind, tmp_path):
     name = cfg["model"].pop("_name")
     args = argparse.Namespace(arch=name, normalize=True, **cfg["model"])
     newer = {"model": {"_name": name, **cfg["model"]}, "task": cfg["task"]}
-    for i, changes in enumerate(
+    for i, (written, changes) in enumerate(
         (
-            {"args": args, "cfg": None},
-            {"cfg": {"model": args, "task": argparse.Namespace(normalize=True)}},
-            {"cfg": OmegaConf.create(newer)},
-            {"cfg": {**newer, "model": {**newer["model"], "normalize": "${task.normalize}"}}},
+            (None, {"args": args}),
+            ({"model": args, "task": argparse.Namespace(normalize=True)}, {}),
+            (OmegaConf.create(newer), {}),
+            ({**newer, "model": {**newer["model"], "normalize": "${task.normalize}"}}, {}),
         )
     ):
-        found = load_encoder(foreign.save_fairseq(model, None, tmp_path / f"{i}.pt", **changes))
+        found = load_encoder(foreign.save_fairseq(model, written, tmp_path / f"{i}.pt", **changes))
         assert found.config == expected.config and found.normalize
         state = found.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in expected.state_dict().items())

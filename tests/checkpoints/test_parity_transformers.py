@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from skill_fairseq.checkpoints import load_encoder
+from skill_fairseq.modules.relative_position import relative_position_bucket
 
 KINDS = ("wavlm", "hubert", "wav2vec2")
 STYLES = ("base", "large")
@@ -48,6 +49,15 @@ def test_relative_position_reaches_every_layer(foreign, tmp_path):
             after = encoder(source).hidden_states
             assert (after[-1] - before[-1]).abs().max() > 1e-3
             before = after
+
+
+@pytest.mark.parametrize(("num_buckets", "max_distance"), [(320, 800), (320, 1280), (16, 24)])
+def test_relative_position_buckets_at_every_distance(foreign, num_buckets, max_distance):
+    theirs = foreign.huggingface("wavlm", "base", num_buckets=num_buckets, max_bucket_distance=max_distance)
+    offsets = torch.arange(-2000, 2001)
+    expected = theirs.encoder.layers[0].attention._relative_positions_bucket(offsets)
+    assert torch.equal(relative_position_bucket(offsets, num_buckets, max_distance), expected)
+    assert expected.unique().numel() > 0.9 * num_buckets
 
 
 @pytest.mark.parametrize("kind", KINDS)

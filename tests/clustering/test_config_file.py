@@ -66,8 +66,14 @@ def test_flow_notation():
         ("", "mine.yaml: no 'criterion:' section"),
         ("criterion:\n", "mine.yaml: no 'criterion:' section"),
         ("criterion: [\n", "mine.yaml: is no YAML"),
-        ("criterion:\n  groups_file: a.yaml\n", "criterion.groups_file is 'a.yaml', at odds with criterion.groups"),
-        ("old: &g [[3]]\ncriterion:\n  groups: *g\n", r"cannot be replaced safely \(an alias\?\); set it by hand"),
+        (
+            "criterion:\n  groups_file: a.yaml\n",
+            "criterion.groups_file is 'a.yaml', at odds with criterion.groups",
+        ),
+        (
+            "old: &g [[3]]\ncriterion:\n  groups: *g\n",
+            r"cannot be replaced safely \(an alias\?\); set it by hand",
+        ),
         ("criterion:\n  groups: &g [[3]]\n  other: *g\n", "cannot be replaced safely"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Trees and cuts against scipy, scikit-learn, exhaustive merging, and matrices whose groups are plain to see."""
+"""Trees and cuts against scipy, scikit-learn, exhaustive merging, and matrices with plain groups."""
 
 import itertools
 
@@ -50,7 +50,7 @@ def test_tree_is_scipys(method, seed):
 
 @pytest.mark.parametrize("method", linkage.LINKAGES)
 def test_neighbours_only_is_scipys_where_neighbours_are_nearest(method):
-    """On a line, each merge of the free tree joins neighbours, so that the constraint changes nothing (Ward too)."""
+    """On a line each merge joins neighbours anyway, so that the constraint changes nothing (Ward too)."""
     distances = on_a_line(*np.sort(np.random.default_rng(4).random(12)))
     ours, scipys = linkage.link(distances, method, neighbours_only=True), linkage.link(distances, method)
     np.testing.assert_allclose(ours[:, 2:], scipys[:, 2:], rtol=1e-12)
@@ -131,7 +131,9 @@ def test_equal_layers_have_no_silhouette_but_no_nan_either():
 
 def test_clear_errors():
     tree = linkage.link(PLAIN)
-    with pytest.raises(ValueError, match="ward needs a Euclidean measure, and 'cka' is none; choose the measure l2"):
+    with pytest.raises(
+        ValueError, match="ward needs a Euclidean measure, and 'cka' is none; choose the measure l2"
+    ):
         linkage.check_linkage("ward", "cka")
     linkage.check_linkage("ward", "l2")
     with pytest.raises(ValueError, match="linkage: 'median' is unknown; choose from average"):
@@ -143,7 +145,9 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="height: -1; expected 0 or more"):
         linkage.cut_at_height(tree, -1)
     for least, most in [(1, 3), (4, 3), (2, 9)]:
-        with pytest.raises(ValueError, match=f"from {least} to {most} groups; expected MIN <= MAX within 2 to 8"):
+        with pytest.raises(
+            ValueError, match=f"from {least} to {most} groups; expected MIN <= MAX within 2 to 8"
+        ):
             linkage.cut_by_silhouette(tree, PLAIN, least, most)
     with pytest.raises(ValueError, match="1 layer; at least 2"):
         linkage.link(np.zeros((1, 1)))

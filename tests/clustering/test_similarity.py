@@ -153,7 +153,7 @@ def test_cka_ignores_turning_scaling_and_shifting(measure):
 
 
 def test_only_the_minibatch_estimate_is_unbiased():
-    """Independent layers with more features than frames: their CKA is 0, the exact one of the sample far from it."""
+    """Independent layers: their CKA is 0, but that of a small sample is far from it."""
     pairs = torch.randn(2, 1, 512, 256, generator=torch.Generator().manual_seed(3))
     found = measured([pairs], ["cka", "cka_minibatch"], block_frames=64)
     assert found["cka"][0, 1] < 0.75

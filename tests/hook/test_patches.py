@@ -69,7 +69,9 @@ def test_find_module_is_what_find_spec_loads(python):
 
 @pytest.mark.parametrize("hook", [True, False])
 def test_typing_io_can_be_imported_by_antlr4(python, hook):
-    result = python("import antlr4, typing\nprint(sys.modules['antlr4.Lexer'].TextIO is typing.TextIO)\n", hook)
+    result = python(
+        "import antlr4\nimport typing\nprint(sys.modules['antlr4.Lexer'].TextIO is typing.TextIO)\n", hook
+    )
     if not hook and sys.version_info >= (3, 13):
         assert "No module named 'typing.io'" in result.stderr
     else:

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# SKILL in miniature, from a bare machine to a probed student: installs, clusters the small teacher's layers, distils and
+# prunes (75 %), shrinks, distils again, exports, probes. About five minutes on 2 cores.
+#
+#   bash examples/tiny/run.sh [OUT]        results go to OUT, by default examples/tiny/out
+#
+# What is done is not done again: delete OUT, or a part of it, to repeat. PYTHON chooses the interpreter for the
+# environment (default python3).
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+repo=$(cd "$here/../.." && pwd)
+mkdir -p "${1:-$here/out}"
+out=$(cd "${1:-$here/out}" && pwd)
+data=$here/data
+teacher=$here/teacher/teacher.safetensors
+began=$SECONDS
+
+step() { printf '\n== %s  (%d s)\n' "$1" $((SECONDS - began)); }
+trap 'printf "\nStopped. What was finished stays; the same command goes on from there.\n" >&2; exit 130' INT TERM
+
+install() {
+    local wanted
+    wanted=$(cd "$repo" && { git rev-parse HEAD && git status --porcelain -- skill_fairseq config setup.py; } 2>/dev/null ||
+        cat "$repo/setup.py")
+    if [ -f "$out/venv/ready" ] && [ "$(cat "$out/venv/ready")" = "$wanted" ]; then
+        echo "environment is there: $out/venv"
+        return
+    fi
+    rm -rf "$out/venv"
+    "${PYTHON:-python3}" -m venv "$out/venv"
+    "$out/venv/bin/pip" install --quiet --disable-pip-version-check 'pip<24.1' 2>&1 | { grep -v -e WARNING -e DEPRECATION || true; }
+    "$out/venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$repo/tests/constraints.txt" \
+        "$repo[plots,probe]" 2>&1 | { grep -v -e WARNING -e DEPRECATION || true; }
+    "$out/venv/bin/skill-cluster" --help > /dev/null  # the installation works
+    printf '%s' "$wanted" > "$out/venv/ready"
+}
+
+progress() {  # fairseq's log on stdin, one short line on the screen
+    awk '
+        /train_inner/ {
+            line = ""
+            for (i = 1; i <= NF; i++) {
+                split($i, pair, "="); sub(",", "", pair[2])
+                if (pair[1] ~ /^(num_updates|distillation_loss|expected_sparsity|target_sparsity|audio_s_per_s)$/)
+                    line = line sprintf("  %s %s", pair[1], pair[2])
+            }
+            printf "\r%s   ", line; fflush()
+        }
+        END { print "" }'
+}
+
+train() {  # folder, config folder, overrides ...
+    local run=$1 config=$2
+    shift 2
+    if [ -f "$run/done" ]; then
+        echo "is done: $run"
+        return
+    fi
+    mkdir -p "$run"
+    find "$run" -name '*.tmp' -delete
+    if ! fairseq-hydra-train --config-dir "config/$config" --config-name tiny task.data="$data" task.teacher="$teacher" \
+        criterion.groups_file="$out/clusters/groups.yaml" hydra.run.dir="$run" checkpoint.save_dir="$run" "$@" 2>&1 |
+        tee "$run/log" | progress; then
+        tail -n 20 "$run/log" >&2
+        return 1
+    fi
+    touch "$run/done"
+}
+
+step "install"
+install
+export PATH=$out/venv/bin:$PATH
+
+step "cluster the teacher's layers"
+if [ ! -f "$out/clusters/groups.yaml" ]; then
+    skill-cluster --teacher "$teacher" --manifest "$data/train.tsv" --max-seconds 120 --out "$out/clusters"
+else
+    cat "$out/clusters/groups.yaml"
+fi
+
+step "stage 1: distil and prune"
+train "$out/stage1" distill
+
+step "shrink"
+if [ ! -f "$out/shrunk.safetensors" ]; then
+    skill-shrink "$out/stage1/checkpoint_last.pt" "$out/shrunk.safetensors"
+fi
+
+step "stage 2: distil the shrunk student"
+train "$out/stage2" final model.init_from="$out/stage1/checkpoint_last.pt"
+
+step "export"
+if [ ! -f "$out/student.safetensors" ]; then
+    skill-export "$out/stage2/checkpoint_last.pt" "$out/student.safetensors"
+fi
+
+step "probe"
+if [ ! -f "$out/probe.json" ]; then
+    skill-probe "teacher=$teacher" "shrunk=$out/shrunk.safetensors" "student=$out/student.safetensors" \
+        "random=random:$out/student.safetensors" logmel \
+        --task "$data/tasks/digit" --task "$data/tasks/speaker" \
+        --json "$out/probe.json" --plot "$out/probe.png" | tee "$out/probe.txt.partial"
+    mv "$out/probe.txt.partial" "$out/probe.txt"
+else
+    cat "$out/probe.txt"
+fi
+
+step "done"
+printf 'student    %s\ntable      %s\npictures   %s %s\n' "$out/student.safetensors" "$out/probe.txt" \
+    "$out/clusters/clusters.png" "$out/probe.png"

@@ -1,0 +1,175 @@
+"""`skill-shrink`: cuts what the gates of a stage-1 checkpoint have closed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from skill_fairseq import __version__
+from skill_fairseq.checkpoints.export import save_encoder
+from skill_fairseq.checkpoints.load import read_source
+from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
+from skill_fairseq.cli._common import run
+from skill_fairseq.files import sha256
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.pruning.expected import expected_parameters, full_parameters
+from skill_fairseq.pruning.selection import check_reachable
+from skill_fairseq.pruning.shrink import shrink
+
+SECONDS = 10.0
+EPILOG = """sparsity is the fraction of the teacher's parameters that goes. By default it is the target that stage 1 trained
+for: units are first kept as each gate rounds, then opened or closed one by one, the least certain first, until
+the size is right. --by-rounding leaves that correction out: the student computes exactly what the gated one
+computes in evaluation, and its size misses the target a little.
+
+examples:
+  skill-shrink outputs/distill/checkpoint_last.pt shrunk.safetensors
+  skill-shrink outputs/distill/checkpoint_last.pt --table-only --sparsity 0.8
+  skill-shrink outputs/distill/checkpoint_last.pt shrunk.safetensors --by-rounding
+
+Stage 2 needs no file of this command: model.init_from=<stage-1 checkpoint> shrinks by itself, to the same size.
+"""
+
+
+@run
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.out is None and not args.table_only:
+        parser.error("OUT is needed, or --table-only")
+    if args.out is not None and args.out.suffix != ".safetensors":
+        raise ValueError(f"OUT: {args.out}; expected a name that ends in .safetensors")
+    source = read_source(args.checkpoint, args.trust)
+    if not source.config.pruning_units:
+        raise ValueError(
+            f"{args.checkpoint}: recognised as {source.format}, but it has no gates: it is a teacher or already "
+            "shrunk; give a stage-1 checkpoint, trained with model.pruning_units"
+        )
+    asked = None if args.by_rounding else _target(args, source)
+    gated = build_encoder(source, args.checkpoint).eval()
+    small = shrink(gated, asked)
+    sizes = sparsities(gated, small, asked)
+    print(f"{args.checkpoint}: {source.format}, gates on {', '.join(gated.config.pruning_units)}\n")
+    print(describe(gated, small, sizes))
+    if not args.table_only:
+        save_encoder(small, args.out, provenance(source, args.checkpoint, sizes))
+        print(f"\nwrote {args.out}, {args.out.stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
+def sparsities(gated: SpeechEncoder, small: SpeechEncoder, asked: float | None) -> dict[str, float | None]:
+    """Fraction of the original parameters that is gone: as asked for (None: by rounding), as the gates expect,
+    and as it has become."""
+    full = full_parameters(gated.config)
+    return {
+        "asked": asked,
+        "expected": 1 - float(expected_parameters(gated)) / full,
+        "actual": 1 - small.num_parameters() / full,
+    }
+
+
+def provenance(source: EncoderSource, path: Path, sizes: dict[str, float | None]) -> dict[str, Any]:
+    """Where a shrunk encoder comes from: its file's name and hash, what that says of itself, and sparsities."""
+    return {
+        **source.provenance,
+        "source": path.resolve().name,
+        "source_format": source.format,
+        "source_sha256": sha256(path),
+        "sparsity": sizes,
+        "exported_by": f"skill_fairseq {__version__}",
+    }
+
+
+def describe(gated: SpeechEncoder, small: SpeechEncoder, sizes: dict[str, float | None]) -> str:
+    """The tables: units kept a layer, costs before and after, sparsity."""
+    full, kept = gated.config, small.config
+    assert kept.conv_channels is not None and kept.heads is not None and kept.ffn_dims is not None
+    conv = [["convolution", "channels"]]
+    for i, (width, (channels, _, _)) in enumerate(zip(kept.conv_channels, full.conv_feature_layers)):
+        conv.append([str(i), f"{width} / {channels}"])
+
+    layers = [["layer", "heads", "FFN units"]]
+    for i, (heads, units) in enumerate(zip(kept.heads, kept.ffn_dims), start=1):
+        count = None if heads is None else len(heads)
+        layers.append(
+            [
+                str(i),
+                _kept(count, full.encoder_attention_heads),
+                _kept(units, full.encoder_ffn_embed_dim),
+            ]
+        )
+
+    costs = [["", "before", "after", "left"]]
+    for name, before, after in (
+        ("parameters", gated.num_parameters(), small.num_parameters()),
+        (f"MACs, {SECONDS:g} s of audio", gated.macs(SECONDS), small.macs(SECONDS)),
+    ):
+        costs.append([name, f"{before:,}", f"{after:,}", f"{after / before:.2%}"])
+
+    sparsity = [[f"sparsity of {full_parameters(full):,} parameters", ""]]
+    for name, value in sizes.items():
+        sparsity.append([f"  {name}", "by rounding" if value is None else f"{value:.4f}"])
+    return "\n\n".join(_aligned(table) for table in (conv, layers, costs, sparsity))
+
+
+def _kept(units: int | None, full: int) -> str:
+    """Units left of a sublayer; what stands in place of the number where there are none."""
+    if units is None:
+        return "removed"
+    return f"{units} / {full}" if units else "bias only"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """First column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    )
+
+
+def _target(args: argparse.Namespace, source: EncoderSource) -> float:
+    """The sparsity to shrink to: the option's, or what the checkpoint was trained for."""
+    if args.sparsity is not None:
+        check_reachable(source.config, args.sparsity, "--sparsity")
+        return args.sparsity
+    target = source.provenance.get("target_sparsity")
+    if target is None:
+        raise ValueError(
+            f"{args.checkpoint}: was trained without criterion.target_sparsity; say how much is to go, --sparsity "
+            "0.75 for example, or give --by-rounding"
+        )
+    check_reachable(source.config, target, f"{args.checkpoint}: target_sparsity")
+    return target
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="skill-shrink",
+        description="Cut what the gates of a stage-1 checkpoint have closed: a smaller student with the same outputs.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="STAGE1", help="checkpoint of stage 1, or an export with gates")
+    add("out", type=Path, nargs="?", metavar="OUT", help="file to write, ending in .safetensors")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--sparsity", type=float, metavar="S", help="fraction to remove, in [0, 1) (default: stage 1's target)"
+    )
+    size.add_argument("--by-rounding", action="store_true", help="keep exactly what each gate rounds to")
+    add("--table-only", action="store_true", help="print the table, write nothing")
+    add(
+        "--trust",
+        action="store_true",
+        help="read checkpoints with unknown pickled classes, which runs code of whoever made them",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""`skill-cluster` from the command line, on the repository's own speech and a small random teacher."""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from skill_fairseq.audio.manifest import read_manifest, write_manifest
+from skill_fairseq.checkpoints import load_encoder, save_encoder
+from skill_fairseq.cli.cluster import hash_teacher, main
+from skill_fairseq.clustering import linkage
+from skill_fairseq.clustering.calibration import choose_utterances, layer_similarity
+from skill_fairseq.clustering.similarity import CHEAP_MEASURES, MEASURES
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.encoder import SpeechEncoder
+
+SPEECH = Path(__file__).parents[2] / "examples" / "tiny" / "data" / "valid.tsv"
+LAYERS = 5
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    torch.manual_seed(0)
+    shape = EncoderConfig(
+        conv_feature_layers="[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2",
+        encoder_layers=LAYERS,
+        encoder_embed_dim=16,
+        encoder_ffn_embed_dim=32,
+        encoder_attention_heads=2,
+        conv_pos=8,
+        conv_pos_groups=2,
+    )
+    encoder = SpeechEncoder(shape)
+    for parameter in encoder.transformer.layers.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)  # or all layers would be alike
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_encoder(encoder, path)
+    return path
+
+
+@pytest.fixture
+def command(teacher, tmp_path, capsys):
+    def call(*words, manifest=SPEECH, out=tmp_path / "out"):
+        code = main(
+            ["--teacher", str(teacher), "--manifest", str(manifest), "--out", str(out), "--max-seconds", "8"]
+            + [str(word) for word in words]
+        )
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+def record(tmp_path, folder="out"):
+    return json.loads((tmp_path / folder / "clusters.json").read_text())
+
+
+def test_files_agree_with_the_library(command, teacher, tmp_path):
+    code, out, err = command("--num-groups", "3")
+    assert code == 0
+
+    manifest = read_manifest(SPEECH)
+    chosen = choose_utterances(manifest, max_seconds=8)
+    similarity = layer_similarity(load_encoder(teacher), [manifest.files[i] for i in chosen])
+    expected = similarity.distances()
+    found = record(tmp_path)
+    assert set(found["matrices"]) == set(CHEAP_MEASURES)
+    for measure, matrix in found["matrices"].items():
+        np.testing.assert_allclose(matrix, expected[measure], rtol=1e-6, atol=1e-9)
+    tree = linkage.link(np.array(found["matrices"]["cka_minibatch"]))
+    np.testing.assert_array_equal(found["linkage"], tree)
+    groups = linkage.cut_to_number(tree, 3)
+    assert found["groups"] == groups and len(groups) == 3
+    assert found["layers"] == list(range(LAYERS + 1)) and found["measure"] == "cka_minibatch"
+    assert found["teacher"] == {
+        "name": "teacher.safetensors",
+        "sha256": hashlib.sha256(teacher.read_bytes()).hexdigest(),
+    }
+    calibration = found["calibration"]
+    assert calibration["manifest"] == "valid.tsv" and calibration["num_utterances"] == len(chosen)
+    assert calibration["utterances"] == [manifest.paths[i] for i in chosen]
+    assert calibration["seconds"] == sum(manifest.sizes[i] for i in chosen) / 16000 <= 8
+    assert calibration["num_frames"] == similarity.num_frames
+    assert found["settings"]["max_seconds"] == 8 and found["settings"]["linkage"] == "average"
+    assert found["versions"]["torch"] == torch.__version__
+    assert str(tmp_path) not in json.dumps(found)  # nothing of this machine
+
+    text = (tmp_path / "out" / "groups.yaml").read_text()
+    assert yaml.safe_load(text) == {"groups": groups}
+    override = "criterion.groups=" + json.dumps(groups).replace(" ", "")
+    assert f"'{override}'" in out and override in text
+    assert (tmp_path / "out" / "clusters.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "clusters.json",
+        "clusters.png",
+        "groups.yaml",
+    ]
+    rows = [line.split() for line in out.splitlines() if line[:5].strip().isdigit()]
+    assert [row[0] for row in rows] == ["0", "1", "2"]
+
+
+def test_manifest_order_and_batch_size_change_nothing(command, tmp_path):
+    manifest = read_manifest(SPEECH)
+    order = list(range(len(manifest)))[::-1]
+    write_manifest(
+        tmp_path / "back.tsv",
+        manifest.root,
+        [manifest.paths[i] for i in order],
+        [manifest.sizes[i] for i in order],
+    )
+    assert command()[0] == 0
+    one = record(tmp_path)
+    assert command("--batch-size", 16, manifest=tmp_path / "back.tsv")[0] == 0
+    two = record(tmp_path)
+    assert one["groups"] == two["groups"]
+    assert one["calibration"]["utterances"] == two["calibration"]["utterances"]
+    for measure in one["matrices"]:
+        np.testing.assert_allclose(two["matrices"][measure], one["matrices"][measure], rtol=1e-5, atol=1e-7)
+
+
+def test_groups_go_into_a_training_config(command, tmp_path):
+    config = tmp_path / "mine.yaml"
+    text = "task: {_name: x}\ncriterion:\n  _name: skill_group_kd\n  groups: ???  # filled in\n"
+    config.write_text(text)
+    code, out, _ = command("--config", config, "--num-groups", 2)
+    assert code == 0 and str(config) in out
+    groups = record(tmp_path)["groups"]
+    assert config.read_text() == text.replace("???", str(groups))
+
+
+def test_without_layer_0(command, tmp_path):
+    assert command("--no-layer-0", "--measure", "l2", "--linkage", "ward", "--num-groups", 2)[0] == 0
+    found = record(tmp_path)
+    assert found["layers"] == [1, 2, 3, 4, 5]
+    assert sorted(sum(found["groups"], [])) == [1, 2, 3, 4, 5]
+    matrix = np.array(found["matrices"]["l2"])
+    assert matrix.shape == (LAYERS, LAYERS)
+    tree = linkage.link(matrix, "ward")
+    assert found["groups"] == [[i + 1 for i in group] for group in linkage.cut_to_number(tree, 2)]
+
+
+def test_height_silhouette_and_neighbours(command, tmp_path):
+    assert command("--measure", "loss", "--neighbours-only", "--silhouette", 2, 4)[0] == 0
+    found = record(tmp_path)
+    distances = np.array(found["matrices"]["loss"])
+    tree = linkage.link(distances, neighbours_only=True)
+    groups, scores = linkage.cut_by_silhouette(tree, distances, 2, 4)
+    assert found["groups"] == groups
+    assert found["cut"]["silhouettes"] == {str(number): score for number, score in scores.items()}
+
+    height = float(np.mean(tree[1:3, 2]))
+    assert command("--measure", "loss", "--neighbours-only", "--height", height)[0] == 0
+    assert record(tmp_path)["groups"] == linkage.cut_at_height(tree, height)
+    assert record(tmp_path)["cut"] == {"by": "height", "height": height}
+
+
+def test_comparison_shows_every_measure(command, tmp_path):
+    code, out, _ = command("--compare", "--num-groups", 3)
+    assert code == 0
+    matrices = record(tmp_path)["matrices"]
+    assert set(matrices) == set(MEASURES)
+    lines = {
+        line.split()[0]: line
+        for line in out.split("3 groups by each measure:")[1].splitlines()
+        if line[:2] == "  "
+    }
+    for measure in MEASURES:
+        groups = linkage.cut_to_number(linkage.link(np.array(matrices[measure])), 3)
+        shown = lines[measure].split(maxsplit=1)[1].split(" | ")
+        assert [part.split(",")[0].split("-")[0] for part in shown] == [str(group[0]) for group in groups]
+
+
+def test_without_matplotlib_there_is_no_picture_but_all_else(command, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # what Python itself does to forbid an import
+    code, _, err = command()
+    assert code == 0
+    assert len(err.strip().splitlines()) == 1 and "pip install matplotlib" in err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clusters.json", "groups.yaml"]
+
+
+def test_hash_of_a_folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "a.bin").write_bytes(b"abc")
+    lines = "".join(
+        f"{hashlib.sha256(content).hexdigest()}  {name}\n"
+        for name, content in [("a.bin", b"abc"), ("config.json", b"{}")]
+    )
+    assert hash_teacher(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["--linkage", "ward"],
+            "ward needs a Euclidean measure, and 'cka_minibatch' is none; choose the measure l2",
+        ),
+        (["--num-groups", "7"], "number of groups: 7; expected 1 to 6"),
+        (["--silhouette", "2", "6"], "silhouette: from 2 to 6 groups; expected MIN <= MAX within 2 to 5"),
+        (["--height", "-1"], "height: -1.0; expected 0 or more"),
+        (["--max-seconds", "0"], "--max-seconds: 0.0; expected more than 0"),
+        (["--max-seconds", "0.01"], "raise --max-seconds"),
+        (["--max-utterances", "0"], "--max-utterances: 0; expected more than 0"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such config"),
+        (["--manifest", "nowhere.tsv"], "nowhere.tsv: no such manifest"),
+        (["--teacher", "nowhere.pt"], "nowhere.pt: no such file"),
+        (["--teacher", str(SPEECH)], "valid.tsv"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, words, message):
+    code, out, err = command(*words)
+    assert code == 2 and out == ""
+    assert message in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_audio_and_empty_manifest(command, tmp_path):
+    (tmp_path / "missing.tsv").write_text(".\nnot_there.flac\t16000\n")
+    code, _, err = command(manifest=tmp_path / "missing.tsv")
+    assert code == 2 and "not_there.flac" in err and "1 of 1 files are missing" in err
+    (tmp_path / "empty.tsv").write_text(".\n")
+    code, _, err = command(manifest=tmp_path / "empty.tsv")
+    assert code == 2 and "lists no audio" in err
+
+
+def test_unusable_config_is_refused_before_the_work(command, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("task: {}\n")
+    code, _, err = command("--config", config)
+    assert code == 2 and "no 'criterion:' section" in err
+    assert config.read_text() == "task: {}\n" and not (tmp_path / "out").exists()
+
+
+def test_two_cuts_at_once_are_refused(command):
+    with pytest.raises(SystemExit) as stop:
+        command("--num-groups", 3, "--height", 0.5)
+    assert stop.value.code == 2

@@ -1,0 +1,313 @@
+"""The group criterion: its value against a computation by hand, its gradients, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skill_fairseq.checkpoints import save_encoder
+from skill_fairseq.pruning.expected import expected_parameters
+
+GROUPS = [[0], [1, 2], [3]]
+UNITS = ["conv", "heads", "ffn"]
+
+
+@pytest.fixture
+def build(small: Any, speech: Path, teacher_file: Path) -> Any:
+    """Builds (task, model, criterion); the student's weights differ from the teacher's."""
+
+    def make(units: list[str] | None = None, student: Any = None, teacher: Any = None, **fields: Any) -> tuple:
+        task = small.make_task(speech, teacher or teacher_file)
+        model = task.build_model(small.student_config(student or teacher_file, pruning_units=units or []))
+        if student is None:
+            generator = torch.Generator().manual_seed(3)
+            for name, parameter in model.speech_encoder.named_parameters():
+                if "log_alpha" not in name:
+                    parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        criterion = small.make_criterion(task, **{"groups": GROUPS, **fields})
+        return task, model, criterion
+
+    return make
+
+
+def batch(source: Tensor, padding_mask: Tensor | None = None) -> dict[str, Any]:
+    return {"net_input": {"source": source, **({} if padding_mask is None else {"padding_mask": padding_mask})}}
+
+
+def states(encoder: Any, source: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return encoder(source).hidden_states
+
+
+def test_value_by_hand(build: Any, small: Any) -> None:
+    task, model, criterion = build()
+    source = small.waves(batch=3)
+    loss, sample_size, log = criterion(model.eval(), batch(source))
+    student, teacher = states(model.speech_encoder, source), states(task.teacher.encoder, source)
+    expected = 0.0
+    for index, group in enumerate(GROUPS):
+        s = sum(student[i].double() for i in group) / len(group)
+        t = sum(teacher[i].double() for i in group) / len(group)
+        l1 = (s - t).abs().mean()
+        cos = ((s * t).sum(-1) / (s.norm(dim=-1) * t.norm(dim=-1))).mean()
+        assert log[f"l1_g{index}"] == pytest.approx(l1.item(), rel=1e-5)
+        assert log[f"cos_g{index}"] == pytest.approx(cos.item(), rel=1e-5)
+        expected += (l1 - cos).item() / len(GROUPS)
+    assert loss.item() == log["loss"] == log["distillation_loss"] == pytest.approx(expected, rel=1e-5)
+    assert sample_size == log["sample_size"] == 1
+    assert (log["nsentences"], log["ntokens"], log["audio_seconds"]) == (3, 12000, 0.75)
+
+
+def test_a_perfect_student_has_no_distance(build: Any, small: Any, teacher_file: Path) -> None:
+    _, model, criterion = build(student=teacher_file)
+    loss, _, log = criterion(model.eval(), batch(small.waves()))
+    assert loss.item() == pytest.approx(-1.0, abs=1e-6) and log["l1_g1"] < 1e-6
+
+
+def test_weights_and_kinds_of_the_loss(build: Any, small: Any) -> None:
+    source = small.waves()
+    _, model, plain = build()
+    log = plain(model.eval(), batch(source))[2]
+    l1, cos = ([log[f"{part}_g{i}"] for i in range(3)] for part in ("l1", "cos"))
+    weights = [0.5, 2.0, 0.0]
+    _, model, weighted = build(group_weights=weights, l1_weight=0.3, cos_weight=0.7)
+    loss = weighted(model.eval(), batch(source))[0].item()
+    assert loss == pytest.approx(sum(w * (0.3 * a - 0.7 * c) for w, a, c in zip(weights, l1, cos)), rel=1e-5)
+    task, model, log_sig = build(cos_type="log_sig", l1_weight=0.0)
+    loss = log_sig(model.eval(), batch(source))[0].item()
+    student, teacher = states(model.speech_encoder, source), states(task.teacher.encoder, source)
+    expected = 0.0
+    for group in GROUPS:
+        pair = [sum(hidden[i] for i in group) / len(group) for hidden in (student, teacher)]
+        expected += -F.cosine_similarity(*pair, dim=-1).sigmoid().log().mean().item() / 3
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_states_can_be_normalised_before_averaging(build: Any, small: Any) -> None:
+    source = small.waves()
+    task, model, criterion = build(normalize_states=True, cos_weight=0.0)
+    loss = criterion(model.eval(), batch(source))[0].item()
+    expected = 0.0
+    for group in GROUPS:
+        s, t = (
+            sum((h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() for h in kept)
+            / len(group)
+            for kept in (
+                [hidden[i] for i in group]
+                for hidden in (states(model.speech_encoder, source), states(task.teacher.encoder, source))
+            )
+        )
+        expected += (s - t).abs().mean().item() / 3
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_singletons_are_distillation_layer_by_layer(build: Any, small: Any) -> None:
+    """With groups {0} and {last} the loss is DPHuBERT's on those layers; the others are not looked at."""
+    source = small.waves()
+    task, model, criterion = build(groups=[[0], [3]])
+    loss = criterion(model.eval(), batch(source))[0].item()
+    student, teacher = states(model.speech_encoder, source), states(task.teacher.encoder, source)
+    parts = [
+        F.l1_loss(student[i], teacher[i]) - F.cosine_similarity(student[i], teacher[i], dim=-1).mean() for i in (0, 3)
+    ]
+    assert loss == pytest.approx((sum(parts) / 2).item(), rel=1e-5)
+
+
+def test_projections(build: Any, small: Any) -> None:
+    """They start as the identity, are used by their groups alone, and may be shared."""
+    source = batch(small.waves())
+    start = build(projection="identity")[2]
+    _, model, criterion = build(projection_sharing=[0, 1, 1])
+    assert not list(start.parameters())
+    assert sum(p.numel() for p in criterion.parameters()) == 2 * (32 * 32 + 32)
+    before = start(model.eval(), source)[2]
+    assert criterion(model, source)[2]["loss"] == pytest.approx(before["loss"], rel=1e-6)
+    criterion.projections.projections[1].bias.data += 0.5
+    after = criterion(model, source)[2]
+    assert after["l1_g0"] == before["l1_g0"]
+    assert after["l1_g1"] != before["l1_g1"] and after["l1_g2"] != before["l1_g2"]
+    assert sum(p.numel() for p in build(projection_sharing="all")[2].parameters()) == 32 * 32 + 32
+
+
+def test_size_term_takes_part_in_training_alone(build: Any, small: Any) -> None:
+    task, model, criterion = build(UNITS, target_sparsity=0.6, sparsity_warmup=100)
+    criterion.constraint.lambda1.data.fill_(0.4)
+    criterion.constraint.lambda2.data.fill_(3.0)
+    task.num_updates = 50
+    source = batch(small.waves())
+    model.eval()
+    criterion.train()
+    loss, _, log = criterion(model, source)
+    encoder = model.speech_encoder
+    sparsity = 1 - expected_parameters(encoder).item() / encoder.num_parameters()
+    assert 0 < sparsity < 0.2
+    assert log["expected_sparsity"] == pytest.approx(sparsity, rel=1e-4)
+    assert log["target_sparsity"] == pytest.approx(0.3)
+    assert (log["lambda1"], log["lambda2"]) == (pytest.approx(0.4), 3.0)
+    excess = sparsity - 0.3
+    assert loss.item() - log["distillation_loss"] == pytest.approx(0.4 * excess + 3 * excess**2, rel=1e-3)
+    criterion.eval()
+    loss, _, log = criterion(model, source)
+    assert loss.item() == log["distillation_loss"] and "expected_sparsity" in log
+
+
+def test_multipliers_ascend_and_gates_follow(build: Any, small: Any) -> None:
+    """Too dense: descending on the flipped gradient makes lambda1 fall and the gates close."""
+    task, model, criterion = build(UNITS, target_sparsity=0.6, sparsity_warmup=0)
+    criterion.constraint.lambda1.data.fill_(-1.0)
+    model.train()
+    criterion.train()
+    criterion(model, batch(small.waves()))[0].backward()
+    excess = 1 - expected_parameters(model.speech_encoder).item() / criterion.full_parameters - 0.6
+    assert excess < -0.3
+    assert criterion.constraint.lambda1.grad.item() == pytest.approx(-excess, rel=1e-3)
+    assert criterion.constraint.lambda2.grad.item() == pytest.approx(-(excess**2), rel=1e-3)
+    groups = {getattr(p, "param_group", "default") for p in [*model.parameters(), *criterion.parameters()]}
+    assert groups == {"default", "gates", "multipliers"}
+    model.zero_grad()
+    expected = expected_parameters(model.speech_encoder)
+    (criterion.constraint.lambda1 * (1 - expected / criterion.full_parameters - 0.6)).backward()
+    for _, gate in model.speech_encoder.named_gates():  # a descent step lowers log_alpha
+        assert (gate.log_alpha.grad > 0).all()
+
+
+@pytest.mark.parametrize("rule", ["chunks", "convolution"])
+def test_a_padded_batch_is_the_mean_over_the_frames_of_its_utterances(build: Any, small: Any, rule: str, tmp_path: Path) -> None:
+    """Where no statistic runs over time (layer_norm extractors), padding changes nothing."""
+    style = {**small.LARGE_STYLE, "padding_rule": rule}
+    for name, seed in (("teacher", 0), ("student", 9)):
+        save_encoder(small.random_encoder(seed, **style), tmp_path / f"{name}.safetensors")
+    task, model, criterion = build(
+        student=tmp_path / "student.safetensors", teacher=tmp_path / "teacher.safetensors"
+    )
+    model.eval()
+    criterion.eval()
+    lengths = [8000, 5000, 3217]
+    source, padding = torch.zeros(3, 8000), torch.ones(3, 8000, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        source[row, :length] = small.waves(length, 1, seed=row)[0]
+        padding[row, :length] = False
+    with torch.no_grad():
+        loss, _, log = criterion(model, batch(source, padding))
+        frames = (~model(source, padding)["padding_mask"]).sum(1)
+        assert frames[0] == 24 and frames[2] < frames[1] < 24
+        expected = 0.0
+        for row, count in enumerate(frames.tolist()):
+            # Frames at the end that only the rule "chunks" counts see zeros of the padding: give them those.
+            needed = max(lengths[row], 400 + 320 * (count - 1))
+            alone = criterion(model, batch(source[row : row + 1, :needed]))[2]["loss"]
+            assert model(source[row : row + 1, :needed])["x"].size(1) == count
+            expected += alone * count / frames.sum().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    assert log["ntokens"] == sum(lengths)
+
+
+def test_groups_from_a_file(build: Any, tmp_path: Path) -> None:
+    flat, nested, as_json = tmp_path / "groups.yaml", tmp_path / "config.yaml", tmp_path / "clusters.json"
+    flat.write_text("groups: [[0], [1, 2], [3]]\n")
+    nested.write_text("criterion:\n  _name: skill_group_kd\n  groups: [[0], [1, 2], [3]]\n")
+    as_json.write_text(json.dumps({"groups": GROUPS}))
+    for path in (flat, nested, as_json):
+        assert build(groups=None, groups_file=str(path))[2].groups == ((0,), (1, 2), (3,))
+
+
+def test_a_student_of_another_depth_maps_its_layers(build: Any, small: Any, tmp_path: Path) -> None:
+    path = tmp_path / "deep.safetensors"
+    save_encoder(small.random_encoder(encoder_layers=6), path)
+    task, model, criterion = build(student=path)
+    assert criterion.student_groups == ((0,), (2, 4), (6,))
+    source = small.waves()
+    student, teacher = states(model.speech_encoder, source), states(task.teacher.encoder, source)
+    l1 = F.l1_loss((student[2] + student[4]) / 2, (teacher[1] + teacher[2]) / 2).item()
+    assert criterion(model.eval(), batch(source))[2]["l1_g1"] == pytest.approx(l1, rel=1e-5)
+
+
+def test_another_width_needs_a_projection(build: Any, small: Any, tmp_path: Path) -> None:
+    path = tmp_path / "narrow.safetensors"
+    save_encoder(small.random_encoder(encoder_embed_dim=16), path)
+    _, model, criterion = build(student=path)
+    assert math.isfinite(criterion(model.eval(), batch(small.waves()))[0])
+    with pytest.raises(ValueError, match=r"projection=identity needs equal dimensions, .*16 and the teacher 32"):
+        build(student=path, projection="identity")
+
+
+def test_projections_of_stage_1_are_taken_over(build: Any, tmp_path: Path) -> None:
+    _, _, stage1 = build(UNITS, target_sparsity=0.5)
+    for parameter in stage1.projections.parameters():
+        torch.nn.init.normal_(parameter)
+    torch.save({"model": {}, "criterion": stage1.state_dict()}, tmp_path / "stage1.pt")
+    again = build(init_from=str(tmp_path / "stage1.pt"))[2]
+    for name, tensor in again.projections.state_dict().items():
+        assert torch.equal(tensor, stage1.projections.state_dict()[name])
+    other = build(init_from=str(tmp_path / "stage1.pt"), groups=[[0], [3]])[2]
+    assert torch.equal(other.projections.projections[0].weight, torch.eye(32))
+
+
+def test_logs_are_averaged_and_audio_is_counted_per_second(build: Any) -> None:
+    from fairseq import metrics
+
+    criterion = build()[2]
+    logs = [
+        {"loss": 2.0, "l1_g0": 1.0, "sample_size": 1, "audio_seconds": 3.0, "ntokens": 9, "nsentences": 1},
+        {"loss": 4.0, "l1_g0": 0.0, "sample_size": 1, "audio_seconds": 5.0, "ntokens": 9, "nsentences": 1},
+    ]
+    with metrics.aggregate() as found:
+        criterion.reduce_metrics(logs)
+    values = found.get_smoothed_values()
+    assert (values["loss"], values["l1_g0"]) == (3.0, 0.5) and "audio_s_per_s" in values
+    assert not {"sample_size", "audio_seconds", "ntokens"} & set(values)
+    assert criterion.logging_outputs_can_be_summed()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"groups": [[0, 1], [1, 2]]}, r"criterion\.groups names layer 1 twice"),
+        ({"groups": [[0], []]}, r"criterion\.groups has the group \[\]"),
+        ({"groups": []}, r"criterion\.groups is \[\]"),
+        ({"groups": [[0], [4]]}, r"criterion\.groups names layer 4, which the teacher has not; .*0\.\.3"),
+        ({"groups": [[-1]]}, r"criterion\.groups names layer -1"),
+        ({"groups": [["a"]]}, r"criterion\.groups names the layer 'a'"),
+        ({"groups": 3}, r"criterion\.groups is 3"),
+        ({"groups": None}, r"criterion\.groups: None, criterion\.groups_file: None; give one"),
+        ({"groups_file": "some.yaml"}, r"criterion\.groups: .*criterion\.groups_file: some\.yaml; give one"),
+        ({"group_weights": [1.0]}, r"criterion\.group_weights: \[1\.0\]; expected 3 numbers"),
+        ({"group_weights": [1.0, -1.0, 1.0]}, r"criterion\.group_weights: .*expected 3 numbers >= 0"),
+        ({"group_weights": [0.0, 0.0, 0.0]}, r"criterion\.group_weights: .*not all 0"),
+        ({"group_weights": [1.0, float("nan"), 1.0]}, r"criterion\.group_weights"),
+        ({"group_weights": 2}, r"criterion\.group_weights: 2; expected 3 numbers"),
+        ({"group_weights": ["a", 1, 1]}, r"criterion\.group_weights: \['a', 1, 1\]; expected 3 numbers"),
+        ({"projection_sharing": [0, 2, 2]}, r"criterion\.projection_sharing is \[0, 2, 2\], whose indices have gaps"),
+        ({"projection_sharing": [0, 0]}, r"criterion\.projection_sharing is \[0, 0\], which does not fit 3 groups"),
+        ({"target_sparsity": 0.5}, r"criterion\.target_sparsity: 0\.5, but the student has no gates"),
+        ({"target_sparsity": 1.0, "units": UNITS}, r"criterion\.target_sparsity: 1\.0"),
+        ({"target_sparsity": -0.1, "units": UNITS}, r"criterion\.target_sparsity: -0\.1"),
+        ({"target_sparsity": 0.99, "units": UNITS}, r"criterion\.target_sparsity: 0\.99 cannot be reached"),
+        ({"target_sparsity": 0.5, "units": ["heads"]}, r"target_sparsity: 0\.5 cannot be reached: gates on \['heads'\]"),
+        ({"target_sparsity": 0.5, "units": UNITS, "sparsity_warmup": -1}, r"warmup is -1"),
+    ],
+)
+def test_what_is_refused(build: Any, fields: dict, message: str) -> None:
+    units = fields.get("units")
+    with pytest.raises(ValueError, match=message):
+        build(units, **{name: value for name, value in fields.items() if name != "units"})
+
+
+def test_group_files_that_are_refused(build: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"criterion\.groups_file: .*gone\.yaml does not exist"):
+        build(groups=None, groups_file=str(tmp_path / "gone.yaml"))
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("layers: 3\n")
+    with pytest.raises(ValueError, match=r"criterion\.groups_file: .*empty\.yaml has no key 'groups'"):
+        build(groups=None, groups_file=str(empty))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("groups: [[0], [1")
+    with pytest.raises(ValueError, match=r"criterion\.groups_file: .*broken\.yaml is no YAML"):
+        build(groups=None, groups_file=str(broken))

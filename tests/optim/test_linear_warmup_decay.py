@@ -1,0 +1,46 @@
+"""The learning-rate schedule as fairseq runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq.optim import build_optimizer
+from fairseq.optim.lr_scheduler import build_lr_scheduler
+from omegaconf import OmegaConf
+
+ORACLE = json.loads((Path(__file__).parents[1] / "oracle" / "lagrangian.json").read_text())["lr_schedule"]
+
+
+def make_scheduler(warmup: int, total: int, peak: float = 0.002):
+    adam = {"_name": "adam", "lr": [peak], "tpu": False}
+    optimizer = build_optimizer(OmegaConf.create(adam), [torch.nn.Parameter(torch.zeros(3))])
+    fields = {"_name": "linear_warmup_decay", "warmup_updates": warmup, "total_num_update": total, "lr": [peak]}
+    return build_lr_scheduler(OmegaConf.create(fields), optimizer), optimizer
+
+
+@pytest.mark.parametrize("case", ORACLE)
+def test_oracle(case: dict) -> None:
+    scheduler, optimizer = make_scheduler(case["warmup"], case["max"])
+    returned = scheduler.step_update(case["update_index_0based"])
+    assert returned == optimizer.get_lr() == pytest.approx(0.002 * case["factor"], rel=1e-9)
+
+
+def test_first_update_is_made_at_a_rate_above_zero() -> None:
+    _, optimizer = make_scheduler(warmup=10, total=100)
+    assert optimizer.get_lr() == pytest.approx(0.002 / 10)
+
+
+def test_end_of_epoch_and_validation_change_nothing() -> None:
+    scheduler, optimizer = make_scheduler(warmup=10, total=100)
+    scheduler.step_update(4)
+    scheduler.step(epoch=3, val_loss=1.0)
+    assert optimizer.get_lr() == pytest.approx(0.002 * 0.5)
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(100, 100), (15000, 400)])
+def test_warmup_must_end_before_training_does(warmup: int, total: int) -> None:
+    with pytest.raises(ValueError, match=rf"warmup_updates: {warmup} is not below the {total} updates"):
+        make_scheduler(warmup, total)
