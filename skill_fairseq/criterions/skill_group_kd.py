@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
+import torch
 import yaml
 from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
@@ -13,13 +14,13 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from torch import Tensor, nn
 
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
-from skill_fairseq.distillation.groups import Groups, GroupProjections, map_groups, parse_groups
+from skill_fairseq.distillation.groups import GroupProjections, Groups, map_groups, parse_groups
 from skill_fairseq.distillation.loss import LossParts, distillation_loss
 from skill_fairseq.distillation.teacher import averaged_states
+from skill_fairseq.modules.size import sparsity
 from skill_fairseq.pruning.expected import full_parameters
 from skill_fairseq.pruning.lagrangian import SizeConstraint
 from skill_fairseq.pruning.selection import check_reachable
-from skill_fairseq.pruning.size import sparsity
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class SkillGroupKDCriterion(FairseqCriterion):
         if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}:
             self.projections.load_state_dict(found)
         else:
-            logger.info(f"criterion.init_from: {path} holds no projections for these groups; starting from the identity")
+            logger.info(f"criterion.init_from: {path} has no projections for these groups; starting from the identity")
 
     def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, int, Dict]:
         """Loss of one batch.
@@ -166,9 +167,9 @@ class SkillGroupKDCriterion(FairseqCriterion):
         )
         means = averaged_states(out["hidden_states"], self.student_groups, self.cfg.normalize_states)
         parts = self._group_losses(self.projections(means), targets, out["padding_mask"])
-        distillation = sum(w * p.total for w, p in zip(self.weights, parts))
+        distillation = torch.stack([w * p.total for w, p in zip(self.weights, parts)]).sum()
         loss = distillation
-        log = {
+        log: Dict[str, Any] = {
             "distillation_loss": distillation.detach(),
             **{f"l1_g{i}": p.l1.detach() for i, p in enumerate(parts)},
             **{f"cos_g{i}": -p.cos.detach() for i, p in enumerate(parts)},
@@ -185,7 +186,7 @@ class SkillGroupKDCriterion(FairseqCriterion):
         source = net_input["source"]
         padding = net_input.get("padding_mask")
         samples = source.numel() - (0 if padding is None else int(padding.sum()))
-        log = {k: float(v) for k, v in log.items()}
+        log = {name: float(value) for name, value in log.items()}
         log.update(
             loss=float(loss.detach()),
             sample_size=1,

@@ -71,8 +71,9 @@ def initial_student(cfg: SkillStudentConfig) -> SpeechEncoder:
     Raises:
         FileNotFoundError, ValueError: the file is missing or not a known encoder.
     """
-    source = read_source(cfg.init_from)
-    encoder = build_encoder(source, Path(cfg.init_from)).eval()
+    path = Path(cfg.init_from or "")
+    source = read_source(path)
+    encoder = build_encoder(source, path).eval()
     if not encoder.config.pruning_units and not cfg.pruning_units:
         return encoder
     if encoder.config.pruning_units:

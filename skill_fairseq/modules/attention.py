@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Optional
+from typing import List, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,8 @@ class SelfAttention(nn.Module):
         gate_output: put one hard-concrete gate on the whole sublayer.
     """
 
+    heads: Tensor
+
     def __init__(
         self,
         embed_dim: int,
@@ -96,6 +98,7 @@ class SelfAttention(nn.Module):
             self.q_proj = nn.Linear(embed_dim, width)
             self.k_proj = nn.Linear(embed_dim, width)
             self.v_proj = nn.Linear(embed_dim, width)
+        self.out_proj: Union[nn.Linear, OutputBias]
         self.out_proj = nn.Linear(width, embed_dim) if heads else OutputBias(embed_dim)
         self.position_gate = (
             RelativePositionGate(head_dim, full_heads) if relative_position and heads else None

@@ -6,6 +6,9 @@ import dataclasses
 import re
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
+import torch
+from torch import Tensor
+
 ConvLayers = List[Tuple[int, int, int]]
 
 PRUNING_UNITS = ("conv", "heads", "ffn", "attention_layers", "ffn_layers")
@@ -192,7 +195,11 @@ class EncoderConfig:
     def num_frames(self, num_samples: Any) -> Any:
         """Frames that the conv stack makes of ``num_samples`` samples (an int or an integer tensor)."""
         for _, kernel, stride in self.conv_feature_layers:
-            num_samples = (num_samples - kernel) // stride + 1
+            strides = num_samples - kernel
+            if isinstance(strides, Tensor):  # torch 1.12 rounds // towards zero
+                num_samples = torch.div(strides, stride, rounding_mode="floor") + 1
+            else:
+                num_samples = strides // stride + 1
         return num_samples
 
     def is_full(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class ConvLayer(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride, bias=bias)
         nn.init.kaiming_normal_(self.conv.weight)
-        self.norm: Optional[nn.Module] = None
+        self.norm: Union[None, nn.GroupNorm, ChannelLayerNorm] = None
         if norm == "group":
             self.norm = nn.GroupNorm(out_channels, out_channels)
         elif norm == "layer":
@@ -96,7 +96,7 @@ class ConvStack(nn.Module):
                 )
             )
             in_channels = config.conv_channels[i]
-        self.layers = nn.ModuleList(layers)
+        self.layers: Sequence[ConvLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         # A kept channel's soft gate folds into the next convolution. After the last one comes a LayerNorm, which it
         # cannot pass, so that gate stays: as a constant, not as a parameter.
         self.register_buffer("scale", torch.ones(in_channels))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from skill_fairseq.modules.layer import EncoderLayer
 from skill_fairseq.modules.norms import ChannelLayerNorm
 from skill_fairseq.modules.positional_conv import PositionalConv
 from skill_fairseq.modules.relative_position import RelativePosition
-from skill_fairseq.pruning.size import count_macs, static_shape, widths_of
+from skill_fairseq.modules.size import count_macs, static_shape, widths_of
 
 FrameTransform = Callable[[Tensor, Optional[Tensor]], Tensor]
 
@@ -136,7 +136,7 @@ class Transformer(nn.Module):
                     "ffn_layers" in units,
                 )
             layers.append(EncoderLayer(dim, attention, ffn, config.layer_norm_first, dropouts.hidden))
-        self.layers = nn.ModuleList(layers)
+        self.layers: Sequence[EncoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.apply(_init_like_bert)
 
     def forward(

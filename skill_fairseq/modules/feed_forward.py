@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Callable, Union
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,10 +34,11 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.width = width
+        self.fc2: Union[nn.Linear, OutputBias]
         if width:
             self.fc1 = nn.Linear(embed_dim, width)
         self.fc2 = nn.Linear(width, embed_dim) if width else OutputBias(embed_dim)
-        self.activation = {"gelu": F.gelu, "relu": F.relu}[activation]
+        self.activation: Callable[[Tensor], Tensor] = F.gelu if activation == "gelu" else F.relu
         self.dropout = nn.Dropout(activation_dropout)
         self.gate = HardConcrete(width) if gate_units and width else None
         self.output_gate = HardConcrete(1) if gate_output else None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.pruning.size import Number, Widths, count_parameters, static_shape, widths_of
+from skill_fairseq.modules.size import Number, Widths, count_parameters, static_shape, widths_of
 
 
 def full_parameters(config: EncoderConfig) -> int:

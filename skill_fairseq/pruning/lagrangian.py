@@ -1,6 +1,6 @@
 """The constraint on the student's size: an augmented Lagrangian, its target, and the learning-rate factor.
 
-Sizes enter as sparsity, ``s = 1 - E[parameters] / full``, see :mod:`skill_fairseq.pruning.size`.
+Sizes enter as sparsity, ``s = 1 - E[parameters] / full``, see :mod:`skill_fairseq.modules.size`.
 """
 
 from __future__ import annotations

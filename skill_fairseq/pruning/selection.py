@@ -8,8 +8,8 @@ from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.size import Number, Widths, count_parameters, static_shape, widths_of
 from skill_fairseq.pruning.expected import full_parameters, smallest_parameters
-from skill_fairseq.pruning.size import Number, Widths, count_parameters, static_shape, widths_of
 
 Selection = Dict[str, Tensor]
 """Gate name -> (num_units,) bool, True for each unit that stays."""
@@ -73,7 +73,7 @@ def check_reachable(config: EncoderConfig, sparsity: float, field: str) -> None:
         ValueError: names ``field``, the value and what can be reached.
     """
     if not 0 <= sparsity < 1:
-        raise ValueError(f"{field}: {sparsity} is no sparsity; expected a number in [0, 1), 0.75 removes three quarters")
+        raise ValueError(f"{field}: {sparsity} is no sparsity; expected a number in [0, 1): 0.75 leaves a quarter")
     full = full_parameters(config)
     most = 1 - smallest_parameters(config) / full
     least = 1 - int(count_parameters(static_shape(config), widths_of(config))) / full

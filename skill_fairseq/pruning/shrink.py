@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple, Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.feed_forward import FeedForward
 from skill_fairseq.modules.hard_concrete import HardConcrete, deterministic_gate
+from skill_fairseq.modules.output_bias import OutputBias
 from skill_fairseq.pruning.expected import full_parameters
 from skill_fairseq.pruning.selection import Selection, select_units
 
@@ -58,9 +61,11 @@ def shrink(encoder: SpeechEncoder, sparsity: Optional[float] = None) -> SpeechEn
     return small
 
 
-def _decide(gate: Optional[nn.Module], name: str, selection: Selection, width: int, like: Tensor) -> Tuple[Tensor, Tensor]:
+def _decide(
+    gate: Optional[HardConcrete], name: str, selection: Selection, width: int, like: Tensor
+) -> Tuple[Tensor, Tensor]:
     """Indices of the units that stay, and the factor of each."""
-    if not isinstance(gate, HardConcrete):
+    if gate is None:
         return torch.arange(width, device=like.device), torch.ones(width, device=like.device)
     kept = selection[name].nonzero().flatten()
     return kept, deterministic_gate(gate.log_alpha, selection[name])[kept]
@@ -69,7 +74,7 @@ def _decide(gate: Optional[nn.Module], name: str, selection: Selection, width: i
 def _shrink_conv_stack(encoder: SpeechEncoder, selection: Selection, state: State) -> List[int]:
     """Convolutions and feature projection; returns the channels left."""
     channels: List[int] = []
-    inputs = factor_in = None
+    inputs = factor_in = torch.empty(0)
     for i, layer in enumerate(encoder.feature_extractor.layers):
         prefix = f"feature_extractor.layers.{i}"
         weight = layer.conv.weight
@@ -80,7 +85,7 @@ def _shrink_conv_stack(encoder: SpeechEncoder, selection: Selection, state: Stat
                 "criterion.target_sparsity, or give shrink() a sparsity"
             )
         weight = weight[kept]
-        if inputs is not None:
+        if i:
             weight = weight[:, inputs] * factor_in[None, :, None]
         state[f"{prefix}.conv.weight"] = weight
         if layer.conv.bias is not None:
@@ -99,7 +104,7 @@ def _shrink_conv_stack(encoder: SpeechEncoder, selection: Selection, state: Stat
     return channels
 
 
-def _output_factor(module: nn.Module, prefix: str, selection: Selection) -> Optional[Tensor]:
+def _output_factor(module: Union[SelfAttention, FeedForward], prefix: str, selection: Selection) -> Optional[Tensor]:
     """Factor of a whole sublayer, or None where it is to be removed."""
     gate = module.output_gate
     if gate is None:
@@ -109,7 +114,7 @@ def _output_factor(module: nn.Module, prefix: str, selection: Selection) -> Opti
 
 
 def _shrink_attention(
-    attention: Optional[nn.Module], prefix: str, selection: Selection, state: State
+    attention: Optional[SelfAttention], prefix: str, selection: Selection, state: State
 ) -> Optional[List[int]]:
     """One attention sublayer; returns the original indices of the heads left, None where it goes altogether."""
     if attention is None:
@@ -118,7 +123,7 @@ def _shrink_attention(
     if output is None:
         return None
     state[f"{prefix}.out_proj.bias"] = attention.out_proj.bias * output
-    if not attention.heads.numel():
+    if isinstance(attention.out_proj, OutputBias):
         return []
     like = attention.out_proj.weight
     kept, factor = _decide(attention.gate, f"{prefix}.gate", selection, attention.heads.numel(), like)
@@ -134,7 +139,7 @@ def _shrink_attention(
     return attention.heads[kept].tolist()
 
 
-def _shrink_ffn(ffn: Optional[nn.Module], prefix: str, selection: Selection, state: State) -> Optional[int]:
+def _shrink_ffn(ffn: Optional[FeedForward], prefix: str, selection: Selection, state: State) -> Optional[int]:
     """One feed-forward sublayer; returns the units left, None where it goes altogether."""
     if ffn is None:
         return None
@@ -142,7 +147,7 @@ def _shrink_ffn(ffn: Optional[nn.Module], prefix: str, selection: Selection, sta
     if output is None:
         return None
     state[f"{prefix}.fc2.bias"] = ffn.fc2.bias * output
-    if not ffn.width:
+    if isinstance(ffn.fc2, OutputBias):
         return 0
     kept, factor = _decide(ffn.gate, f"{prefix}.gate", selection, ffn.width, ffn.fc2.weight)
     if len(kept):

@@ -30,7 +30,7 @@ class SkillDistillationConfig(AudioPretrainingConfig):
     )
     crop_multiple: int = field(
         default=1,
-        metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels to build"},
+        metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
     )
 
 
@@ -164,7 +164,7 @@ class SkillDistillationTask(AudioPretrainingTask):
             state = {k: v for k, v in encoder.state_dict().items() if not k.endswith(("log_alpha", "kept_override"))}
             model.speech_encoder.load_state_dict(state, strict=False)
         if not from_checkpoint:
-            _update(cfg, OmegaConf.to_container(model.cfg, resolve=True, enum_to_str=True))
+            _update(cfg, dict(OmegaConf.to_container(model.cfg, resolve=True, enum_to_str=True)))  # type: ignore
         self.student_config = model.speech_encoder.config
         return model
 

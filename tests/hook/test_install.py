@@ -32,6 +32,7 @@ class Environment:
     """A virtual environment that sees the packages of this one and has a copy of this project installed."""
 
     def __init__(self, folder: Path, editable: bool) -> None:
+        self.editable = editable
         self.project = folder / "project"
         for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "skill_fairseq", "config"):
             copy = shutil.copytree if (REPO / name).is_dir() else shutil.copy
@@ -65,9 +66,7 @@ class Environment:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["wheel", "editable"])
 def environment(request, tmp_path_factory) -> Environment:
-    env = Environment(tmp_path_factory.mktemp("install"), editable=request.param)
-    env.editable = request.param
-    return env
+    return Environment(tmp_path_factory.mktemp("install"), editable=request.param)
 
 
 def test_hook_is_at_the_top_beside_its_pth_and_the_checkout_is_left_clean(environment):

@@ -97,7 +97,9 @@ def test_frames_of_the_published_models():
     config = wavlm_base()
     assert (config.receptive_field, config.downsampling) == (400, 320)
     assert [config.num_frames(n) for n in (400, 719, 720, 16000, 250000)] == [1, 1, 2, 49, 780 + 1]
-    assert config.num_frames(torch.tensor([400, 16000])).tolist() == [1, 49]
+    lengths = [79, 399, 400, 16000]
+    frames = config.num_frames(torch.tensor(lengths)).tolist()
+    assert frames == [config.num_frames(n) for n in lengths] and frames[1:] == [0, 1, 49]
 
 
 def test_dictionaries_round_trip():

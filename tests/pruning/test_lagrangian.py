@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from skill_fairseq.modules.hard_concrete import HardConcrete
+from skill_fairseq.modules.size import sparsity
 from skill_fairseq.pruning.lagrangian import (
     SizeConstraint,
     ascending,
@@ -15,7 +16,6 @@ from skill_fairseq.pruning.lagrangian import (
     linear_warmup_decay,
     target_sparsity,
 )
-from skill_fairseq.pruning.size import sparsity
 
 ORACLE = json.loads((Path(__file__).parents[1] / "oracle" / "lagrangian.json").read_text())
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from skill_fairseq.modules.hard_concrete import keep_probability
-from skill_fairseq.pruning.size import StaticShape, Widths, count_macs, count_parameters, sparsity
+from skill_fairseq.modules.size import StaticShape, Widths, count_macs, count_parameters, sparsity
 
 ORACLE = json.loads((Path(__file__).parents[1] / "oracle" / "sizes.json").read_text())
 EXPECTED = [
