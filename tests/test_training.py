@@ -101,12 +101,13 @@ def test_stage_1_logs_what_one_wants_to_see(stage1: tuple) -> None:
     size = {"expected_sparsity", "target_sparsity", "lambda1", "lambda2"}
     for entry in entries:
         assert per_group | size | {"loss", "distillation_loss", "audio_s_per_s", "gnorm"} <= set(entry)
-        assert 0 < entry["l1_g1"] and 0.5 < entry["cos_g1"] <= 1 and entry["audio_s_per_s"] > 0
+        assert 0 < entry["l1_g1"] and 0.5 < entry["cos_g1"] <= 1
         kd = sum(entry[f"l1_g{g}"] - entry[f"cos_g{g}"] for g in range(3)) / 3
         assert entry["distillation_loss"] == pytest.approx(kd, abs=2e-4)
         excess = entry["expected_sparsity"] - entry["target_sparsity"]
         size_term = entry["lambda1"] * excess + entry["lambda2"] * excess**2
         assert entry["loss"] - entry["distillation_loss"] == pytest.approx(size_term, abs=1e-3)
+    assert all(entry["audio_s_per_s"] > 0 for entry in entries[1:])  # fairseq starts its watch at the first
 
 
 def test_learning_rates_and_target_follow_their_schedules(stage1: tuple) -> None:

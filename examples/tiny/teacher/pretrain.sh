@@ -31,8 +31,8 @@ pretrain() {  # round, label rate, overrides ...
 }
 
 python "$here/units.py" --data "$out/manifests" --out "$out/round1" --units 100
-pretrain round1 100 optimization.max_update=800
+pretrain round1 100 optimization.max_update=1400
 python "$here/units.py" --data "$out/manifests" --out "$out/round2" --units 200 \
     --model "$out/round1/checkpoint_last.pt" --layer 6
-pretrain round2 50 optimization.max_update=2500
+pretrain round2 50 optimization.max_update=3600
 skill-export "$out/round2/checkpoint_last.pt" "$out/teacher.safetensors" --dtype float16

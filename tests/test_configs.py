@@ -1,0 +1,141 @@
+"""Every training config composes as fairseq-hydra-train composes it, and says what its recipe says."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.dataclass.initialize import add_defaults, hydra_init
+from fairseq.models import MODEL_DATACLASS_REGISTRY
+from fairseq.registry import REGISTRIES
+from fairseq.tasks import TASK_DATACLASS_REGISTRY
+from hydra.core.global_hydra import GlobalHydra
+from hydra.experimental import compose, initialize_config_dir
+from omegaconf import MISSING, OmegaConf
+
+CONFIG = Path(__file__).resolve().parents[1] / "config"
+FILES = {str(path.relative_to(CONFIG)): path for path in sorted(CONFIG.rglob("*.yaml"))}
+BLOCKS = ("common", "checkpoint", "distributed_training", "task", "dataset", "criterion", "optimization", "optimizer")
+BLOCKS += ("lr_scheduler", "model")
+
+
+def read(name: str) -> dict[str, Any]:
+    return yaml.safe_load(FILES[name].read_text(encoding="utf-8"))
+
+
+def registered(block: str) -> dict[str, Any]:
+    """The dataclasses of a block's names."""
+    special = {"task": TASK_DATACLASS_REGISTRY, "model": MODEL_DATACLASS_REGISTRY}
+    return special[block] if block in special else REGISTRIES[block]["dataclass_registry"]
+
+
+def composed(name: str, **missing: str) -> Any:
+    """A config as a run gets it, its open fields filled with a word."""
+    path = FILES[name]
+    overrides = [
+        f"{block}.{field}=filled"
+        for block, fields in read(name).items()
+        if isinstance(fields, dict)
+        for field, value in fields.items()
+        if value == MISSING
+    ]
+    hydra_init(path.stem)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(path.parent)):
+        cfg = compose(path.stem, overrides=overrides)
+    add_defaults(cfg)
+    return cfg
+
+
+def test_there_are_configs_of_every_kind() -> None:
+    assert {Path(name).parent.name for name in FILES} >= {"distill", "final", "pretrain"}
+    assert {"distill/tiny.yaml", "final/tiny.yaml"} <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_composes(name: str) -> None:
+    """Unknown keys and values of a wrong type are errors of omegaconf here; interpolations resolve."""
+    cfg = composed(name)
+    values = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    for block, fields in read(name).items():
+        for field, value in fields.items():
+            if value != MISSING and not (isinstance(value, str) and value.startswith("${")):
+                found = values[block][field]
+                assert (list(found) if isinstance(found, list) else found) == value or str(found) == str(value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_is_complete_and_in_fairseqs_order(name: str) -> None:
+    text, fields = FILES[name].read_text(encoding="utf-8"), read(name)
+    assert text.startswith("# @package _group_\n# ")  # what it is for stands on top
+    assert tuple(fields) == BLOCKS
+    assert fields["common"]["user_dir"] == "${env:SKILL_FAIRSEQ_USER_DIR,skill_fairseq}"
+    for block in ("task", "criterion", "optimizer", "lr_scheduler", "model"):
+        chosen = fields[block]["_name"]
+        assert chosen in registered(block), f"{block}._name: {chosen}"
+        keys = set(getattr(registered(block)[chosen], "__dataclass_fields__", {})) | {"_name"}
+        assert set(fields[block]) <= keys
+    assert set(fields) <= set(FairseqConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_groups_of_the_optimizer(name: str) -> None:
+    """Gated students need the three groups, each with a schedule; others have one optimizer."""
+    fields = read(name)
+    gated = bool(fields["model"].get("pruning_units"))
+    assert (fields["optimizer"]["_name"] == "composite") == gated
+    assert (fields["lr_scheduler"]["_name"] == "pass_through") == gated
+    assert gated == (fields["criterion"].get("target_sparsity") is not None)
+    if gated:
+        groups = fields["optimizer"]["groups"]
+        assert set(groups) == {"default", "gates", "multipliers"}
+        for group in groups.values():
+            for block in ("optimizer", "lr_scheduler"):
+                assert set(group[block]) <= {"_name", *registered(block)[group[block]["_name"]].__dataclass_fields__}
+            assert group["optimizer"]["weight_decay"] == 0.0
+            assert group["lr_scheduler"]["warmup_updates"] < fields["optimization"]["max_update"]
+
+
+def test_recipe_of_dphubert() -> None:
+    """arXiv:2305.17651, section 4.1: 50,000 and 25,000 updates, 160 s of audio on each of 4 GPUs."""
+    for name, updates, warmup, rate in (
+        ("distill/wavlm_base_plus_librispeech.yaml", 50000, 15000, 2e-4),
+        ("final/wavlm_base_plus_librispeech.yaml", 25000, 5000, 1e-4),
+    ):
+        cfg = composed(name)
+        assert cfg.optimization.max_update == updates and cfg.optimization.clip_norm == 10.0
+        assert cfg.optimization.lr == [rate]
+        assert cfg.distributed_training.distributed_world_size == 4
+        assert cfg.dataset.max_tokens == 160 * 16000
+        assert (cfg.task.min_sample_size, cfg.task.max_sample_size) == (2 * 16000, 250000)
+        assert cfg.criterion.l1_weight == cfg.criterion.cos_weight == 1.0
+        assert cfg.criterion.init_from == (None if "distill" in name else "filled")
+        assert cfg.model.encoder_layerdrop == 0.0 and cfg.model.dropout == 0.1
+        groups = cfg.optimizer.groups.items() if "distill" in name else [("default", cfg)]
+        for group, part in groups:
+            peak = {"default": rate, "gates": 0.02, "multipliers": 0.02}[group]
+            assert (part.lr_float if "distill" in name else part.optimization.lr[0]) == peak
+            assert part.optimizer.adam_betas == "(0.9,0.999)" and part.optimizer.weight_decay == 0.0
+            assert part.lr_scheduler._name == "linear_warmup_decay"
+            assert part.lr_scheduler.warmup_updates == warmup
+            assert part.lr_scheduler.total_num_update == updates
+    stage1 = composed("distill/wavlm_base_plus_librispeech.yaml")
+    assert (stage1.criterion.target_sparsity, stage1.criterion.sparsity_warmup) == (0.75, 5000)
+    assert stage1.model.pruning_units == ["conv", "heads", "ffn"] and stage1.model.init_from == "filled"
+
+
+def test_baseline_is_dphubert_and_nothing_else() -> None:
+    """Layers 0, 4, 8 and 12, the last three with one projection, FFN gates half closed; otherwise the same run."""
+    ours, baseline = (
+        read(f"distill/{name}wavlm_base_plus_librispeech.yaml") for name in ("", "dphubert_")
+    )
+    expected = copy.deepcopy(ours)
+    expected["criterion"]["groups"] = [[0], [4], [8], [12]]
+    expected["criterion"].pop("groups_file", None)
+    expected["criterion"]["projection_sharing"] = [0, 1, 1, 1]
+    expected["model"]["ffn_drop_rate"] = 0.5
+    assert baseline == expected
