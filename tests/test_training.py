@@ -28,8 +28,8 @@ SHORT = [
     "common.log_format=json",
     "common.log_interval=1",
     "dataset.max_tokens=60000",
-    "dataset.validate_interval_updates=6",
-    "checkpoint.save_interval_updates=6",
+    "dataset.validate_interval_updates=4",
+    "checkpoint.save_interval_updates=4",
     "checkpoint.keep_interval_updates=-1",
     f"criterion.groups={GROUPS}",
     f"optimization.max_update={UPDATES}",
@@ -129,7 +129,7 @@ def test_multipliers_ascend_and_the_student_shrinks(stage1: tuple) -> None:
 
 def test_validation_is_the_distillation_loss_of_whole_utterances(stage1: tuple) -> None:
     entries = logged(stage1[1], "valid")
-    assert [entry["num_updates"] for entry in entries] == [6, 12]
+    assert [entry["num_updates"] for entry in entries] == [4, 8, 12]
     for entry in entries:
         assert entry["loss"] == entry["distillation_loss"]
         assert {"l1_g0", "cos_g2", "expected_sparsity", "lambda1"} <= set(entry)
@@ -174,7 +174,7 @@ def test_checkpoints_load_elsewhere_without_teacher_and_data(
     shutil.copy(teacher_file, tmp_path / "teacher.safetensors")
     shutil.copytree(speech, tmp_path / "speech")
     where = [f"task.data={tmp_path / 'speech'}", f"task.teacher={tmp_path / 'teacher.safetensors'}"]
-    train(tmp_path / "own", "distill", *where, *STAGE_1, "optimization.max_update=6")
+    train(tmp_path / "own", "distill", *where, *STAGE_1, "optimization.max_update=4")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     shutil.move(str(tmp_path / "own" / "checkpoint_last.pt"), str(elsewhere / "own.pt"))
@@ -207,12 +207,12 @@ def test_checkpoints_load_elsewhere_without_teacher_and_data(
 
 
 def test_an_interrupted_run_goes_on(data: list[str], stage1: tuple, tmp_path: Path) -> None:
-    shutil.copy(next(stage1[0].glob("checkpoint_*_6.pt")), tmp_path / "checkpoint_last.pt")
+    shutil.copy(next(stage1[0].glob("checkpoint_*_8.pt")), tmp_path / "checkpoint_last.pt")
     log = train(tmp_path, "distill", *data, *STAGE_1)
     entries, first = logged(log, "train_inner"), logged(stage1[1], "train_inner")
-    assert [entry["num_updates"] for entry in entries] == list(range(7, UPDATES + 1))
+    assert [entry["num_updates"] for entry in entries] == list(range(9, UPDATES + 1))
     for name in ("lambda1", "lambda2", "expected_sparsity", "target_sparsity", "lr_gates"):
-        assert entries[0][name] == first[6][name]
+        assert entries[0][name] == first[8][name]
     assert load_torch_file(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == UPDATES
 
 
