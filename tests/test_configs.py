@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def registered(block: str) -> dict[str, Any]:
     return special[block] if block in special else REGISTRIES[block]["dataclass_registry"]
 
 
+@functools.lru_cache(maxsize=None)
 def composed(name: str) -> Any:
     """A config as a run gets it, its open fields filled with a 1."""
     path = FILES[name]

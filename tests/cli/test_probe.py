@@ -68,13 +68,13 @@ def results(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(entry["model"], entry["task"]): entry for entry in entries}
 
 
-def test_log_mel_knows_speakers_and_some_digits_of_an_unseen_speaker(tmp_path: Path) -> None:
+def test_log_mel_knows_speakers_and_some_digits_of_unseen_speakers(tmp_path: Path) -> None:
     report = tmp_path / "probe.json"
     tasks = ["--task", str(TASKS / "digit"), "--task", str(TASKS / "speaker")]
     assert main(["logmel", *tasks, "--json", str(report)]) == 0
     digit, speaker = results(report)["logmel", "digit"], results(report)["logmel", "speaker"]
     assert (digit["total"], digit["classes"], speaker["total"], speaker["classes"]) == (300, 10, 120, 6)
-    assert 0.5 < digit["value"] < 0.8 and speaker["value"] > 0.9
+    assert 0.4 < digit["value"] < 0.6 and speaker["value"] > 0.9
     for entry in (digit, speaker):
         assert entry["value"] == entry["correct"] / entry["total"] and entry["layer_weights"] == [1.0]
         assert 0 <= entry["interval"][0] < entry["value"] <= entry["interval"][1] <= 1
