@@ -29,9 +29,7 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
     """
     target = Path(path)
     if target.is_dir():
-        raise IsADirectoryError(
-            f"{target}: is a folder, expected the name of a file to write; name a file inside it"
-        )
+        raise IsADirectoryError(f"{target}: is a folder, expected the name of a file to write; name a file inside it")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}")
     try:

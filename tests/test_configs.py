@@ -34,7 +34,7 @@ def registered(block: str) -> dict[str, Any]:
     return special[block] if block in special else REGISTRIES[block]["dataclass_registry"]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def composed(name: str) -> Any:
     """A config as a run gets it, its open fields filled with a 1."""
     path = FILES[name]
@@ -131,9 +131,7 @@ def test_recipe_of_dphubert() -> None:
 
 def test_baseline_is_dphubert_and_nothing_else() -> None:
     """Layers 0, 4, 8 and 12, the last three with one projection, FFN gates half closed; otherwise the same run."""
-    ours, baseline = (
-        read(f"distill/{name}wavlm_base_plus_librispeech.yaml") for name in ("", "dphubert_")
-    )
+    ours, baseline = (read(f"distill/{name}wavlm_base_plus_librispeech.yaml") for name in ("", "dphubert_"))
     expected = copy.deepcopy(ours)
     expected["criterion"]["groups"] = [[0], [4], [8], [12]]
     expected["criterion"].pop("groups_file", None)

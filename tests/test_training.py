@@ -251,7 +251,9 @@ def test_two_processes_agree(data: list[str], tmp_path: Path, teacher_file: Path
     for name, tensor in one["state"].items():
         assert torch.equal(tensor, two["state"][name]), name
     start = load_encoder(teacher_file).state_dict()
-    assert not torch.equal(one["state"]["speech_encoder.feature_projection.linear.weight"], start["feature_projection.linear.weight"])
+    assert not torch.equal(
+        one["state"]["speech_encoder.feature_projection.linear.weight"], start["feature_projection.linear.weight"]
+    )
     assert len(one["seen"]) == len(two["seen"]) == 4
     for mine, other in zip(one["seen"], two["seen"]):  # each rank has data of its own
         assert not set(mine) & set(other)

@@ -81,9 +81,7 @@ def mfcc(
     if not 0 < n_cepstra <= n_mels:
         raise ValueError(f"n_cepstra: {n_cepstra}, expected 1 to n_mels = {n_mels}; lower it or raise n_mels")
     energies = log_mel(wave, sample_rate, n_mels, window_ms, hop_ms)
-    cepstra = torch.from_numpy(dct(energies.cpu().numpy(), type=2, norm="ortho")[:, :n_cepstra]).to(
-        wave.device
-    )
+    cepstra = torch.from_numpy(dct(energies.cpu().numpy(), type=2, norm="ortho")[:, :n_cepstra]).to(wave.device)
     order = torch.arange(n_cepstra, device=wave.device)
     cepstra = cepstra * (1 + LIFTER / 2 * torch.sin(math.pi * order / LIFTER))
     first = deltas(cepstra)

@@ -58,9 +58,7 @@ def read_manifest(path: PathLike) -> Manifest:
         raise FileNotFoundError(f"{source}: no such manifest; write one with skill-manifest FOLDER OUT")
     root, *lines = source.read_text(encoding="utf-8").splitlines() or [""]
     if "\t" in root:
-        raise ValueError(
-            f"{source}, line 1: found {root!r}, expected the root folder; add it as the first line"
-        )
+        raise ValueError(f"{source}, line 1: found {root!r}, expected the root folder; add it as the first line")
     paths: list[str] = []
     sizes: list[int] = []
     for number, line in enumerate(lines, start=2):
@@ -73,9 +71,7 @@ def read_manifest(path: PathLike) -> Manifest:
         paths.append(name)
         sizes.append(int(size))
     if not paths:
-        raise ValueError(
-            f"{source}: lists no audio, expected at least one recording; write it with skill-manifest"
-        )
+        raise ValueError(f"{source}: lists no audio, expected at least one recording; write it with skill-manifest")
     return Manifest(root=(source.absolute().parent / root).resolve(), paths=paths, sizes=sizes, source=source)
 
 
@@ -113,9 +109,7 @@ def write_manifest(path: PathLike, root: PathLike, paths: Sequence[str], sizes: 
         raise ValueError(f"{path}: {len(paths)} paths but {len(sizes)} sizes; give one size a path")
     for name in paths:
         if not storable(name):
-            raise ValueError(
-                f"{path}: {name!r} has a tab or line break, which a manifest cannot hold; rename the file"
-            )
+            raise ValueError(f"{path}: {name!r} has a tab or line break, which a manifest cannot hold; rename the file")
     with atomic_write(path) as temporary:
         lines = [str(root), *(f"{name}\t{size}" for name, size in zip(paths, sizes))]
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -153,13 +147,9 @@ def load_audio(path: PathLike, sample_rate: int = 16000, min_samples: int = MIN_
             "it out of the manifest"
         ) from error
     if rate != sample_rate:
-        raise ValueError(
-            f"{file}: sample rate {rate} Hz, expected {sample_rate} Hz; {conversion(file, sample_rate)}"
-        )
+        raise ValueError(f"{file}: sample rate {rate} Hz, expected {sample_rate} Hz; {conversion(file, sample_rate)}")
     if samples.shape[1] != 1:
-        raise ValueError(
-            f"{file}: {samples.shape[1]} channels, expected 1 (mono); {conversion(file, sample_rate)}"
-        )
+        raise ValueError(f"{file}: {samples.shape[1]} channels, expected 1 (mono); {conversion(file, sample_rate)}")
     if len(samples) < min_samples:
         raise ValueError(
             f"{file}: {len(samples)} samples, expected at least {min_samples} "

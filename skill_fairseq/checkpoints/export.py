@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from skill_fairseq.checkpoints.safetensors_file import load_metadata, load_tensors
 from skill_fairseq.checkpoints.source import EncoderSource, reading_config
@@ -56,7 +56,7 @@ def save_encoder(
         "provenance": json.dumps(dict(provenance or {})),
     }
     with atomic_write(path) as temporary:
-        save_file(state, str(temporary), metadata)
+        temporary.write_bytes(save(state, metadata))  # save_file would give the file to its owner alone
 
 
 def read_export(path: Path) -> EncoderSource:

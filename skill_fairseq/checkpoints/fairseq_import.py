@@ -39,9 +39,7 @@ ENCODER_NAMES: Rules = (
 )
 """From our names to those of fairseq and of Microsoft's WavLM."""
 
-LAYER_NORM_EXTRACTOR: Rules = (
-    (r"feature_extractor\.layers\.(\d+)\.norm\.", r"feature_extractor.conv_layers.\1.2.1."),
-)
+LAYER_NORM_EXTRACTOR: Rules = ((r"feature_extractor\.layers\.(\d+)\.norm\.", r"feature_extractor.conv_layers.\1.2.1."),)
 """Goes first where the extractor normalises every layer: there the norm sits between two transpositions."""
 
 PRETRAINING = (

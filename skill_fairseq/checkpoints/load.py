@@ -32,9 +32,7 @@ _LOOKALIKES = (
 )
 
 
-def load_encoder(
-    path: PathLike, device: str | torch.device = "cpu", trust: bool = False
-) -> SpeechEncoder:
+def load_encoder(path: PathLike, device: str | torch.device = "cpu", trust: bool = False) -> SpeechEncoder:
     """Loads an encoder from any file that the importers know.
 
     Args:

@@ -84,8 +84,7 @@ def build_encoder(source: EncoderSource, path: Path) -> SpeechEncoder:
     ]
     if problems:
         raise ValueError(
-            f"{path}: recognised as {source.format}, but its weights do not fit its config; "
-            + "; ".join(problems)
+            f"{path}: recognised as {source.format}, but its weights do not fit its config; " + "; ".join(problems)
         )
     encoder.load_state_dict(state)
     return encoder

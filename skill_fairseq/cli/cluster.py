@@ -47,9 +47,7 @@ comments stay. The same audio gives the same groups, whatever the manifest's ord
 DEFAULT_GROUPS = 4  # as many as DPHuBERT has target layers
 
 
-def make_groups(
-    distances: np.ndarray, args: argparse.Namespace
-) -> tuple[np.ndarray, linkage.Groups, dict[str, Any]]:
+def make_groups(distances: np.ndarray, args: argparse.Namespace) -> tuple[np.ndarray, linkage.Groups, dict[str, Any]]:
     """Tree, groups of indices, and how the tree was cut (for the JSON) under the command's options."""
     tree = linkage.link(distances, args.linkage, args.neighbours_only)
     if args.height is not None:
@@ -93,9 +91,7 @@ def format_comparison(
         if args.linkage != "ward" or measure in linkage.EUCLIDEAN_MEASURES:
             tree = linkage.link(distances, args.linkage, args.neighbours_only)
             groups = linkage.cut_to_number(tree, number)
-            lines.append(
-                f"  {measure:<14} {' | '.join(_ranges([layers[i] for i in group]) for group in groups)}"
-            )
+            lines.append(f"  {measure:<14} {' | '.join(_ranges([layers[i] for i in group]) for group in groups)}")
     return "\n".join(lines)
 
 
@@ -176,9 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_config(args.config, merge_groups(read_config(args.config), named, str(args.config)))
         written.append(args.config)
     print(f"wrote {', '.join(map(str, written))}")
-    print(
-        f"to train with these groups: fairseq-hydra-train ... 'criterion.groups={format_groups(named, ',')}'"
-    )
+    print(f"to train with these groups: fairseq-hydra-train ... 'criterion.groups={format_groups(named, ',')}'")
     return 0
 
 
@@ -218,9 +212,7 @@ def _check_options(args: argparse.Namespace) -> None:
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')}: {value}; expected more than 0")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device: {args.device!r}, but torch sees no GPU here, expected 'cpu'; leave --device out"
-        )
+        raise ValueError(f"--device: {args.device!r}, but torch sees no GPU here, expected 'cpu'; leave --device out")
     if args.config:
         merge_groups(read_config(args.config), [[0]], str(args.config))
 
@@ -240,9 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="any file or folder that load_encoder reads",
     )
-    add(
-        "--manifest", required=True, type=Path, metavar="TSV", help="audio to choose the calibration set from"
-    )
+    add("--manifest", required=True, type=Path, metavar="TSV", help="audio to choose the calibration set from")
     add(
         "--out",
         type=Path,

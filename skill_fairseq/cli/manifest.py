@@ -105,9 +105,7 @@ def split(paths: Sequence[str], percents: dict[str, float], seed: int) -> dict[s
     Raises:
         ValueError: nothing is left for `train`.
     """
-    ranks = {
-        path: hashlib.sha256(f"{seed}\t{path}".encode("utf-8", "surrogateescape")).digest() for path in paths
-    }
+    ranks = {path: hashlib.sha256(f"{seed}\t{path}".encode("utf-8", "surrogateescape")).digest() for path in paths}
     order = sorted(range(len(paths)), key=lambda index: ranks[paths[index]])
     shares: dict[str, list[int]] = {"train": []}
     for name, percent in percents.items():
@@ -145,9 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     root = args.folder.resolve()
     found = list(find_audio(root, args.ext))
     if not found:
-        raise ValueError(
-            f"{root}: no files ending in {', '.join(args.ext)}; name the right ending with --ext"
-        )
+        raise ValueError(f"{root}: no files ending in {', '.join(args.ext)}; name the right ending with --ext")
     limits = Limits(args.sample_rate, args.min_seconds, args.max_seconds, args.decode)
     paths: list[str] = []
     sizes: list[int] = []
@@ -172,8 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _print_left_out(left_out, report, root, args.sample_rate)
     if not paths:
         raise ValueError(
-            f"{root}: none of {len(found)} files is usable, expected at least one; the reasons are in "
-            f"{report}"
+            f"{root}: none of {len(found)} files is usable, expected at least one; the reasons are in {report}"
         )
     for name, share in split(paths, percents, args.seed).items():
         if share:
@@ -184,9 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _print_left_out(
-    left_out: Sequence[tuple[str, str, str]], report: Path, root: Path, sample_rate: int
-) -> None:
+def _print_left_out(left_out: Sequence[tuple[str, str, str]], report: Path, root: Path, sample_rate: int) -> None:
     """One line a reason with the first three files; the report has them all."""
     if not left_out:
         return
@@ -210,9 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="searched with all its subfolders")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the manifests")
-    parser.add_argument(
-        "--ext", nargs="+", default=["flac", "wav", "ogg"], help="file endings (default: flac wav ogg)"
-    )
+    parser.add_argument("--ext", nargs="+", default=["flac", "wav", "ogg"], help="file endings (default: flac wav ogg)")
     parser.add_argument("--valid-percent", type=float, default=1.0, help="of the recordings (default: 1)")
     parser.add_argument("--test-percent", type=float, default=0.0, help="of the recordings (default: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
@@ -222,12 +213,8 @@ def _parser() -> argparse.ArgumentParser:
         default=0.5,
         help="shorter ones are left out, since a batch is cropped to its shortest recording (default: 0.5)",
     )
-    parser.add_argument(
-        "--max-seconds", type=float, default=None, help="longer ones are left out (default: no limit)"
-    )
-    parser.add_argument(
-        "--sample-rate", type=int, default=16000, help="in Hz; the models need 16000 (default: 16000)"
-    )
+    parser.add_argument("--max-seconds", type=float, default=None, help="longer ones are left out (default: no limit)")
+    parser.add_argument("--sample-rate", type=int, default=16000, help="in Hz; the models need 16000 (default: 16000)")
     parser.add_argument(
         "--decode",
         action="store_true",

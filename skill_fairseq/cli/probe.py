@@ -54,9 +54,7 @@ def probe_model(model: ProbedModel, tasks: Sequence[Task], seed: int = 0) -> lis
         entry: dict[str, Any] = {"model": model.name, "parameters": model.parameters, "task": task.name}
         if task.trials is not None:
             checked = verify(features["test"], task.trials, seed=seed)
-            entry.update(
-                metric="equal error rate", value=checked.eer, interval=checked.interval, trials=checked.trials
-            )
+            entry.update(metric="equal error rate", value=checked.eer, interval=checked.interval, trials=checked.trials)
         else:
             result = probe(features, task.labels)
             entry.update(metric="accuracy", value=result.accuracy, interval=result.interval)
@@ -127,9 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(format_table(entries, tasks))
     if args.json:
         with atomic_write(args.json) as temporary:
-            temporary.write_text(
-                json.dumps({"seed": args.seed, "results": entries}, indent=2) + "\n", encoding="utf-8"
-            )
+            temporary.write_text(json.dumps({"seed": args.seed, "results": entries}, indent=2) + "\n", encoding="utf-8")
     if args.plot:
         plot_bars(entries, tasks, args.plot)
     return 0
@@ -152,9 +148,7 @@ def _check_options(args: argparse.Namespace) -> None:
             f"--plot {args.plot}: matplotlib is not installed; run pip install matplotlib or leave --plot out"
         )
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device: {args.device!r}, but torch sees no GPU here, expected 'cpu'; leave --device out"
-        )
+        raise ValueError(f"--device: {args.device!r}, but torch sees no GPU here, expected 'cpu'; leave --device out")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,9 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         help="task folder; may be given several times",
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write all figures here")
-    parser.add_argument(
-        "--plot", type=Path, metavar="OUT.png", help="also draw a bar chart here (needs matplotlib)"
-    )
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also draw a bar chart here (needs matplotlib)")
     parser.add_argument("--device", default="cpu", help="where models run (default: cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of random weights and bootstrap (default: 0)")
     return parser

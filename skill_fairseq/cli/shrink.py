@@ -20,8 +20,8 @@ from skill_fairseq.pruning.selection import check_reachable
 from skill_fairseq.pruning.shrink import shrink
 
 SECONDS = 10.0
-EPILOG = """sparsity is the fraction of the teacher's parameters that goes. By default it is the target that stage 1 trained
-for: units are first kept as each gate rounds, then opened or closed one by one, the least certain first, until
+EPILOG = """sparsity is the fraction of the teacher's parameters that goes. By default it is the target that stage 1
+trained for: units are first kept as each gate rounds, then opened or closed one by one, the least certain first, until
 the size is right. --by-rounding leaves that correction out: the student computes exactly what the gated one
 computes in evaluation, and its size misses the target a little.
 
@@ -67,7 +67,7 @@ def sparsities(gated: SpeechEncoder, small: SpeechEncoder, asked: float | None) 
     full = full_parameters(gated.config)
     return {
         "asked": asked,
-        "expected": 1 - float(expected_parameters(gated)) / full,
+        "expected": 1 - float(expected_parameters(gated).detach()) / full,
         "actual": 1 - small.num_parameters() / full,
     }
 

@@ -99,9 +99,7 @@ def layer_similarity(
     return similarity
 
 
-def _batches(
-    encoder: SpeechEncoder, files: Sequence[PathLike], batch_size: int
-) -> Iterator[tuple[list[str], Tensor]]:
+def _batches(encoder: SpeechEncoder, files: Sequence[PathLike], batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
     """Names and (B, N) float32 samples of neighbours of one length."""
     names: list[str] = []
     waves: list[Tensor] = []

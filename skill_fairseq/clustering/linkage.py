@@ -93,9 +93,7 @@ def cut_to_number(tree: np.ndarray, number: int) -> Groups:
     """
     n = len(tree) + 1
     if not 1 <= number <= n:
-        raise ValueError(
-            f"number of groups: {number}; expected 1 to {n}, the number of layers that take part"
-        )
+        raise ValueError(f"number of groups: {number}; expected 1 to {n}, the number of layers that take part")
     return _groups_after(tree, n - number)
 
 
@@ -143,9 +141,7 @@ def silhouette(distances: np.ndarray, groups: Groups) -> float:
         if len(group) == 1:
             continue
         inner = distances[np.ix_(group, group)].sum(1) / (len(group) - 1)
-        outer = np.min(
-            [distances[np.ix_(group, other)].mean(1) for other in groups if other is not group], axis=0
-        )
+        outer = np.min([distances[np.ix_(group, other)].mean(1) for other in groups if other is not group], axis=0)
         larger = np.maximum(inner, outer)
         total += float(np.divide(outer - inner, larger, out=np.zeros_like(larger), where=larger > 0).sum())
     return total / len(distances)

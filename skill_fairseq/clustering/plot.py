@@ -135,9 +135,7 @@ def _short(value: float) -> str:
     return f"{value:.2f}".replace("0.", ".", 1).replace("1.00", "1").replace("-.00", ".00")
 
 
-def _draw_boxes(
-    axes: Any, groups: Sequence[Sequence[int]], rows: dict[int, int], colours: dict[int, str]
-) -> None:
+def _draw_boxes(axes: Any, groups: Sequence[Sequence[int]], rows: dict[int, int], colours: dict[int, str]) -> None:
     """A frame of the group's colour around each group's block (a group's rows always lie together)."""
     from matplotlib.patches import Rectangle
 
@@ -147,20 +145,14 @@ def _draw_boxes(
             (5.0, "white"),
             (2.4, colours[group[0]]),
         ):  # a white seam, to stand out from the map
-            frame = Rectangle(
-                (start, start), size, size, fill=False, lw=width, ec=colour, clip_on=False, zorder=3
-            )
+            frame = Rectangle((start, start), size, size, fill=False, lw=width, ec=colour, clip_on=False, zorder=3)
             axes.add_patch(frame)
 
 
-def _draw_dendrogram(
-    axes: Any, tree: np.ndarray, rows: dict[int, int], colours: dict[int, str], height: float
-) -> None:
+def _draw_dendrogram(axes: Any, tree: np.ndarray, rows: dict[int, int], colours: dict[int, str], height: float) -> None:
     """Leaves at the left, one a row of the heat map; branches below the cut in their group's colour."""
     n = len(rows)
-    nodes: dict[int, tuple[float, float, str]] = {
-        leaf: (0.0, float(row), colours[leaf]) for leaf, row in rows.items()
-    }
+    nodes: dict[int, tuple[float, float, str]] = {leaf: (0.0, float(row), colours[leaf]) for leaf, row in rows.items()}
     for m, (a, b, at, _) in enumerate(tree):
         (x1, y1, c1), (x2, y2, c2) = nodes[int(a)], nodes[int(b)]
         below = at <= height

@@ -88,8 +88,7 @@ class LayerSimilarity:
                 raise ValueError(f"measure: {measure!r} is unknown; choose from {', '.join(MEASURES)}")
         if block_frames < _MIN_BLOCK or buffer_blocks < 1:
             raise ValueError(
-                f"block_frames={block_frames}, buffer_blocks={buffer_blocks}: expected "
-                f"at least {_MIN_BLOCK} and 1"
+                f"block_frames={block_frames}, buffer_blocks={buffer_blocks}: expected at least {_MIN_BLOCK} and 1"
             )
         self.measures = tuple(measures)
         self.block_frames = block_frames
@@ -111,9 +110,7 @@ class LayerSimilarity:
         """
         shapes = {tuple(state.shape) for state in hidden_states}
         if len(shapes) != 1 or len(next(iter(shapes))) != 3:
-            raise ValueError(
-                f"hidden_states: shapes {sorted(shapes)}; expected one shape (B, T, D) for all layers"
-            )
+            raise ValueError(f"hidden_states: shapes {sorted(shapes)}; expected one shape (B, T, D) for all layers")
         if padding_mask is None:
             frames = torch.stack([state.flatten(0, 1) for state in hidden_states])
         else:
@@ -130,9 +127,7 @@ class LayerSimilarity:
         self._add(frames)
         if not torch.isfinite(self._l1).all():
             bad = [i for i in range(layers) if not torch.isfinite(frames[i]).all()]
-            raise ValueError(
-                f"hidden_states: NaN or infinity in layers {bad}; check the audio and the teacher"
-            )
+            raise ValueError(f"hidden_states: NaN or infinity in layers {bad}; check the audio and the teacher")
         if "cka_minibatch" in self.measures:
             self._fill(frames)
 
@@ -146,9 +141,7 @@ class LayerSimilarity:
             ValueError: fewer than 4 frames so far, or a layer whose states are constant.
         """
         if self.num_frames < _MIN_BLOCK:
-            raise ValueError(
-                f"similarity: {self.num_frames} frames; at least {_MIN_BLOCK} are needed: add audio"
-            )
+            raise ValueError(f"similarity: {self.num_frames} frames; at least {_MIN_BLOCK} are needed: add audio")
         numbers = self.num_frames * self._shape[1]
         found = {
             "cosine": 1.0 - self._cosine / self.num_frames,

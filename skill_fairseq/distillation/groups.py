@@ -132,9 +132,7 @@ def group_means(hidden_states: Sequence[Tensor], groups: Sequence[Sequence[int]]
     return accumulator.means()
 
 
-def parse_sharing(
-    value: Any, num_groups: int, field: str = "criterion.projection_sharing"
-) -> tuple[int, ...]:
+def parse_sharing(value: Any, num_groups: int, field: str = "criterion.projection_sharing") -> tuple[int, ...]:
     """Which projection each group uses.
 
     Args:

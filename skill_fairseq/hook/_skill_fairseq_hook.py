@@ -114,11 +114,7 @@ def allow_dataclass_defaults() -> None:
         if isinstance(default, dataclasses.Field):
             default = default.default
         kind = type(default)
-        if (
-            cls.__module__.partition(".")[0] in PACKAGES
-            and dataclasses.is_dataclass(kind)
-            and kind.__hash__ is None
-        ):
+        if cls.__module__.partition(".")[0] in PACKAGES and dataclasses.is_dataclass(kind) and kind.__hash__ is None:
             kind.__hash__ = object.__hash__  # type: ignore[assignment]
         return check(cls, name, *args, **kwargs)
 

@@ -87,9 +87,7 @@ def initial_student(cfg: SkillStudentConfig) -> SpeechEncoder:
         logger.info(f"shrunk {cfg.init_from}: {before:,} to {encoder.num_parameters():,} parameters")
         return encoder
     original = encoder.config.original_parameters or encoder.num_parameters()
-    gated = SpeechEncoder(
-        encoder.config.replace(pruning_units=list(cfg.pruning_units), original_parameters=original)
-    )
+    gated = SpeechEncoder(encoder.config.replace(pruning_units=list(cfg.pruning_units), original_parameters=original))
     missing, unexpected = gated.load_state_dict(encoder.state_dict(), strict=False)
     assert not unexpected and all(".gate." in name or ".output_gate." in name for name in missing)
     return gated

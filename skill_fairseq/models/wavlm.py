@@ -91,9 +91,7 @@ class WavLMModel(HubertModel):
         self.skip_nomask = cfg.skip_nomask
         self.untie_final_proj = cfg.untie_final_proj
         final_dim = cfg.final_dim if cfg.final_dim > 0 else config.encoder_embed_dim
-        self.target_glu = (
-            nn.Sequential(nn.Linear(final_dim, final_dim * 2), nn.GLU()) if cfg.target_glu else None
-        )
+        self.target_glu = nn.Sequential(nn.Linear(final_dim, final_dim * 2), nn.GLU()) if cfg.target_glu else None
         heads = len(dictionaries) if self.untie_final_proj else 1
         self.final_proj = nn.Linear(config.encoder_embed_dim, final_dim * heads)
         if not any(d is None for d in dictionaries):

@@ -100,9 +100,7 @@ class SelfAttention(nn.Module):
             self.v_proj = nn.Linear(embed_dim, width)
         self.out_proj: Union[nn.Linear, OutputBias]
         self.out_proj = nn.Linear(width, embed_dim) if heads else OutputBias(embed_dim)
-        self.position_gate = (
-            RelativePositionGate(head_dim, full_heads) if relative_position and heads else None
-        )
+        self.position_gate = RelativePositionGate(head_dim, full_heads) if relative_position and heads else None
         self.gate = HardConcrete(len(heads)) if gate_heads and heads else None
         self.output_gate = HardConcrete(1) if gate_output else None
 

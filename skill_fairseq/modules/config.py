@@ -15,9 +15,7 @@ PRUNING_UNITS = ("conv", "heads", "ffn", "attention_layers", "ffn_layers")
 
 _NUMBERS = r"\(\s*{0}\s*,\s*{0}\s*,\s*{0}\s*\)"
 _CONV_TUPLE = re.compile(_NUMBERS.format(r"(\d+)"))
-_CONV_TERM = re.compile(
-    r"\[\s*({0}(?:\s*,\s*{0})*)\s*,?\s*\](?:\s*\*\s*(\d+))?".format(_NUMBERS.format(r"\d+"))
-)
+_CONV_TERM = re.compile(r"\[\s*({0}(?:\s*,\s*{0})*)\s*,?\s*\](?:\s*\*\s*(\d+))?".format(_NUMBERS.format(r"\d+")))
 MAX_CONV_LAYERS = 64
 
 
@@ -167,9 +165,7 @@ class EncoderConfig:
             "ffn_dims",
             f"{n} numbers from 0 to encoder_ffn_embed_dim={self.encoder_ffn_embed_dim} (null: sublayer removed)",
         )
-        require(
-            set(self.pruning_units) <= set(PRUNING_UNITS), "pruning_units", f"a list out of {list(PRUNING_UNITS)}"
-        )
+        require(set(self.pruning_units) <= set(PRUNING_UNITS), "pruning_units", f"a list out of {list(PRUNING_UNITS)}")
 
     @property
     def head_dim(self) -> int:

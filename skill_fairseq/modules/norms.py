@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def layer_norm_with_zeros(
-    x: Tensor, full_width: int, weight: Tensor, bias: Tensor, eps: float = 1e-5
-) -> Tensor:
+def layer_norm_with_zeros(x: Tensor, full_width: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalises over ``full_width`` features of which all but the given ones are zero.
 
     Equal to padding the last dimension with zeros up to ``full_width``, normalising, and cutting the padding off;

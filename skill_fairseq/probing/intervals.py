@@ -24,9 +24,7 @@ def wilson(correct: int, total: int, z: float = Z_95) -> tuple[float, float]:
         ValueError: not 0 <= correct <= total, or no trials.
     """
     if total <= 0 or not 0 <= correct <= total:
-        raise ValueError(
-            f"correct {correct}, total {total}: expected 0 <= correct <= total and total above 0"
-        )
+        raise ValueError(f"correct {correct}, total {total}: expected 0 <= correct <= total and total above 0")
     rate, square = correct / total, z * z / total
     centre = (rate + square / 2) / (1 + square)
     half = z / (1 + square) * math.sqrt(rate * (1 - rate) / total + square / (4 * total))

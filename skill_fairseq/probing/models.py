@@ -63,8 +63,7 @@ def resolve_model(word: str, device: str = "cpu", seed: int = 0) -> ProbedModel:
     path = what[len(RANDOM) :] if what.startswith(RANDOM) else what
     if not os.path.exists(path):
         raise FileNotFoundError(
-            f"{path}: no such model file; expected a file or folder that load_encoder reads, {RANDOM}FILE, "
-            f"or {LOG_MEL}"
+            f"{path}: no such model file; expected a file or folder that load_encoder reads, {RANDOM}FILE, or {LOG_MEL}"
         )
     from skill_fairseq import load_encoder
 

@@ -53,9 +53,7 @@ class EncoderFeatures:
         return [state[0].cpu() for state in out.hidden_states]
 
 
-def pool_files(
-    features: Features, files: Iterable[Path], description: str = "pooling"
-) -> dict[Path, np.ndarray]:
+def pool_files(features: Features, files: Iterable[Path], description: str = "pooling") -> dict[Path, np.ndarray]:
     """Statistics of every recording, each computed once however often it is named.
 
     Args:

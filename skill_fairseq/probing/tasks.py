@@ -51,9 +51,7 @@ def read_task(folder: PathLike) -> Task:
     """
     where = Path(folder)
     if not where.is_dir():
-        raise FileNotFoundError(
-            f"{where}: no such task folder; give one that holds train.tsv, valid.tsv and test.tsv"
-        )
+        raise FileNotFoundError(f"{where}: no such task folder; give one that holds train.tsv, valid.tsv and test.tsv")
     name = where.resolve().name
     if (where / "trials.tsv").is_file():
         manifest = _read_audio(where / "test.tsv")
@@ -84,14 +82,10 @@ def _read_table(path: Path, header: list[str]) -> list[list[str]]:
         raise FileNotFoundError(f"{path}: no such file; write one with the header {' TAB '.join(header)}")
     found, *rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()] or [[]]
     if found != header:
-        raise ValueError(
-            f"{path}, line 1: found {found}, expected the header {header} with tabs between; add it"
-        )
+        raise ValueError(f"{path}, line 1: found {found}, expected the header {header} with tabs between; add it")
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
-            raise ValueError(
-                f"{path}, line {number}: {len(row)} columns, expected {len(header)}; mend the line"
-            )
+            raise ValueError(f"{path}, line {number}: {len(row)} columns, expected {len(header)}; mend the line")
     return rows
 
 
@@ -99,8 +93,7 @@ def _read_labels(path: Path, manifest: Manifest) -> list[str]:
     rows = _read_table(path, LABEL_HEADER)
     if len(rows) != len(manifest):
         raise ValueError(
-            f"{path}: {len(rows)} labels for the {len(manifest)} recordings of {manifest.source}; give one "
-            "label a line"
+            f"{path}: {len(rows)} labels for the {len(manifest)} recordings of {manifest.source}; give one label a line"
         )
     for number, (row, file) in enumerate(zip(rows, manifest.files), start=2):
         if row[0] != file.stem:
@@ -119,12 +112,8 @@ def _read_trials(path: Path, manifest: Manifest) -> list[tuple[bool, int, int]]:
             raise ValueError(f"{path}, line {number}: same is {same!r}, expected 0 or 1; mend the line")
         for utterance in (first, second):
             if utterance not in place:
-                raise ValueError(
-                    f"{path}, line {number}: {utterance!r} is not in {manifest.source}; add it there"
-                )
+                raise ValueError(f"{path}, line {number}: {utterance!r} is not in {manifest.source}; add it there")
         trials.append((same == "1", place[first], place[second]))
     if len({same for same, _, _ in trials}) != 2:
-        raise ValueError(
-            f"{path}: {len(trials)} trials of one kind, expected both same = 1 and same = 0; add trials"
-        )
+        raise ValueError(f"{path}: {len(trials)} trials of one kind, expected both same = 1 and same = 0; add trials")
     return trials

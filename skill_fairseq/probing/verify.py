@@ -98,9 +98,7 @@ def verify(
     kinds = np.repeat([True, False], [positive.size, negative.size])
     draws = [
         equal_error_rate(
-            np.concatenate(
-                [generator.choice(positive, positive.size), generator.choice(negative, negative.size)]
-            ),
+            np.concatenate([generator.choice(positive, positive.size), generator.choice(negative, negative.size)]),
             kinds,
         )
         for _ in range(resamples)

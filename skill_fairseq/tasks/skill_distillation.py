@@ -184,5 +184,3 @@ def _update(cfg: Any, values: Dict[str, Any]) -> None:
     else:
         for name, value in values.items():
             setattr(cfg, name, value)
-
-

@@ -31,8 +31,7 @@ def loop_log_mel(wave: np.ndarray, n_mels: int) -> np.ndarray:
         frame = [x - mean for x in frame]
         emphasised = [frame[n] - 0.97 * frame[max(n - 1, 0)] for n in range(WINDOW)]
         windowed = [
-            x * (0.5 - 0.5 * math.cos(2 * math.pi * n / (WINDOW - 1))) ** 0.85
-            for n, x in enumerate(emphasised)
+            x * (0.5 - 0.5 * math.cos(2 * math.pi * n / (WINDOW - 1))) ** 0.85 for n, x in enumerate(emphasised)
         ]
         angles = 2 * math.pi * np.outer(np.arange(N_FFT // 2 + 1), np.arange(WINDOW)) / N_FFT
         power = (np.cos(angles) @ windowed) ** 2 + (np.sin(angles) @ windowed) ** 2

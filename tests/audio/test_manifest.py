@@ -29,9 +29,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("root", [".", "../..", "sub"])
-def test_relative_root_is_relative_to_the_manifest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str
-) -> None:
+def test_relative_root_is_relative_to_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str) -> None:
     folder = tmp_path / "tasks" / "digit"
     write_manifest(folder / "test.tsv", root, ["a.flac"], [400])
     (tmp_path / "elsewhere").mkdir()
@@ -150,14 +148,10 @@ def test_example_speech_is_as_its_manifests_say() -> None:
 
 
 def test_nothing_tested_on_is_trained_on() -> None:
-    unlabelled = {
-        split: set(read_manifest(DATA / f"{split}.tsv").paths) for split in ("train", "valid", "test")
-    }
+    unlabelled = {split: set(read_manifest(DATA / f"{split}.tsv").paths) for split in ("train", "valid", "test")}
     assert not unlabelled["train"] & unlabelled["valid"] and not unlabelled["test"] & unlabelled["valid"]
     for task in ("digit", "speaker"):
-        parts = {
-            split: set(read_manifest(DATA / "tasks" / task / f"{split}.tsv").paths) for split in unlabelled
-        }
+        parts = {split: set(read_manifest(DATA / "tasks" / task / f"{split}.tsv").paths) for split in unlabelled}
         assert len(set.union(*parts.values())) == sum(map(len, parts.values()))
         assert not parts["test"] & (unlabelled["train"] | unlabelled["valid"])
     speakers = {

@@ -34,8 +34,6 @@ class RunsCode:
         return os.mkdir, (self.folder,)
 
 
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("reader", READERS)
 def test_tensors_and_harmless_objects(reader, zipped, tmp_path):

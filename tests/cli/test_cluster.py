@@ -165,9 +165,7 @@ def test_comparison_shows_every_measure(command, tmp_path):
     matrices = record(tmp_path)["matrices"]
     assert set(matrices) == set(MEASURES)
     lines = {
-        line.split()[0]: line
-        for line in out.split("3 groups by each measure:")[1].splitlines()
-        if line[:2] == "  "
+        line.split()[0]: line for line in out.split("3 groups by each measure:")[1].splitlines() if line[:2] == "  "
     }
     for measure in MEASURES:
         groups = linkage.cut_to_number(linkage.link(np.array(matrices[measure])), 3)

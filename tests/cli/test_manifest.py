@@ -55,14 +55,10 @@ def test_good_files_stay_and_bad_ones_are_listed(tmp_path: Path, capsys: pytest.
     (folder / "notes.txt").write_text("not looked at")
     write(folder / "a\tb.flac", tone(2))
 
-    assert (
-        main([str(folder), str(out), "--min-seconds", "1", "--max-seconds", "4", "--valid-percent", "0"]) == 0
-    )
+    assert main([str(folder), str(out), "--min-seconds", "1", "--max-seconds", "4", "--valid-percent", "0"]) == 0
     manifest = read_manifest(out / "train.tsv")
     check_manifest(manifest)
-    assert manifest.root == folder.resolve() and (out / "train.tsv").read_text().startswith(
-        f"{folder.resolve()}\n"
-    )
+    assert manifest.root == folder.resolve() and (out / "train.tsv").read_text().startswith(f"{folder.resolve()}\n")
     assert dict(zip(manifest.paths, manifest.sizes)) == {
         "good.flac": 32000,
         "deep/er/GOOD.WAV": 48000,
@@ -88,9 +84,7 @@ def test_good_files_stay_and_bad_ones_are_listed(tmp_path: Path, capsys: pytest.
     assert all(reasons[name].startswith("unreadable\t") for name in ("cut.flac", "text.flac", "empty.wav"))
     printed = capsys.readouterr().out
     assert "left out: 8 files" in printed and "unreadable: 3: " in printed
-    assert (
-        "other sample rate: 1: phone.wav (8000 Hz, expected 16000 Hz)" in printed and "ffmpeg -i" in printed
-    )
+    assert "other sample rate: 1: phone.wav (8000 Hz, expected 16000 Hz)" in printed and "ffmpeg -i" in printed
     assert "4 recordings, 0.003 hours" in printed
 
 
@@ -118,9 +112,7 @@ def test_split_shares_out_everything_reproducibly(tmp_path: Path) -> None:
     assert first == again and first != other
     for parts in (first, other):
         assert {name: len(paths) for name, paths in parts.items()} == {"train": 26, "valid": 4, "test": 10}
-        assert sorted(sum(parts.values(), [])) == sorted(
-            str(p.relative_to(folder)) for p in folder.rglob("*.wav")
-        )
+        assert sorted(sum(parts.values(), [])) == sorted(str(p.relative_to(folder)) for p in folder.rglob("*.wav"))
         assert all(paths == sorted(paths) for paths in parts.values())
 
 
@@ -159,16 +151,12 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     assert "--valid-percent: 100, expected" in fails(capsys, folder, out, "--valid-percent", 100)
     assert "expected 0 <= min <= max" in fails(capsys, folder, out, "--min-seconds", 2, "--max-seconds", 1)
     assert not out.exists()
-    assert "leave none for train.tsv" in fails(
-        capsys, folder, out, "--valid-percent", 50, "--test-percent", 50
-    )
+    assert "leave none for train.tsv" in fails(capsys, folder, out, "--valid-percent", 50, "--test-percent", 50)
     assert "none of 3 files is usable" in fails(capsys, folder, out, "--min-seconds", 5)
     assert splits(out) == {} and len(left_out(out)) == 3
 
 
-def test_a_stale_split_is_not_left_beside_a_new_train_set(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_stale_split_is_not_left_beside_a_new_train_set(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder, out = many(tmp_path / "audio", 4), tmp_path / "out"
     assert main([str(folder), str(out), "--test-percent", "25"]) == 0
     before = splits(out)

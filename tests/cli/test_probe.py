@@ -41,9 +41,7 @@ def verification_task(folder: Path) -> Path:
     names = [Path(path).stem for path in paths]
     rows = ["same\tutterance_a\tutterance_b"]
     for i, first in enumerate(names):
-        rows += [
-            f"{int(first.split('-')[1] == other.split('-')[1])}\t{first}\t{other}" for other in names[:i]
-        ]
+        rows += [f"{int(first.split('-')[1] == other.split('-')[1])}\t{first}\t{other}" for other in names[:i]]
     (target / "trials.tsv").write_text("\n".join(rows) + "\n")
     return target
 
@@ -126,9 +124,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     assert "no such model file" in fails(capsys, "gone.pt", "--task", digit)
     assert "'logmel' is given 2 times" in fails(capsys, "logmel", "logmel", "--task", digit)
     assert "'digit' is given 2 times" in fails(capsys, "logmel", "--task", digit, "--task", digit)
-    assert "expected a name ending in" in fails(
-        capsys, "logmel", "--task", digit, "--plot", tmp_path / "a.xyz"
-    )
+    assert "expected a name ending in" in fails(capsys, "logmel", "--task", digit, "--plot", tmp_path / "a.xyz")
     foreign = tmp_path / "speech.pt"
     foreign.write_bytes(next(TASKS.parent.glob("audio/*/*/*.flac")).read_bytes())
     assert str(foreign) in fails(capsys, foreign, "--task", digit)

@@ -56,9 +56,7 @@ def test_limits_hold_and_seeds_differ():
     seen = set()
     for seed in range(10):
         chosen = choose_utterances(found, max_seconds=6, seed=seed)
-        assert (
-            4 <= sum(SIZES[i] for i in chosen) / 16000 <= 6
-        )  # 1 s is the only gap that could remain unfilled
+        assert 4 <= sum(SIZES[i] for i in chosen) / 16000 <= 6  # 1 s is the only gap that could remain unfilled
         seen.add(tuple(sorted(chosen)))
         assert len(choose_utterances(found, max_utterances=2, seed=seed)) == 2
     assert len(seen) > 3

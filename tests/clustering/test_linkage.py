@@ -43,9 +43,7 @@ def test_layers_that_are_not_neighbours_may_share_a_group():
 @pytest.mark.parametrize("seed", range(5))
 def test_tree_is_scipys(method, seed):
     distances = random_distances(9, seed)
-    np.testing.assert_array_equal(
-        linkage.link(distances, method), hierarchy.linkage(squareform(distances), method)
-    )
+    np.testing.assert_array_equal(linkage.link(distances, method), hierarchy.linkage(squareform(distances), method))
 
 
 @pytest.mark.parametrize("method", linkage.LINKAGES)
@@ -63,11 +61,7 @@ def merge_neighbours(distances, method, number):
     between = {"average": np.mean, "complete": np.max, "single": np.min}[method]
     clusters = [frozenset([i]) for i in range(len(distances))]
     while len(clusters) > number:
-        allowed = [
-            (a, b)
-            for a, b in itertools.combinations(clusters, 2)
-            if max(a | b) - min(a | b) == len(a | b) - 1
-        ]
+        allowed = [(a, b) for a, b in itertools.combinations(clusters, 2) if max(a | b) - min(a | b) == len(a | b) - 1]
         a, b = min(allowed, key=lambda pair: between(distances[np.ix_(sorted(pair[0]), sorted(pair[1]))]))
         clusters = [c for c in clusters if c not in (a, b)] + [a | b]
     return sorted(sorted(c) for c in clusters)
@@ -131,9 +125,7 @@ def test_equal_layers_have_no_silhouette_but_no_nan_either():
 
 def test_clear_errors():
     tree = linkage.link(PLAIN)
-    with pytest.raises(
-        ValueError, match="ward needs a Euclidean measure, and 'cka' is none; choose the measure l2"
-    ):
+    with pytest.raises(ValueError, match="ward needs a Euclidean measure, and 'cka' is none; choose the measure l2"):
         linkage.check_linkage("ward", "cka")
     linkage.check_linkage("ward", "l2")
     with pytest.raises(ValueError, match="linkage: 'median' is unknown; choose from average"):
@@ -145,9 +137,7 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="height: -1; expected 0 or more"):
         linkage.cut_at_height(tree, -1)
     for least, most in [(1, 3), (4, 3), (2, 9)]:
-        with pytest.raises(
-            ValueError, match=f"from {least} to {most} groups; expected MIN <= MAX within 2 to 8"
-        ):
+        with pytest.raises(ValueError, match=f"from {least} to {most} groups; expected MIN <= MAX within 2 to 8"):
             linkage.cut_by_silhouette(tree, PLAIN, least, most)
     with pytest.raises(ValueError, match="1 layer; at least 2"):
         linkage.link(np.zeros((1, 1)))

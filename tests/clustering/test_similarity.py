@@ -142,9 +142,7 @@ def test_matrix_is_a_distance_matrix(measure):
 @pytest.mark.parametrize("measure", ["cka", "cka_minibatch"])
 def test_cka_ignores_turning_scaling_and_shifting(measure):
     first = states(80)[0].double()
-    turn, _ = torch.linalg.qr(
-        torch.randn(FEATURES, FEATURES, generator=torch.Generator().manual_seed(2)).double()
-    )
+    turn, _ = torch.linalg.qr(torch.randn(FEATURES, FEATURES, generator=torch.Generator().manual_seed(2)).double())
     turned = 3.7 * first @ turn + 5
     distance = measured([torch.stack([first, turned])[:, None]], [measure])[measure][0, 1]
     assert distance == pytest.approx(0, abs=1e-10)

@@ -179,14 +179,14 @@ def test_multipliers_ascend_and_gates_follow(build: Any, small: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", ["chunks", "convolution"])
-def test_a_padded_batch_is_the_mean_over_the_frames_of_its_utterances(build: Any, small: Any, rule: str, tmp_path: Path) -> None:
+def test_a_padded_batch_is_the_mean_over_the_frames_of_its_utterances(
+    build: Any, small: Any, rule: str, tmp_path: Path
+) -> None:
     """Where no statistic runs over time (layer_norm extractors), padding changes nothing."""
     style = {**small.LARGE_STYLE, "padding_rule": rule}
     for name, seed in (("teacher", 0), ("student", 9)):
         save_encoder(small.random_encoder(seed, **style), tmp_path / f"{name}.safetensors")
-    task, model, criterion = build(
-        student=tmp_path / "student.safetensors", teacher=tmp_path / "teacher.safetensors"
-    )
+    task, model, criterion = build(student=tmp_path / "student.safetensors", teacher=tmp_path / "teacher.safetensors")
     model.eval()
     criterion.eval()
     lengths = [8000, 5000, 3217]
@@ -290,7 +290,7 @@ def test_logs_are_averaged_and_audio_is_counted_per_second(build: Any) -> None:
         ({"target_sparsity": 1.0, "units": UNITS}, r"criterion\.target_sparsity: 1\.0"),
         ({"target_sparsity": -0.1, "units": UNITS}, r"criterion\.target_sparsity: -0\.1"),
         ({"target_sparsity": 0.99, "units": UNITS}, r"criterion\.target_sparsity: 0\.99 cannot be reached"),
-        ({"target_sparsity": 0.5, "units": ["heads"]}, r"target_sparsity: 0\.5 cannot be reached: gates on \['heads'\]"),
+        ({"target_sparsity": 0.5, "units": ["heads"]}, r"0\.5 cannot be reached: gates on \['heads'\]"),
         ({"target_sparsity": 0.5, "units": UNITS, "sparsity_warmup": -1}, r"warmup is -1"),
     ],
 )

@@ -128,9 +128,7 @@ def test_sharing(value: Any, indices: tuple) -> None:
     assert parse_sharing(value, 4) == indices
 
 
-@pytest.mark.parametrize(
-    "value", [[0, 1], [0, 2, 2, 2], [1, 1, 1, 1], [0, -1, 1, 2], [0, 1.0, 1, 1], "some", 3, []]
-)
+@pytest.mark.parametrize("value", [[0, 1], [0, 2, 2, 2], [1, 1, 1, 1], [0, -1, 1, 2], [0, 1.0, 1, 1], "some", 3, []])
 def test_bad_sharing(value: Any) -> None:
     with pytest.raises(ValueError, match="^criterion.projection_sharing is .*; give 'none', 'all', or 4"):
         parse_sharing(value, 4)

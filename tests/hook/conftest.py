@@ -12,10 +12,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 HOOK_FOLDER = REPO / "skill_fairseq" / "hook"
-START = (
-    f"import sys; sys.path.insert(0, {str(HOOK_FOLDER)!r})\n"
-    "import _skill_fairseq_hook as hook; hook.install()\n"
-)
+START = f"import sys; sys.path.insert(0, {str(HOOK_FOLDER)!r})\nimport _skill_fairseq_hook as hook; hook.install()\n"
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 

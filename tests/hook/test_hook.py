@@ -20,8 +20,7 @@ def config_dir(python, tmp_path):
 
     def parse(path: str) -> str:
         result = python(
-            "from hydra._internal.utils import get_args\n"
-            f"print(get_args(['--config-dir', {path!r}]).config_dir)\n"
+            f"from hydra._internal.utils import get_args\nprint(get_args(['--config-dir', {path!r}]).config_dir)\n"
         )
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
@@ -51,9 +50,7 @@ def test_starting_twice_is_starting_once(python):
 
 
 def test_switched_off_by_environment(python):
-    result = python(
-        IS_ON + "import os, omegaconf\nprint(os.environ.get('SKILL_FAIRSEQ_USER_DIR'))\n", hook=False
-    )
+    result = python(IS_ON + "import os, omegaconf\nprint(os.environ.get('SKILL_FAIRSEQ_USER_DIR'))\n", hook=False)
     assert result.stdout == "False False\nNone\n", result.stderr
 
 

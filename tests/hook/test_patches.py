@@ -69,9 +69,7 @@ def test_find_module_is_what_find_spec_loads(python):
 
 @pytest.mark.parametrize("hook", [True, False])
 def test_typing_io_can_be_imported_by_antlr4(python, hook):
-    result = python(
-        "import antlr4\nimport typing\nprint(sys.modules['antlr4.Lexer'].TextIO is typing.TextIO)\n", hook
-    )
+    result = python("import antlr4\nimport typing\nprint(sys.modules['antlr4.Lexer'].TextIO is typing.TextIO)\n", hook)
     if not hook and sys.version_info >= (3, 13):
         assert "No module named 'typing.io'" in result.stderr
     else:
@@ -79,9 +77,7 @@ def test_typing_io_can_be_imported_by_antlr4(python, hook):
 
 
 def test_crash_under_hydra_shows_its_own_error_from_the_failing_line(python):
-    result = python(
-        "import hydra\n@hydra.main()\ndef app(config):\n    raise ValueError('the real error')\napp()\n"
-    )
+    result = python("import hydra\n@hydra.main()\ndef app(config):\n    raise ValueError('the real error')\napp()\n")
     assert result.returncode == 1
     assert "ValueError: the real error" in result.stderr
     assert "in app\n    raise ValueError('the real error')" in result.stderr

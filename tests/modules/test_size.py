@@ -95,9 +95,7 @@ def test_expected_size(name: str, case: dict) -> None:
 @pytest.mark.parametrize("case", ORACLE["pruned"])
 def test_pruned_size(case: dict) -> None:
     present = {key: [int(x) for x in case[key]] for key in ("use_attention", "use_feed_forward")}
-    widths = Widths(
-        case["conv"], case["heads"], case["ffn"], present["use_attention"], present["use_feed_forward"]
-    )
+    widths = Widths(case["conv"], case["heads"], case["ffn"], present["use_attention"], present["use_feed_forward"])
     size = count_parameters(STATIC[case["model"]], widths)
     assert isinstance(size, int)
     assert size == case["params"]

@@ -102,8 +102,6 @@ def test_the_valid_set_chooses_the_regularisation() -> None:
 
     def strength(valid: np.ndarray, valid_labels: np.ndarray) -> float:
         features = {"train": x, "valid": valid, "test": fresh}
-        return probe(
-            features, {"train": list(noisy), "valid": list(valid_labels), "test": list(honest)}
-        ).strength
+        return probe(features, {"train": list(noisy), "valid": list(valid_labels), "test": list(honest)}).strength
 
     assert strength(x, noisy) > strength(fresh, honest)

@@ -32,9 +32,7 @@ def small_encoder(normalize: bool) -> SpeechEncoder:
 
 
 def test_statistics_are_the_formula() -> None:
-    states = [
-        torch.randn(5, 3, generator=torch.Generator().manual_seed(layer)) * 4 + layer for layer in range(2)
-    ]
+    states = [torch.randn(5, 3, generator=torch.Generator().manual_seed(layer)) * 4 + layer for layer in range(2)]
     found = temporal_statistics(states)
     assert found.shape == (2, 6)
     for layer, state in enumerate(states):

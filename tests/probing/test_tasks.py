@@ -31,9 +31,7 @@ def test_classification_task(tmp_path: Path) -> None:
     assert task.files == [tmp_path.resolve() / f"{name}.flac" for name in "abcde"]
 
 
-@pytest.mark.parametrize(
-    ("task", "classes", "sizes"), [("digit", 10, (320, 50, 300)), ("speaker", 6, (240, 60, 120))]
-)
+@pytest.mark.parametrize(("task", "classes", "sizes"), [("digit", 10, (320, 50, 300)), ("speaker", 6, (240, 60, 120))])
 def test_tasks_of_the_example(task: str, classes: int, sizes: tuple[int, int, int]) -> None:
     read = read_task(DATA / "tasks" / task)
     assert tuple(len(read.labels[split]) for split in ("train", "valid", "test")) == sizes
@@ -90,8 +88,4 @@ def test_verification_task(tmp_path: Path) -> None:
     rows: list[str] = ["same\tutterance_a\tutterance_b", "1\td\td", "0\te\td"]
     (task / "trials.tsv").write_text("\n".join(rows) + "\n")
     read = read_task(task)
-    assert (
-        read.trials == [(True, 0, 0), (False, 1, 0)]
-        and list(read.manifests) == ["test"]
-        and read.labels == {}
-    )
+    assert read.trials == [(True, 0, 0), (False, 1, 0)] and list(read.manifests) == ["test"] and read.labels == {}

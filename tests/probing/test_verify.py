@@ -52,9 +52,7 @@ def test_cosine_scores_are_the_formula() -> None:
                 total[d] += (recording[layer, d] - column.mean()) / (column.std() or 1.0) / 3
         vectors.append(total)
     pairs = [(0, 1), (6, 2), (3, 3)]
-    expected = [
-        a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in ((vectors[i], vectors[j]) for i, j in pairs)
-    ]
+    expected = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in ((vectors[i], vectors[j]) for i, j in pairs)]
     np.testing.assert_allclose(cosine_scores(features, pairs), expected, atol=1e-12)
 
 

@@ -23,8 +23,7 @@ ORACLE = json.loads((Path(__file__).parents[1] / "oracle" / "lagrangian.json").r
 @pytest.mark.parametrize("case", ORACLE["values"])
 def test_value_and_gradients(case: dict) -> None:
     leaves = [
-        torch.tensor(case[name], dtype=torch.float64, requires_grad=True)
-        for name in ("sparsity", "lambda1", "lambda2")
+        torch.tensor(case[name], dtype=torch.float64, requires_grad=True) for name in ("sparsity", "lambda1", "lambda2")
     ]
     value = lagrangian(leaves[0], case["target"], leaves[1], leaves[2])
     value.backward()
