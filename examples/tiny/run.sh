@@ -13,6 +13,7 @@ repo=$(cd "$here/../.." && pwd)
 mkdir -p "${1:-$here/out}"
 out=$(cd "${1:-$here/out}" && pwd)
 data=$here/data
+export ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192  # keep the kernels compiled for each length of audio
 teacher=$here/teacher/teacher.safetensors
 began=$SECONDS
 
