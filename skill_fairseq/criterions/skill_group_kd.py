@@ -14,6 +14,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from torch import Tensor, nn
 
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
+from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
 from skill_fairseq.distillation.groups import GroupProjections, Groups, map_groups, parse_groups
 from skill_fairseq.distillation.loss import LossParts, distillation_loss
 from skill_fairseq.distillation.teacher import averaged_states
@@ -142,7 +143,7 @@ class SkillGroupKDCriterion(FairseqCriterion):
 
     def _init_projections(self, path: str) -> None:
         """Takes over another run's projections; those of a run without the same ones stay as they are."""
-        state = load_torch_file(Path(path)).get("criterion") or {}
+        state = _saved_criterion(Path(path))
         found = {k[len("projections.") :]: v for k, v in state.items() if k.startswith("projections.")}
         own = self.projections.state_dict()
         if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}:
@@ -222,6 +223,18 @@ class SkillGroupKDCriterion(FairseqCriterion):
     def logging_outputs_can_be_summed() -> bool:
         """Yes: every value is a number."""
         return True
+
+
+def _saved_criterion(path: Path) -> Dict[str, Tensor]:
+    """State of the criterion in a fairseq checkpoint; empty for exported files and folders, which have none."""
+    if not path.exists():
+        raise FileNotFoundError(f"criterion.init_from: {path} does not exist; give stage 1's checkpoint, or null")
+    if path.is_dir():
+        return {}
+    with open(path, "rb") as file:
+        if looks_like_safetensors(file.read(64)):
+            return {}
+    return load_torch_file(path).get("criterion") or {}
 
 
 def _weights(value: Any, num_groups: int) -> List[float]:

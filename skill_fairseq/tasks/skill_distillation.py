@@ -98,6 +98,12 @@ class SpeechDataset(FileAudioDataset):
         sizes = np.minimum(self.sizes, self.max_sample_size) * random.uniform(0.95, 1.05, len(self))
         return np.argsort(-sizes, kind="stable")
 
+    def batch_by_size(self, indices: np.ndarray, max_tokens: Optional[int] = None, **limits: Any) -> Any:
+        """fairseq's, which stops at an utterance above ``max_tokens``; whole ones in validation get through."""
+        if max_tokens is not None and len(indices):
+            max_tokens = max(max_tokens, max(int(self.num_tokens(index)) for index in indices))
+        return super().batch_by_size(indices, max_tokens, **limits)
+
 
 @register_task("skill_distillation", dataclass=SkillDistillationConfig)
 class SkillDistillationTask(AudioPretrainingTask):

@@ -238,7 +238,7 @@ def test_another_width_needs_a_projection(build: Any, small: Any, tmp_path: Path
         build(student=path, projection="identity")
 
 
-def test_projections_of_stage_1_are_taken_over(build: Any, tmp_path: Path) -> None:
+def test_projections_of_stage_1_are_taken_over(build: Any, teacher_file: Path, tmp_path: Path) -> None:
     _, _, stage1 = build(UNITS, target_sparsity=0.5)
     for parameter in stage1.projections.parameters():
         torch.nn.init.normal_(parameter)
@@ -248,6 +248,10 @@ def test_projections_of_stage_1_are_taken_over(build: Any, tmp_path: Path) -> No
         assert torch.equal(tensor, stage1.projections.state_dict()[name])
     other = build(init_from=str(tmp_path / "stage1.pt"), groups=[[0], [3]])[2]
     assert torch.equal(other.projections.projections[0].weight, torch.eye(32))
+    exported = build(init_from=str(teacher_file))[2]  # as model.init_from may be: it has no projections
+    assert torch.equal(exported.projections.projections[0].weight, torch.eye(32))
+    with pytest.raises(FileNotFoundError, match=r"criterion\.init_from: .*gone\.pt does not exist"):
+        build(init_from=str(tmp_path / "gone.pt"))
 
 
 def test_logs_are_averaged_and_audio_is_counted_per_second(build: Any) -> None:

@@ -116,6 +116,13 @@ def test_validation_sees_whole_utterances_with_padding_mask(small: Any, speech: 
     assert equal["net_input"]["padding_mask"] is None
 
 
+def test_validation_utterances_may_be_longer_than_a_batch(small: Any, tmp_path: Path) -> None:
+    task = small.make_task(small.write_speech(tmp_path, {"valid": [0.5, 3.0, 5.0, 0.5]}))
+    task.load_dataset("valid")
+    iterator = task.get_batch_iterator(task.dataset("valid"), max_tokens=20000).next_epoch_itr(shuffle=False)
+    assert sorted(i for batch in iterator for i in batch["id"].tolist()) == [0, 1, 2, 3]
+
+
 def test_normalised_audio_has_zero_mean_and_unit_variance(small: Any, speech: Path) -> None:
     task = small.make_task(speech, normalize=True)
     task.load_dataset("valid")
