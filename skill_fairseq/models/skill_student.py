@@ -14,7 +14,7 @@ from torch import Tensor
 
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.source import build_encoder
-from skill_fairseq.models.wavlm import WavLMConfig, WavLMModel, dropouts, encoder_config
+from skill_fairseq.models.wavlm import WavLMConfig, WavLMModel, avoid_wrong_gelu, dropouts, encoder_config
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.expected import expected_parameters
 from skill_fairseq.pruning.shrink import shrink
@@ -103,6 +103,7 @@ class SkillStudentModel(WavLMModel):
 
     def __init__(self, cfg: SkillStudentConfig) -> None:
         BaseFairseqModel.__init__(self)
+        avoid_wrong_gelu()
         self.cfg = cfg
         self.speech_encoder = SpeechEncoder(encoder_config(cfg), dropouts(cfg))
         self._init_masking(cfg)

@@ -64,6 +64,12 @@ def dropouts(cfg: Any) -> Dropouts:
     )
 
 
+def avoid_wrong_gelu() -> None:
+    """Switches oneDNN off for torch < 1.13 on CPUs: its GELU gives NaN where the gradient is a transposed view."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (1, 13):
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+
+
 @register_model("wavlm", dataclass=WavLMConfig)
 class WavLMModel(HubertModel):
     """:class:`SpeechEncoder` with HuBERT's masked-prediction heads.
@@ -78,6 +84,7 @@ class WavLMModel(HubertModel):
 
     def __init__(self, cfg: WavLMConfig, task_cfg: Any, dictionaries: List[Any]) -> None:
         BaseFairseqModel.__init__(self)  # HubertModel's own would build a second encoder
+        avoid_wrong_gelu()
         config = encoder_config(cfg)
         self.cfg = cfg
         self.speech_encoder = SpeechEncoder(config, dropouts(cfg))

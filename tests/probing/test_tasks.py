@@ -31,7 +31,7 @@ def test_classification_task(tmp_path: Path) -> None:
     assert task.files == [tmp_path.resolve() / f"{name}.flac" for name in "abcde"]
 
 
-@pytest.mark.parametrize(("task", "classes", "sizes"), [("digit", 10, (320, 50, 300)), ("speaker", 6, (240, 60, 120))])
+@pytest.mark.parametrize(("task", "classes", "sizes"), [("digit", 10, (320, 40, 300)), ("speaker", 6, (240, 60, 120))])
 def test_tasks_of_the_example(task: str, classes: int, sizes: tuple[int, int, int]) -> None:
     read = read_task(DATA / "tasks" / task)
     assert tuple(len(read.labels[split]) for split in ("train", "valid", "test")) == sizes
