@@ -206,7 +206,7 @@ def test_checkpoints_load_elsewhere_without_teacher_and_data(
             want = load_encoder(elsewhere / f"{name}.pt")(source).hidden_states
         got = torch.load(elsewhere / f"{name}.out")
         assert len(got) == len(want) == 4
-        assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(want, got))
+        assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(want, got))
 
 
 def test_an_interrupted_run_goes_on(data: list[str], stage1: tuple, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_missing_left_over_and_misshapen_weights_are_listed(foreign, tmp_path):
 
 
 def test_damaged_hugging_face_folders(foreign, tmp_path):
-    foreign.huggingface("wavlm", "base").save_pretrained(tmp_path, max_shard_size="50KB")
+    foreign.huggingface("wavlm", "base").save_pretrained(tmp_path, max_shard_size="50KB", safe_serialization=True)
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     shards[1].write_bytes(shards[1].read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{shards[1].name}: is truncated"):

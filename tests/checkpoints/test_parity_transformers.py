@@ -64,8 +64,8 @@ def test_relative_position_buckets_at_every_distance(foreign, num_buckets, max_d
 def test_every_form_of_the_weights(foreign, kind, tmp_path):
     model = foreign.huggingface(kind, "base")
     forms = {name: tmp_path / name for name in ("safetensors", "shards", "bin", "old names", "with head")}
-    model.save_pretrained(forms["safetensors"])
-    model.save_pretrained(forms["shards"], max_shard_size="50KB")
+    model.save_pretrained(forms["safetensors"], safe_serialization=True)
+    model.save_pretrained(forms["shards"], max_shard_size="50KB", safe_serialization=True)
     assert len(list(forms["shards"].glob("*.safetensors"))) > 2
     state = model.state_dict()
     old = {

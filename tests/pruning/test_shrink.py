@@ -25,6 +25,7 @@ BASE = {
 }
 LARGE = {**BASE, "extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": True}
 HUBERT = {**BASE, "relative_position": False}
+NOTHING = 1e-35  # oneDNN of torch 1.12 leaves denormal numbers where the gradient is 0
 
 
 def gated_encoder(shape: dict, units: tuple = PRUNING_UNITS, seed: int = 0, spread: float = 2.0) -> SpeechEncoder:
@@ -123,16 +124,16 @@ def test_closed_units_get_no_gradient(shape: dict) -> None:
     for i, layer in enumerate(gated.feature_extractor.layers):
         closed = layer.gate.log_alpha < 0
         assert closed.any()
-        assert layer.conv.weight.grad[closed].abs().max() == 0
+        assert layer.conv.weight.grad[closed].abs().max() < NOTHING
         if layer.norm is not None:
-            assert layer.norm.weight.grad[closed].abs().max() == 0
+            assert layer.norm.weight.grad[closed].abs().max() < NOTHING
         assert (layer.gate.log_alpha.grad[closed] == 0).all()
         if i:
             before = gated.feature_extractor.layers[i - 1].gate.log_alpha < 0
-            assert layer.conv.weight.grad[:, before].abs().max() == 0
+            assert layer.conv.weight.grad[:, before].abs().max() < NOTHING
     last = gated.feature_extractor.layers[-1].gate.log_alpha < 0
-    assert gated.feature_projection.linear.weight.grad[:, last].abs().max() == 0
-    assert gated.feature_projection.norm.bias.grad[last].abs().max() == 0
+    assert gated.feature_projection.linear.weight.grad[:, last].abs().max() < NOTHING
+    assert gated.feature_projection.norm.bias.grad[last].abs().max() < NOTHING
 
 
 def test_shrinks_again() -> None:
