@@ -243,7 +243,7 @@ WITHOUT = textwrap.dedent(
         encoder = skill_fairseq.load_encoder(path)
         with torch.no_grad():
             out = encoder(batch["source"], batch["padding"])
-        assert torch.equal(out.x, batch[path]), path
+        assert torch.allclose(out.x, batch[path], rtol=0, atol=1e-5), path  # other threads, other rounding
     assert not set(sys.argv[1].split(",")) & set(sys.modules)
     print("same", len(sys.argv) - 3)
     """
