@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from skill_fairseq.checkpoints.safetensors_file import load_metadata, load_tensors
-from skill_fairseq.checkpoints.source import EncoderSource, reading_config
+from skill_fairseq.checkpoints.source import EncoderSource, State, reading_config
 from skill_fairseq.files import PathLike, atomic_write
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -38,17 +38,7 @@ def save_encoder(
     Raises:
         ValueError: the dtype is unknown, or a weight is beyond its range.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype!r}; expected one of {list(DTYPES)}")
-    gates = {f"{name}.{inner}" for name, gate in encoder.named_gates() for inner in gate.state_dict()}
-    state = {}
-    for name, tensor in encoder.state_dict().items():
-        stored = tensor if name in gates else tensor.to(DTYPES[dtype])
-        if not torch.isfinite(stored).all():
-            whole = bool(torch.isfinite(tensor).all())
-            reason = f"values too large for {dtype}; use bfloat16" if whole else "infinite or NaN values"
-            raise ValueError(f"the encoder's {name} has {reason}")
-        state[name] = stored.detach().cpu().contiguous().clone()
+    state = finite_state(encoder, dtype)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -57,6 +47,26 @@ def save_encoder(
     }
     with atomic_write(path) as temporary:
         temporary.write_bytes(save(state, metadata))  # save_file would give the file to its owner alone
+
+
+def finite_state(encoder: SpeechEncoder, dtype: str = "float32") -> State:
+    """The encoder's weights as they go into a file: on the CPU, in ``dtype`` but for the gates, copied.
+
+    Raises:
+        ValueError: the dtype is unknown, or a weight is beyond its range.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r}; expected one of {list(DTYPES)}")
+    gates = {f"{name}.{inner}" for name, gate in encoder.named_gates() for inner in gate.state_dict()}
+    state: State = {}
+    for name, tensor in encoder.state_dict().items():
+        stored = tensor if name in gates else tensor.to(DTYPES[dtype])
+        if not torch.isfinite(stored).all():
+            whole = bool(torch.isfinite(tensor).all())
+            reason = f"values too large for {dtype}; use bfloat16" if whole else "infinite or NaN values"
+            raise ValueError(f"the encoder's {name} has {reason}")
+        state[name] = stored.detach().cpu().contiguous().clone()
+    return state
 
 
 def read_export(path: Path) -> EncoderSource:

@@ -1,4 +1,4 @@
-"""fairseq checkpoints of HuBERT, wav2vec 2.0 and of this package's own models."""
+"""fairseq checkpoints of HuBERT, wav2vec 2.0, data2vec-audio, of this package's models, and of these fine-tuned."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from skill_fairseq.checkpoints.source import (
     refuse,
     renaming,
     tensors_of,
+    weight_norm_spelling,
 )
 from skill_fairseq.modules.config import EncoderConfig
 
@@ -28,6 +29,7 @@ ENCODER_NAMES: Rules = (
     (r"feature_extractor\.layers\.(\d+)\.norm\.", r"feature_extractor.conv_layers.\1.2."),
     (r"feature_projection\.norm\.", "layer_norm."),
     (r"feature_projection\.linear\.", "post_extract_proj."),
+    (r"transformer\.pos_conv\.layers\.(\d+)\.", r"encoder.pos_conv.\1.0."),
     (r"transformer\.pos_conv\.", "encoder.pos_conv.0."),
     (r"transformer\.relative_position\.", "encoder.layers.0.self_attn.relative_attention_bias."),
     (_LAYER + r"attention_norm\.", r"encoder.layers.\1.self_attn_layer_norm."),
@@ -52,12 +54,18 @@ PRETRAINING = (
 )
 """Masking and prediction heads, which only pre-training uses."""
 
+MODELS = ("hubert", "wav2vec2", "data2vec_audio")
+
+FINE_TUNED = "w2v_encoder.w2v_model."
+"""Where ``hubert_ctc`` and ``wav2vec_ctc`` keep the pre-trained model."""
+
+CTC_HEAD = (r"w2v_encoder\.proj\..*",)
+
 OWN = "speech_encoder."
 """Where our fairseq models keep the encoder."""
 
 SUPPORTED = {
     "layer_type": "transformer",
-    "pos_conv_depth": 1,
     "conv_pos_batch_norm": False,
     "quantize_input": False,
     "crop_seq_to_multiple": 1,
@@ -83,45 +91,99 @@ def model_name(fields: Mapping[str, Any]) -> str:
 
 
 def read_fairseq(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
-    """The encoder in a fairseq checkpoint.
+    """The encoder in a fairseq checkpoint, pre-trained or fine-tuned by ``hubert_ctc`` or ``wav2vec_ctc``.
 
     Raises:
         ValueError: another model, or a feature that this encoder does not have.
     """
     fields, task = split_config(checkpoint)
+    state = model_state(checkpoint["model"], path)
+    format = f"a fairseq checkpoint of model {model_name(fields)!r}"
+    if any(name.startswith(FINE_TUNED) for name in state):
+        outer, outer_task = fields, task
+        fields, task = _pretraining_config(outer, path)
+        task = {**task, "normalize": _flag(task.get("normalize"), outer_task.get("normalize"))}
+        state = {name[len(FINE_TUNED) :] if name.startswith(FINE_TUNED) else name: w for name, w in state.items()}
+        format = f"a fairseq checkpoint of model {model_name(outer)!r}, fine-tuned from {model_name(fields)!r}"
+    return encoder_source(format, fields, task, state, path, _progress(checkpoint))
+
+
+def _pretraining_config(fields: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model's and task's config of the model that was fine-tuned."""
+    inner = fields.get("w2v_args")
+    if not inner:
+        raise ValueError(
+            f"{path}: recognised as a fairseq checkpoint of model {model_name(fields)!r}, but its cfg.model.w2v_args, "
+            "which should hold the pre-trained model's config, is empty; fine-tune with task._name=audio_finetuning, "
+            f"which stores it, or give the file it was fine-tuned from ({fields.get('w2v_path')})"
+        )
+    return split_config({"cfg": inner} if inner.get("model") is not None else {"args": inner})
+
+
+def model_state(state: Any, path: Path) -> State:
+    """A fairseq model's weights, without the moving average that data2vec keeps of itself (``_ema``).
+
+    Raises:
+        ValueError: it is no state dict.
+    """
+    if isinstance(state, Mapping):
+        state = {name: tensor for name, tensor in state.items() if name != "_ema"}
+    return {weight_norm_spelling(name): tensor for name, tensor in tensors_of(state, path).items()}
+
+
+def encoder_source(
+    format: str,
+    fields: Mapping[str, Any],
+    task: Mapping[str, Any],
+    state: State,
+    path: Path,
+    provenance: Mapping[str, Any],
+) -> EncoderSource:
+    """The encoder of one of fairseq's or of this package's pre-trained models.
+
+    Args:
+        format: what the file is, in words.
+        fields: the model's config, plain values.
+        task: the task's config.
+        state: the model's weights.
+        path: the file, for errors.
+        provenance: see :class:`EncoderSource`.
+
+    Raises:
+        ValueError: another model, or a feature that this encoder does not have.
+    """
     name = model_name(fields)
-    state = tensors_of(checkpoint["model"], path)
     fields = {**fields, "normalize": _flag(fields.get("normalize"), task.get("normalize"))}
     if any(key.startswith(OWN) for key in state):
         with reading_config(path):
             config = EncoderConfig.from_fairseq(fields)
         return EncoderSource(
-            f"a fairseq checkpoint of this package's model {name!r}",
+            f"{format} (this package's)",
             config,
             state,
             lambda own: OWN + own,
-            PRETRAINING,
-            provenance=_progress(checkpoint),
+            PRETRAINING + CTC_HEAD,
+            provenance=provenance,
         )
-    if name not in ("hubert", "wav2vec2"):
+    if name not in MODELS:
         raise ValueError(
-            f"{path}: recognised as a fairseq checkpoint of model {name!r}, which is not supported; expected "
-            "'hubert', 'wav2vec2', 'wavlm' or 'skill_student', pre-trained and not fine-tuned; its weights "
+            f"{path}: recognised as {format}, which is not supported; expected one of {list(MODELS)} or 'wavlm' or "
+            "'skill_student' of this package, pre-trained or fine-tuned by hubert_ctc or wav2vec_ctc; its weights "
             f"begin with {list(state)[:3]}"
         )
     refuse(path, fields, SUPPORTED)
-    # fairseq's HuBERT cuts the samples into chunks, its wav2vec 2.0 counts frames as the convolutions do.
+    # fairseq's HuBERT cuts the samples into chunks, the others count frames as the convolutions do.
     fields["padding_rule"] = "chunks" if name == "hubert" else "convolution"
     with reading_config(path):
         config = EncoderConfig.from_fairseq(fields)
     return EncoderSource(
-        f"a fairseq checkpoint of model {name!r}",
+        format,
         config,
         with_projection(state, config),
         encoder_names(config),
-        PRETRAINING,
+        PRETRAINING + CTC_HEAD,
         ADDED_HERE,
-        _progress(checkpoint),
+        provenance,
     )
 
 

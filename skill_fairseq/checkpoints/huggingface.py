@@ -1,4 +1,4 @@
-"""Hugging Face folders of WavLM, HuBERT and wav2vec 2.0: ``config.json`` and weights in all their forms."""
+"""Hugging Face folders of WavLM, HuBERT, wav2vec 2.0 and data2vec-audio: config and weights in all their forms."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from skill_fairseq.checkpoints.source import (
     refuse,
     renaming,
     tensors_of,
+    weight_norm_spelling,
 )
 from skill_fairseq.modules.config import EncoderConfig
 
-MODEL_TYPES = ("wavlm", "hubert", "wav2vec2")
+MODEL_TYPES = ("wavlm", "hubert", "wav2vec2", "data2vec-audio")
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -37,6 +38,7 @@ ENCODER_NAMES: Rules = (
     (r"feature_extractor\.layers\.(\d+)\.norm\.", r"feature_extractor.conv_layers.\1.layer_norm."),
     (r"feature_projection\.norm\.", "feature_projection.layer_norm."),
     (r"feature_projection\.linear\.", "feature_projection.projection."),
+    (r"transformer\.pos_conv\.layers\.(\d+)\.", r"encoder.pos_conv_embed.layers.\1.conv."),
     (r"transformer\.pos_conv\.", "encoder.pos_conv_embed.conv."),
     (r"transformer\.relative_position\.", "encoder.layers.0.attention.rel_attn_embed."),
     (_LAYER + r"attention_norm\.", r"encoder.layers.\1.layer_norm."),
@@ -99,7 +101,15 @@ def _config(fields: Mapping[str, Any], folder: Path) -> EncoderConfig:
         raise ValueError(f"{', '.join(_CONV_DEFAULTS)} must have the same length; found {conv}")
     preprocessor = folder / "preprocessor_config.json"
     audio = _read_json(preprocessor) if preprocessor.exists() else {}
-    norm = fields.get("feat_extract_norm", "group")
+    data2vec = fields["model_type"] == "data2vec-audio"  # its code normalises all convolutions, whatever is written
+    norm = "layer" if data2vec else fields.get("feat_extract_norm", "group")
+    depth = fields.get("num_conv_pos_embeddings", 5) if data2vec else 1
+    kernel = fields.get("conv_pos_kernel_size", 19) if data2vec else fields.get("num_conv_pos_embeddings", 128)
+    if data2vec and (depth < 2 or kernel < 3):
+        raise ValueError(
+            f"num_conv_pos_embeddings = {depth} and conv_pos_kernel_size = {kernel} are not supported; expected at "
+            "least 2 and 3"
+        )
     return EncoderConfig(
         extractor_mode={"group": "default", "layer": "layer_norm"}.get(norm, norm),
         conv_feature_layers=list(zip(*conv)),
@@ -109,9 +119,10 @@ def _config(fields: Mapping[str, Any], folder: Path) -> EncoderConfig:
         encoder_ffn_embed_dim=fields.get("intermediate_size", 3072),
         encoder_attention_heads=fields.get("num_attention_heads", 12),
         activation_fn=fields.get("hidden_act", "gelu"),
-        layer_norm_first=fields.get("do_stable_layer_norm", False),
-        conv_pos=fields.get("num_conv_pos_embeddings", 128),
+        layer_norm_first=fields.get("do_stable_layer_norm", False) and not data2vec,
+        conv_pos=kernel * depth,
         conv_pos_groups=fields.get("num_conv_pos_embedding_groups", 16),
+        pos_conv_depth=depth,
         relative_position=fields["model_type"] == "wavlm",
         num_buckets=fields.get("num_buckets", 320),
         max_distance=fields.get("max_bucket_distance", 800),
@@ -129,12 +140,9 @@ _CONV_DEFAULTS = {
 
 
 def _spelling(name: str, kind: str) -> str:
-    """One spelling, whether saved with a head or without, before or after torch renamed the weight norm."""
-    if name.startswith(kind + "."):
-        name = name[len(kind) + 1 :]
-    return name.replace("parametrizations.weight.original0", "weight_g").replace(
-        "parametrizations.weight.original1", "weight_v"
-    )
+    """The name without the prefix that a model with a head puts before its encoder."""
+    prefix = kind.replace("-", "_") + "."
+    return weight_norm_spelling(name[len(prefix) :] if name.startswith(prefix) else name)
 
 
 def _read_weights(folder: Path, trust: bool) -> State:

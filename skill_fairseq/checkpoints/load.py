@@ -11,15 +11,19 @@ from skill_fairseq.checkpoints.export import read_export
 from skill_fairseq.checkpoints.fairseq_import import read_fairseq
 from skill_fairseq.checkpoints.huggingface import read_folder
 from skill_fairseq.checkpoints.microsoft import read_microsoft
+from skill_fairseq.checkpoints.s3prl_import import KEYS as S3PRL_KEYS
+from skill_fairseq.checkpoints.s3prl_import import read_s3prl
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
 from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
+from skill_fairseq.checkpoints.torchaudio_import import is_torchaudio, read_torchaudio
 from skill_fairseq.files import PathLike
 from skill_fairseq.modules.encoder import SpeechEncoder
 
 EXPECTED = (
-    "a Microsoft WavLM file, a fairseq checkpoint of hubert, wav2vec2, wavlm or skill_student, "
-    "a Hugging Face folder of WavLM, HuBERT or wav2vec 2.0, or a file of skill-export"
+    "a Microsoft WavLM file, a fairseq checkpoint of hubert, wav2vec2, data2vec_audio, wavlm or skill_student (also "
+    "fine-tuned by hubert_ctc or wav2vec_ctc), a Hugging Face folder of WavLM, HuBERT, wav2vec 2.0 or data2vec-audio, "
+    "an s3prl conversion, a TorchAudio state dict, a DPHuBERT model, or a file of skill-export"
 )
 
 _LOOKALIKES = (
@@ -35,9 +39,21 @@ _LOOKALIKES = (
 def load_encoder(path: PathLike, device: str | torch.device = "cpu", trust: bool = False) -> SpeechEncoder:
     """Loads an encoder from any file that the importers know.
 
+    Whatever the format, every weight is accounted for, and the encoder computes what the original computes, batch by
+    batch. That includes how padding touches the features of a padded utterance. Where all of the following hold they
+    are those of the utterance alone, to 1e-4; where one does not, batch utterances of one length
+    (:func:`skill_fairseq.audio.batching.length_exact_batches`) to keep features independent of the batch:
+
+    - ``config.extractor_mode`` is "layer_norm" (Large): "default" (Base) normalises over time, padding included;
+    - ``config.padding_rule`` is "convolution" (transformers, TorchAudio, wav2vec 2.0, data2vec): "chunks" (Microsoft,
+      fairseq's HuBERT) may count one frame more than the utterance alone has;
+    - ``config.pos_conv_depth`` is 1: in data2vec's stack of convolutions, padding reaches the last frames.
+
     Args:
-        path: Microsoft's WavLM ``.pt``; a Hugging Face folder of WavLM, HuBERT or wav2vec 2.0; a fairseq
-            checkpoint of HuBERT, wav2vec 2.0 or of this package's models; or a file of ``skill-export``.
+        path: Microsoft's WavLM ``.pt``; a Hugging Face folder of WavLM, HuBERT, wav2vec 2.0 or data2vec-audio; a
+            fairseq checkpoint of HuBERT, wav2vec 2.0, data2vec-audio or of this package's models, also fine-tuned by
+            ``hubert_ctc`` or ``wav2vec_ctc``; a conversion by s3prl; a TorchAudio state dict; DPHuBERT's
+            ``{"state_dict", "config"}``; or a file of ``skill-export``.
         device: where to put it.
         trust: also read files with pickled classes that are not known to be harmless, which runs their code.
 
@@ -92,6 +108,10 @@ def _read_checkpoint(checkpoint: Any, path: Path) -> EncoderSource:
             return read_fairseq(checkpoint, path)
         if isinstance(cfg, dict) and "encoder_layers" in cfg:
             return read_microsoft(checkpoint, path)
+    if all(key in checkpoint for key in S3PRL_KEYS):
+        return read_s3prl(checkpoint, path)
+    if is_torchaudio(checkpoint):
+        return read_torchaudio(checkpoint, path)
     raise ValueError(
         f"{path}: recognised as a torch file with the keys {list(checkpoint)[:5]}{_hint(checkpoint)}; "
         f"expected {EXPECTED}"

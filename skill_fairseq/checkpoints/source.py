@@ -54,6 +54,13 @@ def renaming(rules: Rules) -> Callable[[str], str]:
     return rename
 
 
+def weight_norm_spelling(name: str) -> str:
+    """One spelling of the positional convolution's weights, whether saved before or after torch renamed them."""
+    return name.replace("parametrizations.weight.original0", "weight_g").replace(
+        "parametrizations.weight.original1", "weight_v"
+    )
+
+
 def build_encoder(source: EncoderSource, path: Path) -> SpeechEncoder:
     """Makes the encoder in float32 and fills it.
 

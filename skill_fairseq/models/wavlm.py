@@ -1,4 +1,4 @@
-"""WavLM, HuBERT and wav2vec 2.0 encoders as a fairseq model, pre-trainable by fairseq's ``hubert_pretraining``."""
+"""WavLM and its kin as one fairseq model, pre-trainable by fairseq's ``hubert_pretraining``."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -23,6 +23,9 @@ class WavLMConfig(HubertConfig):
 
     relative_position: bool = field(
         default=True, metadata={"help": "WavLM's gated relative position bias; false makes it HuBERT"}
+    )
+    pos_conv_depth: int = field(
+        default=1, metadata={"help": "positional convolutions one after another: 5 in data2vec, 1 elsewhere"}
     )
     num_buckets: int = field(default=320, metadata={"help": "buckets of the relative position table"})
     max_distance: int = field(default=800, metadata={"help": "distance (frames) from which positions share a bucket"})

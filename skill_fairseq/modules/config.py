@@ -72,6 +72,9 @@ class EncoderConfig:
     The full widths (``conv_feature_layers``, ``encoder_attention_heads``, ``encoder_ffn_embed_dim``) stay those of
     the original model for life, because normalisation statistics and relative positions refer to them. What is
     left after pruning stands in ``conv_channels``, ``heads`` and ``ffn_dims``; ``None`` there means all of it.
+
+    ``pos_conv_depth`` 1 is the one positional convolution of wav2vec 2.0, with weight norm and ``conv_pos`` frames
+    long; above 1 it is data2vec's stack of so many, each ``conv_pos // pos_conv_depth`` frames long.
     """
 
     extractor_mode: str = "default"
@@ -85,6 +88,7 @@ class EncoderConfig:
     layer_norm_first: bool = False
     conv_pos: int = 128
     conv_pos_groups: int = 16
+    pos_conv_depth: int = 1
     relative_position: bool = False
     num_buckets: int = 320
     max_distance: int = 800
@@ -173,6 +177,11 @@ class EncoderConfig:
         return self.encoder_embed_dim // self.encoder_attention_heads
 
     @property
+    def pos_conv_kernel(self) -> int:
+        """Frames of each positional convolution; a stack has at least 3, as in fairseq."""
+        return self.conv_pos if self.pos_conv_depth == 1 else max(3, self.conv_pos // self.pos_conv_depth)
+
+    @property
     def downsampling(self) -> int:
         """Audio samples a frame (320 for every published model)."""
         rate = 1
@@ -251,6 +260,13 @@ def wavlm_base(**changes: Any) -> EncoderConfig:
 def hubert_base(**changes: Any) -> EncoderConfig:
     """HuBERT Base (94,370,944 parameters); wav2vec 2.0 Base has the same shape."""
     return EncoderConfig().replace(**changes)
+
+
+def data2vec_base(**changes: Any) -> EncoderConfig:
+    """data2vec-audio Base (93,163,520 parameters)."""
+    return EncoderConfig(
+        extractor_mode="layer_norm", conv_pos=95, pos_conv_depth=5, normalize=True, padding_rule="convolution"
+    ).replace(**changes)
 
 
 def hubert_large(**changes: Any) -> EncoderConfig:

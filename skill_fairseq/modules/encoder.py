@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from skill_fairseq.modules.hard_concrete import HardConcrete
 from skill_fairseq.modules.layer import EncoderLayer
 from skill_fairseq.modules.norms import ChannelLayerNorm
 from skill_fairseq.modules.positional_conv import PositionalConv
+from skill_fairseq.modules.positional_conv_stack import PositionalConvStack
 from skill_fairseq.modules.relative_position import RelativePosition
 from skill_fairseq.modules.size import count_macs, static_shape, widths_of
 
@@ -102,7 +103,12 @@ class Transformer(nn.Module):
         dim = config.encoder_embed_dim
         self.layer_norm_first = config.layer_norm_first
         self.layerdrop = dropouts.layerdrop
-        self.pos_conv = PositionalConv(dim, config.conv_pos, config.conv_pos_groups)
+        kernel_size, groups, depth = config.pos_conv_kernel, config.conv_pos_groups, config.pos_conv_depth
+        self.pos_conv: Union[PositionalConv, PositionalConvStack] = (
+            PositionalConv(dim, kernel_size, groups)
+            if depth == 1
+            else PositionalConvStack(dim, kernel_size, groups, depth)
+        )
         self.relative_position = (
             RelativePosition(config.num_buckets, config.max_distance, config.encoder_attention_heads)
             if config.relative_position
@@ -180,7 +186,7 @@ def _init_like_bert(module: nn.Module) -> None:
 
 
 class SpeechEncoder(nn.Module):
-    """WavLM, HuBERT or wav2vec 2.0 encoder whose every layer may have its own width.
+    """WavLM, HuBERT, wav2vec 2.0 or data2vec encoder whose every layer may have its own width.
 
     Args:
         config: shape.

@@ -35,11 +35,12 @@ class StaticShape:
             after every convolution).
         embed_dim: dimension D of the Transformer.
         head_dim: dimension of one attention head.
-        conv_pos: kernel size of the positional convolution.
+        conv_pos: kernel size of the positional convolution, or of each of data2vec's.
         conv_pos_groups: its groups.
         relative_position: whether attention has WavLM's gated relative-position bias.
         num_buckets: rows of its table.
         full_heads: heads before any pruning; the table and the gates' constants keep that many.
+        pos_conv_depth: number of positional convolutions; above 1 they have no weight norm.
     """
 
     conv_kernels: tuple[int, ...]
@@ -53,6 +54,7 @@ class StaticShape:
     relative_position: bool
     num_buckets: int
     full_heads: int
+    pos_conv_depth: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,12 @@ def static_shape(config: EncoderConfig) -> StaticShape:
         extractor_mode=config.extractor_mode,
         embed_dim=config.encoder_embed_dim,
         head_dim=config.head_dim,
-        conv_pos=config.conv_pos,
+        conv_pos=config.pos_conv_kernel,
         conv_pos_groups=config.conv_pos_groups,
         relative_position=config.relative_position,
         num_buckets=config.num_buckets,
         full_heads=config.encoder_attention_heads,
+        pos_conv_depth=config.pos_conv_depth,
     )
 
 
@@ -131,8 +134,9 @@ def count_parameters(static: StaticShape, widths: Widths) -> Number:
 
     total = _count_conv_stack(static, widths.conv)
     total += 2 * widths.conv[-1] + (widths.conv[-1] + 1) * dim  # LayerNorm, then the projection to D
-    total += dim * (dim // static.conv_pos_groups) * static.conv_pos  # positional convolution: weight_v,
-    total += static.conv_pos + dim  # weight_g, bias
+    total += static.pos_conv_depth * (dim * (dim // static.conv_pos_groups) * static.conv_pos + dim)
+    if static.pos_conv_depth == 1:  # the weight norm's magnitudes
+        total += static.conv_pos
     total += 2 * dim  # the encoder's LayerNorm
     total += 4 * dim * len(widths.heads)  # two LayerNorms a layer
     if static.relative_position:
@@ -162,7 +166,7 @@ def count_macs(static: StaticShape, widths: Widths, num_samples: int) -> int:
 
     - convolution i: ``T_i in out kernel``
     - feature projection: ``T in D``
-    - positional convolution: ``T D (D / groups) kernel``
+    - positional convolution: ``T D (D / groups) kernel``, as often as there are such layers
     - attention of h heads: projections ``4 T D h d``, scores and weighted sum ``2 T^2 h d``
     - relative position, of h heads: gate ``T h d 8``, gated bias ``T^2 h``
     - feed-forward of f units: ``2 T D f``
@@ -187,7 +191,7 @@ def count_macs(static: StaticShape, widths: Widths, num_samples: int) -> int:
         in_channels = out_channels
 
     macs += length * in_channels * dim
-    macs += length * dim * (dim // static.conv_pos_groups) * static.conv_pos
+    macs += static.pos_conv_depth * length * dim * (dim // static.conv_pos_groups) * static.conv_pos
     for heads, present in widths.attention():
         inner = int(present) * int(heads) * head_dim
         macs += 4 * length * dim * inner + 2 * length**2 * inner

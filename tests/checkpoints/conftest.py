@@ -21,6 +21,7 @@ SHAPE: dict[str, dict[str, Any]] = {
     "large": {"layers": 4, "dim": 64, "ffn": 96, "heads": 8, "conv_pos": 15, "groups": 8},
 }
 SAMPLES = (16000, 15900, 9150, 5841)
+POS_CONV = {"base": (4, 20), "large": (5, 15)}  # data2vec's convolutions and their length in all
 
 
 @pytest.fixture(scope="session")
@@ -61,13 +62,13 @@ def padded_batch(samples: tuple[int, ...] = SAMPLES, seed: int = 1) -> tuple[Ten
     return torch.randn(padding.shape, generator=generator).masked_fill(padding, 0.0), padding
 
 
-def huggingface(kind: str, style: str, **changes: Any) -> nn.Module:
-    """A random WavLMModel, HubertModel or Wav2Vec2Model of transformers."""
+def huggingface(kind: str, style: str, head: str = "Model", **changes: Any) -> nn.Module:
+    """A random WavLMModel, HubertModel, Wav2Vec2Model or Data2VecAudioModel of transformers, or one with a head."""
     # PyPI's torchaudio beside a CPU torch cannot be imported, and transformers tries.
     sys.modules.setdefault("torchaudio", None)  # type: ignore[arg-type]
     import transformers
 
-    name = {"wavlm": "WavLM", "hubert": "Hubert", "wav2vec2": "Wav2Vec2"}[kind]
+    name = {"wavlm": "WavLM", "hubert": "Hubert", "wav2vec2": "Wav2Vec2", "data2vec-audio": "Data2VecAudio"}[kind]
     shape, large = SHAPE[style], style == "large"
     fields = {
         "hidden_size": shape["dim"],
@@ -78,15 +79,21 @@ def huggingface(kind: str, style: str, **changes: Any) -> nn.Module:
         "conv_kernel": [k for _, k, _ in CONV[style]],
         "conv_stride": [s for _, _, s in CONV[style]],
         "conv_bias": large,
-        "feat_extract_norm": "layer" if large else "group",
-        "do_stable_layer_norm": large,
-        "num_conv_pos_embeddings": shape["conv_pos"],
         "num_conv_pos_embedding_groups": shape["groups"],
-        **({"num_buckets": 16, "max_bucket_distance": 24} if kind == "wavlm" else {}),
-        **changes,
     }
-    model = getattr(transformers, name + "Model")(getattr(transformers, name + "Config")(**fields))
-    return randomise(model)
+    if kind == "data2vec-audio":
+        depth, length = POS_CONV[style]
+        fields.update(num_conv_pos_embeddings=depth, conv_pos_kernel_size=length // depth)
+    else:
+        fields.update(
+            feat_extract_norm="layer" if large else "group",
+            do_stable_layer_norm=large,
+            num_conv_pos_embeddings=shape["conv_pos"],
+        )
+    if kind == "wavlm":
+        fields.update(num_buckets=16, max_bucket_distance=24)
+    config = getattr(transformers, name + "Config")(**{**fields, **changes})
+    return randomise(getattr(transformers, name + head)(config))
 
 
 def huggingface_states(model: Any, source: Tensor, padding: Tensor | None = None) -> States:
@@ -100,7 +107,7 @@ def huggingface_states(model: Any, source: Tensor, padding: Tensor | None = None
 
 
 def fairseq(kind: str, style: str, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """A random HubertModel or Wav2Vec2Model of fairseq, and the ``cfg`` of its checkpoint."""
+    """A random HubertModel, Wav2Vec2Model or Data2VecAudioModel of fairseq, and the ``cfg`` of its checkpoint."""
     from fairseq.data import Dictionary
     from fairseq.models.hubert.hubert import HubertConfig, HubertModel
     from fairseq.models.wav2vec import Wav2Vec2Config, Wav2Vec2Model
@@ -121,15 +128,52 @@ def fairseq(kind: str, style: str, **changes: Any) -> tuple[nn.Module, dict[str,
         "conv_pos_groups": shape["groups"],
         **changes,
     }
+    task = {"_name": "audio_pretraining", "data": ".", "normalize": large, "sample_rate": 16000}
     if kind == "hubert":
+        task = {**task, "_name": "hubert_pretraining", "label_rate": 50.0, "labels": ["km"]}
         cfg = HubertConfig(label_rate=50, final_dim=8, **fields)
         model = HubertModel(cfg, argparse.Namespace(sample_rate=16000), [Dictionary()])
+    elif kind == "data2vec_audio":
+        from fairseq.examples.data2vec.models.data2vec_audio import Data2VecAudioConfig, Data2VecAudioModel
+
+        depth, length = POS_CONV[style]
+        layers = {"extractor_mode": "layer_norm", "pos_conv_depth": depth, "conv_pos": length}
+        cfg = Data2VecAudioConfig(ema_anneal_end_step=10, max_update=10, **{**fields, **layers})
+        model = Data2VecAudioModel(cfg)
+        model.set_num_updates(0)  # makes the moving average, which goes into the checkpoint
     else:
         cfg = Wav2Vec2Config(quantize_targets=True, latent_vars=4, final_dim=8, **fields)
         model = Wav2Vec2Model(cfg)
     written = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
-    written = {"model": {**written, "_name": kind}, "task": {"normalize": large, "sample_rate": 16000}}
+    written = {"model": {**written, "_name": kind}, "task": task, "criterion": None, "lr_scheduler": None}
     return randomise(model), written
+
+
+def own_model(name: str, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A model of this package, and the ``cfg`` of its fairseq checkpoint."""
+    from fairseq.data import Dictionary
+    from fairseq.models import MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
+    from omegaconf import OmegaConf
+
+    fields = {
+        "conv_feature_layers": "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2",
+        "encoder_layers": 2,
+        "encoder_embed_dim": 48,
+        "encoder_ffn_embed_dim": 80,
+        "encoder_attention_heads": 4,
+        "conv_pos": 16,
+        "conv_pos_groups": 4,
+        "label_rate": 50.0,
+        "normalize": True,
+        **({"seed": 1} if name == "skill_student" else {}),
+        **changes,
+    }
+    cfg = MODEL_DATACLASS_REGISTRY[name](**fields)
+    task = argparse.Namespace(cfg=argparse.Namespace(sample_rate=16000), dictionaries=[Dictionary()])
+    model = MODEL_REGISTRY[name].build_model(cfg, task)
+    written = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
+    task_cfg = {"normalize": True, "sample_rate": 16000}
+    return model, {"model": {**written, "_name": name}, "task": task_cfg}
 
 
 def fairseq_states(model: Any, source: Tensor, padding: Tensor | None = None) -> States:
@@ -153,7 +197,14 @@ def save_fairseq(model: Any, cfg: Any, path: Path, **changes: Any) -> Path:
         "cfg": cfg,
         "model": model if isinstance(model, dict) else model.state_dict(),
         "criterion": None,
-        "optimizer_history": [{"criterion_name": "HubertCriterion", "num_updates": 400}],
+        "optimizer_history": [
+            {
+                "criterion_name": "HubertCriterion",
+                "optimizer_name": "FairseqAdam",
+                "lr_scheduler_state": {"best": 3.5},
+                "num_updates": 400,
+            }
+        ],
         "task_state": {"dictionaries": [Dictionary()]},
         "extra_state": {"metrics": [], "val_loss": np.float64(3.5), "epoch": np.int64(2)},
         "last_optimizer_state": optimizer.state_dict(),
@@ -161,6 +212,37 @@ def save_fairseq(model: Any, cfg: Any, path: Path, **changes: Any) -> Path:
     }
     torch.save(checkpoint, path)
     return path
+
+
+def assert_teaches_and_learns(small: Any, data: Path, path: Path, folder: Path) -> None:
+    """A file serves as task.teacher and model.init_from, and the checkpoint of its student stands alone."""
+    from skill_fairseq.checkpoints import load_encoder
+
+    original = load_encoder(path)
+    task = small.make_task(data, path, normalize=original.normalize)
+    batch = {"net_input": {"source": torch.nn.functional.layer_norm(small.waves(), (4000,))}}
+    source = batch["net_input"]["source"]
+    groups = [[0, 1], [2], [len(original.transformer.layers)]]
+
+    model = task.build_model(small.student_config(path, normalize=original.normalize))
+    loss, _, _ = small.make_criterion(task, groups=groups)(model.eval(), batch)
+    assert abs(loss.item() + 1) < 1e-5  # no distance, cosine 1
+
+    half_open = dict.fromkeys(("conv_drop_rate", "head_drop_rate", "ffn_drop_rate"), 0.5)
+    gates = {"pruning_units": ["conv", "heads", "ffn"], **half_open}
+    cfg = small.student_config(path, normalize=original.normalize, **gates)
+    model = task.build_model(cfg)
+    loss, _, _ = small.make_criterion(task, groups=groups)(model.train(), batch)
+    loss.backward()
+    gradients = [gate.log_alpha.grad.abs().sum() for _, gate in model.speech_encoder.named_gates()]
+    assert sum(gradient > 0 for gradient in gradients) > len(gradients) / 2  # in a closed or wide open gate it is 0
+    written = {"model": dict(cfg), "task": {"normalize": original.normalize}}
+    saved = save_fairseq(model, written, folder / "student_of_it.pt")
+    again = load_encoder(saved)
+    assert again.config == model.speech_encoder.config
+    assert again.config.replace(pruning_units=[], original_parameters=None) == original.config
+    with torch.no_grad():
+        assert torch.equal(again(source).x, model.eval().speech_encoder(source).x)
 
 
 class Recorder:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +132,43 @@ def test_truncated_foreign_and_future_files(encoder, tmp_path):
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match="1 missing: transformer.layer_norm.bias"):
         load_encoder(path)
+
+
+ALONE = """
+import sys
+
+class Installed:
+    finders = list(sys.meta_path)
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.partition(".")[0] in ("fairseq", "hydra", "omegaconf"):
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in cls.finders)
+        return next((spec for spec in specs if spec is not None), None)
+
+sys.meta_path[:] = [Installed]
+import safetensors.torch
+import torch
+batch, wanted = torch.load(sys.argv[2])
+before = set(sys.modules)
+import skill_fairseq
+with torch.no_grad():
+    out = skill_fairseq.load_encoder(sys.argv[1])(*batch)
+assert torch.allclose(out.x, wanted, rtol=0, atol=1e-5)
+new = {name.partition(".")[0]: module for name, module in sys.modules.items() if name not in before}
+print(*(name for name, module in new.items() if "site-packages" in (getattr(module, "__file__", None) or "")
+        and name not in ("skill_fairseq", "torch", "safetensors", "numpy")), sep=",")
+"""
+
+
+@pytest.mark.slow
+def test_reading_it_needs_torch_and_safetensors_alone(encoder, foreign, tmp_path):
+    save_encoder(encoder, tmp_path / "encoder.safetensors")
+    batch = foreign.padded_batch()
+    with torch.no_grad():
+        torch.save((batch, encoder(*batch).x), tmp_path / "batch.pt")
+    command = [sys.executable, "-c", ALONE, str(tmp_path / "encoder.safetensors"), str(tmp_path / "batch.pt")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -19,33 +18,6 @@ from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 
 
-def own_model(name: str, **changes):
-    """A model of this package, and the ``cfg`` of its fairseq checkpoint."""
-    from fairseq.data import Dictionary
-    from fairseq.models import MODEL_DATACLASS_REGISTRY, MODEL_REGISTRY
-    from omegaconf import OmegaConf
-
-    fields = {
-        "conv_feature_layers": "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2",
-        "encoder_layers": 2,
-        "encoder_embed_dim": 48,
-        "encoder_ffn_embed_dim": 80,
-        "encoder_attention_heads": 4,
-        "conv_pos": 16,
-        "conv_pos_groups": 4,
-        "label_rate": 50.0,
-        "normalize": True,
-        **({"seed": 1} if name == "skill_student" else {}),
-        **changes,
-    }
-    cfg = MODEL_DATACLASS_REGISTRY[name](**fields)
-    task = argparse.Namespace(cfg=argparse.Namespace(sample_rate=16000), dictionaries=[Dictionary()])
-    model = MODEL_REGISTRY[name].build_model(cfg, task)
-    written = OmegaConf.to_container(OmegaConf.structured(cfg), enum_to_str=True)
-    task_cfg = {"normalize": True, "sample_rate": 16000}
-    return model, {"model": {**written, "_name": name}, "task": task_cfg}
-
-
 def same_outputs(first: SpeechEncoder, second: SpeechEncoder, source, padding) -> bool:
     with torch.no_grad():
         a, b = first(source, padding), second(source, padding)
@@ -53,7 +25,7 @@ def same_outputs(first: SpeechEncoder, second: SpeechEncoder, source, padding) -
 
 
 def test_pretraining_checkpoint(foreign, tmp_path):
-    model, cfg = own_model("wavlm")
+    model, cfg = foreign.own_model("wavlm")
     foreign.randomise(model)
     path = foreign.save_fairseq(model, cfg, tmp_path / "checkpoint_last.pt")
     encoder = load_encoder(path)
@@ -63,7 +35,7 @@ def test_pretraining_checkpoint(foreign, tmp_path):
 
 
 def test_gated_and_shrunk_students(foreign, tmp_path):
-    model, cfg = own_model("skill_student", pruning_units=["conv", "heads", "ffn"])
+    model, cfg = foreign.own_model("skill_student", pruning_units=["conv", "heads", "ffn"])
     foreign.randomise(model)
     with torch.no_grad():
         for _, gate in model.speech_encoder.named_gates():
@@ -82,7 +54,7 @@ def test_gated_and_shrunk_students(foreign, tmp_path):
     small = skill_fairseq.shrink(gated)
     kept = {field: getattr(small.config, field) for field in ("conv_channels", "heads", "ffn_dims")}
     assert max(small.config.conv_channels) < 16 and small.num_parameters() < gated.num_parameters()
-    model, cfg = own_model("skill_student", **kept)
+    model, cfg = foreign.own_model("skill_student", **kept)
     model.speech_encoder.load_state_dict(small.state_dict())
     again = load_encoder(foreign.save_fairseq(model.eval(), cfg, tmp_path / "stage2.pt"))
     assert again.config.heads == small.config.heads and again.config.pruning_units == []
@@ -137,7 +109,6 @@ def test_foreign_torch_files(checkpoint, said, tmp_path):
     ("field", "value"),
     [
         ("layer_type", "conformer"),
-        ("pos_conv_depth", 5),
         ("crop_seq_to_multiple", 2),
         ("quantize_input", True),
         ("activation_fn", "swish"),
@@ -254,7 +225,7 @@ WITHOUT = textwrap.dedent(
 def test_without_fairseq_the_same_outputs(foreign, tmp_path):
     source, padding = foreign.padded_batch()
     hubert, hubert_cfg = foreign.fairseq("hubert", "base")
-    student, student_cfg = own_model("skill_student", pruning_units=["conv", "heads", "ffn"])
+    student, student_cfg = foreign.own_model("skill_student", pruning_units=["conv", "heads", "ffn"])
     foreign.randomise(student)
     foreign.huggingface("wavlm", "large").save_pretrained(tmp_path / "wavlm")
     save_encoder(student.speech_encoder, tmp_path / "student.safetensors")

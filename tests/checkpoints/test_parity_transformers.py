@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 import torch
@@ -11,12 +10,17 @@ import torch
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.modules.relative_position import relative_position_bucket
 
-KINDS = ("wavlm", "hubert", "wav2vec2")
+KINDS = ("wavlm", "hubert", "wav2vec2", "data2vec-audio")
+NAMES = {"wavlm": "WavLM", "hubert": "HuBERT", "wav2vec2": "wav2vec 2.0", "data2vec-audio": "data2vec-audio"}
+MARKED = [
+    pytest.param(kind, marks=pytest.mark.formats("in", f"Hugging Face {NAMES[kind]} folder", "transformers"))
+    for kind in KINDS
+]
 STYLES = ("base", "large")
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MARKED)
 def test_same_hidden_states_alone_and_padded(foreign, kind, style, tmp_path):
     model = foreign.huggingface(kind, style)
     model.save_pretrained(tmp_path)
@@ -36,6 +40,24 @@ def test_same_hidden_states_alone_and_padded(foreign, kind, style, tmp_path):
     chunks = encoder.config.replace(padding_rule="chunks")
     encoder.config = chunks
     assert not torch.equal(encoder(source, padding).padding_mask, theirs.padding)
+
+
+def test_data2vec_has_one_architecture_whatever_its_config_says(foreign, tmp_path):
+    model = foreign.huggingface("data2vec-audio", "large", do_stable_layer_norm=True, feat_extract_norm="group")
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["do_stable_layer_norm"] and written["feat_extract_norm"] == "group"
+    source, padding = foreign.padded_batch()
+    with torch.no_grad():
+        theirs = foreign.huggingface_states(model, source, padding)
+        foreign.assert_same_states(load_encoder(tmp_path)(source, padding), theirs)
+
+
+@pytest.mark.parametrize("name", ["num_conv_pos_embeddings", "conv_pos_kernel_size"])
+def test_stacks_that_are_none_are_refused(foreign, name, tmp_path):
+    foreign.huggingface("data2vec-audio", "base", **{name: 1}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"config.json: its config cannot be used: .*{name} = 1"):
+        load_encoder(tmp_path)
 
 
 def test_relative_position_reaches_every_layer(foreign, tmp_path):
@@ -60,29 +82,68 @@ def test_relative_position_buckets_at_every_distance(foreign, num_buckets, max_d
     assert expected.unique().numel() > 0.9 * num_buckets
 
 
+def split(folder, form, tensors):
+    """A folder with the weights in several .bin files and an index, as transformers wrote it before safetensors."""
+    names = sorted(tensors)
+    files = {f"pytorch_model-{i:05}-of-00003.bin": names[i - 1 :: 3] for i in (1, 2, 3)}
+    for file, held in files.items():
+        torch.save({name: tensors[name] for name in held}, folder / form / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held}}
+    (folder / form / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.formats("in", "Hugging Face folder: safetensors, .bin, either sharded, both weight norms", "transformers")
 def test_every_form_of_the_weights(foreign, kind, tmp_path):
     model = foreign.huggingface(kind, "base")
-    forms = {name: tmp_path / name for name in ("safetensors", "shards", "bin", "old names", "with head")}
+    names = ("safetensors", "shards", "bin", "bin shards", "bin shards, other names", "other names")
+    forms = {name: tmp_path / name for name in names}
     model.save_pretrained(forms["safetensors"], safe_serialization=True)
     model.save_pretrained(forms["shards"], max_shard_size="50KB", safe_serialization=True)
     assert len(list(forms["shards"].glob("*.safetensors"))) > 2
     state = model.state_dict()
-    old = {
-        re.sub("parametrizations.weight.original", "weight_", name).replace("_0", "_g").replace("_1", "_v"): p
-        for name, p in state.items()
-    }
-    assert "encoder.pos_conv_embed.conv.weight_g" in old
-    head = {f"{kind}.{name}": p for name, p in state.items()}
-    head.update({"lm_head.weight": torch.ones(2, 48), "lm_head.bias": torch.ones(2)})
-    for form, tensors in (("bin", state), ("old names", old), ("with head", head)):
+    other = dict(state)
+    if kind != "data2vec-audio":  # torch renamed weight norm's tensors in 2.0; here is the spelling that is not torch's
+        conv = "encoder.pos_conv_embed.conv."
+        spellings = (
+            ("weight_g", "weight_v"),
+            ("parametrizations.weight.original0", "parametrizations.weight.original1"),
+        )
+        old, new = spellings if conv + "weight_g" in state else spellings[::-1]
+        other = {conv + new[old.index(n[len(conv) :])] if n[len(conv) :] in old else n: p for n, p in state.items()}
+        assert len(set(other) - set(state)) == 2
+    for form in names[2:]:
         forms[form].mkdir()
         (forms[form] / "config.json").write_text((forms["safetensors"] / "config.json").read_text())
-        torch.save(tensors, forms[form] / "pytorch_model.bin")
+    torch.save(state, forms["bin"] / "pytorch_model.bin")
+    torch.save(other, forms["other names"] / "pytorch_model.bin")
+    split(tmp_path, "bin shards", state)
+    split(tmp_path, "bin shards, other names", other)
     expected = load_encoder(forms["safetensors"]).state_dict()
     for form in forms:
         found = load_encoder(forms[form]).state_dict()
         assert all(torch.equal(found[name], expected[name]) for name in expected), form
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        *((kind, head) for kind in KINDS for head in ("ForCTC", "ForSequenceClassification")),
+        ("wavlm", "ForXVector"),
+        ("wav2vec2", "ForPreTraining"),
+    ],
+)
+@pytest.mark.formats("in", "Hugging Face folder of a fine-tuned model", "transformers")
+def test_models_with_a_head(foreign, kind, head, tmp_path):
+    extra = {"tdnn_dim": [8, 8], "tdnn_kernel": [3, 1], "tdnn_dilation": [1, 1], "use_weighted_layer_sum": True}
+    model = foreign.huggingface(kind, "large", head, **({} if head == "ForCTC" else extra))
+    model.save_pretrained(tmp_path)
+    inner = getattr(model, kind.replace("-", "_"))
+    source, padding = foreign.padded_batch()
+    with torch.no_grad():
+        foreign.assert_same_states(
+            load_encoder(tmp_path)(source, padding), foreign.huggingface_states(inner, source, padding)
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""Positional embedding of data2vec: several short convolutions instead of one long one."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class PositionalConvLayer(nn.Module):
+    """Grouped convolution over time, LayerNorm without parameters, GELU.
+
+    Args:
+        embed_dim: D, features.
+        kernel_size: K, frames.
+        groups: convolution groups.
+    """
+
+    def __init__(self, embed_dim: int, kernel_size: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim // groups, kernel_size))
+        self.bias = nn.Parameter(torch.zeros(embed_dim))
+        nn.init.normal_(self.weight, std=math.sqrt(4 / (kernel_size * embed_dim)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, T) frames to (B, D, T)."""
+        kernel_size = self.weight.size(-1)
+        y = F.conv1d(x, self.weight, self.bias, padding=kernel_size // 2, groups=self.groups)
+        if kernel_size % 2 == 0:  # an even kernel makes one frame too many
+            y = y[..., :-1]
+        y = F.layer_norm(y.transpose(1, 2), y.shape[1:2])
+        return F.gelu(y).transpose(1, 2)
+
+
+class PositionalConvStack(nn.Module):
+    """data2vec's positional embedding (Baevski et al. 2022, arXiv 2202.03555): ``depth`` layers one after another.
+
+    After the first layer the frames beyond an utterance's end are no longer zero, so that padding reaches the
+    utterance's own last frames: in data2vec, features depend on how much an utterance is padded.
+
+    Args:
+        embed_dim: D, features.
+        kernel_size: K, frames, of every layer.
+        groups: convolution groups.
+        depth: number of layers.
+    """
+
+    def __init__(self, embed_dim: int, kernel_size: int, groups: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([PositionalConvLayer(embed_dim, kernel_size, groups) for _ in range(depth)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) frames to (B, T, D) position embeddings."""
+        y = x.transpose(1, 2)
+        for layer in self.layers:
+            y = layer(y)
+        return y.transpose(1, 2)
