@@ -1,31 +1,51 @@
-"""`skill-export`: from any checkpoint that holds an encoder to one self-describing safetensors file."""
+"""`skill-export`: from any checkpoint that holds an encoder to the files and folders that other programs read."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from skill_fairseq import __version__
 from skill_fairseq.checkpoints.export import DTYPES, save_encoder
-from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
 from skill_fairseq.cli._common import run
+from skill_fairseq.exporting.describe import as_dict, as_lines, describe, read_any_source
+from skill_fairseq.exporting.huggingface_folder import save_huggingface
+from skill_fairseq.exporting.onnx_graph import OPSET, save_onnx
+from skill_fairseq.exporting.s3prl_folder import UPSTREAM, save_s3prl
+from skill_fairseq.exporting.torch_program import save_torch_program
 from skill_fairseq.files import sha256
-from skill_fairseq.modules.config import format_conv_layers
 from skill_fairseq.modules.encoder import SpeechEncoder
 
-EPILOG = """examples:
-  skill-export outputs/final/checkpoint_last.pt student.safetensors
-  skill-export WavLM-Base+.pt teacher.safetensors --dtype float16
-  skill-export --info student.safetensors
+SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2", "huggingface": "", "s3prl": ""}
 
-CHECKPOINT is anything that skill_fairseq.load_encoder reads: Microsoft's WavLM files, Hugging Face folders of
-WavLM, HuBERT and wav2vec 2.0, fairseq checkpoints of HuBERT, wav2vec 2.0 and of this package's models, and
-exported files. The encoder alone is written: no teacher, no optimizer, no prediction head, nothing that could
-run code. Gates go along where there are any; skill-shrink cuts out what they have closed.
+EPILOG = f"""examples:
+  skill-export outputs/final/checkpoint_last.pt student.safetensors
+  skill-export student.safetensors student.onnx --to onnx
+  skill-export student.safetensors student.pt2 --to torch --padding-mask
+  skill-export student.safetensors student_hf --to huggingface
+  skill-export student.safetensors student_s3prl --to s3prl
+  skill-export --info student_hf
+
+CHECKPOINT is anything that skill_fairseq.load_encoder reads. The encoder alone is written: no teacher, no
+optimizer, no prediction head, nothing of the checkpoint that could run code.
+
+  safetensors  one file that describes itself; skill_fairseq.load_encoder needs torch and safetensors to read it
+  onnx         opset {OPSET}, for onnxruntime; any batch size, any length from 400 samples on; all hidden states
+  torch        a torch.export program (torch.export.load); any batch size, any length from 720 samples on
+  huggingface  a folder for transformers.AutoModel.from_pretrained(OUT, trust_remote_code=True), with feature
+               extractor and model card; a stock WavLM, HuBERT, wav2vec 2.0 or data2vec-audio folder, which needs
+               no trust_remote_code, where nothing was pruned
+  s3prl        a folder with an upstream: python OUT/run_downstream.py -u {UPSTREAM} ..., all other options of
+               s3prl's run_downstream.py
+
+Where the encoder's "normalize" is on, the wave must be brought to zero mean and unit variance first (huggingface:
+the folder's feature extractor does so; s3prl: the upstream does). Frames come every 20 ms, and each depends on the
+whole utterance: these encoders are not causal. Gates go along to safetensors, huggingface and s3prl; skill-shrink
+cuts out what they have closed.
 """
 
 
@@ -37,23 +57,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.info is not None:
         if args.checkpoint is not None:
             parser.error("--info FILE takes no other file")
-        source = read_source(args.info, args.trust)
-        print("\n".join(describe(source, build_encoder(source, args.info))))
+        found = describe(args.info, args.trust)
+        print(json.dumps(as_dict(found), indent=2) if args.json else "\n".join(as_lines(found)))
         return 0
     if args.out is None:
         parser.error("CHECKPOINT and OUT are needed, or --info FILE")
-    if args.out.suffix != ".safetensors":
-        raise ValueError(f"OUT: {args.out}; expected a name that ends in .safetensors")
-    source = read_source(args.checkpoint, args.trust)
-    encoder = build_encoder(source, args.checkpoint)
-    save_encoder(encoder, args.out, provenance(source, args.checkpoint), args.dtype)
+    _check(args)
+    source = read_any_source(args.checkpoint, args.trust)
+    encoder = build_encoder(source, args.checkpoint).eval()
+    format = _write(args, encoder, provenance(source, args.checkpoint))
+    size = sum(file.stat().st_size for file in [args.out, *args.out.rglob("*")] if file.is_file())
     print(
-        f"{args.out}: {encoder.num_parameters():,} parameters in {args.dtype}, "
-        f"{args.out.stat().st_size / 1e6:.2f} MB, from {source.format}"
+        f"{args.out}: {format} of {encoder.num_parameters():,} parameters in {args.dtype}, {size / 1e6:.2f} MB, from "
+        f"{source.format}"
     )
     if encoder.config.pruning_units:
         print(f"its gates ({', '.join(encoder.config.pruning_units)}) went along; skill-shrink cuts them out")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    suffix = SUFFIXES[args.to]
+    if suffix and args.out.suffix != suffix:
+        raise ValueError(f"OUT: {args.out}; expected a name that ends in {suffix} with --to {args.to}")
+    if not suffix and args.out.suffix in SUFFIXES.values() and args.out.suffix:
+        raise ValueError(f"OUT: {args.out}; --to {args.to} makes a folder: give a name without {args.out.suffix}")
+    graph = args.to in ("onnx", "torch")
+    if graph and args.dtype != "float32":
+        raise ValueError(f"--dtype: {args.dtype}; --to {args.to} writes float32 only: leave --dtype out")
+    if args.padding_mask and not graph:
+        raise ValueError(f"--padding-mask: --to {args.to} takes padding anyway; leave it out")
+
+
+def _write(args: argparse.Namespace, encoder: SpeechEncoder, origin: Mapping[str, object]) -> str:
+    """Writes OUT; returns what it is, in words."""
+    if args.to == "onnx":
+        save_onnx(encoder, args.out, origin, args.padding_mask)
+        return f"an ONNX graph (opset {OPSET})"
+    if args.to == "torch":
+        save_torch_program(encoder, args.out, origin, args.padding_mask)
+        return "a torch.export program"
+    if args.to == "huggingface":
+        return f"a Hugging Face folder ({save_huggingface(encoder, args.out, origin, args.dtype)})"
+    if args.to == "s3prl":
+        save_s3prl(encoder, args.out, origin, args.dtype)
+        return f"an s3prl upstream ({UPSTREAM})"
+    save_encoder(encoder, args.out, origin, args.dtype)
+    return "an encoder"
 
 
 def provenance(source: EncoderSource, path: Path) -> dict[str, object]:
@@ -69,44 +119,25 @@ def provenance(source: EncoderSource, path: Path) -> dict[str, object]:
     }
 
 
-def describe(source: EncoderSource, encoder: SpeechEncoder) -> Iterator[str]:
-    """Lines on format, shape, parameters and provenance."""
-    config = encoder.config
-    assert config.conv_channels is not None and config.heads is not None and config.ffn_dims is not None
-    types = sorted({str(tensor.dtype).replace("torch.", "") for tensor in source.state.values()})
-    yield f"format        {source.format}, stored as {', '.join(types)}"
-    original = config.original_parameters
-    pruned_from = f" of {original:,} before pruning" if original else ""
-    yield f"parameters    {encoder.num_parameters():,}{pruned_from}"
-    yield f"MACs          {encoder.macs(1.0):,} for a second of audio"
-    yield f"convolutions  {format_conv_layers(config.conv_feature_layers)} originally"
-    yield f"channels      {' '.join(map(str, config.conv_channels))}"
-    yield (
-        f"layers        {config.encoder_layers} of width {config.encoder_embed_dim}, originally with "
-        f"{config.encoder_attention_heads} heads and {config.encoder_ffn_embed_dim} FFN units"
-    )
-    yield f"heads         {' '.join('-' if h is None else str(len(h)) for h in config.heads)}"
-    yield f"FFN units     {' '.join('-' if f is None else str(f) for f in config.ffn_dims)}"
-    yield f"LayerNorm     {'before' if config.layer_norm_first else 'after'} each sublayer"
-    yield f"extractor     {config.extractor_mode}"
-    yield f"positions     {'relative and ' if config.relative_position else ''}convolutional"
-    yield f"waveforms     {config.sample_rate} Hz, {'normalised' if config.normalize else 'as they are'}"
-    yield f"gates         {', '.join(config.pruning_units) or 'none'}"
-    yield f"provenance    {json.dumps(dict(source.provenance))}"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="skill-export",
-        description="Write the encoder of a checkpoint as one self-describing safetensors file.",
+        description="Write the encoder of a checkpoint for other programs, or say what a file is.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="file or folder to read")
-    add("out", type=Path, nargs="?", metavar="OUT", help="file to write, ending in .safetensors")
+    add("out", type=Path, nargs="?", metavar="OUT", help="file (.safetensors, .onnx, .pt2) or folder to write")
+    add("--to", choices=list(SUFFIXES), default="safetensors", help="what to write (default: safetensors)")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: float32)")
-    add("--info", type=Path, metavar="FILE", help="print what is in a file, write nothing")
+    add(
+        "--padding-mask",
+        action="store_true",
+        help="give a graph (onnx, torch) a second input: (batch, samples) bool, true = padding, at each row's end",
+    )
+    add("--info", type=Path, metavar="FILE", help="print what a file or folder is, write nothing")
+    add("--json", action="store_true", help="with --info: as JSON")
     add(
         "--trust",
         action="store_true",

@@ -89,7 +89,23 @@ def test_info(config, tmp_path, capsys):
     assert lines["heads"] == "1 -" and lines["FFN"] == "units     3 0"
     assert lines["channels"] == "8 8 8 8 8 8 8"
     assert json.loads(lines["provenance"]) == {"source": "stage2.pt"}
+    assert main(["--info", str(tmp_path / "a.safetensors"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["types"] == ["bfloat16"] and found["shape"]["ffn_dims"] == [3, 0]
+    assert (found["parameters"], found["original_parameters"]) == (encoder.num_parameters(), 99_999)
+    assert found["sparsity"] == pytest.approx(1 - encoder.num_parameters() / 99_999)
+    assert found["macs_per_second"] == encoder.macs(1.0) and found["provenance"] == {"source": "stage2.pt"}
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_info_of_gates_and_of_the_encoder_before_pruning(config, tmp_path, capsys):
+    encoder = checkpoint(config.replace(pruning_units=["heads", "ffn"]), tmp_path / "a.pt")
+    assert main(["--info", str(tmp_path / "a.pt"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gates"] == ["heads", "ffn"] and found["parameters"] == encoder.num_parameters()
+    assert found["sparsity"] is None and found["original_parameters"] is None
+    assert main(["--info", str(tmp_path / "a.pt")]) == 0
+    assert "sparsity" not in capsys.readouterr().out
 
 
 def test_errors_are_one_line_and_leave_nothing(config, tmp_path, capsys):

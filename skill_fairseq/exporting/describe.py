@@ -1,0 +1,124 @@
+"""What a file or folder is: any that the importers know, and any that skill-export writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from skill_fairseq.checkpoints.load import read_source
+from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
+from skill_fairseq.exporting.huggingface_folder import OWN_TYPE, read_own_folder
+from skill_fairseq.exporting.onnx_graph import read_onnx_info
+from skill_fairseq.exporting.s3prl_folder import UPSTREAM
+from skill_fairseq.exporting.torch_program import read_program_info
+from skill_fairseq.modules.config import EncoderConfig, format_conv_layers
+from skill_fairseq.modules.size import count_macs, count_parameters, static_shape, widths_of
+
+
+class Description(NamedTuple):
+    """What is known of an encoder in a file.
+
+    Attributes:
+        format: what the file was recognised as, in words.
+        types: types of the stored numbers.
+        config: the shape.
+        provenance: where it comes from.
+    """
+
+    format: str
+    types: list[str]
+    config: EncoderConfig
+    provenance: Mapping[str, Any]
+
+
+def describe(path: Path, trust: bool = False) -> Description:
+    """Recognises a file or folder by its content. Weights are read and checked against the shape.
+
+    Args:
+        path: anything that :func:`skill_fairseq.load_encoder` reads or ``skill-export`` writes.
+        trust: see :func:`skill_fairseq.load_encoder`.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_encoder``; also where a package to read ONNX is missing.
+    """
+    graph = _describe_graph(path) if path.is_file() else None
+    if graph is not None:
+        return graph
+    source = read_any_source(path, trust)
+    encoder = build_encoder(source, path)
+    types = {str(tensor.dtype).replace("torch.", "") for tensor in source.state.values() if tensor.is_floating_point()}
+    return Description(source.format, sorted(types), encoder.config, source.provenance)
+
+
+def read_any_source(path: Path, trust: bool = False) -> EncoderSource:
+    """As :func:`read_source`, and the folders of ``skill-export``.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`skill_fairseq.load_encoder`.
+    """
+    if (path / UPSTREAM).is_dir() and (path / "model.safetensors").is_file():
+        return read_source(path / "model.safetensors")._replace(format="an s3prl upstream of skill-export")
+    if (path / "config.json").is_file() and OWN_TYPE in (path / "config.json").read_text(encoding="utf-8"):
+        return read_own_folder(path)
+    return read_source(path, trust)
+
+
+def _describe_graph(path: Path) -> Description | None:
+    text, format = read_program_info(path), "a torch.export program of skill-export"
+    if text is None:
+        with open(path, "rb") as file:
+            if file.read(1) != b"\x08":  # where the version of ONNX's format stands first
+                return None
+        found = read_onnx_info(path)
+        if found is None:
+            return None
+        text, format = found[0], f"an ONNX graph of skill-export, opset {found[1]}"
+    info = json.loads(text)
+    return Description(format, ["float32"], EncoderConfig.from_dict(info["config"]), info["provenance"])
+
+
+def as_dict(found: Description) -> dict[str, Any]:
+    """Plain types, for JSON; ``shape`` has the fields of :class:`EncoderConfig`, widths layer by layer."""
+    config = found.config
+    static, widths = static_shape(config), widths_of(config)
+    parameters, original = int(count_parameters(static, widths)), config.original_parameters
+    return {
+        "format": found.format,
+        "types": found.types,
+        "parameters": parameters,
+        "original_parameters": original,
+        "sparsity": 1 - parameters / original if original else None,
+        "macs_per_second": count_macs(static, widths, config.sample_rate),
+        "gates": config.pruning_units,
+        "normalize": config.normalize,
+        "shape": config.to_dict(),
+        "provenance": dict(found.provenance),
+    }
+
+
+def as_lines(found: Description) -> Iterator[str]:
+    """The same for people."""
+    config, facts = found.config, as_dict(found)
+    assert config.conv_channels is not None and config.heads is not None and config.ffn_dims is not None
+    yield f"format        {found.format}, stored as {', '.join(found.types)}"
+    sparsity = f" of {facts['original_parameters']:,} before pruning" if facts["original_parameters"] else ""
+    yield f"parameters    {facts['parameters']:,}{sparsity}"
+    if facts["sparsity"] is not None:
+        yield f"sparsity      {100 * facts['sparsity']:.1f} %"
+    yield f"MACs          {facts['macs_per_second']:,} for a second of audio"
+    yield f"convolutions  {format_conv_layers(config.conv_feature_layers)} originally"
+    yield f"channels      {' '.join(map(str, config.conv_channels))}"
+    yield (
+        f"layers        {config.encoder_layers} of width {config.encoder_embed_dim}, originally with "
+        f"{config.encoder_attention_heads} heads and {config.encoder_ffn_embed_dim} FFN units"
+    )
+    yield f"heads         {' '.join('-' if h is None else str(len(h)) for h in config.heads)}"
+    yield f"FFN units     {' '.join('-' if f is None else str(f) for f in config.ffn_dims)}"
+    yield f"LayerNorm     {'before' if config.layer_norm_first else 'after'} each sublayer"
+    yield f"extractor     {config.extractor_mode}"
+    yield f"positions     {'relative and ' if config.relative_position else ''}convolutional"
+    yield f"waveforms     {config.sample_rate} Hz, {'normalised' if config.normalize else 'as they are'}"
+    yield f"gates         {', '.join(config.pruning_units) or 'none'}"
+    yield f"provenance    {json.dumps(dict(found.provenance))}"

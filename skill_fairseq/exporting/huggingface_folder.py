@@ -1,0 +1,199 @@
+"""An encoder as a folder for transformers: stock if unpruned, else with its own code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+from safetensors.torch import save
+
+from skill_fairseq.checkpoints.export import finite_state
+from skill_fairseq.checkpoints.huggingface import ENCODER_NAMES
+from skill_fairseq.checkpoints.safetensors_file import load_tensors
+from skill_fairseq.checkpoints.source import ADDED_HERE, EncoderSource, reading_config, renaming
+from skill_fairseq.exporting.bundle import bundle
+from skill_fairseq.exporting.folder import atomic_folder
+from skill_fairseq.exporting.model_card import model_card
+from skill_fairseq.files import PathLike
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.encoder import SpeechEncoder
+
+CLASSES = {
+    "wavlm": "WavLMModel",
+    "hubert": "HubertModel",
+    "wav2vec2": "Wav2Vec2Model",
+    "data2vec-audio": "Data2VecAudioModel",
+}
+"""Stock models of transformers by model type."""
+
+OWN_TYPE = "skill_student"
+OWN_CODE = ("skill_fairseq.exporting.configuration_skill", "skill_fairseq.exporting.modeling_skill")
+OWN_MODEL = "modeling_skill.py"
+OWN_PREFIX = "encoder."
+PROVENANCE_FIELD = "skill_fairseq_provenance"
+
+USAGE = """
+import torch
+from transformers import AutoFeatureExtractor, AutoModel
+
+extractor = AutoFeatureExtractor.from_pretrained("FOLDER")
+model = AutoModel.from_pretrained("FOLDER"{trust}).eval()
+inputs = extractor([wave], sampling_rate=16000, return_tensors="pt", padding=True)  # wave: (N,) floats
+with torch.no_grad():
+    features = model(**inputs, output_hidden_states=True)
+"""
+
+
+def save_huggingface(
+    encoder: SpeechEncoder, folder: PathLike, provenance: Optional[Mapping[str, Any]] = None, dtype: str = "float32"
+) -> str:
+    """Writes config, weights, feature extractor and model card; for a pruned encoder its code too.
+
+    A folder of a pruned encoder loads by ``AutoModel.from_pretrained(folder, trust_remote_code=True)``. The stock
+    models of transformers tell padding by the convolutions' arithmetic, which in padded batches may be one frame
+    less than other rules (see ``EncoderConfig.padding_rule``); a folder with its own code keeps the encoder's rule.
+    Where waves are normalised, transformers' feature extractor adds 1e-7 to the variance, fairseq 1e-5: hidden states
+    of quiet audio differ by 1e-3 or so, unless both get the same normalised wave.
+
+    Args:
+        encoder: may have gates, which go along.
+        folder: to be made.
+        provenance: where the encoder comes from; goes into the model card and into config.json.
+        dtype: type of the weights in the file, "float32", "float16" or "bfloat16".
+
+    Returns:
+        name of the model's class.
+
+    Raises:
+        ValueError: the dtype is unknown, or a weight is beyond its range.
+        FileExistsError: the folder is there already.
+    """
+    provenance = dict(provenance or {})
+    state = finite_state(encoder, dtype)
+    kind = stock_type(encoder, provenance)
+    if kind is None:
+        complete = {**dict(encoder.named_buffers()), **state}  # also those outside a state dict: see SkillModel
+        weights = {OWN_PREFIX + name: tensor for name, tensor in complete.items()}
+        config = _own_config(encoder)
+        code = _own_code()
+    else:
+        rename = renaming(ENCODER_NAMES)
+        weights = {rename(name): tensor for name, tensor in state.items() if name not in ADDED_HERE}
+        config = _stock_config(encoder, kind)
+        code = {}
+    config.update(torch_dtype=dtype, **{PROVENANCE_FIELD: provenance})
+    usage = USAGE.format(trust=", trust_remote_code=True" if kind is None else "")
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    with atomic_folder(folder) as temporary:
+        _write_json(temporary / "config.json", config)
+        _write_json(temporary / "preprocessor_config.json", _feature_extractor(encoder))
+        (temporary / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
+        (temporary / "README.md").write_text(
+            model_card(encoder, provenance, usage, "transformers", () if kind is None else (kind,)), encoding="utf-8"
+        )
+        for name, text in code.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+    return "SkillModel" if kind is None else CLASSES[kind]
+
+
+def stock_type(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> str | None:
+    """The model type of transformers that computes the same, or None where something was pruned or gated."""
+    config = encoder.config
+    if not config.is_full() or config.pruning_units or bool((encoder.feature_extractor.scale != 1).any()):
+        return None
+    if config.pos_conv_depth > 1:
+        as_there = config.extractor_mode == "layer_norm" and not config.layer_norm_first and config.pos_conv_kernel % 2
+        return "data2vec-audio" if as_there and not config.relative_position else None
+    if config.relative_position:
+        return "wavlm"
+    return "wav2vec2" if "wav2vec2" in str(provenance.get("source_format")) else "hubert"
+
+
+def read_own_folder(folder: Path) -> EncoderSource:
+    """The encoder in a folder with its own code.
+
+    Raises:
+        ValueError: another folder, or a damaged file.
+        FileNotFoundError: a file is missing.
+    """
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if fields.get("model_type") != OWN_TYPE:
+        raise ValueError(f"{folder}: config.json has model_type {fields.get('model_type')!r}; expected {OWN_TYPE!r}")
+    with reading_config(folder / "config.json"):
+        config = EncoderConfig.from_dict(fields["encoder_shape"])
+    return EncoderSource(
+        "a Hugging Face folder of skill-export",
+        config,
+        load_tensors(folder / "model.safetensors"),
+        lambda name: OWN_PREFIX + name,
+        ignorable=(r"encoder\..*\.heads",),
+        provenance=fields.get(PROVENANCE_FIELD, {}),
+    )
+
+
+def _own_code() -> dict[str, str]:
+    code = bundle(*OWN_CODE)
+    # transformers 4.30 copies only the files that the model's own file names, not those which they name in turn.
+    others = [Path(file).stem for file in code if file != OWN_MODEL]
+    code[OWN_MODEL] += "\n" + "".join(f"from .{name} import __doc__ as _  # to be copied along\n" for name in others)
+    return code
+
+
+def _own_config(encoder: SpeechEncoder) -> dict[str, Any]:
+    classes = {"AutoConfig": "configuration_skill.SkillConfig", "AutoModel": "modeling_skill.SkillModel"}
+    return {
+        "model_type": OWN_TYPE,
+        "architectures": ["SkillModel"],
+        "auto_map": classes,
+        "encoder_shape": encoder.config.to_dict(),
+    }
+
+
+def _stock_config(encoder: SpeechEncoder, kind: str) -> dict[str, Any]:
+    """The inverse of :func:`skill_fairseq.checkpoints.huggingface.read_folder`'s reading of config.json."""
+    config = encoder.config
+    conv = config.conv_feature_layers
+    fields = {
+        "model_type": kind,
+        "architectures": [CLASSES[kind]],
+        "conv_dim": [channels for channels, _, _ in conv],
+        "conv_kernel": [kernel for _, kernel, _ in conv],
+        "conv_stride": [stride for _, _, stride in conv],
+        "num_feat_extract_layers": len(conv),
+        "conv_bias": config.conv_bias,
+        "feat_extract_norm": {"default": "group", "layer_norm": "layer"}[config.extractor_mode],
+        "num_hidden_layers": config.encoder_layers,
+        "hidden_size": config.encoder_embed_dim,
+        "intermediate_size": config.encoder_ffn_embed_dim,
+        "num_attention_heads": config.encoder_attention_heads,
+        "hidden_act": config.activation_fn,
+        "do_stable_layer_norm": config.layer_norm_first,
+        "num_conv_pos_embeddings": config.conv_pos,
+        "num_conv_pos_embedding_groups": config.conv_pos_groups,
+        # Without masking in training there is no mask embedding, which is no part of the encoder.
+        "mask_time_prob": 0.0,
+        "mask_feature_prob": 0.0,
+    }
+    if kind == "wavlm":
+        fields.update(num_buckets=config.num_buckets, max_bucket_distance=config.max_distance)
+    if kind == "data2vec-audio":
+        fields.update(num_conv_pos_embeddings=config.pos_conv_depth, conv_pos_kernel_size=config.pos_conv_kernel)
+    return fields
+
+
+def _feature_extractor(encoder: SpeechEncoder) -> dict[str, Any]:
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": encoder.config.sample_rate,
+        "do_normalize": encoder.normalize,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": True,
+    }
+
+
+def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

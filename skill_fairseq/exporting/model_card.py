@@ -1,0 +1,85 @@
+"""A model card (README.md of a published model) of what is known about an encoder, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from skill_fairseq.modules.encoder import SpeechEncoder
+
+PROVENANCE = {
+    "source": "exported from",
+    "source_format": "which is",
+    "source_sha256": "its SHA-256",
+    "teacher": "teacher",
+    "data": "training data",
+    "groups": "groups of teacher layers",
+    "target_sparsity": "target sparsity",
+    "num_updates": "updates",
+    "exported_by": "exported by",
+}
+"""Entries of a provenance that have words of their own; others are listed by their names."""
+
+
+def model_card(
+    encoder: SpeechEncoder, provenance: Mapping[str, Any], usage: str, library: str, tags: tuple[str, ...] = ()
+) -> str:
+    """Markdown with the header that the Hugging Face hub reads.
+
+    Args:
+        encoder: for size and shape.
+        provenance: where it comes from; what it does not say is left out.
+        usage: Python code that loads the model.
+        library: what loads it, "transformers" or "s3prl".
+        tags: further words for the hub's index.
+    """
+    header = [
+        "---",
+        f"library_name: {library}",
+        "pipeline_tag: feature-extraction",
+        "tags:",
+        *(f"- {tag}" for tag in ("speech", "skill_fairseq", *tags)),
+        "---",
+    ]
+    config = encoder.config
+    wave = "normalised to zero mean and unit variance" if encoder.normalize else "as it is, not normalised"
+    body = [
+        "# Speech encoder" if not encoder.config.original_parameters else "# Pruned speech encoder",
+        "",
+        f"Input: {config.sample_rate} Hz mono, {wave}. Output: {config.encoder_embed_dim} features every "
+        f"{config.downsampling} samples ({1000 * config.downsampling / config.sample_rate:g} ms), and the states of "
+        f"{config.encoder_layers} layers. The first state lies before the positional convolution. "
+        "Every frame depends on the whole utterance: the encoder is not causal.",
+        "",
+        "```python",
+        usage.strip(),
+        "```",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {_cell(value)} |" for name, value in facts(encoder, provenance)),
+        "",
+    ]
+    return "\n".join([*header, "", *body])
+
+
+def facts(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Size, what is left of every layer, and the provenance, as (name, value)."""
+    config = encoder.config
+    assert config.conv_channels is not None and config.heads is not None and config.ffn_dims is not None
+    yield "parameters", f"{encoder.num_parameters():,}"
+    if config.original_parameters:
+        sparsity = 1 - encoder.num_parameters() / config.original_parameters
+        yield "before pruning", f"{config.original_parameters:,} (sparsity {100 * sparsity:.1f} %)"
+    yield "MACs for a second of audio", f"{encoder.macs(1.0):,}"
+    yield "conv channels", " ".join(map(str, config.conv_channels))
+    yield "attention heads", " ".join("-" if heads is None else str(len(heads)) for heads in config.heads)
+    yield "FFN units", " ".join("-" if units is None else str(units) for units in config.ffn_dims)
+    if config.pruning_units:
+        yield "gates", ", ".join(config.pruning_units)
+    for name, value in provenance.items():
+        yield PROVENANCE.get(name, name), value
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", r"\|").replace("\n", " ")

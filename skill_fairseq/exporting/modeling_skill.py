@@ -1,0 +1,67 @@
+"""A pruned speech encoder as a model of transformers. It needs nothing but torch, numpy and transformers."""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Tuple, Union
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from skill_fairseq.exporting.configuration_skill import SkillConfig
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.encoder import SpeechEncoder
+
+
+class SkillModel(PreTrainedModel):
+    """The encoder under transformers' interface.
+
+    Args:
+        config: holds the shape.
+    """
+
+    config_class = SkillConfig
+    base_model_prefix = "skill"
+    main_input_name = "input_values"
+
+    def __init__(self, config: SkillConfig) -> None:
+        super().__init__(config)
+        self.encoder = SpeechEncoder(EncoderConfig.from_dict(config.encoder_shape))
+        # from_pretrained fills what a state dict holds; a buffer that is left out of it would stay empty.
+        for module in self.encoder.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module.register_buffer(name, buffer, persistent=True)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The encoder has initialised itself."""
+
+    def forward(
+        self,
+        input_values: Tensor,
+        attention_mask: Optional[Tensor] = None,
+        output_hidden_states: Optional[bool] = None,
+        return_dict: Optional[bool] = None,
+        **kwargs: Any,
+    ) -> Union[BaseModelOutput, Tuple[Any, ...]]:
+        """Encodes a batch.
+
+        Args:
+            input_values: (B, N) samples at 16 kHz, as the folder's feature extractor makes them.
+            attention_mask: (B, N), 1 = audio, 0 = padding, at the end of each row; or None.
+            output_hidden_states: also return the hidden states.
+            return_dict: False returns a tuple.
+
+        Returns:
+            ``last_hidden_state`` (B, T, D), after the final LayerNorm where the model has one; ``hidden_states``,
+            L + 1 tensors (B, T, D): [0] before the positional convolution, [i] after layer i.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        out = self.encoder(input_values, None if attention_mask is None else attention_mask == 0)
+        found = BaseModelOutput(
+            last_hidden_state=out.x, hidden_states=tuple(out.hidden_states) if output_hidden_states else None
+        )
+        return found if return_dict else found.to_tuple()

@@ -1,0 +1,47 @@
+"""An encoder as a ``torch.export`` program: a graph that runs wherever torch does, without this package."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+from skill_fairseq.exporting.traceable import INFO_NAME, describe_graph, record
+from skill_fairseq.files import PathLike, atomic_write
+from skill_fairseq.modules.encoder import SpeechEncoder
+
+
+def save_torch_program(
+    encoder: SpeechEncoder, path: PathLike, provenance: Optional[Mapping[str, Any]] = None, padding_mask: bool = False
+) -> None:
+    """Writes a program that ``torch.export.load`` reads.
+
+    ``torch.export.load(path).module()(source)`` gives a dictionary: ``x`` (B, T, D) and ``hidden_states``, L + 1
+    tensors (B, T, D). Any batch size will do, and any length of two frames or more (720 samples for published
+    models): torch.export fixes what has the size 1.
+
+    Args:
+        encoder: without gates.
+        path: the file to write, ending in ``.pt2``.
+        provenance: where the encoder comes from; kept in the file.
+        padding_mask: give the program a second input (B, N) bool, True = padding, and the padding of the frames
+            (B, T) as the output ``padding_mask``.
+
+    Raises:
+        ValueError: torch is too old, or the encoder has gates.
+    """
+    program = record(encoder, padding_mask)
+    with atomic_write(path) as temporary:
+        torch.export.save(program, temporary, extra_files={INFO_NAME: describe_graph(encoder, provenance or {})})
+
+
+def read_program_info(path: Path) -> str | None:
+    """What :func:`describe_graph` wrote, read without loading the program; None if this is no such file."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.rpartition("/")[2] == INFO_NAME]
+        return archive.read(names[0]).decode() if names else None

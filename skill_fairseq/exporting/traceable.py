@@ -1,0 +1,83 @@
+"""What is common to graphs: the encoder recorded by torch.export, for any batch size and any length."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from skill_fairseq.modules.encoder import SpeechEncoder
+
+NEEDED_TORCH = (2, 6)
+"""The oldest torch whose torch.export and torch.onnx take dimensions of unknown size in the form used here."""
+
+INFO_NAME = "skill_fairseq.json"
+"""Name under which a graph keeps the encoder's shape and provenance."""
+
+
+class AllStates(nn.Module):
+    """The encoder with tensors in and a dictionary of tensors out, as graphs want it.
+
+    Args:
+        encoder: without gates.
+    """
+
+    def __init__(self, encoder: SpeechEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None) -> dict[str, Any]:
+        """Encodes a batch.
+
+        Args:
+            source: (B, N) samples, normalised where the encoder asks for it.
+            padding_mask: (B, N) bool, True = padding, at the end of each row; or None.
+
+        Returns:
+            ``x`` (B, T, D); ``hidden_states``, L + 1 tensors (B, T, D); with a mask, ``padding_mask`` (B, T) bool.
+        """
+        out = self.encoder(source, padding_mask)
+        found = {"x": out.x, "hidden_states": list(out.hidden_states)}
+        return found if padding_mask is None else {**found, "padding_mask": out.padding_mask}
+
+
+def record(encoder: SpeechEncoder, padding_mask: bool = False) -> torch.export.ExportedProgram:
+    """Records the encoder with torch.export; batch size and length stay open.
+
+    Args:
+        encoder: left as it is.
+        padding_mask: give the graph a second input for the padding.
+
+    Raises:
+        ValueError: torch is too old, or the encoder has gates.
+    """
+    found = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
+    if found < NEEDED_TORCH:
+        raise ValueError(
+            f"torch {torch.__version__} cannot record this encoder; torch >= {'.'.join(map(str, NEEDED_TORCH))} "
+            "is needed: export with a newer one"
+        )
+    if encoder.config.pruning_units:
+        raise ValueError(
+            f"the encoder has gates ({', '.join(encoder.config.pruning_units)}), which decide while it runs and have "
+            "no place in a graph; cut them out first: skill-shrink CHECKPOINT shrunk.safetensors"
+        )
+    # Nothing about the example stays in the graph, but 0 and 1 of anything would count as special.
+    samples = encoder.config.receptive_field + 20 * encoder.config.downsampling + 7
+    source = torch.zeros(2, samples)
+    inputs: tuple[Tensor, ...] = (source,)
+    if padding_mask:
+        inputs += (torch.arange(samples).expand(2, -1) >= torch.tensor([[samples], [samples // 2]]),)
+    open_sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    model = AllStates(copy.deepcopy(encoder).cpu().float()).eval()
+    with torch.no_grad():
+        return torch.export.export(model, inputs, dynamic_shapes=(open_sizes,) * len(inputs), strict=False)
+
+
+def describe_graph(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> str:
+    """JSON of what a graph keeps under :data:`INFO_NAME`: the encoder's shape and where it comes from."""
+    return json.dumps({"config": encoder.config.to_dict(), "provenance": dict(provenance)})

@@ -1,0 +1,97 @@
+"""ONNX and torch.export: other shapes, without the mask's input, and what is refused."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from skill_fairseq.cli.export import main
+from skill_fairseq.exporting.onnx_graph import OPSET, save_onnx
+from skill_fairseq.exporting.torch_program import save_torch_program
+from skill_fairseq.exporting.traceable import NEEDED_TORCH, record
+
+OLD_TORCH = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2]) < NEEDED_TORCH
+new_torch = pytest.mark.skipif(
+    OLD_TORCH, reason=f"torch.export needs torch >= {NEEDED_TORCH[0]}.{NEEDED_TORCH[1]}; this is {torch.__version__}"
+)
+
+LARGE = {
+    "extractor_mode": "layer_norm",
+    "layer_norm_first": True,
+    "conv_bias": True,
+    "conv_feature_layers": "[(16,10,5)] + [(16,3,4)] + [(16,2,2)]",  # three, as the recording takes its time
+    "encoder_layers": 1,
+    "conv_channels": [3, 16, 5],
+    "heads": [[0, 3]],
+    "padding_rule": "convolution",
+    "normalize": True,
+}
+
+
+@new_torch
+@pytest.mark.slow
+def test_large_style(exporting, small, tmp_path):
+    import onnx
+    import onnxruntime
+
+    encoder = small.random_encoder(**LARGE)
+    encoder.train()
+    save_onnx(encoder, tmp_path / "a.onnx")
+    save_torch_program(encoder, tmp_path / "a.pt2", padding_mask=True)
+    assert encoder.training  # left as it was
+    encoder.eval()
+    model = onnx.load(tmp_path / "a.onnx")
+    assert [entry.version for entry in model.opset_import if entry.domain == ""] == [OPSET]
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    assert (properties["normalize"], properties["sample_rate"], properties["downsampling"]) == ("true", "16000", "40")
+    session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"))
+    assert [i.name for i in session.get_inputs()] == ["source"] and len(session.get_outputs()) == 3
+    program = torch.export.load(tmp_path / "a.pt2").module()
+    for batch, samples in ((1, 80), (2, 119), (2, 120), (3, 751)):
+        source = torch.randn(batch, samples, generator=torch.Generator().manual_seed(samples))
+        wanted = exporting.states_of(encoder, source)
+        x, *states = session.run(None, {"source": source.numpy()})
+        exporting.assert_same([*states, x], wanted)
+        found = program(source, torch.zeros_like(source, dtype=torch.bool))
+        exporting.assert_same([*found["hidden_states"], found["x"]], wanted)
+    for length in (79, 80, 119, 120, 300):  # frames are counted as the convolutions make them
+        padding = torch.arange(751).expand(2, -1) >= torch.tensor([[751], [length]])
+        source = torch.randn(2, 751).masked_fill(padding, 0.0)
+        found = program(source, padding)
+        frames = encoder(source, padding).padding_mask
+        assert torch.equal(found["padding_mask"], frames)
+        assert (~frames[1]).sum() == encoder.config.num_frames(length) < 19
+        exporting.assert_same([*found["hidden_states"], found["x"]], exporting.states_of(encoder, source, padding))
+
+
+@new_torch
+def test_gates_have_no_place_in_a_graph(small, tmp_path):
+    encoder = small.random_encoder(pruning_units=["ffn"])
+    for save, name in ((save_onnx, "a.onnx"), (save_torch_program, "a.pt2")):
+        with pytest.raises(ValueError, match=r"has gates \(ffn\).*skill-shrink"):
+            save(encoder, tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not OLD_TORCH, reason=f"torch {torch.__version__} has what an older one lacks")
+def test_an_old_torch_is_named(small, tmp_path, capsys):
+    with pytest.raises(ValueError, match=rf"torch {re.escape(torch.__version__)}.*torch >= 2.6"):
+        record(small.random_encoder())
+
+
+def test_what_does_not_go_together_is_one_line(teacher_file, tmp_path, capsys):
+    for arguments, said in (
+        (["a.safetensors", "--to", "onnx"], "a.safetensors; expected a name that ends in .onnx with --to onnx"),
+        (["a.onnx", "--to", "torch"], "ends in .pt2"),
+        (["a.onnx", "--to", "onnx", "--dtype", "float16"], "--to onnx writes float32 only"),
+        (["a.safetensors", "--padding-mask"], "--padding-mask: --to safetensors takes padding anyway"),
+        (["a.safetensors", "--to", "s3prl"], "--to s3prl makes a folder"),
+        (["", "--to", "huggingface"], "exists already"),
+    ):
+        (tmp_path / "file").touch()
+        assert main([str(teacher_file), str(tmp_path / arguments[0]), *arguments[1:]]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("error: ") and said in error, error
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
