@@ -11,11 +11,12 @@ from torch import Tensor
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type that matrix products on this tensor's device take: autocast's where it is on, else the tensor's own."""
-    if x.device.type == "cuda" and torch.is_autocast_enabled():
-        return torch.get_autocast_gpu_dtype()
-    if x.device.type == "cpu" and torch.is_autocast_cpu_enabled():
-        return torch.get_autocast_cpu_dtype()
-    return x.dtype
+    kind = x.device.type
+    if hasattr(torch, "get_autocast_dtype"):
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if kind == "cpu":  # torch < 2.4
+        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else x.dtype
+    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else x.dtype
 
 
 def _activate(x: Tensor, activation: str) -> Tensor:

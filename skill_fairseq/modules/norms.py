@@ -62,11 +62,12 @@ def layer_norm_with_zeros(x: Tensor, full_width: int, weight: Tensor, bias: Tens
     width = x.size(-1)
     if width == full_width:
         return F.layer_norm(x, (width,), weight, bias, eps)
-    y = x.float()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide)
     mean = y.sum(-1, keepdim=True) / full_width
     centred = y - mean
     variance = (centred.square().sum(-1, keepdim=True) + (full_width - width) * mean.square()) / full_width
-    return (centred * torch.rsqrt(variance + eps) * weight.float() + bias.float()).to(x.dtype)
+    return (centred * torch.rsqrt(variance + eps) * weight.to(wide) + bias.to(wide)).to(x.dtype)
 
 
 class ChannelLayerNorm(nn.Module):
