@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +71,8 @@ class _Block(NamedTuple):
 class _BlockwiseAttention(torch.autograd.Function):
     """Goes through the score matrix block by block, forward and, computing it again, backward.
 
-    Kept for the backward pass are the inputs and, with dropout, which weights were dropped: (B, h, T, T) bool.
-    Keys and values come in the order of ``by_offset``. All is computed in float32 (float64 for float64 input).
+    Kept for the backward pass are the inputs and a seed, which brings back what dropout dropped. Keys and values come
+    in the order of ``by_offset``. All is computed in float32 (float64 for float64 input).
     """
 
     @staticmethod
@@ -86,55 +86,107 @@ class _BlockwiseAttention(torch.autograd.Function):
         padding_mask: Optional[Tensor],
         dropout: float,
     ) -> Tensor:
-        heads, frames = q.shape[1:3]
-        kept = None
-        if dropout:
-            kept = torch.empty(*q.shape[:3], frames, dtype=torch.bool, device=q.device).bernoulli_(1 - dropout)
-        ctx.dropout = dropout
-        ctx.save_for_backward(q, k, v, factor, by_offset, padding_mask, kept)
-        out = q.new_empty(q.size(0), frames, heads, q.size(3))
+        ctx.save_for_backward(q, k, v, factor, by_offset, padding_mask)
+        ctx.dropout = _Dropout(dropout, int(torch.randint(1 << 62, ()))) if dropout else None
+        masks = None if ctx.dropout is None else ctx.dropout.masks(q.device)
+        out = q.new_empty(q.size(0), q.size(2), q.size(1), q.size(3))
         for block in _blocks(q):
+            b, h, t = block
             weights = _weights(block, q, k, factor, by_offset, padding_mask)
-            if kept is not None:
-                weights.mul_(kept[block.batch, block.heads, block.queries]).div_(1 - dropout)
-            values = torch.bmm(weights, _wide(v[block.batch, block.heads]))
-            out[block.batch, block.queries, block.heads] = values.transpose(0, 1).to(out.dtype)
+            if masks is not None:
+                weights.mul_(masks(weights))
+            values = torch.bmm(weights, _wide(v[b, h]))
+            if ctx.dropout is not None:
+                values.mul_(ctx.dropout.scale)
+            out[b, t, h] = values.transpose(0, 1)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        q, k, v, factor, by_offset, padding_mask, kept = ctx.saved_tensors
+        q, k, v, factor, by_offset, padding_mask = ctx.saved_tensors
+        masks = None if ctx.dropout is None else ctx.dropout.masks(q.device)
         wide = _wide(q[:0]).dtype
         grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-        grad_factor = grad_by_offset = None
+        grad_factor = offsets = None
         if factor is not None:
             grad_factor = torch.empty(factor.shape, dtype=wide, device=q.device)
-            grad_by_offset = torch.zeros(by_offset.shape, dtype=wide, device=q.device)
+            offsets = _OffsetSums(by_offset.shape, wide, q.device)
         scale = q.size(3) ** -0.5
         for block in _blocks(q):
             b, h, t = block
             weights = _weights(block, q, k, factor, by_offset, padding_mask)
             out = _wide(grad[b, t, h]).transpose(0, 1)  # (h, t, d)
-            grad_weights = torch.bmm(out, _wide(v[b, h]).transpose(1, 2))
             dropped = weights
-            if kept is not None:
-                keep = kept[b, h, t].to(wide).div_(1 - ctx.dropout)
-                dropped = weights * keep
-                grad_weights.mul_(keep)
-            grad_v[b, h] += torch.bmm(dropped.transpose(1, 2), out)
+            if masks is None:
+                grad_weights = torch.bmm(out, _wide(v[b, h]).transpose(1, 2))
+            else:
+                out = out * ctx.dropout.scale
+                kept = masks(weights)
+                dropped = weights * kept
+                grad_weights = torch.bmm(out, _wide(v[b, h]).transpose(1, 2)).mul_(kept)
+            grad_v[b, h].baddbmm_(dropped.transpose(1, 2), out)
             scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, wide)
             grad_q[b, h, t] = torch.bmm(scores, _wide(k[b, h])).mul_(scale)
-            grad_k[b, h] += torch.bmm(scores.transpose(1, 2), _wide(q[b, h, t])).mul_(scale)
-            if factor is not None:
-                bias = expand_offsets(by_offset)[h, t]
-                grad_factor[b, h, t] = (scores * bias).sum(-1, keepdim=True)
-                scores.mul_(factor[b, h, t])
-                _add_by_offset(grad_by_offset[h], scores, t)
+            grad_k[b, h].baddbmm_(scores.transpose(1, 2), _wide(q[b, h, t]), alpha=scale)
+            if offsets is not None:
+                grad_factor[b, h, t] = torch.mul(scores, expand_offsets(by_offset)[h, t], out=weights).sum(-1, True)
+                offsets.add(scores, factor[b, h, t], h, t)
         grads = tuple(g.to(x.dtype) for g, x in zip((grad_q, grad_k, grad_v), (q, k, v)))
-        if factor is not None:
-            return (*grads, grad_factor.to(factor.dtype), grad_by_offset.to(by_offset.dtype), None, None)
+        if offsets is not None:
+            return (*grads, grad_factor.to(factor.dtype), offsets.total.to(by_offset.dtype), None, None)
         return (*grads, None, None, None, None)
+
+
+class _Dropout(NamedTuple):
+    """Dropout that can be repeated. Probabilities are rounded to 1 / 65536: 16 random bits decide a weight."""
+
+    probability: float
+    seed: int
+
+    @property
+    def threshold(self) -> int:
+        return round(self.probability * 65536)
+
+    @property
+    def scale(self) -> float:
+        """Factor of what is kept."""
+        return 65536 / (65536 - self.threshold)
+
+    def masks(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """A function that gives, call by call, the same masks every time: True for what is kept of its argument."""
+        generator = torch.Generator(device).manual_seed(self.seed)
+
+        def mask(like: Tensor) -> Tensor:
+            words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=device)
+            words.random_(-(1 << 63), None, generator=generator)
+            return words.view(torch.int16)[: like.numel()].view(like.shape) >= self.threshold - 32768
+
+        return mask
+
+
+class _OffsetSums:
+    """Adds up gradients of scores that belong to one offset.
+
+    Args:
+        shape: (h, 2T - 1) of the result ``total``.
+        dtype, device: of the gradients.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self.total = torch.zeros(shape, dtype=dtype, device=device)
+        self._skewed = self.total[:0]
+
+    def add(self, scores: Tensor, factor: Tensor, heads: slice, queries: slice) -> None:
+        """(h, t, T) gradients of scores of some queries, keys backwards, times the (h, t, 1) factor of the bias."""
+        num_heads, num_queries, frames = scores.shape
+        width = frames + num_queries - 1
+        if self._skewed.shape != (num_heads, num_queries, width):
+            self._skewed = scores.new_zeros(num_heads, num_queries, width)
+        # Entry (i, j) goes to column i + j of a wider matrix: the same place plus i places a row. The rest stays 0.
+        view = self._skewed.as_strided(scores.shape, (num_queries * width, width + 1, 1))
+        torch.mul(scores, factor, out=view)
+        self.total[heads, queries.start : queries.start + width] += self._skewed.sum(1)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -149,7 +201,7 @@ def _blocks(q: Tensor) -> Iterator[_Block]:
     for b in range(batch):
         for h in range(0, heads, num_heads):
             for t in range(0, frames, num_queries):
-                yield _Block(b, slice(h, h + num_heads), slice(t, t + num_queries))
+                yield _Block(b, slice(h, min(h + num_heads, heads)), slice(t, min(t + num_queries, frames)))
 
 
 def _weights(
@@ -168,13 +220,3 @@ def _weights(
     if padding_mask is not None:
         scores.masked_fill_(padding_mask[b], float("-inf"))
     return scores.softmax(-1)
-
-
-def _add_by_offset(total: Tensor, scores: Tensor, queries: slice) -> None:
-    """Adds up what belongs to one offset: (h, t, T) of some queries, keys backwards, into (h, 2T - 1)."""
-    heads, num_queries, frames = scores.shape
-    width = frames + num_queries - 1
-    # Entry (i, j) goes to column i + j of a wider matrix, which is the same place plus i places a row.
-    skewed = scores.new_zeros(heads, num_queries, width)
-    skewed.as_strided(scores.shape, (num_queries * width, width + 1, 1)).copy_(scores)
-    total[:, queries.start : queries.start + width] += skewed.sum(1)
