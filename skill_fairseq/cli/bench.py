@@ -111,7 +111,9 @@ def format_steps(results: dict[str, dict[str, Any]], what: str) -> str:
         rows.append([f"{phase}, s", *(f"{c['min']:.3f} (median {c['median']:.3f})" for c in cells)])
     rows.append(["audio s per s", *(f"{r['audio seconds per second']:.1f}" for r in results.values())])
     rows.append(["peak memory, GB", *(f"{r['peak bytes'] / 1e9:.2f}" for r in results.values())])
-    rows.append(["parameters, M", *(f"{r.get('expected parameters', r['parameters']) / 1e6:.2f}" for r in results.values())])
+    rows.append(
+        ["parameters, M", *(f"{r.get('expected parameters', r['parameters']) / 1e6:.2f}" for r in results.values())]
+    )
     rows.append(["MACs, G", *(f"{r['macs'] / 1e9:.1f}" if "macs" in r else "-" for r in results.values())])
     if len(results) == 2:
         own, other = (r["seconds"]["total"] for r in results.values())

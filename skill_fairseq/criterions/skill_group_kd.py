@@ -190,7 +190,9 @@ class SkillGroupKDCriterion(FairseqCriterion):
         samples = source.numel() - (0 if padding is None else int(padding.sum()))
         log["loss"] = loss.detach()
         # All at once: every number fetched from a GPU waits for it.
-        log = dict(zip(log, torch.stack([torch.as_tensor(v, device=loss.device).double() for v in log.values()]).tolist()))
+        log = dict(
+            zip(log, torch.stack([torch.as_tensor(v, device=loss.device).double() for v in log.values()]).tolist())
+        )
         log.update(
             sample_size=1,
             nsentences=source.size(0),

@@ -91,9 +91,7 @@ class SelfAttention(nn.Module):
         self.gate = HardConcrete(len(heads)) if gate_heads and heads else None
         self.output_gate = HardConcrete(1) if gate_output else None
 
-    def forward(
-        self, x: Tensor, by_offset: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, by_offset: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None) -> Tensor:
         """Args:
             x: (B, T, D) frames.
             by_offset: (full heads, 2T - 1) position bias as :class:`RelativePosition` gives it, or None.
@@ -103,11 +101,11 @@ class SelfAttention(nn.Module):
             (B, T, D).
         """
         if not self.heads.numel():
-            return gated_output(self.out_proj, self.output_gate, x, lambda: self.out_proj(x))
+            return gated_output(self.out_proj, self.output_gate, [x], lambda: self.out_proj(x))
         if use_plain():
             y = self._plain(x, by_offset, padding_mask)
             return y if self.output_gate is None else y * self.output_gate().to(y.dtype)
-        return gated_output(self, self.output_gate, x, lambda: self._attend(x, by_offset, padding_mask))
+        return gated_output(self, self.output_gate, [x, by_offset], lambda: self._attend(x, by_offset, padding_mask))
 
     def _attend(self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor]) -> Tensor:
         """Only the heads whose gates are open."""

@@ -89,7 +89,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, factor, by_offset, padding_mask)
         ctx.dropout = _Dropout(dropout, int(torch.randint(1 << 62, ()))) if dropout else None
         masks = None if ctx.dropout is None else ctx.dropout.masks(q.device)
-        out = q.new_empty(q.size(0), q.size(2), q.size(1), q.size(3))
+        out = q.new_empty(q.size(0), q.size(2), q.size(1), v.size(3))
         for block in _blocks(q):
             b, h, t = block
             weights = _weights(block, q, k, factor, by_offset, padding_mask)

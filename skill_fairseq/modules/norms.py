@@ -43,7 +43,6 @@ def group_norm_of_linear(
     return factor.to(dtype), (shift.double() - mean * factor).to(dtype)
 
 
-
 def layer_norm_with_zeros(x: Tensor, full_width: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """Normalises over ``full_width`` features of which all but the given ones are zero.
 

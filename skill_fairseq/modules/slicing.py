@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional, Tuple
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +44,9 @@ class _Nothing(torch.autograd.Function):
     """Zeros in the shape of the first argument, whose gradient is 0 for all of them."""
 
     @staticmethod
-    def forward(ctx: Any, like: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(like, *parameters)
-        return torch.zeros_like(like)
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return torch.zeros_like(inputs[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -55,20 +55,20 @@ class _Nothing(torch.autograd.Function):
 
 
 def gated_output(
-    sublayer: nn.Module, gate: Optional[HardConcrete], x: Tensor, compute: Callable[[], Tensor]
+    sublayer: nn.Module, gate: Optional[HardConcrete], inputs: Sequence[Optional[Tensor]], compute: Callable[[], Tensor]
 ) -> Tensor:
     """The output of a whole sublayer times its gate; it is not computed where the gate is closed.
 
     Args:
         sublayer: the module whose parameters get gradient 0 in that case.
         gate: of one unit, or None.
-        x: (B, T, D) input of the sublayer.
+        inputs: of the sublayer, which get gradient 0 too; the first, (B, T, D), has the shape of its output.
         compute: makes its output (B, T, D).
     """
     if gate is None:
         return compute()
     units = gate.units()
     if not units.any_open:
-        return _Nothing.apply(x, *sublayer.parameters())
+        return _Nothing.apply(*(x for x in inputs if x is not None), *sublayer.parameters())
     y = compute()
     return y * units.gate.to(y.dtype)
