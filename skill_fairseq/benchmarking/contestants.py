@@ -74,7 +74,7 @@ def ours(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
     student = student_of(setup, full).train()
     facts = {
         "parameters": student.num_parameters(),
-        "expected parameters": round(float(expected_parameters(student))),
+        "expected parameters": round(float(torch.as_tensor(expected_parameters(student)).detach())),
         "macs": student.macs(setup.seconds) * setup.batch,
     }
     teacher = FrozenTeacher(full, setup.teacher_dtype, setup.compile)
@@ -176,7 +176,8 @@ def huggingface_encoder(config: EncoderConfig, **dropouts: float) -> Any:
         from transformers import HubertConfig, HubertModel, WavLMConfig, WavLMModel
     except ImportError as error:
         raise ValueError(f"--against transformers: {error}; pip install 'skill_fairseq[hf]'") from error
-    make, model = (WavLMConfig, WavLMModel) if config.relative_position else (HubertConfig, HubertModel)
+    make: Any = WavLMConfig if config.relative_position else HubertConfig
+    model: Any = WavLMModel if config.relative_position else HubertModel
     channels, kernels, strides = zip(*config.conv_feature_layers)
     settings = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "feat_proj_dropout": 0.0}
     return model(

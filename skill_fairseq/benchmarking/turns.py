@@ -51,8 +51,8 @@ def _serve(name: str, setup: Setup, what: str, pipe: Connection) -> None:
     except EOFError:
         pass
     except Exception as error:  # told by the one who asked
-        out_of_memory = "out of memory" in str(error).lower()
-        pipe.send(error if isinstance(error, ValueError) else RuntimeError(f"{name}: {error}", out_of_memory))
+        known = isinstance(error, (ValueError, OSError))
+        pipe.send(error if known else RuntimeError(f"{name}: {error}"))
 
 
 class Contestant:
@@ -161,7 +161,10 @@ def largest_batch(setup: Setup, limit: int, progress: Callable[[], object]) -> t
         progress: called after every try.
 
     Returns:
-        utterances (0: not even one fits), and the peak of their step in bytes.
+        utterances, and the peak of their step in bytes.
+
+    Raises:
+        ValueError: not even one utterance fits.
     """
 
     def peak_of(batch: int) -> int:
@@ -188,4 +191,9 @@ def largest_batch(setup: Setup, limit: int, progress: Callable[[], object]) -> t
             high = high if grown else 2 * tried
         else:
             grown, high = True, tried
+    if not low:
+        raise ValueError(
+            f"--memory: {limit / 1e9:.2f} GB do not hold one training step of {setup.seconds:g} s; give more, or fewer "
+            "--seconds"
+        )
     return low, peak

@@ -109,10 +109,11 @@ class SelfAttention(nn.Module):
 
     def _attend(self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor]) -> Tensor:
         """Only the heads whose gates are open."""
+        assert isinstance(self.out_proj, nn.Linear)
         units = None if self.gate is None else self.gate.units()
         rows = heads = None
-        if units is not None and units.index is not None:
-            heads = units.index
+        if units is not None and units.indices is not None:
+            heads = units.indices
             rows = (heads[:, None] * self.head_dim + torch.arange(self.head_dim, device=heads.device)).flatten()
         q, k, v = (
             F.linear(x, take(proj.weight, 0, rows), take(proj.bias, 0, rows))

@@ -129,11 +129,11 @@ class _BlockwiseAttention(torch.autograd.Function):
             scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, wide)
             grad_q[b, h, t] = torch.bmm(scores, _wide(k[b, h])).mul_(scale)
             grad_k[b, h].baddbmm_(scores.transpose(1, 2), _wide(q[b, h, t]), alpha=scale)
-            if offsets is not None:
+            if offsets is not None and grad_factor is not None:
                 grad_factor[b, h, t] = torch.mul(scores, expand_offsets(by_offset)[h, t], out=weights).sum(-1, True)
                 offsets.add(scores, factor[b, h, t], h, t)
         grads = tuple(g.to(x.dtype) for g, x in zip((grad_q, grad_k, grad_v), (q, k, v)))
-        if offsets is not None:
+        if offsets is not None and grad_factor is not None:
             return (*grads, grad_factor.to(factor.dtype), offsets.total.to(by_offset.dtype), None, None)
         return (*grads, None, None, None, None)
 

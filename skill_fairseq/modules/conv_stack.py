@@ -75,15 +75,15 @@ class ConvLayer(nn.Module):
 
     def kernel(self, inputs: Optional[Units], outputs: Optional[Units]) -> Tensor:
         """(k, C_in, C_out) weights of the units that are computed, the input's gates multiplied in."""
-        weight = take(self.conv.weight, 0, None if outputs is None else outputs.index)
+        weight = take(self.conv.weight, 0, None if outputs is None else outputs.indices)
         if inputs is not None:
-            weight = take(weight, 1, inputs.index) * inputs.gate.to(weight.dtype)[:, None]
+            weight = take(weight, 1, inputs.indices) * inputs.gate.to(weight.dtype)[:, None]
         return weight.permute(2, 1, 0)
 
     def bias(self, outputs: Optional[Units]) -> Optional[Tensor]:
         """(C_out,) bias of the units that are computed, or None."""
         bias = self.conv.bias
-        return bias if bias is None or outputs is None else take(bias, 0, outputs.index)
+        return bias if bias is None or outputs is None else take(bias, 0, outputs.indices)
 
 
 class ConvStack(Prepared):
@@ -149,7 +149,7 @@ class ConvStack(Prepared):
         else:
             x = self._encode_in_chunks(windows, kernel, shift, kernels, units, num_frames)
         last = units[-1]
-        scale = self.scale if last is None else take(self.scale, 0, last.index) * last.gate
+        scale = self.scale if last is None else take(self.scale, 0, last.indices) * last.gate
         return x * scale.to(x.dtype), last
 
     def layout(self) -> List[Tensor]:
@@ -177,7 +177,7 @@ class ConvStack(Prepared):
             shift = None if bias is None else bias.to(windows.dtype).expand(batch, 1, -1)
             return kernel[:, 0].to(windows.dtype).expand(batch, -1, -1), shift
         valid = (samples - kernel.size(0)) // layer.conv.stride[0] + 1
-        index = None if units is None else units.index
+        index = None if units is None else units.indices
         scale, shift = group_norm_of_linear(
             windows[:, :valid],
             kernel[:, 0],

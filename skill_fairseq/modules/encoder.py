@@ -92,7 +92,7 @@ class FeatureProjection(nn.Module):
 
     def forward(self, x: Tensor, units: Optional[Units] = None) -> Tensor:
         """(B, T, C) conv features and which channels they are, None for all, to (B, T, D)."""
-        weight = take(self.linear.weight, 1, None if units is None else units.index)
+        weight = take(self.linear.weight, 1, None if units is None else units.indices)
         return self.dropout(F.linear(self.norm(x, units), weight, self.linear.bias))
 
 

@@ -66,6 +66,7 @@ class FeedForward(nn.Module):
 
     def _open_units(self, x: Tensor) -> Tensor:
         """Only the units whose gates are open."""
+        assert isinstance(self.fc2, nn.Linear)
         weight = self.fc2.weight
         index = None
         if self.gate is not None:

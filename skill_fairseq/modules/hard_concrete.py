@@ -90,12 +90,12 @@ class Units(NamedTuple):
     """The units that one forward computes. A closed unit adds nothing and gets no gradient, so it may be left out.
 
     Attributes:
-        index: (k,) ascending indices of the units computed; None: all of them.
+        indices: (k,) ascending, the units computed; None: all of them.
         gate: (k,) float32, their gate values.
         any_open: whether a gate is open at all.
     """
 
-    index: Tensor | None
+    indices: Tensor | None
     gate: Tensor
     any_open: bool = True
 

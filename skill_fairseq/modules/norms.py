@@ -95,7 +95,7 @@ class ChannelLayerNorm(nn.Module):
         if units is None:
             return layer_norm_with_zeros(x, self.full_width, self.weight, self.bias)
         is_open = (units.gate > 0).to(x.dtype)
-        weight, bias = take(self.weight, 0, units.index), take(self.bias, 0, units.index)
+        weight, bias = take(self.weight, 0, units.indices), take(self.bias, 0, units.indices)
         return layer_norm_with_zeros(x * is_open, self.full_width, weight, bias) * is_open
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""When to take the plain path: textbook operations that torch can export, and that the fast paths are tested against."""
+"""When to take the plain path: textbook operations that torch can export, and fast ones are tested against."""
 
 from __future__ import annotations
 

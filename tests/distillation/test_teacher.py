@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
-from tests.conftest import LARGE_STYLE, random_encoder
 
 from skill_fairseq.distillation.groups import group_means
 from skill_fairseq.distillation.teacher import FrozenTeacher, averaged_states
+from tests.conftest import LARGE_STYLE, random_encoder
 
 GROUPS = [[0, 2], [1]]
 

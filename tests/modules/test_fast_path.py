@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from tests.conftest import LARGE_STYLE, random_encoder
 from torch import Tensor
 
 from skill_fairseq.modules import attention_core, conv_stack
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.hard_concrete import open_units
 from skill_fairseq.modules.plain import plain_path
+from tests.conftest import LARGE_STYLE, random_encoder
 
 STYLES: dict[str, dict[str, Any]] = {
     "wavlm_base": {},
