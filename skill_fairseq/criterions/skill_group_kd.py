@@ -162,10 +162,11 @@ class SkillGroupKDCriterion(FairseqCriterion):
             scalar loss, sample size 1 (the loss is a mean already), values to log.
         """
         net_input = sample["net_input"]
-        out = model(**net_input)
+        # The teacher first: its memory is free again before the student's activations pile up.
         targets, _ = self.task.teacher.group_means(
             net_input["source"], net_input.get("padding_mask"), self.groups, self.cfg.normalize_states
         )
+        out = model(**net_input)
         means = averaged_states(out["hidden_states"], self.student_groups, self.cfg.normalize_states)
         parts = self._group_losses(self.projections(means), targets, out["padding_mask"])
         distillation = torch.stack([w * p.total for w, p in zip(self.weights, parts)]).sum()
@@ -187,9 +188,12 @@ class SkillGroupKDCriterion(FairseqCriterion):
         source = net_input["source"]
         padding = net_input.get("padding_mask")
         samples = source.numel() - (0 if padding is None else int(padding.sum()))
-        log = {name: float(value) for name, value in log.items()}
+        log["loss"] = loss.detach()
+        # All at once: every number fetched from a GPU waits for it.
+        log = dict(
+            zip(log, torch.stack([torch.as_tensor(v, device=loss.device).double() for v in log.values()]).tolist())
+        )
         log.update(
-            loss=float(loss.detach()),
             sample_size=1,
             nsentences=source.size(0),
             ntokens=samples,

@@ -8,27 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skill_fairseq.modules.attention_core import attend
 from skill_fairseq.modules.hard_concrete import HardConcrete
 from skill_fairseq.modules.output_bias import OutputBias
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Optional[Tensor], dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v.
-
-    Args:
-        q, k, v: (B, H, T, d).
-        bias: additive, broadcastable to (B, H, T, T), -inf where a key is hidden; or None.
-        dropout: probability of dropping an attention weight.
-
-    Returns:
-        (B, H, T, d).
-    """
-    if hasattr(F, "scaled_dot_product_attention"):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    scores = q @ k.transpose(-1, -2) * q.size(-1) ** -0.5
-    if bias is not None:
-        scores = scores + bias
-    return F.dropout(scores.softmax(-1), dropout) @ v
+from skill_fairseq.modules.plain import use_plain
+from skill_fairseq.modules.slicing import gated_output, take
 
 
 class RelativePositionGate(nn.Module):
@@ -47,7 +31,7 @@ class RelativePositionGate(nn.Module):
     def forward(self, x: Tensor, heads: Tensor) -> Tensor:
         """Args:
             x: (B, T, D) input of the attention.
-            heads: (h,) indices of the heads that are left.
+            heads: (h,) indices of the heads to compute.
 
         Returns:
             (B, h, T, 1) factor of the position bias.
@@ -56,7 +40,10 @@ class RelativePositionGate(nn.Module):
         x = x.unflatten(-1, (num_heads, -1))
         if heads.numel() < num_heads:
             x = x[:, :, heads]
-        gates = self.grep_linear(x).unflatten(-1, (2, 4)).sum(-1).sigmoid()  # (B, T, h, 2)
+        # Four outputs are added up for each of the two gates: so may be their weights.
+        weight = self.grep_linear.weight.unflatten(0, (2, 4)).sum(1)
+        bias = self.grep_linear.bias.unflatten(0, (2, 4)).sum(1)
+        gates = F.linear(x, weight, bias).sigmoid()  # (B, T, h, 2)
         update, reset = gates.transpose(1, 2).unsqueeze(-1).unbind(3)  # (B, h, T, 1) each
         return update * (reset * self.grep_a[:, heads] - 1.0) + 2.0
 
@@ -104,40 +91,62 @@ class SelfAttention(nn.Module):
         self.gate = HardConcrete(len(heads)) if gate_heads and heads else None
         self.output_gate = HardConcrete(1) if gate_output else None
 
-    def forward(
-        self, x: Tensor, position_bias: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, by_offset: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None) -> Tensor:
         """Args:
             x: (B, T, D) frames.
-            position_bias: (full heads, T, T), or None.
+            by_offset: (full heads, 2T - 1) position bias as :class:`RelativePosition` gives it, or None.
             padding_mask: (B, T) bool, True = padding, or None where nothing is padded.
 
         Returns:
             (B, T, D).
         """
-        if self.heads.numel():
-            y = self._attend(x, position_bias, padding_mask)
-        else:
-            y = self.out_proj(x)
-        return y if self.output_gate is None else y * self.output_gate().to(y.dtype)
+        if not self.heads.numel():
+            return gated_output(self.out_proj, self.output_gate, [x], lambda: self.out_proj(x))
+        if use_plain():
+            y = self._plain(x, by_offset, padding_mask)
+            return y if self.output_gate is None else y * self.output_gate().to(y.dtype)
+        return gated_output(self, self.output_gate, [x, by_offset], lambda: self._attend(x, by_offset, padding_mask))
 
-    def _attend(self, x: Tensor, position_bias: Optional[Tensor], padding_mask: Optional[Tensor]) -> Tensor:
+    def _attend(self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor]) -> Tensor:
+        """Only the heads whose gates are open."""
+        assert isinstance(self.out_proj, nn.Linear)
+        units = None if self.gate is None else self.gate.units()
+        rows = heads = None
+        if units is not None and units.indices is not None:
+            heads = units.indices
+            rows = (heads[:, None] * self.head_dim + torch.arange(self.head_dim, device=heads.device)).flatten()
+        q, k, v = (
+            F.linear(x, take(proj.weight, 0, rows), take(proj.bias, 0, rows))
+            .unflatten(-1, (-1, self.head_dim))
+            .transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        factor = None
+        if by_offset is not None and self.position_gate is not None:
+            original = self.heads if heads is None else self.heads[heads]
+            by_offset = by_offset if original.numel() == by_offset.size(0) else by_offset[original]
+            factor = self.position_gate(x, original)
+        else:
+            by_offset = None
+        y = attend(q, k, v, factor, by_offset, padding_mask, self.dropout if self.training else 0.0).flatten(2)
+        weight = take(self.out_proj.weight, 1, rows)
+        if units is not None:
+            weight = weight * units.gate.to(weight.dtype).repeat_interleave(self.head_dim)
+        return F.linear(y, weight, self.out_proj.bias)
+
+    def _plain(self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor]) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        bias = None
-        if position_bias is not None and self.position_gate is not None:
-            if self.heads.numel() < position_bias.size(0):
-                position_bias = position_bias[self.heads]
-            bias = self.position_gate(x, self.heads) * position_bias
+        scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5
+        if by_offset is not None and self.position_gate is not None:
+            frames = torch.arange(x.size(1), device=x.device)
+            offsets = frames[:, None] + (x.size(1) - 1 - frames)
+            scores = scores + self.position_gate(x, self.heads) * by_offset[self.heads][:, offsets]
         if padding_mask is not None:
-            hidden = padding_mask[:, None, None, :]
-            if bias is None:
-                bias = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, float("-inf"))
-            else:
-                bias = bias.masked_fill(hidden, float("-inf"))
-        y = attend(q, k, v, bias, self.dropout if self.training else 0.0).transpose(1, 2)  # (B, T, h, d)
+            scores = scores.masked_fill(padding_mask[:, None, None, :], float("-inf"))
+        y = (F.dropout(scores.softmax(-1), self.dropout, self.training) @ v).transpose(1, 2)  # (B, T, h, d)
         if self.gate is not None:
             y = y * self.gate().to(y.dtype).unsqueeze(-1)
         return self.out_proj(y.flatten(2))

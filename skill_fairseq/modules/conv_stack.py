@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Optional, Sequence, Tuple, Union
+from typing import List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skill_fairseq.modules.activated_conv import activated_conv, compute_dtype
 from skill_fairseq.modules.config import EncoderConfig
-from skill_fairseq.modules.hard_concrete import HardConcrete
-from skill_fairseq.modules.norms import ChannelLayerNorm
+from skill_fairseq.modules.hard_concrete import HardConcrete, Units
+from skill_fairseq.modules.norms import ChannelLayerNorm, group_norm_of_linear
+from skill_fairseq.modules.plain import use_plain
+from skill_fairseq.modules.prepared import Prepared
+from skill_fairseq.modules.slicing import take
+
+CHUNK_FRAMES = 128
+"""Without gradients on a CPU, so many frames go through all layers at a time: they stay in its caches."""
 
 
 class ConvLayer(nn.Module):
@@ -45,28 +52,41 @@ class ConvLayer(nn.Module):
         elif norm == "layer":
             self.norm = ChannelLayerNorm(out_channels, full_channels)
         self.gate = HardConcrete(out_channels) if gated else None
+        if self.gate is not None:
+            self.gate.multiple = 8
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
-        """Args:
+    def forward(self, x: Tensor) -> Tuple[Tensor, Optional[Units]]:
+        """The plain path.
+
+        Args:
             x: (B, C_in, T_in).
 
         Returns:
-            (B, C_out, T_out), and (C_out,) 1 where a channel's gate is open, or None without gates.
+            (B, C_out, T_out), and the channels with their gates, or None without gates.
         """
         x = self.conv(x)
-        z = present = None
-        if self.gate is not None:
-            z = self.gate().to(x.dtype)
-            present = (z > 0).to(x.dtype)
+        units = None if self.gate is None else Units(None, self.gate())
         if isinstance(self.norm, ChannelLayerNorm):
-            x = self.norm(x.transpose(1, 2), present).transpose(1, 2)
+            x = self.norm(x.transpose(1, 2), units).transpose(1, 2)
         elif self.norm is not None:
             x = self.norm(x)
         x = F.gelu(x)
-        return (x if z is None else x * z[:, None]), present
+        return (x if units is None else x * units.gate.to(x.dtype)[:, None]), units
+
+    def kernel(self, inputs: Optional[Units], outputs: Optional[Units]) -> Tensor:
+        """(k, C_in, C_out) weights of the units that are computed, the input's gates multiplied in."""
+        weight = take(self.conv.weight, 0, None if outputs is None else outputs.indices)
+        if inputs is not None:
+            weight = take(weight, 1, inputs.indices) * inputs.gate.to(weight.dtype)[:, None]
+        return weight.permute(2, 1, 0)
+
+    def bias(self, outputs: Optional[Units]) -> Optional[Tensor]:
+        """(C_out,) bias of the units that are computed, or None."""
+        bias = self.conv.bias
+        return bias if bias is None or outputs is None else take(bias, 0, outputs.indices)
 
 
-class ConvStack(nn.Module):
+class ConvStack(Prepared):
     """Waveform to frames.
 
     Args:
@@ -97,22 +117,116 @@ class ConvStack(nn.Module):
             )
             in_channels = config.conv_channels[i]
         self.layers: Sequence[ConvLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
+        self.config = config
+        self.gated = "conv" in config.pruning_units
         # A kept channel's soft gate folds into the next convolution. After the last one comes a LayerNorm, which it
         # cannot pass, so that gate stays: as a constant, not as a parameter.
         self.register_buffer("scale", torch.ones(in_channels))
         self.scale: Tensor
 
-    def forward(self, source: Tensor) -> Tuple[Tensor, Optional[Tensor]]:
+    def forward(self, source: Tensor) -> Tuple[Tensor, Optional[Units]]:
         """Args:
             source: (B, N) samples.
 
         Returns:
-            (B, T, C) frames, and (C,) 1 where a channel's gate is open, or None without gates.
-
-        Raises:
-            ValueError: the audio is too short for one frame.
+            (B, T, C) frames, and which channels these are, with their gates; None without gates.
         """
-        x, present = source.unsqueeze(1), None
+        if use_plain():
+            return self._plain(source)
+        units = [None if layer.gate is None else layer.gate.units() for layer in self.layers]
+        kernels = self._kernels(units) if self.gated else self.prepared()
+        samples = source.size(1)
+        # Whole hops, so that every layer strides over whole blocks; what sees the padding is cut off at the end.
+        padded = F.pad(source.to(compute_dtype(source)), (0, -samples % self.config.downsampling))
+        layer = self.layers[0].conv
+        blocks = padded.unflatten(1, (-1, layer.stride[0]))  # type: ignore[arg-type]
+        shifted = F.pad(blocks, (0, 0, 0, -(-layer.kernel_size[0] // layer.stride[0]) - 1))
+        windows = shifted.flatten(1).unfold(1, layer.kernel_size[0], layer.stride[0])  # (B, T_1, k), T_1 with junk
+        kernel, shift = self._first_kernel(windows, samples, kernels[0], units[0])
+        num_frames = self.config.num_frames(samples)
+        if torch.is_grad_enabled() or source.device.type != "cpu":
+            x = self._encode(windows, kernel, shift, kernels, units)[:, :num_frames]
+        else:
+            x = self._encode_in_chunks(windows, kernel, shift, kernels, units, num_frames)
+        last = units[-1]
+        scale = self.scale if last is None else take(self.scale, 0, last.indices) * last.gate
+        return x * scale.to(x.dtype), last
+
+    def layout(self) -> List[Tensor]:
+        """Kernels (k, C_in, C_out) of a stack without gates."""
+        return self._kernels([None] * len(self.layers))
+
+    def _plain(self, source: Tensor) -> Tuple[Tensor, Optional[Units]]:
+        x, units = source.unsqueeze(1), None
         for layer in self.layers:
-            x, present = layer(x)
-        return x.transpose(1, 2) * self.scale.to(x.dtype), present
+            x, units = layer(x)
+        return x.transpose(1, 2) * self.scale.to(x.dtype), units
+
+    def _kernels(self, units: Sequence[Optional[Units]]) -> List[Tensor]:
+        inputs = [None, *units[:-1]]
+        return [layer.kernel(i, o).contiguous() for layer, i, o in zip(self.layers, inputs, units)]
+
+    def _first_kernel(
+        self, windows: Tensor, samples: int, kernel: Tensor, units: Optional[Units]
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """Kernel (B, k, C) and bias (B, 1, C) or None of the first layer, its GroupNorm folded in."""
+        layer = self.layers[0]
+        bias = layer.bias(units)
+        if not isinstance(layer.norm, nn.GroupNorm):
+            batch = windows.size(0)
+            shift = None if bias is None else bias.to(windows.dtype).expand(batch, 1, -1)
+            return kernel[:, 0].to(windows.dtype).expand(batch, -1, -1), shift
+        valid = (samples - kernel.size(0)) // layer.conv.stride[0] + 1
+        index = None if units is None else units.indices
+        scale, shift = group_norm_of_linear(
+            windows[:, :valid],
+            kernel[:, 0],
+            bias,
+            take(layer.norm.weight, 0, index),
+            take(layer.norm.bias, 0, index),
+            layer.norm.eps,
+        )
+        return (kernel[:, 0] * scale).to(windows.dtype), shift.to(windows.dtype)
+
+    def _encode(
+        self,
+        windows: Tensor,
+        kernel: Tensor,
+        shift: Optional[Tensor],
+        kernels: Sequence[Tensor],
+        units: Sequence[Optional[Units]],
+    ) -> Tensor:
+        """(B, T_1, k) windows to (B, T, C) frames before the last gate."""
+        batch = windows.size(0)
+        x = torch.bmm(windows, kernel) if shift is None else torch.baddbmm(shift, windows, kernel)
+        x = x.flatten(0, 1)  # utterances follow each other
+        for i, layer in enumerate(self.layers):
+            if i:
+                x = activated_conv(x, kernels[i], layer.bias(units[i]), layer.conv.stride[0])
+            if isinstance(layer.norm, ChannelLayerNorm):
+                x = layer.norm(x, units[i])
+        return F.gelu(x).unflatten(0, (batch, -1))  # type: ignore[arg-type]
+
+    def _encode_in_chunks(
+        self,
+        windows: Tensor,
+        kernel: Tensor,
+        shift: Optional[Tensor],
+        kernels: Sequence[Tensor],
+        units: Sequence[Optional[Units]],
+        num_frames: int,
+    ) -> Tensor:
+        """:meth:`_encode`, cut into pieces that fit into the processor's cache."""
+        hop = self.config.downsampling
+        overlap = -(-self.config.receptive_field // hop) - 1
+        per_frame = hop // self.layers[0].conv.stride[0]
+        utterances = []
+        for b in range(windows.size(0)):
+            own = (kernel[b : b + 1], None if shift is None else shift[b : b + 1])
+            pieces = []
+            for start in range(0, num_frames, CHUNK_FRAMES):
+                stop = min(start + CHUNK_FRAMES, num_frames)
+                piece = windows[b : b + 1, start * per_frame : (stop + overlap) * per_frame]
+                pieces.append(self._encode(piece, *own, kernels, units)[:, : stop - start])
+            utterances.append(torch.cat(pieces, 1))
+        return torch.cat(utterances)

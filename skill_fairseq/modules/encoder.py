@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.conv_stack import ConvStack
 from skill_fairseq.modules.feed_forward import FeedForward
-from skill_fairseq.modules.hard_concrete import HardConcrete
+from skill_fairseq.modules.hard_concrete import HardConcrete, Units, draw_together
 from skill_fairseq.modules.layer import EncoderLayer
 from skill_fairseq.modules.norms import ChannelLayerNorm
+from skill_fairseq.modules.plain import exporting, use_plain
 from skill_fairseq.modules.positional_conv import PositionalConv
 from skill_fairseq.modules.positional_conv_stack import PositionalConvStack
+from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.relative_position import RelativePosition
 from skill_fairseq.modules.size import count_macs, static_shape, widths_of
+from skill_fairseq.modules.slicing import take
 
 FrameTransform = Callable[[Tensor, Optional[Tensor]], Tensor]
 
@@ -62,11 +68,14 @@ def frame_padding_mask(padding_mask: Tensor, num_frames: int, config: EncoderCon
     Returns:
         (B, T) bool.
     """
-    if config.padding_rule == "chunks":
+    if config.padding_rule == "chunks" and not exporting():
         usable = padding_mask.size(1) - padding_mask.size(1) % num_frames
         return padding_mask[:, :usable].unflatten(1, (num_frames, -1)).all(-1)
-    lengths = config.num_frames((~padding_mask).sum(1))
-    return torch.arange(num_frames, device=padding_mask.device) >= lengths[:, None]
+    lengths = (~padding_mask).sum(1)
+    frames = torch.arange(num_frames, device=padding_mask.device)
+    if config.padding_rule == "chunks":  # the same for padding at the end, without a shape that depends on N
+        return frames * (padding_mask.size(1) // num_frames) >= lengths[:, None]
+    return frames >= config.num_frames(lengths)[:, None]
 
 
 class FeatureProjection(nn.Module):
@@ -85,9 +94,10 @@ class FeatureProjection(nn.Module):
         self.linear = nn.Linear(width, config.encoder_embed_dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, present: Optional[Tensor] = None) -> Tensor:
-        """(B, T, C) conv features and their open gates (C,) or None, to (B, T, D)."""
-        return self.dropout(self.linear(self.norm(x, present)))
+    def forward(self, x: Tensor, units: Optional[Units] = None) -> Tensor:
+        """(B, T, C) conv features and which channels they are, None for all, to (B, T, D)."""
+        weight = take(self.linear.weight, 1, None if units is None else units.indices)
+        return self.dropout(F.linear(self.norm(x, units), weight, self.linear.bias))
 
 
 class Transformer(nn.Module):
@@ -145,6 +155,31 @@ class Transformer(nn.Module):
         self.layers: Sequence[EncoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.apply(_init_like_bert)
 
+    def states(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Iterator[Tensor]:
+        """The output of every layer, each computed when it is asked for.
+
+        Args:
+            x: (B, T, D) projected features.
+            padding_mask: (B, T) bool, True = padding, or None.
+
+        Yields:
+            (B, T, D) a layer, before a final LayerNorm.
+        """
+        if padding_mask is not None:
+            if exporting() or padding_mask.any():
+                x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
+            else:
+                padding_mask = None
+        x = x + self.pos_conv(x)
+        if not self.layer_norm_first:
+            x = self.layer_norm(x)
+        x = self.dropout(x)
+        by_offset = None if self.relative_position is None else self.relative_position(x.size(1))
+        for block in self.layers:
+            if not (self.training and self.layerdrop > 0 and np.random.random() < self.layerdrop):
+                x = block(x, by_offset, padding_mask)
+            yield x
+
     def forward(
         self, x: Tensor, padding_mask: Optional[Tensor] = None, layer: Optional[int] = None
     ) -> Tuple[Tensor, List[Tensor]]:
@@ -156,24 +191,9 @@ class Transformer(nn.Module):
         Returns:
             (B, T, D) output, and the output (B, T, D) of every layer that ran.
         """
-        if padding_mask is not None:
-            if padding_mask.any():
-                x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
-            else:
-                padding_mask = None
-        x = x + self.pos_conv(x)
-        if not self.layer_norm_first:
-            x = self.layer_norm(x)
-        x = self.dropout(x)
-        position_bias = None if self.relative_position is None else self.relative_position(x.size(1))
-        states: List[Tensor] = []
-        for i, block in enumerate(self.layers):
-            if not (self.training and self.layerdrop > 0 and np.random.random() < self.layerdrop):
-                x = block(x, position_bias, padding_mask)
-            states.append(x)
-            if i == layer:
-                return x, states
-        return (self.layer_norm(x) if self.layer_norm_first else x), states
+        states = list(itertools.islice(self.states(x, padding_mask), None if layer is None else layer + 1))
+        x = states[-1]
+        return (self.layer_norm(x) if self.layer_norm_first and layer is None else x), states
 
 
 def _init_like_bert(module: nn.Module) -> None:
@@ -234,6 +254,51 @@ class SpeechEncoder(nn.Module):
         Raises:
             ValueError: the source is not (B, N), or too short for one frame.
         """
+        with self._gates_drawn():
+            projected, padding_mask = self._project(source, padding_mask)
+            x = projected if transform is None else transform(projected, padding_mask)
+            if last_layer == 0:
+                return EncoderOutput(projected, [projected], padding_mask)
+            x, states = self.transformer(x, padding_mask, None if last_layer is None else last_layer - 1)
+        return EncoderOutput(x, [projected, *states], padding_mask)
+
+    def states(
+        self, source: Tensor, padding_mask: Optional[Tensor] = None
+    ) -> Tuple[Iterator[Tensor], Optional[Tensor]]:
+        """The hidden states one by one, for those who do not want to keep them, or not to go on to the last.
+
+        Args:
+            source, padding_mask: as in :meth:`forward`.
+
+        Returns:
+            iterator over ``hidden_states``, each (B, T, D) and computed when it is asked for; and the (B, T) padding
+            mask of the frames or None.
+        """
+        projected, padding_mask = self._project(source, padding_mask)
+        return itertools.chain([projected], self.transformer.states(projected, padding_mask)), padding_mask
+
+    def prepare(self) -> SpeechEncoder:
+        """Makes ready for inference: evaluation mode, and weights laid out once instead of in every forward.
+
+        That lasts until weights are loaded by ``load_state_dict``, moved, converted or trained (``train()``). Whoever
+        changes them in another way calls it again. Gradients are computed as ever.
+
+        Returns:
+            the encoder itself.
+        """
+        self.eval()
+        for module in self.modules():
+            if isinstance(module, Prepared) and not getattr(module, "gated", False):
+                module.prepare()
+        return self
+
+    def _gates_drawn(self) -> contextlib.AbstractContextManager[None]:
+        if use_plain() or not self.config.pruning_units:
+            return contextlib.nullcontext()
+        return draw_together([gate for _, gate in self.named_gates()])
+
+    def _project(self, source: Tensor, padding_mask: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+        """(B, N) samples to (B, T, D) projected features, and the frames' padding mask."""
         if source.dim() != 2:
             raise ValueError(f"source: shape {tuple(source.shape)}; expected (batch, samples)")
         if source.size(1) < self.config.receptive_field:
@@ -241,15 +306,10 @@ class SpeechEncoder(nn.Module):
                 f"source: {source.size(1)} samples are too short for one frame; at least "
                 f"{self.config.receptive_field} are needed: drop or pad shorter audio"
             )
-        features, present = self.feature_extractor(source)
+        features, units = self.feature_extractor(source)
         if padding_mask is not None:
             padding_mask = frame_padding_mask(padding_mask, features.size(1), self.config)
-        projected = self.feature_projection(features, present)
-        x = projected if transform is None else transform(projected, padding_mask)
-        if last_layer == 0:
-            return EncoderOutput(projected, [projected], padding_mask)
-        x, states = self.transformer(x, padding_mask, None if last_layer is None else last_layer - 1)
-        return EncoderOutput(x, [projected, *states], padding_mask)
+        return self.feature_projection(features, units), padding_mask
 
     def named_gates(self) -> Iterator[Tuple[str, HardConcrete]]:
         """Every gate with its path in the module."""

@@ -6,8 +6,10 @@ gates that samples in training and is deterministic in evaluation.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +86,43 @@ def deterministic_gate(log_alpha: Tensor, keep: Tensor | None = None) -> Tensor:
     return torch.sigmoid(log_alpha * (MAGIC / BETA)) * keep.to(log_alpha.dtype)
 
 
+class Units(NamedTuple):
+    """The units that one forward computes. A closed unit adds nothing and gets no gradient, so it may be left out.
+
+    Attributes:
+        indices: (k,) ascending, the units computed; None: all of them.
+        gate: (k,) float32, their gate values.
+        any_open: whether a gate is open at all.
+    """
+
+    indices: Tensor | None
+    gate: Tensor
+    any_open: bool = True
+
+
+SLICE_BELOW = 0.9
+"""Units are sliced where at most this share is open: copying weights costs more than a few closed units."""
+
+
+def open_units(is_open: Tensor, multiple: int = 1) -> Tensor | None:
+    """Which units to compute: the open ones and, to fill up to a multiple, closed ones.
+
+    Where none is open, a closed one is computed, so that every weight gets a gradient (of 0) as it would unsliced.
+
+    Args:
+        is_open: (n,) bool, on the CPU.
+        multiple: hardware-friendly number of units.
+
+    Returns:
+        (k,) ascending indices, or None where slicing does not pay.
+    """
+    n = is_open.numel()
+    k = -(-max(int(is_open.sum()), 1) // multiple) * multiple
+    if k > SLICE_BELOW * n:
+        return None
+    return torch.sort(is_open, descending=True, stable=True).indices[:k].sort().values
+
+
 class HardConcrete(Float32Module):
     """A vector of gates, one a unit: conv channels, attention heads, FFN units, or one for a whole sublayer.
 
@@ -97,6 +136,7 @@ class HardConcrete(Float32Module):
         init_std: standard deviation of that draw; it breaks ties between units.
 
     Attributes:
+        multiple: units are computed in multiples of this number, see :meth:`units`.
         generator: source of the noise; None for torch's global one of the gates' device. Noise is drawn on
             the generator's device, so CPU generators of one seed give every rank the same gates. A copied or
             unpickled module starts without one.
@@ -118,7 +158,9 @@ class HardConcrete(Float32Module):
             raise ValueError(f"init_std is {init_std}, but must not be negative; 0 starts all units alike")
         self.drop_rate = drop_rate
         self.init_std = init_std
+        self.multiple = 1
         self.generator: torch.Generator | None = None
+        self._drawn: Units | None = None
         self.log_alpha = nn.Parameter(torch.empty(num_units, dtype=torch.float32))
         # Of fixed shape, not optional: state dicts load strictly with and without an override.
         self.register_buffer("kept_override", torch.full((num_units,), _BY_ROUNDING, dtype=torch.int8))
@@ -140,6 +182,13 @@ class HardConcrete(Float32Module):
         device = self.log_alpha.device if self.generator is None else self.generator.device
         noise = torch.rand(self.num_units, generator=self.generator, device=device, dtype=torch.float32)
         return hard_concrete_sample(self.log_alpha, EPS + (1 - 2 * EPS) * noise.to(self.log_alpha.device))
+
+    def units(self) -> Units:
+        """The units to compute in this forward, with their gates, which are drawn now or by :func:`draw_together`."""
+        if self._drawn is not None:
+            return self._drawn
+        z = self()
+        return _units(z, z.detach().cpu() > 0, self.multiple)
 
     def expected_kept(self) -> Tensor:
         """Expected number of open gates, a differentiable float32 scalar."""
@@ -174,4 +223,29 @@ class HardConcrete(Float32Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Generators belong to a run, and cannot be copied by every torch.
-        return {**self.__dict__, "generator": None}
+        return {**self.__dict__, "generator": None, "_drawn": None}
+
+
+def _units(z: Tensor, is_open: Tensor, multiple: int) -> Units:
+    index = open_units(is_open, multiple)
+    if index is None:
+        return Units(None, z, bool(is_open.any()))
+    index = index.to(z.device)
+    return Units(index, z[index], bool(is_open.any()))
+
+
+@contextlib.contextmanager
+def draw_together(gates: Sequence[HardConcrete]) -> Iterator[None]:
+    """Inside, :meth:`HardConcrete.units` of these gates gives one draw, made here.
+
+    Which units are open must be known on the host: drawn together, a GPU is waited for once and not once a gate.
+    """
+    samples = [gate() for gate in gates]
+    masks = torch.cat([z.detach() > 0 for z in samples]).cpu() if samples else torch.empty(0)
+    try:
+        for gate, z, is_open in zip(gates, samples, masks.split([gate.num_units for gate in gates])):
+            gate._drawn = _units(z, is_open, gate.multiple)
+        yield
+    finally:
+        for gate in gates:
+            gate._drawn = None

@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from skill_fairseq.modules.hard_concrete import Units
+from skill_fairseq.modules.slicing import take
+
+
+def group_norm_of_linear(
+    windows: Tensor, kernel: Tensor, bias: Optional[Tensor], weight: Tensor, shift: Tensor, eps: float
+) -> Tuple[Tensor, Tensor]:
+    """GroupNorm with one group a channel after a linear map, as a factor and a shift of that map.
+
+    Mean and variance over time of ``windows @ kernel + bias`` follow from the mean and covariance of the few inputs,
+    so the normalisation costs no pass over the outputs. Statistics are float64: their differences cancel.
+
+    Args:
+        windows: (B, T, k) inputs, the frames that count.
+        kernel: (k, C) of the linear map.
+        bias: (C,) of the linear map, or None.
+        weight, shift: (C,) of the normalisation.
+        eps: added to the variance.
+
+    Returns:
+        factor (B, 1, C) of the kernel, and shift (B, 1, C), float32 (float64 for float64 weights).
+    """
+    dtype = torch.promote_types(kernel.dtype, torch.float32)
+    kernel = kernel.double()
+    mean = windows.mean(1, keepdim=True, dtype=torch.float64)  # (B, 1, k)
+    centred = windows.double() - mean
+    covariance = centred.transpose(1, 2) @ centred / windows.size(1)
+    variance = (kernel * (covariance @ kernel)).sum(1, keepdim=True)  # (B, 1, C)
+    factor = weight.double() * torch.rsqrt(variance + eps)
+    mean = mean @ kernel
+    if bias is not None:  # the normalisation takes it out again
+        mean = mean + bias.double() - bias.double()
+    return factor.to(dtype), (shift.double() - mean * factor).to(dtype)
 
 
 def layer_norm_with_zeros(x: Tensor, full_width: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -27,11 +61,12 @@ def layer_norm_with_zeros(x: Tensor, full_width: int, weight: Tensor, bias: Tens
     width = x.size(-1)
     if width == full_width:
         return F.layer_norm(x, (width,), weight, bias, eps)
-    y = x.float()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide)
     mean = y.sum(-1, keepdim=True) / full_width
     centred = y - mean
     variance = (centred.square().sum(-1, keepdim=True) + (full_width - width) * mean.square()) / full_width
-    return (centred * torch.rsqrt(variance + eps) * weight.float() + bias.float()).to(x.dtype)
+    return (centred * torch.rsqrt(variance + eps) * weight.to(wide) + bias.to(wide)).to(x.dtype)
 
 
 class ChannelLayerNorm(nn.Module):
@@ -48,18 +83,20 @@ class ChannelLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor, present: Optional[Tensor] = None) -> Tensor:
+    def forward(self, x: Tensor, units: Optional[Units] = None) -> Tensor:
         """Args:
-            x: (..., width) features.
-            present: (width,) 1 where a channel's gate is open, 0 where it is closed; a closed channel counts as
-                zero in the statistics and leaves as zero, so that it adds nothing and gets no gradient.
+            x: (..., C) features.
+            units: which of the channels these are, with their gates; None: all, without gates. A closed channel
+                counts as zero in the statistics and leaves as zero, so that it adds nothing and gets no gradient.
 
         Returns:
-            (..., width) normalised features.
+            (..., C) normalised features.
         """
-        if present is None:
+        if units is None:
             return layer_norm_with_zeros(x, self.full_width, self.weight, self.bias)
-        return layer_norm_with_zeros(x * present, self.full_width, self.weight, self.bias) * present
+        is_open = (units.gate > 0).to(x.dtype)
+        weight, bias = take(self.weight, 0, units.indices), take(self.bias, 0, units.indices)
+        return layer_norm_with_zeros(x * is_open, self.full_width, weight, bias) * is_open
 
     def extra_repr(self) -> str:
         """Widths, for ``print(module)``."""

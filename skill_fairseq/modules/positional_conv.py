@@ -8,12 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skill_fairseq.modules.fft_conv import fft_conv, kernel_spectrum
+from skill_fairseq.modules.plain import use_plain
+from skill_fairseq.modules.prepared import Prepared
 
-class PositionalConv(nn.Module):
+
+class PositionalConv(Prepared):
     """Grouped convolution over time, weight-normalised along the kernel axis, then GELU.
 
     The weight norm is kept as two plain parameters, ``weight_g`` (1, 1, K) and ``weight_v`` (D, D / groups, K), the
-    names of published checkpoints, so that it reads the same in every torch version. It is never pruned.
+    names of published checkpoints, so that it reads the same in every torch version. It is never pruned. On a CPU it
+    is computed by Fourier transforms, which agree with the plain convolution to float rounding.
 
     Args:
         embed_dim: D, features.
@@ -35,10 +40,20 @@ class PositionalConv(nn.Module):
         """The effective kernel, (D, D / groups, K)."""
         return self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
 
+    def layout(self) -> Tensor:
+        """Where Fourier transforms serve, the kernel's spectrum; elsewhere the effective kernel."""
+        by_fft = self.weight_v.device.type == "cpu" and self.weight_v.dtype in (torch.float32, torch.float64)
+        return kernel_spectrum(self.weight(), self.groups) if by_fft else self.weight()
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) frames to (B, T, D) position embeddings."""
         kernel_size = self.weight_v.size(-1)
-        y = F.conv1d(x.transpose(1, 2), self.weight(), self.bias, padding=kernel_size // 2, groups=self.groups)
+        kernel = self.weight() if use_plain() else self.prepared()
+        if kernel.is_complex():
+            with torch.autocast(x.device.type, enabled=False):
+                y = fft_conv(x.to(self.bias.dtype), kernel, kernel_size) + self.bias
+            return F.gelu(y)
+        y = F.conv1d(x.transpose(1, 2), kernel, self.bias, padding=kernel_size // 2, groups=self.groups)
         if kernel_size % 2 == 0:  # an even kernel makes one frame too many
             y = y[..., :-1]
         return F.gelu(y).transpose(1, 2)

@@ -42,14 +42,12 @@ class RelativePosition(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_buckets, num_heads))
 
     def forward(self, num_frames: int) -> Tensor:
-        """Position bias of every head.
+        """Position bias of every head by offset: it depends on nothing else, and a (T, T) matrix is never made of it.
 
         Returns:
-            (H, T, T) for T = ``num_frames``: entry [h, i, j] is the bias of query i for key j.
+            (H, 2T - 1) for T = ``num_frames``: entry [h, m] is the bias of a key that stands T - 1 - m frames after
+            the query, from the offset T - 1 down to 1 - T.
         """
-        offsets = torch.arange(1 - num_frames, num_frames, device=self.weight.device)
+        offsets = torch.arange(num_frames - 1, -num_frames, -1, device=self.weight.device)
         buckets = relative_position_bucket(offsets, self.num_buckets, self.max_distance)
-        by_offset = self.weight[buckets].t()  # (H, 2T - 1)
-        # Row i needs the offsets -i .. T-1-i: windows of the line above, last one first. A strided view is far
-        # cheaper, forward and backward, than looking T * T entries up.
-        return by_offset.unfold(1, num_frames, 1).flip(1)
+        return self.weight[buckets].t().contiguous()

@@ -7,6 +7,7 @@ from typing import Any, Dict, Optional
 
 import numpy as np
 from fairseq.data import FileAudioDataset
+from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_pretraining import AudioPretrainingConfig, AudioPretrainingTask
 from omegaconf import OmegaConf, open_dict
@@ -27,6 +28,12 @@ class SkillDistillationConfig(AudioPretrainingConfig):
 
     teacher: Optional[str] = field(
         default=None, metadata={"help": "teacher file or folder, of any kind that skill_fairseq.load_encoder knows"}
+    )
+    teacher_dtype: ChoiceEnum(["fp32", "bf16", "fp16"]) = field(  # type: ignore[valid-type]
+        default="fp32", metadata={"help": "precision that the teacher runs in, whatever the student's"}
+    )
+    teacher_compile: bool = field(
+        default=False, metadata={"help": "run the teacher's layers through torch.compile (minutes at the start)"}
     )
     crop_multiple: int = field(
         default=1,
@@ -137,7 +144,8 @@ class SkillDistillationTask(AudioPretrainingTask):
                     f"task.normalize: {self.cfg.normalize}, but the teacher {self.cfg.teacher} was trained with "
                     f"{encoder.normalize}; set task.normalize={str(encoder.normalize).lower()}"
                 )
-            self._teacher = FrozenTeacher(encoder)
+            dtype = str(getattr(self.cfg.teacher_dtype, "name", self.cfg.teacher_dtype))
+            self._teacher = FrozenTeacher(encoder, dtype, self.cfg.teacher_compile)
         return self._teacher
 
     def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:

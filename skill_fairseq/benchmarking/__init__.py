@@ -1,0 +1,1 @@
+"""What `skill-bench` measures: training steps, inference, clustering, data loading."""

@@ -1,0 +1,211 @@
+"""The two sides of a comparison: this package, and Hugging Face's WavLM or HuBERT in both roles."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import Any, Callable, ContextManager, Dict, List
+
+import torch
+from torch import Tensor, nn
+
+from skill_fairseq.benchmarking.setup import PRECISIONS, Setup, equal_groups, student_of
+from skill_fairseq.distillation.groups import GroupProjections
+from skill_fairseq.distillation.loss import distillation_loss
+from skill_fairseq.distillation.teacher import FrozenTeacher, averaged_states
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.plain import plain_path
+from skill_fairseq.modules.size import sparsity
+from skill_fairseq.pruning.expected import expected_parameters, full_parameters
+from skill_fairseq.pruning.lagrangian import SizeConstraint
+
+Times = Dict[str, float]
+Step = Callable[[], Times]
+
+
+class Stopwatch:
+    """Seconds by phase; waits for the GPU where there is one."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        self.times: Times = {}
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Ends a phase."""
+        now = self._now()
+        self.times[phase] = now - self._last
+        self._last = now
+
+
+def ours(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
+    """This package.
+
+    Returns:
+        one measured step, and what it works on: parameters and MACs.
+    """
+    full = setup.full_encoder()
+    audio = setup.audio()
+    path: Callable[[], ContextManager[None]] = lambda: plain_path(setup.plain)  # noqa: E731
+    if what == "infer":
+        encoder = student_of(Setup(**{**setup.__dict__, "stage": 2}), full) if setup.sparsity else full
+        facts = {"parameters": encoder.num_parameters(), "macs": encoder.macs(setup.seconds) * setup.batch}
+        encoder = encoder.to(PRECISIONS[setup.precision]).prepare()
+        audio = audio.to(PRECISIONS[setup.precision])
+        if setup.compile:
+            for layer in encoder.transformer.layers:
+                layer.compile(dynamic=True)
+
+        def infer() -> Times:
+            watch = Stopwatch(setup.device)
+            with torch.inference_mode(), path():
+                encoder(audio)
+            watch.lap("forward")
+            return watch.times
+
+        return infer, facts
+
+    student = student_of(setup, full).train()
+    facts = {
+        "parameters": student.num_parameters(),
+        "expected parameters": round(float(torch.as_tensor(expected_parameters(student)).detach())),
+        "macs": student.macs(setup.seconds) * setup.batch,
+    }
+    teacher = FrozenTeacher(full, setup.teacher_dtype, setup.compile)
+    groups = equal_groups(teacher.config.encoder_layers)
+    dim = teacher.config.encoder_embed_dim
+    projections = GroupProjections(groups, dim, dim).to(setup.device)
+    constraint = SizeConstraint(setup.sparsity, 0).to(setup.device) if setup.stage == 1 else None
+    original = full_parameters(student.config)
+    modules = [student, projections] + ([] if constraint is None else [constraint])
+    optimizer = torch.optim.AdamW([p for m in modules for p in m.parameters()], lr=0.0, weight_decay=0.0)
+
+    def train() -> Times:
+        optimizer.zero_grad(set_to_none=True)
+        watch = Stopwatch(setup.device)
+        with path():
+            targets, _ = teacher.group_means(audio, None, groups)
+            watch.lap("teacher")
+            with _autocast(setup):
+                means = projections(averaged_states(student(audio).hidden_states, groups))
+            loss = _loss(means, targets)
+            if constraint is not None:
+                loss = loss + constraint(sparsity(expected_parameters(student), original), 0)
+            watch.lap("student forward, loss")
+            loss.backward()
+        watch.lap("backward")
+        optimizer.step()
+        watch.lap("optimizer")
+        return watch.times
+
+    return train, facts
+
+
+def transformers(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
+    """Hugging Face's implementation: the full encoder, and in training an ungated student of the same shape.
+
+    Raises:
+        ValueError: transformers is not installed.
+    """
+    config = setup.full_encoder().config
+    audio = setup.audio()
+    encoder = huggingface_encoder(config).to(setup.device)
+    facts = {"parameters": sum(p.numel() for p in encoder.parameters())}
+    if what == "infer":
+        encoder = encoder.eval().to(PRECISIONS[setup.precision])
+        audio = audio.to(PRECISIONS[setup.precision])
+
+        def infer() -> Times:
+            watch = Stopwatch(setup.device)
+            with torch.inference_mode():
+                encoder(audio, output_hidden_states=True)
+            watch.lap("forward")
+            return watch.times
+
+        return infer, facts
+
+    teacher = encoder.eval().requires_grad_(False).to(PRECISIONS[setup.teacher_dtype])
+    student = huggingface_encoder(config, hidden_dropout=0.1, attention_dropout=0.1).to(setup.device).train()
+    groups = equal_groups(config.encoder_layers)
+    dim = config.encoder_embed_dim
+    projections: nn.Module = GroupProjections(groups, dim, dim).to(setup.device)
+    parameters = [*student.parameters(), *projections.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+
+    def train() -> Times:
+        optimizer.zero_grad(set_to_none=True)
+        watch = Stopwatch(setup.device)
+        with torch.no_grad():
+            states = teacher(audio.to(teacher.dtype), output_hidden_states=True).hidden_states
+            targets = [mean.float() for mean in averaged_states(states, groups)]
+            del states
+        watch.lap("teacher")
+        with _autocast(setup):
+            means = projections(averaged_states(student(audio, output_hidden_states=True).hidden_states, groups))
+        loss = _loss(means, targets)
+        watch.lap("student forward, loss")
+        loss.backward()
+        watch.lap("backward")
+        optimizer.step()
+        watch.lap("optimizer")
+        return watch.times
+
+    return train, facts
+
+
+CONTESTANTS: Dict[str, Callable[[Setup, str], tuple[Step, Dict[str, Any]]]] = {
+    "skill_fairseq": ours,
+    "transformers": transformers,
+}
+
+
+def huggingface_encoder(config: EncoderConfig, **dropouts: float) -> Any:
+    """Hugging Face's encoder of the same original shape, with random weights and no masking or layerdrop."""
+    # PyPI's torchaudio cannot be imported beside a CPU torch, and transformers tries.
+    with contextlib.suppress(ImportError, OSError):
+        import torchaudio  # noqa: F401
+    if "torchaudio" not in sys.modules:
+        sys.modules["torchaudio"] = None  # type: ignore[assignment]
+    try:
+        from transformers import HubertConfig, HubertModel, WavLMConfig, WavLMModel
+    except ImportError as error:
+        raise ValueError(f"--against transformers: {error}; pip install 'skill_fairseq[hf]'") from error
+    make: Any = WavLMConfig if config.relative_position else HubertConfig
+    model: Any = WavLMModel if config.relative_position else HubertModel
+    channels, kernels, strides = zip(*config.conv_feature_layers)
+    settings = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "feat_proj_dropout": 0.0}
+    return model(
+        make(
+            hidden_size=config.encoder_embed_dim,
+            num_hidden_layers=config.encoder_layers,
+            num_attention_heads=config.encoder_attention_heads,
+            intermediate_size=config.encoder_ffn_embed_dim,
+            conv_dim=channels,
+            conv_kernel=kernels,
+            conv_stride=strides,
+            conv_bias=config.conv_bias,
+            feat_extract_norm="layer" if config.extractor_mode == "layer_norm" else "group",
+            do_stable_layer_norm=config.layer_norm_first,
+            num_conv_pos_embeddings=config.conv_pos,
+            num_conv_pos_embedding_groups=config.conv_pos_groups,
+            apply_spec_augment=False,
+            layerdrop=0.0,
+            **{**settings, **dropouts},
+        )
+    )
+
+
+def _loss(means: List[Tensor], targets: List[Tensor]) -> Tensor:
+    return torch.stack([distillation_loss(s, t).total for s, t in zip(means, targets)]).mean()
+
+
+def _autocast(setup: Setup) -> ContextManager[Any]:
+    if setup.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(setup.device).type, PRECISIONS[setup.precision])

@@ -1,0 +1,199 @@
+"""Contestants in processes of their own, taking turns: A B A B, so that a noisy machine treats them alike."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Sequence
+
+import numpy as np
+import torch
+
+from skill_fairseq.benchmarking.contestants import CONTESTANTS, Times
+from skill_fairseq.benchmarking.setup import Setup
+
+
+def reset_peak(device: str) -> None:
+    """Begins to look for the peak of memory anew."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: on a GPU what torch had allocated at most, on a CPU the process's largest resident size."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _serve(name: str, setup: Setup, what: str, pipe: Connection) -> None:
+    """One contestant: builds itself, then makes a step whenever it is asked to."""
+    if setup.threads:
+        torch.set_num_threads(setup.threads)
+    try:
+        step, facts = CONTESTANTS[name](setup, what)
+        pipe.send(facts)
+        while pipe.recv() == "step":
+            reset_peak(setup.device)
+            times = step()
+            pipe.send((times, peak_memory(setup.device)))
+    except EOFError:
+        pass
+    except Exception as error:  # told by the one who asked
+        known = isinstance(error, (ValueError, OSError))
+        pipe.send(error if known else RuntimeError(f"{name}: {error}"))
+
+
+class Contestant:
+    """A handle on a contestant's process.
+
+    Args:
+        name: key of :data:`CONTESTANTS`.
+        setup: what to measure.
+        what: "train" or "infer".
+
+    Raises:
+        ValueError, RuntimeError: it could not be built.
+    """
+
+    def __init__(self, name: str, setup: Setup, what: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.name = name
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(name, setup, what, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.facts: Dict[str, Any] = self._receive()
+        self.times: List[Times] = []
+        self.peak = 0
+
+    def _receive(self) -> Any:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise RuntimeError(
+                f"{self.name}: its process ended with code {self._process.exitcode}; -9 means that the system was out "
+                "of memory: take a smaller --batch or fewer --seconds"
+            ) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def step(self, keep: bool = True) -> None:
+        """Makes one step and keeps its times."""
+        self._pipe.send("step")
+        times, peak = self._receive()
+        if keep:
+            self.times.append({**times, "total": sum(times.values())})
+        self.peak = max(self.peak, peak)
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.close()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.terminate()
+
+    def result(self, setup: Setup) -> Dict[str, Any]:
+        """Minimum and median seconds by phase, audio seconds a second, peak bytes, parameters, MACs."""
+        seconds = {
+            phase: {
+                "min": float(np.min([times[phase] for times in self.times])),
+                "median": float(np.median([times[phase] for times in self.times])),
+            }
+            for phase in self.times[0]
+        }
+        return {
+            "seconds": seconds,
+            "audio seconds per second": setup.batch * setup.seconds / seconds["total"]["min"],
+            "peak bytes": self.peak,
+            **self.facts,
+        }
+
+
+def take_turns(
+    setups: Sequence[tuple[str, Setup]], what: str, repeats: int, warmup: int, progress: Callable[[], object]
+) -> List[Dict[str, Any]]:
+    """Measures contestants in turn.
+
+    Args:
+        setups: name and setup of each.
+        what: "train" or "infer".
+        repeats: measured steps of each.
+        warmup: steps before that are not kept.
+        progress: called after every step.
+
+    Returns:
+        the result of each, see :meth:`Contestant.result`.
+    """
+    contestants: List[Contestant] = []
+    try:
+        for name, setup in setups:
+            contestants.append(Contestant(name, setup, what))
+        for turn in range(warmup + repeats):
+            for contestant in contestants:
+                contestant.step(keep=turn >= warmup)
+                progress()
+        return [c.result(setup) for c, (_, setup) in zip(contestants, setups)]
+    finally:
+        for contestant in contestants:
+            contestant.close()
+
+
+def largest_batch(setup: Setup, limit: int, progress: Callable[[], object]) -> tuple[int, int]:
+    """The largest batch whose training step stays within the memory.
+
+    Args:
+        setup: what to train; its ``batch`` is not used.
+        limit: bytes.
+        progress: called after every try.
+
+    Returns:
+        utterances, and the peak of their step in bytes.
+
+    Raises:
+        ValueError: not even one utterance fits.
+    """
+
+    def peak_of(batch: int) -> int:
+        contestant = None
+        try:
+            contestant = Contestant("skill_fairseq", Setup(**{**setup.__dict__, "batch": batch}), "train")
+            contestant.step()
+            contestant.step()  # only the second has the optimizer's moments
+            return contestant.peak
+        except RuntimeError:
+            return limit + 1
+        finally:
+            progress()
+            if contestant is not None:
+                contestant.close()
+
+    low, high, peak = 0, 1, 0
+    grown = False
+    while not grown or high - low > 1:
+        tried = (low + high) // 2 if grown else high
+        found = peak_of(tried)
+        if found <= limit:
+            low, peak = tried, found
+            high = high if grown else 2 * tried
+        else:
+            grown, high = True, tried
+    if not low:
+        raise ValueError(
+            f"--memory: {limit / 1e9:.2f} GB do not hold one training step of {setup.seconds:g} s; give more, or fewer "
+            "--seconds"
+        )
+    return low, peak

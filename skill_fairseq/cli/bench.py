@@ -1,0 +1,268 @@
+"""`skill-bench`: how fast, how large, how much memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import skill_fairseq
+from skill_fairseq.benchmarking.setup import ARCHITECTURES, PRECISIONS, Setup
+from skill_fairseq.cli._common import run
+
+RECIPE_UPDATES = 75_000
+RECIPE_SECONDS = 640.0  # of audio an update: 4 GPUs x 160 s
+
+EPILOG = """what is measured:
+  train    one training step: teacher, student and loss, backward, AdamW (stage 1 with gates, stage 2 shrunk)
+  infer    one forward; with --sparsity of a shrunk student
+  cluster  what measuring the layers' similarity adds to the teacher's forward
+  load     the data loader alone
+
+examples:
+  skill-bench train --seconds 30 --against transformers                 stage 1 at its start
+  skill-bench train --seconds 30 --sparsity 0.75 --against transformers stage 1 once the gates are closed
+  skill-bench train --stage 2 --sparsity 0.75 --seconds 30
+  skill-bench infer --seconds 10 --sparsity 0.75 --against full         the shrunk student beside the full encoder
+  skill-bench infer --model student.safetensors --seconds 10 --json student.json
+  skill-bench train --device cuda --precision bf16 --seconds 15.6 --find-max-tokens
+  skill-bench load --manifest manifests/train.tsv --workers 2
+
+Contestants run in processes of their own and take turns (A B A B), so that a busy machine treats them alike; compare
+minima. Weights and audio are random where no --model is given: speed does not depend on them. With gates, so many
+units are opened at random that the expected sparsity is the one asked for: --keep-conv says how many of the conv
+channels, whose share of the work is far larger than their share of the parameters.
+"""
+
+
+@run
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device: {args.device!r}, but torch sees no GPU here; expected 'cpu'")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    record = {"what": args.what, **args.measure(args), "machine": _machine(args)}
+    print(f"\n{json.dumps(record)}" if args.json is None else "")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _setup(args: argparse.Namespace, **changes: Any) -> Setup:
+    names = [name for name in Setup.__dataclass_fields__ if hasattr(args, name)]
+    setup = Setup(**{**{name: getattr(args, name) for name in names}, **changes})
+    for name, low, high in (("sparsity", 0.0, 1.0), ("keep_conv", 0.0, 1.0)):
+        value = getattr(setup, name)
+        if value is not None and not low <= value < high + (name == "keep_conv"):
+            raise ValueError(f"--{name.replace('_', '-')}: {value}; expected a fraction from {low:g} to {high:g}")
+    for name in ("seconds", "batch"):
+        if getattr(setup, name) <= 0:
+            raise ValueError(f"--{name}: {getattr(setup, name)}; expected more than 0")
+    return setup
+
+
+def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
+    """`train` and `infer`."""
+    from skill_fairseq.benchmarking.turns import largest_batch, take_turns
+
+    setup = _setup(args)
+    if getattr(args, "find_max_tokens", False):
+        limit = _memory_limit(args)
+        with tqdm(desc="batches tried", unit="", disable=None) as bar:
+            batch, peak = largest_batch(setup, limit, bar.update)
+        tokens = batch * round(setup.seconds * 16000)
+        print(
+            f"largest batch within {limit / 1e9:.1f} GB: {batch} x {setup.seconds:g} s, peak {peak / 1e9:.2f} GB\n"
+            f"dataset.max_tokens={tokens}"
+        )
+        return {"setup": setup.__dict__, "limit bytes": limit, "batch": batch, "peak bytes": peak, "max_tokens": tokens}
+
+    setups = [("skill_fairseq", setup)]
+    if args.against == "transformers":
+        setups.append(("transformers", setup))
+    elif args.against == "plain":
+        setups.append(("skill_fairseq", _setup(args, plain=True)))
+    elif args.against == "full":
+        setups.append(("skill_fairseq", _setup(args, sparsity=0.0, keep_conv=None)))
+    with tqdm(total=len(setups) * (args.warmup + args.repeats), desc="steps", disable=None) as bar:
+        results = take_turns(setups, args.what, args.repeats, args.warmup, bar.update)
+    names = ["skill_fairseq"] + ([args.against] if args.against else [])
+    print(format_steps(dict(zip(names, results)), args.what))
+    return {"setup": setup.__dict__, "results": dict(zip(names, results))}
+
+
+def format_steps(results: dict[str, dict[str, Any]], what: str) -> str:
+    """A column a contestant, a line a phase."""
+    phases = list(next(iter(results.values()))["seconds"])
+    rows = [["", *results]]
+    for phase in phases:
+        cells = (r["seconds"][phase] for r in results.values())
+        rows.append([f"{phase}, s", *(f"{c['min']:.3f} (median {c['median']:.3f})" for c in cells)])
+    rows.append(["audio s per s", *(f"{r['audio seconds per second']:.1f}" for r in results.values())])
+    rows.append(["peak memory, GB", *(f"{r['peak bytes'] / 1e9:.2f}" for r in results.values())])
+    rows.append(
+        ["parameters, M", *(f"{r.get('expected parameters', r['parameters']) / 1e6:.2f}" for r in results.values())]
+    )
+    rows.append(["MACs, G", *(f"{r['macs'] / 1e9:.1f}" if "macs" in r else "-" for r in results.values())])
+    if len(results) == 2:
+        own, other = (r["seconds"]["total"] for r in results.values())
+        ratios = [f"{own[kind] / other[kind]:.3f}" for kind in ("min", "median")]
+        rows.append(["time ratio", f"{ratios[0]} (median {ratios[1]})", "1"])
+    if what == "train":
+        speed = next(iter(results.values()))["audio seconds per second"]
+        hours = RECIPE_UPDATES * RECIPE_SECONDS / speed / 3600
+        rows.append([f"{RECIPE_UPDATES:,} updates of {RECIPE_SECONDS:g} s", f"{hours:,.0f} h at this speed", ""])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+
+
+def measure_cluster(args: argparse.Namespace) -> dict[str, Any]:
+    """`cluster`."""
+    from skill_fairseq.benchmarking.contestants import Stopwatch
+    from skill_fairseq.clustering.similarity import LayerSimilarity
+
+    setup = _setup(args)
+    encoder, audio = setup.full_encoder().prepare(), setup.audio()
+    forward: list[float] = []
+    measure: list[float] = []
+    similarity = LayerSimilarity()
+    for turn in tqdm(range(args.warmup + args.repeats), desc="batches", disable=None):
+        watch = Stopwatch(setup.device)
+        with torch.inference_mode():
+            states = encoder(audio).hidden_states
+            watch.lap("forward")
+            similarity.update(states)
+            watch.lap("similarity")
+        if turn >= args.warmup:
+            forward.append(watch.times["forward"])
+            measure.append(watch.times["similarity"])
+    share = sum(measure) / sum(forward)
+    print(
+        f"forward     {min(forward):.3f} s (mean {sum(forward) / len(forward):.3f})\n"
+        f"similarity  {min(measure):.3f} s (mean {sum(measure) / len(measure):.3f}), {100 * share:.1f} % on top"
+    )
+    return {"setup": setup.__dict__, "forward s": forward, "similarity s": measure, "overhead": share}
+
+
+def measure_loading(args: argparse.Namespace) -> dict[str, Any]:
+    """`load`."""
+    from skill_fairseq.tasks.skill_distillation import SkillDistillationConfig, SkillDistillationTask
+
+    cfg = SkillDistillationConfig(
+        data=str(args.manifest.parent),
+        sample_rate=16000,
+        max_sample_size=args.max_sample_size,
+        min_sample_size=args.min_sample_size,
+    )
+    task = SkillDistillationTask(cfg)
+    split = args.manifest.stem
+    task.load_dataset(split)
+    epoch = task.get_batch_iterator(
+        task.dataset(split), max_tokens=args.max_tokens, num_workers=args.workers, seed=1, epoch=1
+    ).next_epoch_itr(shuffle=True)
+    samples = batches = 0
+    began = time.perf_counter()
+    with tqdm(total=round(args.limit), desc="loading", unit="s audio", disable=None) as bar:
+        for batch in epoch:
+            new = batch["net_input"]["source"].numel()
+            samples, batches = samples + new, batches + 1
+            bar.update(round(new / 16000))
+            if samples >= args.limit * 16000:
+                break
+    elapsed = time.perf_counter() - began
+    speed = samples / 16000 / elapsed
+    print(f"{batches} batches, {samples / 16000:.0f} s of audio in {elapsed:.2f} s: {speed:.0f} audio s per s")
+    return {"batches": batches, "audio seconds": samples / 16000, "seconds": elapsed, "audio seconds per second": speed}
+
+
+def _memory_limit(args: argparse.Namespace) -> int:
+    if args.memory is not None:
+        return round(args.memory * 1e9)
+    if not args.device.startswith("cuda"):
+        raise ValueError("--find-max-tokens: without a GPU it needs --memory GB, which training may use")
+    return torch.cuda.get_device_properties(args.device).total_memory
+
+
+def _machine(args: argparse.Namespace) -> dict[str, Any]:
+    on_gpu = getattr(args, "device", "cpu").startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "skill_fairseq": skill_fairseq.__version__,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="skill-bench",
+        description="Measure training steps, inference, clustering or data loading: a table, and JSON.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="what", required=True, metavar="{train,infer,cluster,load}")
+    for what, help, measure in (
+        ("train", "one training step", measure_steps),
+        ("infer", "one forward", measure_steps),
+        ("cluster", "similarity of layers on top of the teacher's forward", measure_cluster),
+    ):
+        command = commands.add_parser(what, help=help)
+        command.set_defaults(measure=measure)
+        _add_common(command)
+        if what != "cluster":
+            _add_steps(command, what)
+    load = commands.add_parser("load", help="the data loader alone")
+    load.set_defaults(measure=measure_loading, device="cpu", threads=None)
+    add = load.add_argument
+    add("--manifest", type=Path, required=True, metavar="TSV", help="named train.tsv: read as in training")
+    add("--workers", type=int, default=0, help="processes that load (default: 0, none beside the trainer's)")
+    add("--max-tokens", type=int, default=2_560_000, help="samples a batch (default: 160 s)")
+    add("--max-sample-size", type=int, default=250_000, help="samples an utterance is cropped to (default: 15.6 s)")
+    add("--min-sample-size", type=int, default=32_000, help="samples below which it is left out (default: 2 s)")
+    add("--limit", type=float, default=1000.0, metavar="S", help="seconds of audio to load (default: 1000)")
+    add("--json", type=Path, metavar="FILE", help="write the JSON there instead of printing it")
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--arch", choices=ARCHITECTURES, default="wavlm_base_plus", help="(default: wavlm_base_plus)")
+    add("--model", metavar="FILE", help="any file or folder that load_encoder reads, instead of --arch")
+    add("--seconds", type=float, default=15.0, help="audio an utterance (default: 15)")
+    add("--batch", type=int, default=1, help="utterances (default: 1)")
+    add("--device", default="cpu", help="(default: cpu)")
+    add("--threads", type=int, help="CPU threads (default: torch's)")
+    add("--repeats", type=int, default=5, help="measured steps of each contestant (default: 5)")
+    add("--warmup", type=int, default=2, help="steps before them (default: 2)")
+    add("--seed", type=int, default=0, help="of weights, audio and gates (default: 0)")
+    add("--json", type=Path, metavar="FILE", help="write the JSON there instead of printing it")
+
+
+def _add_steps(command: argparse.ArgumentParser, what: str) -> None:
+    add = command.add_argument
+    add("--sparsity", type=float, default=0.0, help="of the student: fraction of the parameters gone (default: 0)")
+    add("--keep-conv", type=float, metavar="F", help="fraction of conv channels kept (default: as of all units)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="(default: fp32)")
+    add("--compile", action="store_true", help="torch.compile the layers of the teacher (train) or encoder (infer)")
+    against = ["transformers", "plain"] + (["full"] if what == "infer" else [])
+    add("--against", choices=against, help="measure that too, in turn, and print the ratio")
+    if what == "train":
+        add("--stage", type=int, choices=(1, 2), default=1, help="1: gates; 2: shrunk (default: 1)")
+        add("--teacher-dtype", choices=PRECISIONS, default="fp32", help="(default: fp32)")
+        add("--find-max-tokens", action="store_true", help="find the largest batch that fits instead")
+        add("--memory", type=float, metavar="GB", help="for --find-max-tokens (default: all of the GPU's)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,222 @@
+"""softmax(q k^T / sqrt(d) + gated relative position bias) v, without a (T, T) matrix that outlives its use."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Iterator, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_SCORES = 1 << 19
+"""Scores computed at a time on a CPU: 2 MB, about a core's cache."""
+BLOCK_QUERIES = 64
+
+
+def expand_offsets(by_offset: Tensor) -> Tensor:
+    """Position bias of every pair: (h, 2T - 1) by offset to (h, T, T), a view; the *keys count backwards*.
+
+    Args:
+        by_offset: bias of the offsets key - query = T - 1 down to 1 - T.
+
+    Returns:
+        [h, i, j] is the bias of query i for key T - 1 - j. Of keys in order no strided view exists: hence.
+    """
+    return by_offset.unfold(1, (by_offset.size(1) + 1) // 2, 1)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factor: Optional[Tensor] = None,
+    by_offset: Optional[Tensor] = None,
+    padding_mask: Optional[Tensor] = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention with a relative position bias that each query scales.
+
+    Args:
+        q, k, v: (B, h, T, d).
+        factor: (B, h, T, 1), each query's factor of the bias; None: no bias.
+        by_offset: (h, 2T - 1), see :func:`expand_offsets`; None: no bias.
+        padding_mask: (B, T) bool, True where a key is hidden; None: nothing is.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        (B, T, h, d).
+    """
+    if factor is not None:
+        k, v = k.flip(2), v.flip(2)
+        padding_mask = None if padding_mask is None else padding_mask.flip(1)
+    if q.device.type == "cpu" and torch.is_grad_enabled() or not hasattr(F, "scaled_dot_product_attention"):
+        # torch's CPU kernels have no gradient of the bias and no dropout: they would fall back to whole matrices.
+        return _BlockwiseAttention.apply(q, k, v, factor, by_offset, padding_mask, dropout)
+    bias = None if factor is None or by_offset is None else factor.to(q.dtype) * expand_offsets(by_offset.to(q.dtype))
+    if padding_mask is not None:
+        hidden = padding_mask[:, None, None, :]
+        zero = torch.zeros_like(hidden, dtype=q.dtype) if bias is None else bias
+        bias = zero.masked_fill(hidden, float("-inf"))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout).transpose(1, 2)
+
+
+class _Block(NamedTuple):
+    """Some heads of one utterance and some of its queries."""
+
+    batch: int
+    heads: slice
+    queries: slice
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """Goes through the score matrix block by block, forward and, computing it again, backward.
+
+    Kept for the backward pass are the inputs and a seed, which brings back what dropout dropped. Keys and values come
+    in the order of ``by_offset``. All is computed in float32 (float64 for float64 input).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        factor: Optional[Tensor],
+        by_offset: Optional[Tensor],
+        padding_mask: Optional[Tensor],
+        dropout: float,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, factor, by_offset, padding_mask)
+        ctx.dropout = _Dropout(dropout, int(torch.randint(1 << 62, ()))) if dropout else None
+        masks = None if ctx.dropout is None else ctx.dropout.masks(q.device)
+        out = q.new_empty(q.size(0), q.size(2), q.size(1), v.size(3))
+        for block in _blocks(q):
+            b, h, t = block
+            weights = _weights(block, q, k, factor, by_offset, padding_mask)
+            if masks is not None:
+                weights.mul_(masks(weights))
+            values = torch.bmm(weights, _wide(v[b, h]))
+            if ctx.dropout is not None:
+                values.mul_(ctx.dropout.scale)
+            out[b, t, h] = values.transpose(0, 1)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        q, k, v, factor, by_offset, padding_mask = ctx.saved_tensors
+        masks = None if ctx.dropout is None else ctx.dropout.masks(q.device)
+        wide = _wide(q[:0]).dtype
+        grad_q, grad_k, grad_v = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+        grad_factor = offsets = None
+        if factor is not None:
+            grad_factor = torch.empty(factor.shape, dtype=wide, device=q.device)
+            offsets = _OffsetSums(by_offset.shape, wide, q.device)
+        scale = q.size(3) ** -0.5
+        for block in _blocks(q):
+            b, h, t = block
+            weights = _weights(block, q, k, factor, by_offset, padding_mask)
+            out = _wide(grad[b, t, h]).transpose(0, 1)  # (h, t, d)
+            dropped = weights
+            if masks is None:
+                grad_weights = torch.bmm(out, _wide(v[b, h]).transpose(1, 2))
+            else:
+                out = out * ctx.dropout.scale
+                kept = masks(weights)
+                dropped = weights * kept
+                grad_weights = torch.bmm(out, _wide(v[b, h]).transpose(1, 2)).mul_(kept)
+            grad_v[b, h].baddbmm_(dropped.transpose(1, 2), out)
+            scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, wide)
+            grad_q[b, h, t] = torch.bmm(scores, _wide(k[b, h])).mul_(scale)
+            grad_k[b, h].baddbmm_(scores.transpose(1, 2), _wide(q[b, h, t]), alpha=scale)
+            if offsets is not None and grad_factor is not None:
+                grad_factor[b, h, t] = torch.mul(scores, expand_offsets(by_offset)[h, t], out=weights).sum(-1, True)
+                offsets.add(scores, factor[b, h, t], h, t)
+        grads = tuple(g.to(x.dtype) for g, x in zip((grad_q, grad_k, grad_v), (q, k, v)))
+        if offsets is not None and grad_factor is not None:
+            return (*grads, grad_factor.to(factor.dtype), offsets.total.to(by_offset.dtype), None, None)
+        return (*grads, None, None, None, None)
+
+
+class _Dropout(NamedTuple):
+    """Dropout that can be repeated. Probabilities are rounded to 1 / 65536: 16 random bits decide a weight."""
+
+    probability: float
+    seed: int
+
+    @property
+    def threshold(self) -> int:
+        return round(self.probability * 65536)
+
+    @property
+    def scale(self) -> float:
+        """Factor of what is kept."""
+        return 65536 / (65536 - self.threshold)
+
+    def masks(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """A function that gives, call by call, the same masks every time: True for what is kept of its argument."""
+        generator = torch.Generator(device).manual_seed(self.seed)
+
+        def mask(like: Tensor) -> Tensor:
+            words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=device)
+            words.random_(-(1 << 63), None, generator=generator)
+            return words.view(torch.int16)[: like.numel()].view(like.shape) >= self.threshold - 32768
+
+        return mask
+
+
+class _OffsetSums:
+    """Adds up gradients of scores that belong to one offset.
+
+    Args:
+        shape: (h, 2T - 1) of the result ``total``.
+        dtype, device: of the gradients.
+    """
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self.total = torch.zeros(shape, dtype=dtype, device=device)
+        self._skewed = self.total[:0]
+
+    def add(self, scores: Tensor, factor: Tensor, heads: slice, queries: slice) -> None:
+        """(h, t, T) gradients of scores of some queries, keys backwards, times the (h, t, 1) factor of the bias."""
+        num_heads, num_queries, frames = scores.shape
+        width = frames + num_queries - 1
+        if self._skewed.shape != (num_heads, num_queries, width):
+            self._skewed = scores.new_zeros(num_heads, num_queries, width)
+        # Entry (i, j) goes to column i + j of a wider matrix: the same place plus i places a row. The rest stays 0.
+        view = self._skewed.as_strided(scores.shape, (num_queries * width, width + 1, 1))
+        torch.mul(scores, factor, out=view)
+        self.total[heads, queries.start : queries.start + width] += self._skewed.sum(1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _blocks(q: Tensor) -> Iterator[_Block]:
+    batch, heads, frames = q.shape[:3]
+    num_queries = min(BLOCK_QUERIES, frames)
+    num_heads = max(1, min(heads, BLOCK_SCORES // (num_queries * frames)))
+    for b in range(batch):
+        for h in range(0, heads, num_heads):
+            for t in range(0, frames, num_queries):
+                yield _Block(b, slice(h, min(h + num_heads, heads)), slice(t, min(t + num_queries, frames)))
+
+
+def _weights(
+    block: _Block,
+    q: Tensor,
+    k: Tensor,
+    factor: Optional[Tensor],
+    by_offset: Optional[Tensor],
+    padding_mask: Optional[Tensor],
+) -> Tensor:
+    """(h, t, T) attention weights of a block."""
+    b, h, t = block
+    scores = torch.bmm(_wide(q[b, h, t]) * q.size(3) ** -0.5, _wide(k[b, h]).transpose(1, 2))
+    if factor is not None and by_offset is not None:
+        scores.addcmul_(factor[b, h, t].to(scores.dtype), expand_offsets(by_offset)[h, t].to(scores.dtype))
+    if padding_mask is not None:
+        scores.masked_fill_(padding_mask[b], float("-inf"))
+    return scores.softmax(-1)

@@ -1,0 +1,74 @@
+"""Taking units out of weights, such that gradients go back to where the weights came from."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from skill_fairseq.modules.hard_concrete import HardConcrete
+
+
+class _Take(torch.autograd.Function):
+    """``index_select`` for indices that do not repeat: its gradient is copied, not added up, which is far faster."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, dim: int, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.dim, ctx.shape = dim, source.shape
+        return source.index_select(dim, index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy_(ctx.dim, index, grad), None, None
+
+
+def take(source: Tensor, dim: int, index: Optional[Tensor]) -> Tensor:
+    """The entries ``index`` of a dimension; what is not taken gets gradient 0.
+
+    Args:
+        source: any shape.
+        dim: the dimension to take from.
+        index: (k,) integers without repetition; None: everything.
+
+    Returns:
+        ``source`` with ``k`` entries in that dimension.
+    """
+    return source if index is None else _Take.apply(source, dim, index)
+
+
+class _Nothing(torch.autograd.Function):
+    """Zeros in the shape of the first argument, whose gradient is 0 for all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return torch.zeros_like(inputs[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
+
+
+def gated_output(
+    sublayer: nn.Module, gate: Optional[HardConcrete], inputs: Sequence[Optional[Tensor]], compute: Callable[[], Tensor]
+) -> Tensor:
+    """The output of a whole sublayer times its gate; it is not computed where the gate is closed.
+
+    Args:
+        sublayer: the module whose parameters get gradient 0 in that case.
+        gate: of one unit, or None.
+        inputs: of the sublayer, which get gradient 0 too; the first, (B, T, D), has the shape of its output.
+        compute: makes its output (B, T, D).
+    """
+    if gate is None:
+        return compute()
+    units = gate.units()
+    if not units.any_open:
+        return _Nothing.apply(*(x for x in inputs if x is not None), *sublayer.parameters())
+    y = compute()
+    return y * units.gate.to(y.dtype)

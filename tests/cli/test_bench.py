@@ -1,0 +1,138 @@
+"""`skill-bench`: what it measures is what it says, on an encoder of a few thousand parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from skill_fairseq.benchmarking import turns
+from skill_fairseq.benchmarking.contestants import huggingface_encoder
+from skill_fairseq.benchmarking.setup import Setup, equal_groups, gated_student
+from skill_fairseq.checkpoints import save_encoder
+from skill_fairseq.cli.bench import main
+from skill_fairseq.modules.config import EncoderConfig, hubert_base, wavlm_base, wavlm_large
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.pruning.expected import expected_parameters, full_parameters
+from tests.conftest import random_encoder
+
+SMALL = ["--seconds", "0.5", "--repeats", "2", "--warmup", "1", "--threads", "1"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "model.safetensors"
+    save_encoder(random_encoder(), path)
+    return str(path)
+
+
+def measure(arguments: list[str], tmp_path: Path) -> dict[str, Any]:
+    record = tmp_path / "record.json"
+    assert main([*arguments, "--json", str(record)]) == 0
+    return json.loads(record.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("against", ["transformers", "plain"])
+def test_training_step(against: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--model", model, "--sparsity", "0.5", "--against", against, *SMALL]
+    results = measure(arguments, tmp_path)["results"]
+    assert list(results) == ["skill_fairseq", against]
+    for result in results.values():
+        phases = {phase: times["min"] for phase, times in result["seconds"].items()}
+        total = phases.pop("total")
+        assert list(phases) == ["teacher", "student forward, loss", "backward", "optimizer"]
+        assert 0 < sum(phases.values()) <= total * 1.0001
+        assert result["peak bytes"] > 50e6
+        assert result["audio seconds per second"] == pytest.approx(0.5 / total)
+    table = capsys.readouterr().out
+    assert "time ratio" in table and f"{results[against]['seconds']['total']['min']:.3f}" in table
+
+
+@pytest.mark.slow
+def test_inference_of_a_shrunk_student_beside_the_full_encoder(model: str, tmp_path: Path) -> None:
+    results = measure(["infer", "--model", model, "--sparsity", "0.5", "--against", "full", *SMALL], tmp_path)[
+        "results"
+    ]
+    full = random_encoder()
+    assert results["full"]["parameters"] == full.num_parameters()
+    assert results["full"]["macs"] == full.macs(0.5)
+    assert results["skill_fairseq"]["parameters"] == pytest.approx(full.num_parameters() / 2, rel=0.02)
+
+
+def test_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks: list[int] = []
+
+    class OfKnownSize:
+        """A contestant that needs 10 bytes an utterance, and fails above 70."""
+
+        def __init__(self, name: str, setup: Setup, what: str) -> None:
+            if setup.batch > 7:
+                raise RuntimeError("out of memory")
+            self.peak = 10 * setup.batch
+            peaks.append(self.peak)
+
+        def step(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(turns, "Contestant", OfKnownSize)
+    for limit, batch in ((10, 1), (59, 5), (69, 6), (1000, 7)):
+        assert turns.largest_batch(Setup(), limit, lambda: None) == (batch, 10 * batch)
+    with pytest.raises(ValueError, match="do not hold one training step"):
+        turns.largest_batch(Setup(), 5, lambda: None)
+
+
+@pytest.mark.slow
+def test_a_batch_is_really_run(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A process with torch alone takes more than this."""
+    assert main(["train", "--model", model, "--find-max-tokens", "--memory", "0.05", "--seconds", "1"]) == 2
+    assert "0.05 GB do not hold one training step of 1 s" in capsys.readouterr().err
+
+
+def test_clustering_and_loading(model: str, tmp_path: Path) -> None:
+    record = measure(["cluster", "--model", model, *SMALL], tmp_path)
+    assert record["overhead"] == pytest.approx(sum(record["similarity s"]) / sum(record["forward s"]))
+    manifest = Path(__file__).parents[2] / "examples/tiny/data/train.tsv"
+    record = measure(["load", "--manifest", str(manifest), "--limit", "20", "--min-sample-size", "0"], tmp_path)
+    assert record["audio seconds"] >= 20
+    assert record["audio seconds per second"] == pytest.approx(record["audio seconds"] / record["seconds"])
+
+
+@pytest.mark.parametrize("keep_conv", [None, 0.8])
+def test_students_of_a_sparsity(keep_conv: float | None) -> None:
+    teacher = SpeechEncoder(wavlm_base())
+    gated = gated_student(teacher, 0.75, keep_conv, 0)
+    assert 1 - float(expected_parameters(gated).detach()) / 94_381_168 == pytest.approx(0.75, abs=0.01)
+    conv = [int((g.log_alpha > 0).sum()) for n, g in gated.named_gates() if n.startswith("feature_extractor.")]
+    assert len(set(conv)) == 1 and (keep_conv is None or conv[0] == round(0.8 * 512))
+
+
+@pytest.mark.parametrize("shape", [wavlm_base(), hubert_base(), wavlm_large()])
+def test_both_sides_have_the_same_architecture(shape: EncoderConfig) -> None:
+    with torch.device("meta"):
+        other = huggingface_encoder(shape)
+    mask_embedding = shape.encoder_embed_dim
+    assert sum(p.numel() for p in other.parameters()) == full_parameters(shape) + mask_embedding
+
+
+def test_groups_that_stand_in_for_clusters() -> None:
+    assert equal_groups(12) == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9], [10, 11, 12]]
+    assert sum(equal_groups(24), []) == list(range(25))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--sparsity", "1.5"], "--sparsity: 1.5"),
+        (["infer", "--seconds", "0"], "--seconds: 0.0"),
+        (["train", "--find-max-tokens"], "--memory"),
+        (["infer", "--model", "missing.pt"], "missing.pt: no such file"),
+    ],
+)
+def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
