@@ -60,12 +60,15 @@ def build_folder():
 PLOTS = ["matplotlib"]
 PROBE = ["scikit-learn"]
 HF = ["transformers"]
+ONNX = ["onnx", "onnxscript", "onnxruntime"]
 SLURM = [
     "hydra-submitit-launcher==1.1.1",  # the last for hydra 1.0
     "submitit<1.5.4; python_version < '3.10'",  # 1.5.4: KeyError 'submitit' there
     "submitit; python_version >= '3.10'",
 ]
-TESTS = ["pytest", "ruff", "mypy", "setuptools>=64", "wheel", *PLOTS, *PROBE, *HF]
+# torch.export, on which the ONNX export rests, is not in the old torch of Python 3.9 and 3.10.
+ONNX_TESTS = [f"{package}; python_version >= '3.11'" for package in ONNX]
+TESTS = ["pytest", "ruff", "mypy", "setuptools>=64", "wheel", *PLOTS, *PROBE, *HF, *ONNX_TESTS]
 
 refuse_pip_without_omegaconf()
 build = build_folder()
@@ -89,10 +92,11 @@ setup(
         "safetensors",
         "tqdm",
         "PyYAML",
-        "sentencepiece",  # these two: used by fairseq, not asked for by it
+        "sentencepiece",  # these three: used by fairseq, not asked for by it
         "tensorboardX",
+        "editdistance",
     ],
-    extras_require={"plots": PLOTS, "probe": PROBE, "hf": HF, "slurm": SLURM, "tests": TESTS},
+    extras_require={"plots": PLOTS, "probe": PROBE, "hf": HF, "onnx": ONNX, "slurm": SLURM, "tests": TESTS},
     # The hook is a top-level module, so that starting it imports neither torch nor fairseq; the configs
     # travel inside the package, so that whoever installed a wheel has them.
     packages=[*find_packages(include=["skill_fairseq", "skill_fairseq.*"]), "skill_fairseq.config"],
@@ -109,7 +113,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"skill-{name} = skill_fairseq.cli.{name}:main"
-            for name in ("manifest", "cluster", "shrink", "export", "probe")
+            for name in ("manifest", "cluster", "shrink", "export", "probe", "bench", "labels")
         ]
     },
 )

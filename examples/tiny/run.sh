@@ -17,7 +17,17 @@ export ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192  # keep the kernels compiled for eac
 teacher=$here/teacher/teacher.safetensors
 began=$SECONDS
 
-step() { printf '\n== %s  (%d s)\n' "$1" $((SECONDS - began)); }
+step_name=
+step() {  # ends the step before, and says how long it took
+    if [ -n "$step_name" ]; then
+        times+=$(printf '%-40s %4d s' "$step_name" $((SECONDS - step_began)))$'\n'
+        printf '(%d s)\n' $((SECONDS - step_began))
+    fi
+    step_name=$1
+    step_began=$SECONDS
+    printf '\n== %s\n' "$1"
+}
+times=
 trap 'printf "\nStopped. What was finished stays; the same command goes on from there.\n" >&2; exit 130' INT TERM
 
 install() {
@@ -108,5 +118,6 @@ else
 fi
 
 step "done"
+printf '%s%-40s %4d s\n\n' "$times" "all together" $((SECONDS - began))
 printf 'student    %s\ntable      %s\npictures   %s %s\n' "$out/student.safetensors" "$out/probe.txt" \
     "$out/clusters/clusters.png" "$out/probe.png"

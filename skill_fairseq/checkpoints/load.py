@@ -11,6 +11,12 @@ from skill_fairseq.checkpoints.export import read_export
 from skill_fairseq.checkpoints.fairseq_import import read_fairseq
 from skill_fairseq.checkpoints.huggingface import read_folder
 from skill_fairseq.checkpoints.microsoft import read_microsoft
+from skill_fairseq.checkpoints.own_folders import (
+    is_own_folder,
+    is_s3prl_folder,
+    read_own_folder,
+    read_s3prl_folder,
+)
 from skill_fairseq.checkpoints.s3prl_import import KEYS as S3PRL_KEYS
 from skill_fairseq.checkpoints.s3prl_import import read_s3prl
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
@@ -76,6 +82,10 @@ def read_source(path: PathLike, trust: bool = False) -> EncoderSource:
     """
     path = Path(path)
     if path.is_dir():
+        if is_own_folder(path):
+            return read_own_folder(path)
+        if is_s3prl_folder(path):
+            return read_s3prl_folder(path)
         if (path / "config.json").exists():
             return read_folder(path, trust)
         found = sorted(entry.name for entry in path.iterdir())[:10]

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from skill_fairseq import __version__
 from skill_fairseq.checkpoints.export import DTYPES, save_encoder
+from skill_fairseq.checkpoints.load import read_source
+from skill_fairseq.checkpoints.own_folders import UPSTREAM
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
 from skill_fairseq.cli._common import run
-from skill_fairseq.exporting.describe import as_dict, as_lines, describe, read_any_source
+from skill_fairseq.exporting.describe import as_dict, as_lines, describe
 from skill_fairseq.exporting.huggingface_folder import save_huggingface
 from skill_fairseq.exporting.onnx_graph import OPSET, save_onnx
-from skill_fairseq.exporting.s3prl_folder import UPSTREAM, save_s3prl
+from skill_fairseq.exporting.s3prl_folder import save_s3prl
 from skill_fairseq.exporting.torch_program import save_torch_program
 from skill_fairseq.files import sha256
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is None:
         parser.error("CHECKPOINT and OUT are needed, or --info FILE")
     _check(args)
-    source = read_any_source(args.checkpoint, args.trust)
+    source = read_source(args.checkpoint, args.trust)
     encoder = build_encoder(source, args.checkpoint).eval()
     format = _write(args, encoder, provenance(source, args.checkpoint))
     size = sum(file.stat().st_size for file in [args.out, *args.out.rglob("*")] if file.is_file())

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skill_fairseq.checkpoints.load import read_source
-from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
-from skill_fairseq.exporting.huggingface_folder import OWN_TYPE, read_own_folder
+from skill_fairseq.checkpoints.source import build_encoder
 from skill_fairseq.exporting.onnx_graph import read_onnx_info
-from skill_fairseq.exporting.s3prl_folder import UPSTREAM
 from skill_fairseq.exporting.torch_program import read_program_info
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers
 from skill_fairseq.modules.size import count_macs, count_parameters, static_shape, widths_of
@@ -46,23 +44,10 @@ def describe(path: Path, trust: bool = False) -> Description:
     graph = _describe_graph(path) if path.is_file() else None
     if graph is not None:
         return graph
-    source = read_any_source(path, trust)
+    source = read_source(path, trust)
     encoder = build_encoder(source, path)
     types = {str(tensor.dtype).replace("torch.", "") for tensor in source.state.values() if tensor.is_floating_point()}
     return Description(source.format, sorted(types), encoder.config, source.provenance)
-
-
-def read_any_source(path: Path, trust: bool = False) -> EncoderSource:
-    """As :func:`read_source`, and the folders of ``skill-export``.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`skill_fairseq.load_encoder`.
-    """
-    if (path / UPSTREAM).is_dir() and (path / "model.safetensors").is_file():
-        return read_source(path / "model.safetensors")._replace(format="an s3prl upstream of skill-export")
-    if (path / "config.json").is_file() and OWN_TYPE in (path / "config.json").read_text(encoding="utf-8"):
-        return read_own_folder(path)
-    return read_source(path, trust)
 
 
 def _describe_graph(path: Path) -> Description | None:

@@ -11,13 +11,12 @@ from safetensors.torch import save
 
 from skill_fairseq.checkpoints.export import finite_state
 from skill_fairseq.checkpoints.huggingface import ENCODER_NAMES
-from skill_fairseq.checkpoints.safetensors_file import load_tensors
-from skill_fairseq.checkpoints.source import ADDED_HERE, EncoderSource, reading_config, renaming
+from skill_fairseq.checkpoints.own_folders import OWN_PREFIX, OWN_TYPE, PROVENANCE_FIELD
+from skill_fairseq.checkpoints.source import ADDED_HERE, renaming
 from skill_fairseq.exporting.bundle import bundle
 from skill_fairseq.exporting.folder import atomic_folder
 from skill_fairseq.exporting.model_card import model_card
 from skill_fairseq.files import PathLike
-from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 
 CLASSES = {
@@ -28,11 +27,8 @@ CLASSES = {
 }
 """Stock models of transformers by model type."""
 
-OWN_TYPE = "skill_student"
 OWN_CODE = ("skill_fairseq.exporting.configuration_skill", "skill_fairseq.exporting.modeling_skill")
 OWN_MODEL = "modeling_skill.py"
-OWN_PREFIX = "encoder."
-PROVENANCE_FIELD = "skill_fairseq_provenance"
 
 USAGE = """
 import torch
@@ -109,28 +105,6 @@ def stock_type(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> str | N
     if config.relative_position:
         return "wavlm"
     return "wav2vec2" if "wav2vec2" in str(provenance.get("source_format")) else "hubert"
-
-
-def read_own_folder(folder: Path) -> EncoderSource:
-    """The encoder in a folder with its own code.
-
-    Raises:
-        ValueError: another folder, or a damaged file.
-        FileNotFoundError: a file is missing.
-    """
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if fields.get("model_type") != OWN_TYPE:
-        raise ValueError(f"{folder}: config.json has model_type {fields.get('model_type')!r}; expected {OWN_TYPE!r}")
-    with reading_config(folder / "config.json"):
-        config = EncoderConfig.from_dict(fields["encoder_shape"])
-    return EncoderSource(
-        "a Hugging Face folder of skill-export",
-        config,
-        load_tensors(folder / "model.safetensors"),
-        lambda name: OWN_PREFIX + name,
-        ignorable=(r"encoder\..*\.heads",),
-        provenance=fields.get(PROVENANCE_FIELD, {}),
-    )
 
 
 def _own_code() -> dict[str, str]:

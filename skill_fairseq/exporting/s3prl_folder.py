@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from skill_fairseq.checkpoints.export import save_encoder
+from skill_fairseq.checkpoints.own_folders import UPSTREAM
 from skill_fairseq.exporting.bundle import bundle
 from skill_fairseq.exporting.folder import atomic_folder
 from skill_fairseq.exporting.model_card import model_card
 from skill_fairseq.files import PathLike
 from skill_fairseq.modules.encoder import SpeechEncoder
-
-UPSTREAM = "skill_student"
-"""Name of the upstream, and of the package with its code."""
 
 EXPERT = f'''"""s3prl takes UpstreamExpert from this file when the folder lies on the Hugging Face hub."""
 

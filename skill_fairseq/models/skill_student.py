@@ -93,6 +93,25 @@ def initial_student(cfg: SkillStudentConfig) -> SpeechEncoder:
     return gated
 
 
+class Features(Tuple[Tensor, Optional[Tensor]]):
+    """(B, T, D) features and their (B, T) padding mask or None, as either of fairseq's CTC models asks for them.
+
+    ``hubert_ctc`` unpacks the pair, ``wav2vec_ctc`` looks up "x", "padding_mask" and "layer_results".
+    """
+
+    layer_results: List[Tensor]  # (B, T, D) of every layer that ran
+
+    def __new__(cls, x: Tensor, padding_mask: Optional[Tensor], layer_results: List[Tensor]) -> "Features":
+        pair = super().__new__(cls, (x, padding_mask))
+        pair.layer_results = layer_results
+        return pair
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "layer_results":
+            return self.layer_results
+        return super().__getitem__({"x": 0, "padding_mask": 1}[key] if isinstance(key, str) else key)
+
+
 @register_model("skill_student", dataclass=SkillStudentConfig)
 class SkillStudentModel(WavLMModel):
     """A :class:`SpeechEncoder` to be distilled, and afterwards fine-tuned like HuBERT.
@@ -168,8 +187,8 @@ class SkillStudentModel(WavLMModel):
         mask: bool = False,
         ret_conv: bool = False,
         output_layer: Optional[int] = None,
-    ) -> Tuple[Tensor, Optional[Tensor]]:
-        """HuBERT's interface for fine-tuning.
+    ) -> Features:
+        """HuBERT's and wav2vec 2.0's interface for fine-tuning.
 
         Args:
             source: (B, N) samples.
@@ -179,12 +198,17 @@ class SkillStudentModel(WavLMModel):
             output_layer: 1-based layer whose output is wanted; None: the last.
 
         Returns:
-            (B, T, D) features and (B, T) padding mask or None.
+            (B, T, D) features and (B, T) padding mask or None, to be unpacked or looked up by name.
         """
         transform = (lambda x, pad: HubertModel.apply_mask(self, x.clone(), pad, None)[0]) if mask else None
         out = self.speech_encoder(source, padding_mask, transform, output_layer)
-        return (out.hidden_states[0] if ret_conv else out.x), out.padding_mask
+        return Features(out.hidden_states[0] if ret_conv else out.x, out.padding_mask, out.hidden_states[1:])
 
     def remove_pretraining_modules(self) -> None:
-        """Called before fine-tuning: from now on the mask embedding is learned."""
+        """Called before fine-tuning: the mask embedding is learned, the conv stack as ``feature_grad_mult`` says."""
         self.mask_emb.requires_grad_(True)
+        for parameter in self.speech_encoder.feature_extractor.parameters():
+            if self.feature_grad_mult <= 0:
+                parameter.requires_grad_(False)
+            elif self.feature_grad_mult != 1:
+                parameter.register_hook(lambda gradient: gradient * self.feature_grad_mult)

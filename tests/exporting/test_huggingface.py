@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from skill_fairseq.checkpoints import load_encoder
+from skill_fairseq.checkpoints.own_folders import read_own_folder
 from skill_fairseq.exporting.describe import describe
-from skill_fairseq.exporting.huggingface_folder import read_own_folder, save_huggingface, stock_type
+from skill_fairseq.exporting.huggingface_folder import save_huggingface, stock_type
 
 DATA2VEC = {"relative_position": False, "pos_conv_depth": 3, "conv_pos": 15, "extractor_mode": "layer_norm"}
 LARGE = {"extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": True, "normalize": True}

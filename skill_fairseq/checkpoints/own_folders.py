@@ -1,0 +1,59 @@
+"""Folders that skill-export writes: for transformers with their own code, and for s3prl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from skill_fairseq.checkpoints.export import read_export
+from skill_fairseq.checkpoints.safetensors_file import load_tensors
+from skill_fairseq.checkpoints.source import EncoderSource, reading_config
+from skill_fairseq.modules.config import EncoderConfig
+
+OWN_TYPE = "skill_student"
+OWN_PREFIX = "encoder."
+PROVENANCE_FIELD = "skill_fairseq_provenance"
+UPSTREAM = "skill_student"
+"""Name of the s3prl upstream, and of the folder that its code lies in."""
+
+
+def is_own_folder(folder: Path) -> bool:
+    """Whether skill-export has written this Hugging Face folder."""
+    config = folder / "config.json"
+    return config.is_file() and f'"model_type": "{OWN_TYPE}"' in config.read_text(encoding="utf-8")
+
+
+def is_s3prl_folder(folder: Path) -> bool:
+    """Whether skill-export has written this s3prl upstream."""
+    return (folder / UPSTREAM).is_dir() and (folder / "model.safetensors").is_file()
+
+
+def read_s3prl_folder(folder: Path) -> EncoderSource:
+    """The encoder in an s3prl upstream.
+
+    Raises:
+        ValueError: a damaged file.
+    """
+    return read_export(folder / "model.safetensors")._replace(format="an s3prl upstream of skill-export")
+
+
+def read_own_folder(folder: Path) -> EncoderSource:
+    """The encoder in a folder with its own code.
+
+    Raises:
+        ValueError: another folder, or a damaged file.
+        FileNotFoundError: a file is missing.
+    """
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if fields.get("model_type") != OWN_TYPE:
+        raise ValueError(f"{folder}: config.json has model_type {fields.get('model_type')!r}; expected {OWN_TYPE!r}")
+    with reading_config(folder / "config.json"):
+        config = EncoderConfig.from_dict(fields["encoder_shape"])
+    return EncoderSource(
+        "a Hugging Face folder of skill-export",
+        config,
+        load_tensors(folder / "model.safetensors"),
+        lambda name: OWN_PREFIX + name,
+        ignorable=(r"encoder\..*\.heads",),
+        provenance=fields.get(PROVENANCE_FIELD, {}),
+    )

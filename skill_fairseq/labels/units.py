@@ -1,0 +1,141 @@
+"""Units that CTC predicts: letters, or SentencePiece pieces; and fairseq's dictionaries of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from skill_fairseq.audio.manifest import MIN_SAMPLES
+from skill_fairseq.files import PathLike, atomic_write
+
+FRAME_SAMPLES = 320  # one output of the usual conv stack
+MODEL = "spm.model"
+
+
+@dataclasses.dataclass
+class Units:
+    """A kind of units and all of its symbols.
+
+    Attributes:
+        labels: ending of the label files, fairseq's `task.labels`: "ltr" or "spm".
+        symbols: in the order of the dictionary.
+        model: a SentencePiece model's bytes; None for letters.
+    """
+
+    labels: str
+    symbols: list[str]
+    model: bytes | None = None
+
+    def __post_init__(self) -> None:
+        self._processor: Any = None
+        if self.model is not None:
+            from sentencepiece import SentencePieceProcessor
+
+            self._processor = SentencePieceProcessor(model_proto=self.model)
+
+    def __call__(self, text: str) -> list[str]:
+        """The units of a text, boundaries of words included."""
+        if self._processor is None:
+            return [*text.replace(" ", "|"), "|"]
+        return self._processor.encode(text, out_type=str)
+
+
+def letters(texts: Iterable[str]) -> Units:
+    """The letters of these texts and "|", which ends a word; the most frequent first."""
+    counts = Counter(letter for text in texts for letter in (*text.replace(" ", "|"), "|"))
+    return Units("ltr", sorted(counts, key=lambda letter: (-counts[letter], letter)))
+
+
+def sentence_pieces(texts: Sequence[str], kind: str, size: int) -> Units:
+    """Pieces learned from these texts by the sentencepiece library, which normalises nothing here.
+
+    Args:
+        texts: normalised texts.
+        kind: "unigram" or "bpe".
+        size: number of pieces.
+
+    Raises:
+        ValueError: the texts do not yield so many pieces, or have more characters.
+    """
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=size + 1,  # and <unk>, which fairseq's dictionary adds itself
+            bos_id=-1,
+            eos_id=-1,
+            character_coverage=1.0,
+            normalization_rule_name="identity",
+            max_sentence_length=1 << 30,  # longer ones would be left out
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"--vocabulary-size: {size} does not suit these {len(texts)} texts, {_limit(str(error))}"
+        ) from error
+    processor = SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    return Units("spm", [piece for i, piece in enumerate(pieces) if i != processor.unk_id()], model.getvalue())
+
+
+def _limit(said: str) -> str:
+    """What the size must be, from sentencepiece's message, whose numbers count <unk> too."""
+    for pattern, limit in ((r"<= (\d+)", "at most"), (r"required_chars\. \d+ vs (\d+)", "at least")):
+        number = re.search(pattern, said)
+        if number:
+            return f"expected {limit} {int(number[1]) - 1} for them"
+    return f"sentencepiece says: {said}"
+
+
+def read_units(folder: PathLike) -> Units:
+    """The units that :func:`write_units` wrote.
+
+    Raises:
+        FileNotFoundError: the folder has no dictionary.
+        ValueError: it has several.
+    """
+    found = [path for path in (Path(folder) / "dict.ltr.txt", Path(folder) / "dict.spm.txt") if path.is_file()]
+    if not found:
+        raise FileNotFoundError(f"{folder}: no dict.ltr.txt or dict.spm.txt; expected a folder that skill-labels wrote")
+    if len(found) > 1:
+        raise ValueError(f"{folder}: has dict.ltr.txt and dict.spm.txt, expected one of them; use a folder for each")
+    lines = found[0].read_text(encoding="utf-8").split("\n")
+    labels = found[0].name.split(".")[1]
+    model = (Path(folder) / MODEL).read_bytes() if labels == "spm" else None
+    return Units(labels, [line.rpartition(" ")[0] for line in lines if line], model)
+
+
+def write_units(folder: PathLike, units: Units, counts: Counter[str]) -> None:
+    """Write `dict.<labels>.txt`, one symbol and its count a line as fairseq reads it, and a SentencePiece model."""
+    if units.model is not None:
+        with atomic_write(Path(folder) / MODEL) as temporary:
+            temporary.write_bytes(units.model)
+    write_lines(Path(folder) / f"dict.{units.labels}.txt", [f"{symbol} {counts[symbol]}" for symbol in units.symbols])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file in one step."""
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def too_short(sizes: Sequence[int], units: Sequence[Sequence[str]]) -> list[int]:
+    """Indices of the recordings with fewer frames than CTC needs: one a unit, and a blank between equal neighbours.
+
+    Args:
+        sizes: numbers of samples.
+        units: units of each recording.
+    """
+    frames = [(size - MIN_SAMPLES) // FRAME_SAMPLES + 1 for size in sizes]
+    needed = [len(row) + sum(one == other for one, other in zip(row, row[1:])) for row in units]
+    return [i for i, (have, need) in enumerate(zip(frames, needed)) if have < need]
