@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     record = {"what": args.what, **args.measure(args), "machine": _machine(args)}
-    print(f"\n{json.dumps(record)}" if args.json is None else "")
-    if args.json is not None:
+    if args.json is None:
+        print(f"\n{json.dumps(record)}")
+    else:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -136,12 +136,12 @@ class ConvStack(Prepared):
         units = [None if layer.gate is None else layer.gate.units() for layer in self.layers]
         kernels = self._kernels(units) if self.gated else self.prepared()
         samples = source.size(1)
-        # Whole hops, so that every layer strides over whole blocks; what sees the padding is cut off at the end.
-        padded = F.pad(source.to(compute_dtype(source)), (0, -samples % self.config.downsampling))
-        layer = self.layers[0].conv
-        blocks = padded.unflatten(1, (-1, layer.stride[0]))  # type: ignore[arg-type]
-        shifted = F.pad(blocks, (0, 0, 0, -(-layer.kernel_size[0] // layer.stride[0]) - 1))
-        windows = shifted.flatten(1).unfold(1, layer.kernel_size[0], layer.stride[0])  # (B, T_1, k), T_1 with junk
+        first = self.layers[0].conv
+        size, stride = first.kernel_size[0], first.stride[0]
+        # Whole hops, so that every layer strides over whole blocks, and what the last window takes beyond them. What
+        # sees the padding is cut off at the end.
+        padding = -samples % self.config.downsampling + (-(-size // stride) - 1) * stride
+        windows = F.pad(source.to(compute_dtype(source)), (0, padding)).unfold(1, size, stride)
         kernel, shift = self._first_kernel(windows, samples, kernels[0], units[0])
         num_frames = self.config.num_frames(samples)
         if torch.is_grad_enabled() or source.device.type != "cpu":

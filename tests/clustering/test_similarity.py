@@ -188,3 +188,20 @@ def test_clear_errors():
     flat[1] = 2.5
     with pytest.raises(ValueError, match=r"layers \[1\] do not vary enough for CKA"):
         measured([flat[:, None]], ["cka"])
+
+
+def test_memory_does_not_grow_with_the_audio() -> None:
+    """What is held after 10 batches is held after 50: sums, and a buffer of fixed size."""
+
+    def held(similarity: LayerSimilarity) -> int:
+        tensors = [t for value in vars(similarity).values() for t in (value if isinstance(value, list) else [value])]
+        return sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
+
+    similarity = LayerSimilarity(MEASURES, block_frames=16, buffer_blocks=2)
+    generator = torch.Generator().manual_seed(0)
+    sizes = []
+    for _ in range(50):
+        similarity.update([torch.randn(2, 24, 8, generator=generator) for _ in range(4)])
+        sizes.append(held(similarity))
+    assert max(sizes[10:]) <= max(sizes[:10])
+    assert max(sizes) <= 32 * 4 * 8 + 4 * 4 * 3 + 4 * 8 + 8 * 8 * 10 + 12
