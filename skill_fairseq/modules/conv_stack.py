@@ -16,7 +16,7 @@ from skill_fairseq.modules.plain import use_plain
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.slicing import take
 
-CHUNK_FRAMES = 128
+CHUNK_FRAMES = 256
 """Without gradients on a CPU, so many frames go through all layers at a time: they stay in its caches."""
 
 
