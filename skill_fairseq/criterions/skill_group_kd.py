@@ -156,12 +156,15 @@ class SkillGroupKDCriterion(FairseqCriterion):
 
         Args:
             model: the student.
-            sample: ``net_input`` with ``source`` (B, N) and perhaps ``padding_mask`` (B, N).
+            sample: ``net_input`` with ``source`` (B, N) and perhaps ``padding_mask`` (B, N); perhaps ``source_bits``,
+                the source before it was rounded, see :meth:`SpeechDataset.collater`.
 
         Returns:
             scalar loss, sample size 1 (the loss is a mean already), values to log.
         """
-        net_input = sample["net_input"]
+        net_input = dict(sample["net_input"])
+        if "source_bits" in sample:
+            net_input["source"] = sample["source_bits"].view(torch.float32)
         # The teacher first: its memory is free again before the student's activations pile up.
         targets, _ = self.task.teacher.group_means(
             net_input["source"], net_input.get("padding_mask"), self.groups, self.cfg.normalize_states

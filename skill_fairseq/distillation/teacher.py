@@ -84,7 +84,7 @@ class FrozenTeacher:
         if next(self.encoder.parameters()).device != source.device:
             self.encoder.to(source.device).prepare()
         with torch.inference_mode(), torch.autocast(source.device.type, enabled=False):
-            states, padding_mask = self.encoder.states(source.to(self.dtype), padding_mask)
+            states, padding_mask = self.encoder.states(source, padding_mask)
             means = averaged_states(states, groups, normalize_states)
         # Copies: what was made in inference mode cannot enter a graph.
         copies = [mean.to(torch.float32, copy=True) for mean in means]

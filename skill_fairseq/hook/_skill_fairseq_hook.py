@@ -238,10 +238,23 @@ def restore_numpy_int(data_utils: ModuleType) -> None:
     data_utils.np = View(data_utils.np, int=int)  # type: ignore[attr-defined]
 
 
+def give_amp_one_optimizer(amp_optimizer: ModuleType) -> None:
+    """``common.amp``: hand on to fairseq's optimizer, not to the torch optimizer inside it.
+
+    With ``composite``: "AttributeError: 'CompositeOptimizer' object has no attribute 'param_groups'", and at the
+    first checkpoint "... no attribute '_optimizer_state_dict_pre_hooks'". With all others no error, but gradients
+    are divided by the loss scale twice, and soon are nothing beside Adam's epsilon: torch's scaler remembers by
+    object what it has unscaled, and was handed torch's optimizer to unscale, fairseq's to step.
+    """
+    kind = amp_optimizer.AMPOptimizer
+    kind.optimizer = property(lambda self: self.fp32_optimizer, kind.optimizer.fset)
+
+
 BEFORE = (allow_dataclass_defaults, restore_find_module, restore_typing_io, name_user_dir)
 AFTER = {
     "hydra._internal.utils": (print_exceptions, find_config_dir),
     "fairseq.checkpoint_utils": (load_own_checkpoints,),
     "fairseq.distributed.utils": (load_own_checkpoints,),
     "fairseq.data.data_utils": (restore_numpy_int,),
+    "fairseq.optim.amp_optimizer": (give_amp_one_optimizer,),
 }

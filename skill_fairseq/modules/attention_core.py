@@ -51,7 +51,8 @@ def attend(
         padding_mask = None if padding_mask is None else padding_mask.flip(1)
     if q.device.type == "cpu" and torch.is_grad_enabled() or not hasattr(F, "scaled_dot_product_attention"):
         # torch's CPU kernels have no gradient of the bias and no dropout: they would fall back to whole matrices.
-        return _BlockwiseAttention.apply(q, k, v, factor, by_offset, padding_mask, dropout)
+        with torch.autocast(q.device.type, enabled=False):
+            return _BlockwiseAttention.apply(q, k, v, factor, by_offset, padding_mask, dropout)
     bias = None if factor is None or by_offset is None else factor.to(q.dtype) * expand_offsets(by_offset.to(q.dtype))
     if padding_mask is not None:
         hidden = padding_mask[:, None, None, :]

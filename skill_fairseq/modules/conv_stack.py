@@ -126,7 +126,7 @@ class ConvStack(Prepared):
 
     def forward(self, source: Tensor) -> Tuple[Tensor, Optional[Units]]:
         """Args:
-            source: (B, N) samples.
+            source: (B, N) samples, float32 for best results at any precision of the weights.
 
         Returns:
             (B, T, C) frames, and which channels these are, with their gates; None without gates.
@@ -141,7 +141,8 @@ class ConvStack(Prepared):
         # Whole hops, so that every layer strides over whole blocks, and what the last window takes beyond them. What
         # sees the padding is cut off at the end.
         padding = -samples % self.config.downsampling + (-(-size // stride) - 1) * stride
-        windows = F.pad(source.to(compute_dtype(source)), (0, padding)).unfold(1, size, stride)
+        source = source.to(torch.promote_types(source.dtype, torch.float32))
+        windows = F.pad(source, (0, padding)).unfold(1, size, stride)
         kernel, shift = self._first_kernel(windows, samples, kernels[0], units[0])
         num_frames = self.config.num_frames(samples)
         if torch.is_grad_enabled() or source.device.type != "cpu":
@@ -157,7 +158,7 @@ class ConvStack(Prepared):
         return self._kernels([None] * len(self.layers))
 
     def _plain(self, source: Tensor) -> Tuple[Tensor, Optional[Units]]:
-        x, units = source.unsqueeze(1), None
+        x, units = source.to(self.layers[0].conv.weight.dtype).unsqueeze(1), None
         for layer in self.layers:
             x, units = layer(x)
         return x.transpose(1, 2) * self.scale.to(x.dtype), units
@@ -169,7 +170,7 @@ class ConvStack(Prepared):
     def _first_kernel(
         self, windows: Tensor, samples: int, kernel: Tensor, units: Optional[Units]
     ) -> Tuple[Tensor, Optional[Tensor]]:
-        """Kernel (B, k, C) and bias (B, 1, C) or None of the first layer, its GroupNorm folded in."""
+        """Kernel (B, k, C) and bias (B, 1, C) or None of the first layer, its GroupNorm folded in; like ``windows``."""
         layer = self.layers[0]
         bias = layer.bias(units)
         if not isinstance(layer.norm, nn.GroupNorm):
@@ -198,8 +199,10 @@ class ConvStack(Prepared):
     ) -> Tensor:
         """(B, T_1, k) windows to (B, T, C) frames before the last gate."""
         batch = windows.size(0)
-        x = torch.bmm(windows, kernel) if shift is None else torch.baddbmm(shift, windows, kernel)
-        x = x.flatten(0, 1)  # utterances follow each other
+        # A constant or hum in the audio cancels between taps, and in the shift: 8 bits would leave noise of it.
+        with torch.autocast(windows.device.type, enabled=False):
+            x = torch.bmm(windows, kernel) if shift is None else torch.baddbmm(shift, windows, kernel)
+        x = x.flatten(0, 1).to(compute_dtype(self.layers[0].conv.weight))  # utterances follow each other
         for i, layer in enumerate(self.layers):
             if i:
                 x = activated_conv(x, kernels[i], layer.bias(units[i]), layer.conv.stride[0])

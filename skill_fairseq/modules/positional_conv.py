@@ -38,12 +38,16 @@ class PositionalConv(Prepared):
 
     def weight(self) -> Tensor:
         """The effective kernel, (D, D / groups, K)."""
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=(0, 1), keepdim=True))
+        # At least float32: rounded only once, and no overflow on the way.
+        dtype = torch.promote_types(self.weight_v.dtype, torch.float32)
+        v, g = self.weight_v.to(dtype), self.weight_g.to(dtype)
+        return (v * (g / v.norm(dim=(0, 1), keepdim=True))).to(self.weight_v.dtype)
 
     def layout(self) -> Tensor:
         """Where Fourier transforms serve, the kernel's spectrum; elsewhere the effective kernel."""
         by_fft = self.weight_v.device.type == "cpu" and self.weight_v.dtype in (torch.float32, torch.float64)
-        return kernel_spectrum(self.weight(), self.groups) if by_fft else self.weight()
+        with torch.autocast(self.weight_v.device.type, enabled=False):
+            return kernel_spectrum(self.weight(), self.groups) if by_fft else self.weight()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) frames to (B, T, D) position embeddings."""

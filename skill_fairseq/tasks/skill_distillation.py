@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, Optional
 
 import numpy as np
+import torch
 from fairseq.data import FileAudioDataset
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
@@ -76,7 +77,11 @@ class SpeechDataset(FileAudioDataset):
         return {"id": index, "source": self.postprocess(wave, self.sample_rate)}
 
     def collater(self, samples: Any) -> Dict[str, Any]:
-        """fairseq's, except that padding of equal lengths is no padding and that crops come in few lengths."""
+        """fairseq's, except that padding of equal lengths is no padding and that crops come in few lengths.
+
+        ``source_bits`` is the source (B, N) again, float32 read as int32: fairseq rounds every float32 tensor of a
+        batch to the student's precision, which would change what the teacher hears.
+        """
         if not self.pad and samples:
             shortest = min(min(len(s["source"]) for s in samples), self.max_sample_size)
             length = max(shortest - shortest % self.crop_multiple, min(shortest, self.crop_multiple))
@@ -84,6 +89,8 @@ class SpeechDataset(FileAudioDataset):
         batch = super().collater(samples)
         if batch and self.pad and not batch["net_input"]["padding_mask"].any():
             batch["net_input"]["padding_mask"] = None
+        if batch:
+            batch["source_bits"] = batch["net_input"]["source"].view(torch.int32)
         return batch
 
     @property

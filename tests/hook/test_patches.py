@@ -135,3 +135,32 @@ print("np.int", error(lambda: np.int))
 def test_without_the_hook_fairseq_fails_from_python_3_11(python):
     result = python("import fairseq", hook=False)
     assert (result.returncode != 0) == (sys.version_info >= (3, 11)), result.stderr
+
+
+@pytest.mark.skipif(version(torch) < (2, 3), reason="torch < 2.3 has no gradient scaler for the CPU")
+@pytest.mark.parametrize("patched", [True, False])
+def test_amp_unscales_gradients_once(python, patched):
+    """Gradients well above Adam's epsilon, and far below it once divided by the scale a second time."""
+    result = python(
+        f"""
+import torch
+from fairseq.optim import amp_optimizer
+if not {patched}:
+    AMP = amp_optimizer.AMPOptimizer
+    AMP.optimizer = property(lambda self: self.fp32_optimizer.optimizer, AMP.optimizer.fset)
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.optim.adam import FairseqAdamConfig
+from omegaconf import OmegaConf
+
+cfg = OmegaConf.structured(FairseqConfig)
+cfg.optimizer = OmegaConf.merge(OmegaConf.structured(FairseqAdamConfig), {{"_name": "adam", "lr": [0.1]}})
+weight = torch.nn.Parameter(torch.ones(2))
+optimizer = amp_optimizer.AMPOptimizer.build_optimizer(cfg, [weight])
+optimizer._grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+optimizer.backward((weight * 1e-4).sum())
+optimizer.clip_grad_norm(0.0)
+optimizer.step()
+print(round(1 - weight[0].item(), 2))
+"""
+    )
+    assert result.stdout.split()[-1:] == ["0.1" if patched else "0.0"], result.stderr
