@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import time
-from typing import Any, Callable, ContextManager, Dict, List
+from typing import Any, Callable, ContextManager, Dict, List, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,24 +53,14 @@ def ours(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
     """
     full = setup.full_encoder()
     audio = setup.audio()
-    path: Callable[[], ContextManager[None]] = lambda: plain_path(setup.plain)  # noqa: E731
     if what == "infer":
-        encoder = student_of(Setup(**{**setup.__dict__, "stage": 2}), full) if setup.sparsity else full
+        encoder = student_of(dataclasses.replace(setup, stage=2), full) if setup.sparsity else full
         facts = {"parameters": encoder.num_parameters(), "macs": encoder.macs(setup.seconds) * setup.batch}
         encoder = encoder.to(PRECISIONS[setup.precision]).prepare()
-        audio = audio.to(PRECISIONS[setup.precision])
         if setup.compile:
             for layer in encoder.transformer.layers:
                 layer.compile(dynamic=True)
-
-        def infer() -> Times:
-            watch = Stopwatch(setup.device)
-            with torch.inference_mode(), path():
-                encoder(audio)
-            watch.lap("forward")
-            return watch.times
-
-        return infer, facts
+        return _inference(setup, encoder), facts
 
     student = student_of(setup, full).train()
     facts = {
@@ -79,32 +70,22 @@ def ours(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
     }
     teacher = FrozenTeacher(full, setup.teacher_dtype, setup.compile)
     groups = equal_groups(teacher.config.encoder_layers)
-    dim = teacher.config.encoder_embed_dim
-    projections = GroupProjections(groups, dim, dim).to(setup.device)
     constraint = SizeConstraint(setup.sparsity, 0).to(setup.device) if setup.stage == 1 else None
     original = full_parameters(student.config)
-    modules = [student, projections] + ([] if constraint is None else [constraint])
-    optimizer = torch.optim.AdamW([p for m in modules for p in m.parameters()], lr=0.0, weight_decay=0.0)
 
-    def train() -> Times:
-        optimizer.zero_grad(set_to_none=True)
-        watch = Stopwatch(setup.device)
-        with path():
-            targets, _ = teacher.group_means(audio, None, groups)
-            watch.lap("teacher")
-            with _autocast(setup):
-                means = projections(averaged_states(student(audio).hidden_states, groups))
-            loss = _loss(means, targets)
-            if constraint is not None:
-                loss = loss + constraint(sparsity(expected_parameters(student), original), 0)
-            watch.lap("student forward, loss")
-            loss.backward()
-        watch.lap("backward")
-        optimizer.step()
-        watch.lap("optimizer")
-        return watch.times
+    def size_term() -> Tensor | float:
+        return 0.0 if constraint is None else constraint(sparsity(expected_parameters(student), original), 0)
 
-    return train, facts
+    step = _training(
+        setup,
+        groups,
+        teacher.config.encoder_embed_dim,
+        targets=lambda: teacher.group_means(audio, None, groups)[0],
+        states=lambda: student(audio).hidden_states,
+        size_term=size_term,
+        modules=[student] if constraint is None else [student, constraint],
+    )
+    return step, facts
 
 
 def transformers(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
@@ -119,44 +100,73 @@ def transformers(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
     facts = {"parameters": sum(p.numel() for p in encoder.parameters())}
     if what == "infer":
         encoder = encoder.eval().to(PRECISIONS[setup.precision])
-        audio = audio.to(PRECISIONS[setup.precision])
-
-        def infer() -> Times:
-            watch = Stopwatch(setup.device)
-            with torch.inference_mode():
-                encoder(audio, output_hidden_states=True)
-            watch.lap("forward")
-            return watch.times
-
-        return infer, facts
+        return _inference(setup, lambda source: encoder(source, output_hidden_states=True)), facts
 
     teacher = encoder.eval().requires_grad_(False).to(PRECISIONS[setup.teacher_dtype])
     student = huggingface_encoder(config, hidden_dropout=0.1, attention_dropout=0.1).to(setup.device).train()
     groups = equal_groups(config.encoder_layers)
-    dim = config.encoder_embed_dim
-    projections: nn.Module = GroupProjections(groups, dim, dim).to(setup.device)
-    parameters = [*student.parameters(), *projections.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
 
-    def train() -> Times:
-        optimizer.zero_grad(set_to_none=True)
-        watch = Stopwatch(setup.device)
+    def targets() -> List[Tensor]:
         with torch.no_grad():
             states = teacher(audio.to(teacher.dtype), output_hidden_states=True).hidden_states
-            targets = [mean.float() for mean in averaged_states(states, groups)]
-            del states
-        watch.lap("teacher")
-        with _autocast(setup):
-            means = projections(averaged_states(student(audio, output_hidden_states=True).hidden_states, groups))
-        loss = _loss(means, targets)
-        watch.lap("student forward, loss")
-        loss.backward()
+            return [mean.float() for mean in averaged_states(states, groups)]
+
+    step = _training(
+        setup,
+        groups,
+        config.encoder_embed_dim,
+        targets=targets,
+        states=lambda: student(audio, output_hidden_states=True).hidden_states,
+        size_term=lambda: 0.0,
+        modules=[student],
+    )
+    return step, facts
+
+
+def _inference(setup: Setup, encode: Callable[[Tensor], Any]) -> Step:
+    audio = setup.audio().to(PRECISIONS[setup.precision])
+
+    def step() -> Times:
+        watch = Stopwatch(setup.device)
+        with torch.inference_mode(), plain_path(setup.plain):
+            encode(audio)
+        watch.lap("forward")
+        return watch.times
+
+    return step
+
+
+def _training(
+    setup: Setup,
+    groups: List[List[int]],
+    dim: int,
+    targets: Callable[[], List[Tensor]],
+    states: Callable[[], Sequence[Tensor]],
+    size_term: Callable[[], Tensor | float],
+    modules: List[nn.Module],
+) -> Step:
+    """The step that both sides make: same loss, same projections, same optimizer. It learns nothing (rate 0)."""
+    projections = GroupProjections(groups, dim, dim).to(setup.device)
+    parameters = [p for module in [*modules, projections] for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+
+    def step() -> Times:
+        optimizer.zero_grad(set_to_none=True)
+        watch = Stopwatch(setup.device)
+        with plain_path(setup.plain):
+            teacher = targets()
+            watch.lap("teacher")
+            with _autocast(setup):
+                student = projections(averaged_states(states(), groups))
+            loss = torch.stack([distillation_loss(s, t).total for s, t in zip(student, teacher)]).mean() + size_term()
+            watch.lap("student forward, loss")
+            loss.backward()
         watch.lap("backward")
         optimizer.step()
         watch.lap("optimizer")
         return watch.times
 
-    return train, facts
+    return step
 
 
 CONTESTANTS: Dict[str, Callable[[Setup, str], tuple[Step, Dict[str, Any]]]] = {
@@ -199,10 +209,6 @@ def huggingface_encoder(config: EncoderConfig, **dropouts: float) -> Any:
             **{**settings, **dropouts},
         )
     )
-
-
-def _loss(means: List[Tensor], targets: List[Tensor]) -> Tensor:
-    return torch.stack([distillation_loss(s, t).total for s, t in zip(means, targets)]).mean()
 
 
 def _autocast(setup: Setup) -> ContextManager[Any]:

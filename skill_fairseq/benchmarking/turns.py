@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import sys
 from multiprocessing.connection import Connection
@@ -170,7 +171,7 @@ def largest_batch(setup: Setup, limit: int, progress: Callable[[], object]) -> t
     def peak_of(batch: int) -> int:
         contestant = None
         try:
-            contestant = Contestant("skill_fairseq", Setup(**{**setup.__dict__, "batch": batch}), "train")
+            contestant = Contestant("skill_fairseq", dataclasses.replace(setup, batch=batch), "train")
             contestant.step()
             contestant.step()  # only the second has the optimizer's moments
             return contestant.peak
