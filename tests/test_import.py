@@ -13,8 +13,6 @@ def test_importing_the_package_imports_nothing_that_only_commands_need() -> None
         "print(sorted(new))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    heavy = (
-        "matplotlib transformers sklearn onnx onnxruntime s3prl sentencepiece torchaudio scipy"
-    )
+    heavy = "matplotlib transformers sklearn onnx onnxruntime s3prl sentencepiece torchaudio scipy"
     assert "'skill_fairseq'" in found
     assert not [name for name in heavy.split() if f"'{name}'" in found]

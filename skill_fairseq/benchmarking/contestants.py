@@ -92,9 +92,11 @@ def transformers(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
     """Hugging Face's implementation: the full encoder, and in training an ungated student of the same shape.
 
     Raises:
-        ValueError: transformers is not installed.
+        ValueError: transformers is not installed, or has no such encoder.
     """
     config = setup.full_encoder().config
+    if config.pos_conv_depth != 1 or not config.is_full():
+        raise ValueError("--against transformers: only for unpruned WavLM, HuBERT and wav2vec 2.0 encoders")
     audio = setup.audio()
     encoder = huggingface_encoder(config).to(setup.device)
     facts = {"parameters": sum(p.numel() for p in encoder.parameters())}
@@ -206,6 +208,7 @@ def huggingface_encoder(config: EncoderConfig, **dropouts: float) -> Any:
             num_conv_pos_embedding_groups=config.conv_pos_groups,
             apply_spec_augment=False,
             layerdrop=0.0,
+            hidden_act=config.activation_fn,
             **{**settings, **dropouts},
         )
     )

@@ -43,6 +43,8 @@ def _serve(name: str, setup: Setup, what: str, pipe: Connection) -> None:
     if setup.threads:
         torch.set_num_threads(setup.threads)
     try:
+        if setup.device.startswith("cuda"):
+            torch.cuda.set_device(torch.device(setup.device).index or 0)
         step, facts = CONTESTANTS[name](setup, what)
         pipe.send(facts)
         while pipe.recv() == "step":
@@ -175,7 +177,9 @@ def largest_batch(setup: Setup, limit: int, progress: Callable[[], object]) -> t
             contestant.step()
             contestant.step()  # only the second has the optimizer's moments
             return contestant.peak
-        except RuntimeError:
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
+                raise
             return limit + 1
         finally:
             progress()

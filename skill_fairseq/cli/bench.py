@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device: {args.device!r}, but torch sees no GPU here; expected 'cpu'")
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(torch.device(args.device).index or 0)
     if args.threads:
         torch.set_num_threads(args.threads)
     record = {"what": args.what, **args.measure(args), "machine": _machine(args)}
@@ -63,13 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _setup(args: argparse.Namespace, **changes: Any) -> Setup:
     names = [name for name in Setup.__dataclass_fields__ if hasattr(args, name)]
     setup = Setup(**{**{name: getattr(args, name) for name in names}, **changes})
-    for name, low, high in (("sparsity", 0.0, 1.0), ("keep_conv", 0.0, 1.0)):
-        value = getattr(setup, name)
-        if value is not None and not low <= value < high + (name == "keep_conv"):
-            raise ValueError(f"--{name.replace('_', '-')}: {value}; expected a fraction from {low:g} to {high:g}")
-    for name in ("seconds", "batch"):
-        if getattr(setup, name) <= 0:
-            raise ValueError(f"--{name}: {getattr(setup, name)}; expected more than 0")
+    if not 0 <= setup.sparsity < 1:
+        raise ValueError(f"--sparsity: {setup.sparsity}; expected a fraction, at least 0 and below 1")
+    if setup.keep_conv is not None and not (0 < setup.keep_conv <= 1 and setup.sparsity):
+        raise ValueError(f"--keep-conv: {setup.keep_conv}; expected a fraction above 0, at most 1, beside --sparsity")
+    for name, least in (("seconds", 0.025), ("batch", 1), ("repeats", 1), ("warmup", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name}: {getattr(args, name)}; expected at least {least}")
     return setup
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type that matrix products on this tensor's device take: autocast's where it is on, else the tensor's own."""
     kind = x.device.type
+    if x.dtype == torch.float64:  # autocast leaves it alone
+        return x.dtype
     if hasattr(torch, "get_autocast_dtype"):
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     if kind == "cpu":  # torch < 2.4
@@ -51,6 +53,11 @@ class _ActivatedConv(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return _ActivatedConv._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, kernel = ctx.saved_tensors
         stride, activation = ctx.stride, ctx.activation
         grad = grad.contiguous()

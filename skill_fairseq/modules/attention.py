@@ -100,11 +100,11 @@ class SelfAttention(nn.Module):
         Returns:
             (B, T, D).
         """
-        if not self.heads.numel():
-            return gated_output(self.out_proj, self.output_gate, [x], lambda: self.out_proj(x))
         if use_plain():
-            y = self._plain(x, by_offset, padding_mask)
+            y = self._plain(x, by_offset, padding_mask) if self.heads.numel() else self.out_proj(x)
             return y if self.output_gate is None else y * self.output_gate().to(y.dtype)
+        if not self.heads.numel():
+            return gated_output(self, self.output_gate, [x], lambda: self.out_proj(x))
         return gated_output(self, self.output_gate, [x, by_offset], lambda: self._attend(x, by_offset, padding_mask))
 
     def _attend(self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor]) -> Tensor:
@@ -145,7 +145,7 @@ class SelfAttention(nn.Module):
             offsets = frames[:, None] + (x.size(1) - 1 - frames)
             scores = scores + self.position_gate(x, self.heads) * by_offset[self.heads][:, offsets]
         if padding_mask is not None:
-            scores = scores.masked_fill(padding_mask[:, None, None, :], float("-inf"))
+            scores = scores.masked_fill(padding_mask[:, None, None, :], torch.finfo(scores.dtype).min)
         y = (F.dropout(scores.softmax(-1), self.dropout, self.training) @ v).transpose(1, 2)  # (B, T, h, d)
         if self.gate is not None:
             y = y * self.gate().to(y.dtype).unsqueeze(-1)

@@ -105,6 +105,11 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return _BlockwiseAttention._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         q, k, v, factor, by_offset, padding_mask = ctx.saved_tensors
         masks = None if ctx.dropout is None else ctx.dropout.masks(q.device)
         wide = _wide(q[:0]).dtype
@@ -152,7 +157,7 @@ class _Dropout(NamedTuple):
     @property
     def scale(self) -> float:
         """Factor of what is kept."""
-        return 65536 / (65536 - self.threshold)
+        return 65536 / (65536 - self.threshold) if self.threshold < 65536 else 0.0
 
     def masks(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """A function that gives, call by call, the same masks every time: True for what is kept of its argument."""
@@ -219,5 +224,6 @@ def _weights(
     if factor is not None and by_offset is not None:
         scores.addcmul_(factor[b, h, t].to(scores.dtype), expand_offsets(by_offset)[h, t].to(scores.dtype))
     if padding_mask is not None:
-        scores.masked_fill_(padding_mask[b], float("-inf"))
+        # Not -inf: an utterance without a frame would give NaN, and its gradient too.
+        scores.masked_fill_(padding_mask[b], torch.finfo(scores.dtype).min)
     return scores.softmax(-1)

@@ -280,8 +280,8 @@ class SpeechEncoder(nn.Module):
     def prepare(self) -> SpeechEncoder:
         """Makes ready for inference: evaluation mode, and weights laid out once instead of in every forward.
 
-        That lasts until weights are loaded by ``load_state_dict``, moved, converted or trained (``train()``). Whoever
-        changes them in another way calls it again. Gradients are computed as ever.
+        That lasts until weights are loaded, moved, converted or trained, which is noticed; whoever writes into them
+        through ``.data`` calls it again. Gradients are computed as ever.
 
         Returns:
             the encoder itself.

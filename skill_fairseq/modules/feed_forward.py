@@ -51,14 +51,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D)."""
-        if not self.width:
-            return gated_output(self.fc2, self.output_gate, [x], lambda: self.fc2(x))
         if use_plain():
-            y = self.dropout(self._activate(self.fc1(x)))
-            if self.gate is not None:
-                y = y * self.gate().to(y.dtype)
+            y = x
+            if self.width:
+                y = self.dropout(self._activate(self.fc1(x)))
+                if self.gate is not None:
+                    y = y * self.gate().to(y.dtype)
             y = self.fc2(y)
             return y if self.output_gate is None else y * self.output_gate().to(y.dtype)
+        if not self.width:
+            return gated_output(self, self.output_gate, [x], lambda: self.fc2(x))
         return gated_output(self, self.output_gate, [x], lambda: self._open_units(x))
 
     def _activate(self, x: Tensor) -> Tensor:

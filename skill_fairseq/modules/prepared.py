@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any, Optional, Tuple
 
 import torch
 from torch import nn
@@ -11,26 +11,28 @@ from torch import nn
 class Prepared(nn.Module):
     """Base of modules that can lay their weights out ahead of many forwards.
 
-    What was laid out is forgotten as soon as weights are loaded, moved, converted or trained again
-    (``load_state_dict``, ``to``, ``train``), and is neither saved nor copied.
+    What was laid out is used only while the weights are the same tensors and torch has counted no change in them:
+    loading, moving, converting and optimizer steps all end it, and so does ``train()``. Alone what is written through
+    ``.data`` is not counted. The layout is neither saved nor copied.
     """
 
-    _prepared: Optional[Any] = None
+    _prepared: Optional[Tuple[Any, Any]] = None  # state of the weights, layout
 
     def layout(self) -> Any:
         """The weights as the forward wants them."""
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Lays the weights out for the forwards to come. Do not write into them afterwards."""
-        with torch.no_grad():
-            self._prepared = self.layout()
+        """Lays the weights out for the forwards to come."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._prepared = self._state(), self.layout()
 
     def prepared(self) -> Any:
-        """What was laid out, or, where nothing was or gradients are asked for, a fresh layout."""
-        if self._prepared is None or (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
+        """What was laid out, or, where that is outdated or gradients are asked for, a fresh layout."""
+        needs_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        if self._prepared is None or needs_gradient or self._prepared[0] != self._state():
             return self.layout()
-        return self._prepared
+        return self._prepared[1]
 
     def train(self, mode: bool = True) -> Prepared:
         """Also forgets the layout where training begins."""
@@ -38,13 +40,13 @@ class Prepared(nn.Module):
             self._prepared = None
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._prepared = None
-        return super()._apply(*args, **kwargs)
+    def _state(self) -> Any:
+        return [(p.data_ptr(), p.dtype, p.device, None if p.is_inference() else p._version) for p in self.parameters()]
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._prepared = None
-        super()._load_from_state_dict(*args, **kwargs)
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica._prepared = None
+        return replica
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}

@@ -114,7 +114,7 @@ class SpeechDataset(FileAudioDataset):
 
     def batch_by_size(self, indices: np.ndarray, max_tokens: Optional[int] = None, **limits: Any) -> Any:
         """fairseq's, which stops at an utterance above ``max_tokens``; whole ones in validation get through."""
-        if max_tokens is not None and len(indices):
+        if self.pad and max_tokens is not None and len(indices):
             max_tokens = max(max_tokens, max(int(self.num_tokens(index)) for index in indices))
         return super().batch_by_size(indices, max_tokens, **limits)
 

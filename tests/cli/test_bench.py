@@ -85,6 +85,14 @@ def test_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="do not hold one training step"):
         turns.largest_batch(Setup(), 5, lambda: None)
 
+    class Broken(OfKnownSize):
+        def step(self) -> None:
+            raise RuntimeError("a defect")
+
+    monkeypatch.setattr(turns, "Contestant", Broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        turns.largest_batch(Setup(), 100, lambda: None)
+
 
 @pytest.mark.slow
 def test_a_batch_is_really_run(model: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +119,7 @@ def test_students_of_a_sparsity(keep_conv: float | None) -> None:
     assert len(set(conv)) == 1 and (keep_conv is None or conv[0] == round(0.8 * 512))
 
 
+@pytest.mark.skipif(not hasattr(torch.device("cpu"), "__enter__"), reason="torch < 2.0: no device as a context")
 @pytest.mark.parametrize("shape", [wavlm_base(), hubert_base(), wavlm_large()])
 def test_both_sides_have_the_same_architecture(shape: EncoderConfig) -> None:
     with torch.device("meta"):
@@ -129,6 +138,9 @@ def test_groups_that_stand_in_for_clusters() -> None:
     [
         (["train", "--sparsity", "1.5"], "--sparsity: 1.5"),
         (["infer", "--seconds", "0"], "--seconds: 0.0"),
+        (["infer", "--repeats", "0"], "--repeats: 0"),
+        (["train", "--sparsity", "0.5", "--keep-conv", "1.5"], "--keep-conv: 1.5"),
+        (["train", "--keep-conv", "0.5"], "--keep-conv: 0.5"),
         (["train", "--find-max-tokens"], "--memory"),
         (["infer", "--model", "missing.pt"], "missing.pt: no such file"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,12 @@ def test_prepared_weights_are_forgotten_when_weights_change() -> None:
         assert torch.equal(copy.deepcopy(encoder)(source).x, before)
         encoder.load_state_dict(other.state_dict())
         assert torch.equal(encoder(source).x, wanted)
+        encoder.load_state_dict(random_encoder().state_dict())
+        encoder.prepare()
+        encoder.feature_extractor.layers.load_state_dict(other.feature_extractor.layers.state_dict())
+        fresh = copy.deepcopy(encoder)
+        assert torch.equal(encoder(source).x, fresh(source).x) and not torch.equal(fresh(source).x, before)
+        encoder.load_state_dict(other.state_dict())
         encoder.prepare().train()
         for parameter, new in zip(encoder.parameters(), random_encoder().parameters()):
             parameter.data.copy_(new)
@@ -230,7 +236,8 @@ def _worker(rank: int, folder: str) -> None:
     out = model(source[rank : rank + 1])
     sum(state.square().mean() for state in out.hidden_states).backward()  # type: ignore[union-attr]
     torch.save({n: p.grad for n, p in encoder.named_parameters()}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may abort an orderly exit
 
 
 @pytest.mark.slow
@@ -262,4 +269,34 @@ def test_block_size_of_attention_does_not_matter(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(state, wanted, rtol=1e-12, atol=1e-12)
     for name, wanted in gradients.items():
         torch.testing.assert_close(blocked_gradients[name], wanted, rtol=1e-9, atol=1e-9, msg=name)
-    assert math.isfinite(float(states[-1].sum()))
+
+
+def test_an_utterance_without_a_frame_gives_no_nan() -> None:
+    """Under transformers' padding rule 300 samples are no frame: every key of that utterance is hidden."""
+    encoder = random_encoder(padding_rule="convolution").train()
+    source, mask = torch.randn(2, 4000), torch.zeros(2, 4000, dtype=torch.bool)
+    mask[0, 300:] = True
+    out = encoder(source.masked_fill(mask, 0.0), mask)
+    assert out.padding_mask is not None and out.padding_mask[0].all()
+    out.x[~out.padding_mask].square().sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+    assert encoder.transformer.layers[0].attention.q_proj.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
+
+
+def test_backward_inside_autocast_is_that_outside() -> None:
+    encoder = random_encoder(pruning_units=UNITS[:3]).train()
+    generator = set_gates(encoder, 0.0)
+    source, _ = batch(torch.float32)
+    found = []
+    for inside in (False, True):
+        encoder.zero_grad(set_to_none=True)
+        generator.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = encoder(source).x.float().square().mean()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None]))
+    assert (found[0] - found[1]).norm() < 0.02 * found[0].norm()
