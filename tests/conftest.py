@@ -21,6 +21,8 @@ from skill_fairseq.modules.encoder import SpeechEncoder
 # Models this small gain nothing from threads, and lose much where other processes hold the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (1, 13):
+    torch.backends.mkldnn.enabled = False  # its GELU is wrong backwards there, see models/wavlm.py
 
 SHAPE: dict[str, Any] = {
     "conv_feature_layers": "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2",

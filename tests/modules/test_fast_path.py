@@ -284,6 +284,7 @@ def test_an_utterance_without_a_frame_gives_no_nan() -> None:
     assert encoder.transformer.layers[0].attention.q_proj.weight.grad.abs().sum() > 0  # type: ignore[union-attr]
 
 
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch < 2 mixes up types in backward passes under autocast")
 def test_backward_inside_autocast_is_that_outside() -> None:
     encoder = random_encoder(pruning_units=UNITS[:3]).train()
     generator = set_gates(encoder, 0.0)
