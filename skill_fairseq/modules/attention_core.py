@@ -51,8 +51,7 @@ def attend(
         padding_mask = None if padding_mask is None else padding_mask.flip(1)
     if q.device.type == "cpu" and torch.is_grad_enabled() or not hasattr(F, "scaled_dot_product_attention"):
         # torch's CPU kernels have no gradient of the bias and no dropout: they would fall back to whole matrices.
-        with torch.autocast(q.device.type, enabled=False):
-            return _BlockwiseAttention.apply(q, k, v, factor, by_offset, padding_mask, dropout)
+        return _attend_blockwise(q, k, v, factor, by_offset, padding_mask, dropout)
     bias = None if factor is None or by_offset is None else factor.to(q.dtype) * expand_offsets(by_offset.to(q.dtype))
     if padding_mask is not None:
         hidden = padding_mask[:, None, None, :]
@@ -61,19 +60,33 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout).transpose(1, 2)
 
 
-class _Block(NamedTuple):
-    """Some heads of one utterance and some of its queries."""
-
-    batch: int
-    heads: slice
-    queries: slice
+def _attend_blockwise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factor: Optional[Tensor],
+    by_offset: Optional[Tensor],
+    padding_mask: Optional[Tensor],
+    dropout: float,
+) -> Tensor:
+    """As :func:`attend`, with keys and values in the order of ``by_offset``."""
+    batch, heads = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    if factor is not None and by_offset is not None:
+        factor, by_offset = factor.flatten(0, 1), by_offset.repeat(batch, 1)
+    if padding_mask is not None:
+        padding_mask = padding_mask.repeat_interleave(heads, 0)
+    with torch.autocast(q.device.type, enabled=False):
+        out = _BlockwiseAttention.apply(q, k, v, factor, by_offset, padding_mask, dropout)
+    return out.unflatten(0, (batch, heads)).transpose(1, 2)
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """Goes through the score matrix block by block, forward and, computing it again, backward.
+    """Goes through the score matrices block by block, forward and, computing them again, backward.
 
-    Kept for the backward pass are the inputs and a seed, which brings back what dropout dropped. Keys and values come
-    in the order of ``by_offset``. All is computed in float32 (float64 for float64 input).
+    Inputs are those of :func:`attend` with a first dimension for the pairs of an utterance and a head. Kept for the
+    backward pass are they and a seed, which brings back what dropout dropped. All is computed in float32 (float64 for
+    float64 input).
     """
 
     @staticmethod
@@ -90,16 +103,13 @@ class _BlockwiseAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, factor, by_offset, padding_mask)
         ctx.dropout = _Dropout(dropout, int(torch.randint(1 << 62, ()))) if dropout else None
         masks = None if ctx.dropout is None else ctx.dropout.masks(q.device)
-        out = q.new_empty(q.size(0), q.size(2), q.size(1), v.size(3))
-        for block in _blocks(q):
-            b, h, t = block
-            weights = _weights(block, q, k, factor, by_offset, padding_mask)
+        out = q.new_empty(*q.shape[:2], v.size(2))
+        for n, t in _blocks(q):
+            weights = _weights(n, t, q, k, factor, by_offset, padding_mask)
             if masks is not None:
                 weights.mul_(masks(weights))
-            values = torch.bmm(weights, _wide(v[b, h]))
-            if ctx.dropout is not None:
-                values.mul_(ctx.dropout.scale)
-            out[b, t, h] = values.transpose(0, 1)
+            values = torch.bmm(weights, _wide(v[n]))
+            out[n, t] = values if ctx.dropout is None else values.mul_(ctx.dropout.scale)
         return out
 
     @staticmethod
@@ -118,26 +128,25 @@ class _BlockwiseAttention(torch.autograd.Function):
         if factor is not None:
             grad_factor = torch.empty(factor.shape, dtype=wide, device=q.device)
             offsets = _OffsetSums(by_offset.shape, wide, q.device)
-        scale = q.size(3) ** -0.5
-        for block in _blocks(q):
-            b, h, t = block
-            weights = _weights(block, q, k, factor, by_offset, padding_mask)
-            out = _wide(grad[b, t, h]).transpose(0, 1)  # (h, t, d)
+        scale = q.size(2) ** -0.5
+        for n, t in _blocks(q):
+            weights = _weights(n, t, q, k, factor, by_offset, padding_mask)
+            out = _wide(grad[n, t])
             dropped = weights
             if masks is None:
-                grad_weights = torch.bmm(out, _wide(v[b, h]).transpose(1, 2))
+                grad_weights = torch.bmm(out, _wide(v[n]).transpose(1, 2))
             else:
                 out = out * ctx.dropout.scale
                 kept = masks(weights)
                 dropped = weights * kept
-                grad_weights = torch.bmm(out, _wide(v[b, h]).transpose(1, 2)).mul_(kept)
-            grad_v[b, h].baddbmm_(dropped.transpose(1, 2), out)
+                grad_weights = torch.bmm(out, _wide(v[n]).transpose(1, 2)).mul_(kept)
+            grad_v[n].baddbmm_(dropped.transpose(1, 2), out)
             scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, wide)
-            grad_q[b, h, t] = torch.bmm(scores, _wide(k[b, h])).mul_(scale)
-            grad_k[b, h].baddbmm_(scores.transpose(1, 2), _wide(q[b, h, t]), alpha=scale)
+            grad_q[n, t] = torch.bmm(scores, _wide(k[n])).mul_(scale)
+            grad_k[n].baddbmm_(scores.transpose(1, 2), _wide(q[n, t]), alpha=scale)
             if offsets is not None and grad_factor is not None:
-                grad_factor[b, h, t] = torch.mul(scores, expand_offsets(by_offset)[h, t], out=weights).sum(-1, True)
-                offsets.add(scores, factor[b, h, t], h, t)
+                grad_factor[n, t] = torch.mul(scores, expand_offsets(by_offset[n])[:, t], out=weights).sum(-1, True)
+                offsets.add(scores, factor[n, t], n, t)
         grads = tuple(g.to(x.dtype) for g, x in zip((grad_q, grad_k, grad_v), (q, k, v)))
         if offsets is not None and grad_factor is not None:
             return (*grads, grad_factor.to(factor.dtype), offsets.total.to(by_offset.dtype), None, None)
@@ -175,7 +184,7 @@ class _OffsetSums:
     """Adds up gradients of scores that belong to one offset.
 
     Args:
-        shape: (h, 2T - 1) of the result ``total``.
+        shape: (pairs, 2T - 1) of the result ``total``.
         dtype, device: of the gradients.
     """
 
@@ -183,16 +192,16 @@ class _OffsetSums:
         self.total = torch.zeros(shape, dtype=dtype, device=device)
         self._skewed = self.total[:0]
 
-    def add(self, scores: Tensor, factor: Tensor, heads: slice, queries: slice) -> None:
-        """(h, t, T) gradients of scores of some queries, keys backwards, times the (h, t, 1) factor of the bias."""
-        num_heads, num_queries, frames = scores.shape
+    def add(self, scores: Tensor, factor: Tensor, pairs: slice, queries: slice) -> None:
+        """(n, t, T) gradients of scores of some queries, keys backwards, times the (n, t, 1) factor of the bias."""
+        num_pairs, num_queries, frames = scores.shape
         width = frames + num_queries - 1
-        if self._skewed.shape != (num_heads, num_queries, width):
-            self._skewed = scores.new_zeros(num_heads, num_queries, width)
+        if self._skewed.shape != (num_pairs, num_queries, width):
+            self._skewed = scores.new_zeros(num_pairs, num_queries, width)
         # Entry (i, j) goes to column i + j of a wider matrix: the same place plus i places a row. The rest stays 0.
         view = self._skewed.as_strided(scores.shape, (num_queries * width, width + 1, 1))
         torch.mul(scores, factor, out=view)
-        self.total[heads, queries.start : queries.start + width] += self._skewed.sum(1)
+        self.total[pairs, queries.start : queries.start + width] += self._skewed.sum(1)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -200,30 +209,30 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _blocks(q: Tensor) -> Iterator[_Block]:
-    batch, heads, frames = q.shape[:3]
+def _blocks(q: Tensor) -> Iterator[Tuple[slice, slice]]:
+    """Pairs of utterance and head, and queries, that are computed together."""
+    pairs, frames = q.shape[:2]
     num_queries = min(BLOCK_QUERIES, frames)
-    num_heads = max(1, min(heads, BLOCK_SCORES // (num_queries * frames)))
-    for b in range(batch):
-        for h in range(0, heads, num_heads):
-            for t in range(0, frames, num_queries):
-                yield _Block(b, slice(h, min(h + num_heads, heads)), slice(t, min(t + num_queries, frames)))
+    num_pairs = max(1, min(pairs, BLOCK_SCORES // (num_queries * frames)))
+    for n in range(0, pairs, num_pairs):
+        for t in range(0, frames, num_queries):
+            yield slice(n, min(n + num_pairs, pairs)), slice(t, min(t + num_queries, frames))
 
 
 def _weights(
-    block: _Block,
+    n: slice,
+    t: slice,
     q: Tensor,
     k: Tensor,
     factor: Optional[Tensor],
     by_offset: Optional[Tensor],
     padding_mask: Optional[Tensor],
 ) -> Tensor:
-    """(h, t, T) attention weights of a block."""
-    b, h, t = block
-    scores = torch.bmm(_wide(q[b, h, t]) * q.size(3) ** -0.5, _wide(k[b, h]).transpose(1, 2))
+    """(n, t, T) attention weights of a block."""
+    scores = torch.bmm(_wide(q[n, t]) * q.size(2) ** -0.5, _wide(k[n]).transpose(1, 2))
     if factor is not None and by_offset is not None:
-        scores.addcmul_(factor[b, h, t].to(scores.dtype), expand_offsets(by_offset)[h, t].to(scores.dtype))
+        scores.addcmul_(factor[n, t].to(scores.dtype), expand_offsets(by_offset[n])[:, t].to(scores.dtype))
     if padding_mask is not None:
         # Not -inf: an utterance without a frame would give NaN, and its gradient too.
-        scores.masked_fill_(padding_mask[b], torch.finfo(scores.dtype).min)
+        scores.masked_fill_(padding_mask[n, None], torch.finfo(scores.dtype).min)
     return scores.softmax(-1)
