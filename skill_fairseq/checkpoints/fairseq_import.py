@@ -212,6 +212,9 @@ def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     last = history[-1] if isinstance(history, (list, tuple)) and history else {}
     updates = last.get("num_updates") if isinstance(last, Mapping) else None
     found = {"num_updates": updates} if isinstance(updates, int) else {}
-    criterion = (plain(checkpoint.get("cfg")) or {}).get("criterion") or {}
+    cfg = plain(checkpoint.get("cfg")) or {}
+    criterion, task = cfg.get("criterion") or {}, cfg.get("task") or {}
     kept = {name: criterion.get(name) for name in ("groups", "target_sparsity")}
+    # Names alone: where they lay is nobody's business, and true on one machine only.
+    kept.update({name: Path(str(task[name])).name for name in ("teacher", "data") if task.get(name)})
     return {**found, **{name: value for name, value in kept.items() if value is not None}}

@@ -99,8 +99,7 @@ def _config(fields: Mapping[str, Any], folder: Path) -> EncoderConfig:
     conv = [fields.get(name, default) for name, default in _CONV_DEFAULTS.items()]
     if len({len(numbers) for numbers in conv}) != 1:
         raise ValueError(f"{', '.join(_CONV_DEFAULTS)} must have the same length; found {conv}")
-    preprocessor = folder / "preprocessor_config.json"
-    audio = _read_json(preprocessor) if preprocessor.exists() else {}
+    audio = _feature_extractor(folder)
     data2vec = fields["model_type"] == "data2vec-audio"  # its code normalises all convolutions, whatever is written
     norm = "layer" if data2vec else fields.get("feat_extract_norm", "group")
     depth = fields.get("num_conv_pos_embeddings", 5) if data2vec else 1
@@ -126,10 +125,20 @@ def _config(fields: Mapping[str, Any], folder: Path) -> EncoderConfig:
         relative_position=fields["model_type"] == "wavlm",
         num_buckets=fields.get("num_buckets", 320),
         max_distance=fields.get("max_bucket_distance", 800),
-        normalize=audio.get("do_normalize", norm == "layer"),
-        sample_rate=audio.get("sampling_rate", 16000),
+        normalize=norm == "layer" if audio is None else audio.get("do_normalize", True),
+        sample_rate=(audio or {}).get("sampling_rate", 16000),
         padding_rule="convolution",
     )
+
+
+def _feature_extractor(folder: Path) -> Mapping[str, Any] | None:
+    """What a folder says of the audio; transformers 5 writes it into the processor's file. None: it says nothing."""
+    processor, extractor = folder / "processor_config.json", folder / "preprocessor_config.json"
+    if processor.exists():
+        found = _read_json(processor).get("feature_extractor")
+        if found:
+            return found
+    return _read_json(extractor) if extractor.exists() else None
 
 
 _CONV_DEFAULTS = {

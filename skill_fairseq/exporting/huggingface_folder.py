@@ -35,7 +35,7 @@ import torch
 from transformers import AutoFeatureExtractor, AutoModel
 
 extractor = AutoFeatureExtractor.from_pretrained("FOLDER")
-model = AutoModel.from_pretrained("FOLDER"{trust}).eval()
+model = AutoModel.from_pretrained("FOLDER"{trust}).float().eval()
 inputs = extractor([wave], sampling_rate=16000, return_tensors="pt", padding=True)  # wave: (N,) floats
 with torch.no_grad():
     features = model(**inputs, output_hidden_states=True)

@@ -42,14 +42,15 @@ def model_card(
         "---",
     ]
     config = encoder.config
+    stock = library == "transformers" and bool(tags)  # transformers' own model
     wave = "normalised to zero mean and unit variance" if encoder.normalize else "as it is, not normalised"
     body = [
         "# Speech encoder" if not encoder.config.original_parameters else "# Pruned speech encoder",
         "",
         f"Input: {config.sample_rate} Hz mono, {wave}. Output: {config.encoder_embed_dim} features every "
         f"{config.downsampling} samples ({1000 * config.downsampling / config.sample_rate:g} ms), and the states of "
-        f"{config.encoder_layers} layers. The first state lies before the positional convolution. "
-        "Every frame depends on the whole utterance: the encoder is not causal.",
+        f"{config.encoder_layers} layers. The first state lies {'behind' if stock else 'before'} the positional "
+        "convolution. Every frame depends on the whole utterance: the encoder is not causal.",
         "",
         "```python",
         usage.strip(),

@@ -40,8 +40,8 @@ def read_transcripts(sources: Sequence[PathLike]) -> dict[str, str]:
                     continue
             if not line.strip():
                 continue
-            key, _, rest = line.strip().partition(separator)
-            text = rest.rpartition("\t")[2].strip()
+            key, _, rest = line.partition(separator)  # not stripped: an empty last column is no text
+            key, text = key.strip(), rest.rpartition("\t")[2].strip()
             if not text:
                 raise ValueError(
                     f"{file}, line {number}: found {line!r}, expected an utterance's path or name, a "

@@ -223,13 +223,15 @@ class ConvStack(Prepared):
         hop = self.config.downsampling
         overlap = -(-self.config.receptive_field // hop) - 1
         per_frame = hop // self.layers[0].conv.stride[0]
+        together = max(1, CHUNK_FRAMES // num_frames)  # short utterances share a chunk
         utterances = []
-        for b in range(windows.size(0)):
-            own = (kernel[b : b + 1], None if shift is None else shift[b : b + 1])
+        for b in range(0, windows.size(0), together):
+            own = slice(b, b + together)
+            moved = None if shift is None else shift[own]
             pieces = []
             for start in range(0, num_frames, CHUNK_FRAMES):
                 stop = min(start + CHUNK_FRAMES, num_frames)
-                piece = windows[b : b + 1, start * per_frame : (stop + overlap) * per_frame]
-                pieces.append(self._encode(piece, *own, kernels, units)[:, : stop - start])
+                piece = windows[own, start * per_frame : (stop + overlap) * per_frame]
+                pieces.append(self._encode(piece, kernel[own], moved, kernels, units)[:, : stop - start])
             utterances.append(torch.cat(pieces, 1))
         return torch.cat(utterances)

@@ -15,6 +15,8 @@ from omegaconf import OmegaConf, open_dict
 
 from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest
 from skill_fairseq.checkpoints import load_encoder
+from skill_fairseq.checkpoints.safe_load import plain
+from skill_fairseq.criterions.skill_group_kd import read_groups
 from skill_fairseq.distillation.teacher import FrozenTeacher
 from skill_fairseq.models.skill_student import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
@@ -188,6 +190,12 @@ class SkillDistillationTask(AudioPretrainingTask):
             _update(cfg, dict(OmegaConf.to_container(model.cfg, resolve=True, enum_to_str=True)))  # type: ignore
         self.student_config = model.speech_encoder.config
         return model
+
+    def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        """fairseq's; groups that stand in a file are written into ``cfg``, which fairseq saves."""
+        if getattr(cfg, "groups_file", None):
+            _update(cfg, {"groups": plain(read_groups(cfg)), "groups_file": None})
+        return super().build_criterion(cfg, *args, **kwargs)
 
     def train_step(
         self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False

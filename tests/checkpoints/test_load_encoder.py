@@ -249,3 +249,15 @@ def test_fields_of_fairseq_configs_that_are_unset_have_defaults():
     fields = {"encoder_layers": 3, "heads": None, "dropout": 0.1, "_name": "wavlm"}
     config = EncoderConfig.from_fairseq(fields)
     assert config == EncoderConfig(encoder_layers=3)
+
+
+@pytest.mark.parametrize("file, nested", [("processor_config.json", True), ("preprocessor_config.json", False)])
+def test_what_a_folder_says_of_the_audio_counts_not_its_norm(small, tmp_path, file, nested):
+    from skill_fairseq.exporting.huggingface_folder import save_huggingface
+
+    save_huggingface(small.random_encoder(), tmp_path / "folder")
+    (tmp_path / "folder" / "preprocessor_config.json").unlink()
+    for said in (True, False):
+        extractor = {"do_normalize": said, "sampling_rate": 16000}
+        (tmp_path / "folder" / file).write_text(json.dumps({"feature_extractor": extractor} if nested else extractor))
+        assert load_encoder(tmp_path / "folder").normalize is said

@@ -11,6 +11,7 @@ import soundfile
 
 from skill_fairseq.audio.manifest import read_manifest, write_manifest
 from skill_fairseq.cli.labels import main
+from skill_fairseq.labels.transcripts import read_transcripts
 from skill_fairseq.labels.units import too_short
 
 TEXTS = {
@@ -207,3 +208,10 @@ def test_recordings_too_short_for_ctc_are_named(tmp_path: Path, capsys: pytest.C
     manifests = write_data(tmp_path, texts, seconds=0.1)
     assert main([*manifests, "--transcripts", str(trans(tmp_path, texts)), "--out", str(tmp_path / "out")]) == 0
     assert "1 recordings have fewer frames of 20 ms than their units need" in capsys.readouterr().out
+
+
+def test_an_empty_last_column_is_not_the_one_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "texts.tsv"
+    file.write_text("path\tspeaker\ttext\na.flac\tjackson\t\n")
+    with pytest.raises(ValueError, match="line 2: .*expected an utterance's path or name.* and its text"):
+        read_transcripts([file])
