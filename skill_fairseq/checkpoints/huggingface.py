@@ -78,7 +78,7 @@ def read_folder(folder: Path, trust: bool = False) -> EncoderSource:
         ValueError: another model, a feature that this encoder does not have, or a damaged file.
         FileNotFoundError: a file is missing.
     """
-    fields = _read_json(folder / "config.json")
+    fields = read_json(folder / "config.json")
     kind = fields.get("model_type")
     if kind not in MODEL_TYPES:
         raise ValueError(
@@ -135,10 +135,10 @@ def _feature_extractor(folder: Path) -> Mapping[str, Any] | None:
     """What a folder says of the audio; transformers 5 writes it into the processor's file. None: it says nothing."""
     processor, extractor = folder / "processor_config.json", folder / "preprocessor_config.json"
     if processor.exists():
-        found = _read_json(processor).get("feature_extractor")
+        found = read_json(processor).get("feature_extractor")
         if found:
             return found
-    return _read_json(extractor) if extractor.exists() else None
+    return read_json(extractor) if extractor.exists() else None
 
 
 _CONV_DEFAULTS = {
@@ -161,7 +161,7 @@ def _read_weights(folder: Path, trust: bool) -> State:
         if not name.endswith(".index.json"):
             return _read_shard(folder / name, trust)
         state: State = {}
-        shards = set(_read_json(folder / name).get("weight_map", {}).values())
+        shards = set(read_json(folder / name).get("weight_map", {}).values())
         for shard in sorted(shards):
             if Path(shard).name != shard:
                 raise ValueError(f"{folder / name}: names the shard {shard!r}; expected one beside it")
@@ -181,7 +181,12 @@ def _read_shard(path: Path, trust: bool) -> State:
     return tensors_of(load_torch_file(path, trust), path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file.
+
+    Raises:
+        ValueError: it is no JSON, or no object; names the file.
+    """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from skill_fairseq.checkpoints.export import read_export
+from skill_fairseq.checkpoints.huggingface import read_json
 from skill_fairseq.checkpoints.safetensors_file import load_tensors
 from skill_fairseq.checkpoints.source import EncoderSource, reading_config
 from skill_fairseq.modules.config import EncoderConfig
@@ -20,7 +20,7 @@ UPSTREAM = "skill_student"
 def is_own_folder(folder: Path) -> bool:
     """Whether skill-export has written this Hugging Face folder."""
     config = folder / "config.json"
-    return config.is_file() and f'"model_type": "{OWN_TYPE}"' in config.read_text(encoding="utf-8")
+    return config.is_file() and read_json(config).get("model_type") == OWN_TYPE
 
 
 def is_s3prl_folder(folder: Path) -> bool:
@@ -44,7 +44,7 @@ def read_own_folder(folder: Path) -> EncoderSource:
         ValueError: another folder, or a damaged file.
         FileNotFoundError: a file is missing.
     """
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = read_json(folder / "config.json")
     if fields.get("model_type") != OWN_TYPE:
         raise ValueError(f"{folder}: config.json has model_type {fields.get('model_type')!r}; expected {OWN_TYPE!r}")
     with reading_config(folder / "config.json"):

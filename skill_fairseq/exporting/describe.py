@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skill_fairseq.checkpoints.load import read_source
-from skill_fairseq.checkpoints.source import build_encoder
+from skill_fairseq.checkpoints.source import build_encoder, reading_config
 from skill_fairseq.exporting.onnx_graph import read_onnx_info
 from skill_fairseq.exporting.torch_program import read_program_info
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers
@@ -32,7 +32,8 @@ class Description(NamedTuple):
 
 
 def describe(path: Path, trust: bool = False) -> Description:
-    """Recognises a file or folder by its content. Weights are read and checked against the shape.
+    """Recognises a file or folder by its content. Weights are read and checked against the shape,
+    but for graphs, which are taken at their word.
 
     Args:
         path: anything that :func:`skill_fairseq.load_encoder` reads or ``skill-export`` writes.
@@ -60,8 +61,9 @@ def _describe_graph(path: Path) -> Description | None:
         if found is None:
             return None
         text, format = found[0], f"an ONNX graph of skill-export, opset {found[1]}"
-    info = json.loads(text)
-    return Description(format, ["float32"], EncoderConfig.from_dict(info["config"]), info["provenance"])
+    with reading_config(path):
+        info = json.loads(text)
+        return Description(format, ["float32"], EncoderConfig.from_dict(info["config"]), info["provenance"])
 
 
 def as_dict(found: Description) -> dict[str, Any]:

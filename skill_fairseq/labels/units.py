@@ -101,7 +101,7 @@ def read_units(folder: PathLike) -> Units:
     """The units that :func:`write_units` wrote.
 
     Raises:
-        FileNotFoundError: the folder has no dictionary.
+        FileNotFoundError: the folder has no dictionary, or no SentencePiece model beside it.
         ValueError: it has several.
     """
     found = [path for path in (Path(folder) / "dict.ltr.txt", Path(folder) / "dict.spm.txt") if path.is_file()]
@@ -111,6 +111,10 @@ def read_units(folder: PathLike) -> Units:
         raise ValueError(f"{folder}: has dict.ltr.txt and dict.spm.txt, expected one of them; use a folder for each")
     lines = found[0].read_text(encoding="utf-8").split("\n")
     labels = found[0].name.split(".")[1]
+    if labels == "spm" and not (Path(folder) / MODEL).is_file():
+        raise FileNotFoundError(
+            f"{folder}: has {found[0].name} but no {MODEL}; copy both from the same folder"
+        )
     model = (Path(folder) / MODEL).read_bytes() if labels == "spm" else None
     return Units(labels, [line.rpartition(" ")[0] for line in lines if line], model)
 

@@ -126,3 +126,15 @@ def test_errors_are_one_line_and_leave_nothing(config, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2
+
+
+def test_foreign_files_that_look_like_ours_are_one_line(tmp_path, capsys):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "x.pt2", "w") as archive:
+        archive.writestr("x/extra/skill_fairseq.json", "{}")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_bytes('{"model_type": "hubert"}'.encode("utf-16"))
+    for path, said in ((tmp_path / "x.pt2", "x.pt2"), (tmp_path / "folder", "config.json: is no JSON")):
+        assert main(["--info", str(path)]) == 2
+        assert said in capsys.readouterr().err
