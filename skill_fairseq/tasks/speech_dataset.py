@@ -1,0 +1,87 @@
+"""fairseq's manifest dataset, with checked audio and batches that differ from epoch to epoch."""
+
+import os
+from typing import Any, Dict, Optional
+
+import numpy as np
+import torch
+from fairseq.data import FileAudioDataset
+
+from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest
+
+
+class SpeechDataset(FileAudioDataset):
+    """fairseq's manifest dataset with checked audio and batches that differ from epoch to epoch.
+
+    A relative root in the manifest is relative to the manifest's folder. Training batches (``pad=False``) are
+    cropped to their shortest utterance.
+
+    Args:
+        manifest_path: fairseq manifest.
+        crop_multiple: crop training batches to a multiple of so many samples.
+        kwargs: of :class:`FileAudioDataset`.
+
+    Raises:
+        FileNotFoundError, ValueError: the manifest or files in it are missing, or no utterance is long enough.
+    """
+
+    def __init__(self, manifest_path: str, crop_multiple: int = 1, **kwargs: Any) -> None:
+        manifest = read_manifest(manifest_path)
+        check_manifest(manifest)
+        super().__init__(manifest_path=manifest_path, **kwargs)
+        if not len(self.sizes):
+            raise ValueError(
+                f"{manifest_path}: no utterance has task.min_sample_size={self.min_sample_size} samples; the longest "
+                f"has {max(manifest.sizes)}. Lower task.min_sample_size"
+            )
+        self.root_dir = str(manifest.root)
+        self.crop_multiple = crop_multiple
+        self.epoch = 1
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        name = self.fnames[index]
+        name = self.text_compressor.decompress(name if isinstance(name, (str, bytes)) else name.as_py())
+        wave = load_audio(os.path.join(self.root_dir, name), self.sample_rate)
+        return {"id": index, "source": self.postprocess(wave, self.sample_rate)}
+
+    def collater(self, samples: Any) -> Dict[str, Any]:
+        """fairseq's, except that padding of equal lengths is no padding and that crops come in few lengths.
+
+        ``source_bits`` is the source (B, N) again, float32 read as int32: fairseq rounds every float32 tensor of a
+        batch to the student's precision, which would change what the teacher hears.
+        """
+        if not self.pad and samples:
+            shortest = min(min(len(s["source"]) for s in samples), self.max_sample_size)
+            length = max(shortest - shortest % self.crop_multiple, min(shortest, self.crop_multiple))
+            samples = [{**s, "source": self.crop_to_max_size(s["source"], length)} for s in samples]
+        batch = super().collater(samples)
+        if batch and self.pad and not batch["net_input"]["padding_mask"].any():
+            batch["net_input"]["padding_mask"] = None
+        if batch:
+            batch["source_bits"] = batch["net_input"]["source"].view(torch.int32)
+        return batch
+
+    @property
+    def can_reuse_epoch_itr_across_epochs(self) -> bool:
+        """No: every epoch makes its batches anew."""
+        return False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch's batches."""
+        super().set_epoch(epoch)
+        self.epoch = epoch
+
+    def ordered_indices(self) -> np.ndarray:
+        """Utterances of like length side by side, in an order that depends on fairseq's seed and the epoch."""
+        if not self.shuffle:
+            return np.arange(len(self))
+        # fairseq seeds numpy with the same number in every epoch.
+        random = np.random.default_rng([np.random.randint(2**31), self.epoch])
+        sizes = np.minimum(self.sizes, self.max_sample_size) * random.uniform(0.95, 1.05, len(self))
+        return np.argsort(-sizes, kind="stable")
+
+    def batch_by_size(self, indices: np.ndarray, max_tokens: Optional[int] = None, **limits: Any) -> Any:
+        """fairseq's, which stops at an utterance above ``max_tokens``; whole ones in validation get through."""
+        if self.pad and max_tokens is not None and len(indices):
+            max_tokens = max(max_tokens, max(int(self.num_tokens(index)) for index in indices))
+        return super().batch_by_size(indices, max_tokens, **limits)
