@@ -26,6 +26,7 @@ class ProbeResult:
         classes: number of classes.
         strength: C chosen on the valid set.
         layer_weights: softmax weight of each layer; sums to 1.
+        right: of each test recording, whether it was classified right; two models' are pairs.
     """
 
     accuracy: float
@@ -35,6 +36,7 @@ class ProbeResult:
     classes: int
     strength: float
     layer_weights: list[float]
+    right: list[bool]
 
 
 def learn_layer_weights(
@@ -111,7 +113,8 @@ def probe(features: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]
         loss = log_loss(targets["valid"], model.predict_proba(mixed["valid"]), labels=classes)
         candidates.append((-accuracy, loss, strength, model))
     _, _, strength, model = min(candidates, key=lambda candidate: candidate[:2])
-    correct, total = int((model.predict(mixed["test"]) == targets["test"]).sum()), len(targets["test"])
+    right = model.predict(mixed["test"]) == targets["test"]
+    correct, total = int(right.sum()), len(right)
     return ProbeResult(
         accuracy=correct / total,
         interval=wilson(correct, total),
@@ -120,4 +123,5 @@ def probe(features: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]
         classes=len(classes),
         strength=strength,
         layer_weights=[float(weight) for weight in weights],
+        right=right.tolist(),
     )

@@ -1,0 +1,430 @@
+#!/usr/bin/env python3
+"""Compares ways of choosing what is distilled, by one command that may be interrupted and repeated."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from threads, and waits for them
+
+import torch
+
+import skill_fairseq
+from skill_fairseq import load_encoder
+from skill_fairseq.checkpoints.export import save_encoder
+from skill_fairseq.checkpoints.load import read_source
+from skill_fairseq.cli import cluster, export, shrink
+from skill_fairseq.cli._common import run as reporting_errors
+from skill_fairseq.clustering.config_file import format_groups
+from skill_fairseq.comparison.grid import Grid, Run, changed_setting, owner, read_grid, runs_of, settings_of
+from skill_fairseq.comparison.layer_distance import layer_distances
+from skill_fairseq.comparison.measure import costs, distilled_layers, probe_tasks, valid_files
+from skill_fairseq.comparison.methods import METHODS
+from skill_fairseq.comparison.table import summarise, write_tables
+from skill_fairseq.files import atomic_write, sha256
+from skill_fairseq.probing.models import level_free_log_mel, resolve_model
+from skill_fairseq.probing.tasks import read_task
+from skill_fairseq.pruning.magnitude import prune_by_magnitude
+
+HERE = Path(__file__).resolve().parent
+CONFIG = HERE.parents[1] / "config"
+EPILOG = """examples:
+  python examples/benchmark/run.py out --jobs 2                  the reduced grid, two runs at a time
+  python examples/benchmark/run.py out --name full               every method, examples/tiny's own numbers of updates
+  python examples/benchmark/run.py out --name trial              does it run? two methods, a few updates
+  python examples/benchmark/run.py out --methods skill dphubert --seeds 1 2 3 4 5
+  python examples/benchmark/run.py out --table                   only tabulate what is there
+  python examples/benchmark/run.py out --run skill-0.75-1        one run: what a job array would do
+  python examples/benchmark/run.py out --grid mine.yaml --name wavlm_base_plus --teacher WavLM-Base+.pt --data manifests
+
+What is finished stays: the same command goes on where it stopped, inside a run too. OUT gets clusters/,
+references.json, runs/METHOD-SPARSITY-SEED/ (logs, student.safetensors, result.json), results.json and table.md.
+Needs skill_fairseq with its extra for probes: pip install '.[probe,plots]'.
+"""
+
+
+class Stopped(BaseException):
+    """A signal asked us to end."""
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def call(command: Sequence[str], log: Path) -> int:
+    """Runs a command, its output appended to a log; ends it gently when we are ended. Returns its exit code."""
+    with open(log, "a", encoding="utf-8") as stream:
+        child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+
+
+def in_log(main: Any, arguments: Sequence[str], log: Path) -> None:
+    """One of our own commands in this process, its output appended to a log.
+
+    Raises:
+        ValueError: it failed.
+    """
+    with (
+        open(log, "a", encoding="utf-8") as stream,
+        contextlib.redirect_stdout(stream),
+        contextlib.redirect_stderr(stream),
+    ):
+        code = main(list(arguments))
+    if code:
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+        raise ValueError(f"{' '.join(arguments)}: {last}; all output is in {log}")
+
+
+def train(folder: Path, config: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """One stage by fairseq-hydra-train, unless it is done; goes on from its last checkpoint.
+
+    Returns:
+        ``seconds`` of wall time, of all attempts together, and their number.
+
+    Raises:
+        ValueError: training failed; names the log.
+    """
+    done, spent = folder / "done", folder / "attempts.json"
+    if done.is_file():
+        return dict(read_json(done))
+    folder.mkdir(parents=True, exist_ok=True)
+    executable = Path(sys.executable).with_name("fairseq-hydra-train")
+    command = str(executable) if executable.is_file() else shutil.which("fairseq-hydra-train")
+    if command is None:
+        raise ValueError(
+            "fairseq-hydra-train: not found; install skill_fairseq into this Python: pip install '.[probe]'"
+        )
+    where, name = config.rsplit("/", 1)
+    seconds = read_json(spent) if spent.is_file() else []
+    began = time.monotonic()
+    try:
+        code = call(
+            [
+                *(command, "--config-dir", str(CONFIG / where), "--config-name", name),
+                *overrides,
+                f"hydra.run.dir={folder}",
+                f"checkpoint.save_dir={folder}",
+            ],
+            folder / "log",
+        )
+    finally:
+        seconds.append(time.monotonic() - began)
+        write_json(spent, seconds)
+    if code:
+        last = (folder / "log").read_text(encoding="utf-8").strip().splitlines()[-1:]
+        raise ValueError(f"{folder}: training ended with exit code {code} ({last}); all output is in {folder / 'log'}")
+    record = {"seconds": sum(seconds), "attempts": len(seconds)}
+    write_json(done, record)
+    return record
+
+
+def make_student(run: Run, grid: Grid, folder: Path) -> dict[str, Any]:
+    """student.safetensors in the run's folder; returns wall times and sparsities."""
+    student, shrunk, log = folder / "student.safetensors", folder / "shrunk.safetensors", folder / "log"
+    teacher = load_encoder(grid.teacher)
+    normalize = f"task.normalize={str(bool(teacher.normalize)).lower()}"
+    if run.target.groups is None:
+        began = time.monotonic()
+        small = prune_by_magnitude(teacher, run.sparsity, ["conv", "heads", "ffn"])
+        actual = 1 - small.num_parameters() / teacher.num_parameters()
+        save_encoder(small, student, {"method": run.method, "source": grid.teacher.name})
+        return {
+            "sparsity": {"asked": run.sparsity, "expected": None, "actual": actual},
+            "seconds": {"prune": time.monotonic() - began},
+        }
+    common = [
+        f"task.data={grid.data}",
+        f"task.teacher={grid.teacher}",
+        normalize,
+        f"common.seed={run.seed}",
+        f"criterion.groups={format_groups(run.target.groups, ',')}",
+        f"criterion.projection_sharing={str(run.target.projection_sharing).replace(' ', '')}",
+    ]
+    stage1 = train(
+        folder / "stage1",
+        grid.stage1["config"],
+        [*grid.overrides("stage1"), *common, f"criterion.target_sparsity={run.sparsity}"],
+    )
+    checkpoint = folder / "stage1" / "checkpoint_last.pt"
+    if not shrunk.is_file():
+        in_log(shrink.main, [str(checkpoint), str(shrunk)], log)
+    stage2 = train(
+        folder / "stage2", grid.stage2["config"], [*grid.overrides("stage2"), *common, f"model.init_from={checkpoint}"]
+    )
+    if not student.is_file():
+        in_log(export.main, [str(folder / "stage2" / "checkpoint_last.pt"), str(student)], log)
+    return {
+        "sparsity": dict(read_source(shrunk).provenance["sparsity"]),
+        "seconds": {"stage1": stage1["seconds"], "stage2": stage2["seconds"]},
+        "attempts": {"stage1": stage1["attempts"], "stage2": stage2["attempts"]},
+    }
+
+
+def measure(encoder_file: Path, grid: Grid, groups: Any) -> dict[str, Any]:
+    """Everything but training: probes, distances to the teacher, costs."""
+    encoder, teacher = load_encoder(encoder_file), load_encoder(grid.teacher)
+    distances = layer_distances(encoder, teacher, valid_files(grid.data / "valid.tsv"))
+    tasks = [read_task(folder) for folder in grid.tasks]
+    return {
+        "probes": probe_tasks(resolve_model(str(encoder_file)).features, tasks, encoder_file.stem),
+        "distances": {"layers": distances.layers, "recordings": distances.recordings, "frames": distances.num_frames},
+        "distilled_layers": distilled_layers(groups),
+        "costs": costs(encoder),
+    }
+
+
+def do_run(run: Run, grid: Grid, out: Path, keep_checkpoints: bool) -> None:
+    """Makes and measures one student, unless that is done. The result is written last."""
+    folder = out / "runs" / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder / "lock"):
+        if (folder / "result.json").is_file():
+            return
+        began = time.monotonic()
+        made = make_student(run, grid, folder)
+        measuring = time.monotonic()
+        measured = measure(folder / "student.safetensors", grid, run.target.groups)
+        made["seconds"]["measure"] = time.monotonic() - measuring
+        write_json(
+            folder / "result.json",
+            {
+                "method": run.method,
+                "sparsity": run.sparsity,
+                "seed": run.seed,
+                "groups": run.target.groups,
+                "projection_sharing": run.target.projection_sharing,
+                "made": made,
+                "wall_seconds_of_last_attempt": time.monotonic() - began,
+                **measured,
+                "versions": versions(),
+            },
+        )
+        if not keep_checkpoints:
+            for stage in ("stage1", "stage2"):
+                for checkpoint in (folder / stage).glob("checkpoint*.pt"):
+                    checkpoint.unlink()
+
+
+def versions() -> dict[str, str]:
+    import numpy
+    import sklearn
+
+    return {
+        "skill_fairseq": skill_fairseq.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "scikit-learn": sklearn.__version__,
+    }
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Holds a lock file.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    with open(path, "w", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{path.parent}: another process is at it; wait for it, or end it") from error
+        yield
+
+
+def prepare(grid: Grid, out: Path) -> dict[str, Any]:
+    """Checks that OUT belongs to these settings, clusters the teacher; returns clusters.json."""
+    hashes = {"teacher": cluster.hash_teacher(grid.teacher)}
+    for split in ("train", "valid"):
+        hashes[split] = sha256(grid.data / f"{split}.tsv")
+    for task in grid.tasks:
+        hashes[str(task)] = sha256(task / "test.tsv")
+    settings, file = settings_of(grid, hashes), out / "settings.json"
+    if file.is_file():
+        changed = changed_setting(read_json(file), settings)
+        if changed:
+            raise ValueError(
+                f"{file}: {changed} is {read_json(file).get(changed)!r}, now {settings[changed]!r}; runs with "
+                "different settings cannot be compared: give another OUT, or the former settings"
+            )
+    else:
+        write_json(file, settings)
+    clusters = out / "clusters" / "clusters.json"
+    if not clusters.is_file():
+        arguments = ["--teacher", str(grid.teacher), "--manifest", str(grid.data / "train.tsv")]
+        arguments += ["--out", str(out / "clusters"), "--compare", *grid.cluster]
+        in_log(cluster.main, arguments, out / "cluster.log")
+    return dict(read_json(clusters))
+
+
+def measure_references(grid: Grid, out: Path) -> None:
+    """The teacher and log-mel features under the same probes."""
+    if (out / "references.json").is_file():
+        return
+    tasks = [read_task(folder) for folder in grid.tasks]
+    teacher, features = load_encoder(grid.teacher), resolve_model(str(grid.teacher)).features
+    found = {
+        "teacher": {
+            "probes": probe_tasks(features, tasks, "teacher"),
+            "costs": costs(teacher),
+        },
+        "logmel": {"probes": probe_tasks(level_free_log_mel, tasks, "logmel")},
+    }
+    write_json(out / "references.json", found)
+
+
+def do_all(runs: Sequence[Run], out: Path, jobs: int, own_command: Sequence[str]) -> list[str]:
+    """Each run in a process of its own, so many at a time; returns the names of those that failed."""
+    children: list[subprocess.Popen[bytes]] = []
+    failed: list[str] = []
+    began, ended = time.monotonic(), 0
+
+    def one(run: Run) -> None:
+        nonlocal ended
+        folder = out / "runs" / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        with open(folder / "log", "a", encoding="utf-8") as stream:
+            child = subprocess.Popen([*own_command, "--run", run.name], stdout=stream, stderr=subprocess.STDOUT)
+            children.append(child)
+            code = child.wait()
+        ended += 1
+        if code:
+            failed.append(run.name)
+        print(
+            f"[{ended}/{len(runs)}, {time.monotonic() - began:.0f} s] {run.name}: "
+            f"{'failed, see ' + str(folder / 'log') if code else 'done'} in {time.monotonic() - start:.0f} s",
+            flush=True,
+        )
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(one, run) for run in runs]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            for child in children:
+                if child.poll() is None:
+                    child.terminate()
+            raise
+    return failed
+
+
+def gather(grid: Grid, runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
+    """The results that are there, one a method, sparsity and seed; a shared run stands under each of its methods."""
+    found = []
+    for run in runs:
+        made_by = owner(run, runs)
+        file = out / "runs" / made_by.name / "result.json"
+        if file.is_file():
+            found.append({**read_json(file), "method": run.method, "made_by": made_by.method})
+    return found
+
+
+@reporting_errors
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = parser().parse_args(argv)
+    if args.list_methods:
+        print("\n".join(f"{name:<20} {meaning}" for name, meaning in METHODS.items()))
+        return 0
+    if args.out is None:
+        parser().error("OUT is needed")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs: {args.jobs}; expected at least 1")
+    changes = {name: getattr(args, name) for name in ("methods", "sparsities", "seeds")}
+    for name in ("teacher", "data"):
+        value = getattr(args, name)
+        changes[name] = None if value is None else str(value.resolve())
+    changes["tasks"] = args.task and [str(task.resolve()) for task in args.task]
+    grid, out = read_grid(args.grid, args.name, **changes), args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+
+    def stop(number: int, frame: Any) -> None:
+        raise Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        clusters = prepare(grid, out)
+        runs = runs_of(grid, clusters)
+        if args.run:
+            chosen = [run for run in runs if run.name == args.run]
+            if not chosen:
+                names = ", ".join(run.name for run in runs)
+                raise ValueError(f"--run: {args.run!r} is not in the grid; expected one of {names}")
+            do_run(chosen[0], grid, out, args.keep_checkpoints)
+            return 0
+        failed: list[str] = []
+        if not args.table:
+            measure_references(grid, out)
+            to_do = [r for r in runs if owner(r, runs) == r and not (out / "runs" / r.name / "result.json").is_file()]
+            print(f"{len(to_do)} of {len(runs)} runs are to be made", flush=True)
+            rest = sys.argv[1:] if argv is None else list(argv)
+            failed = do_all(to_do, out, args.jobs, [sys.executable, str(Path(__file__).resolve()), *rest])
+    except (Stopped, KeyboardInterrupt):
+        print("Stopped. What was finished stays; the same command goes on from there.", file=sys.stderr)
+        return 130
+    results = gather(grid, runs, out)
+    if not results:
+        raise ValueError(f"{out}: no run has finished; see {out / 'runs'}/*/log")
+    summary = summarise(results, read_json(out / "references.json"), grid.baseline)
+    summary.update(wanted=len(runs), found=len(results), failed=failed, settings=read_json(out / "settings.json"))
+    write_json(out / "results.json", summary)
+    with atomic_write(out / "table.md") as temporary:
+        temporary.write_text(write_tables(summary), encoding="utf-8")
+    print((out / "table.md").read_text(encoding="utf-8"))
+    return 1 if failed else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="run.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("out", nargs="?", type=Path, metavar="OUT", help="folder for everything")
+    add("--grid", type=Path, default=HERE / "grid.yaml", metavar="YAML", help="file of grids (default: grid.yaml here)")
+    add("--name", default="reduced", help="which grid of the file (default: reduced)")
+    add("--teacher", type=Path, metavar="FILE", help="in place of the grid's")
+    add("--data", type=Path, metavar="DIR", help="folder with train.tsv and valid.tsv, in place of the grid's")
+    add("--task", type=Path, action="append", metavar="DIR", help="probe task, in place of the grid's; may be repeated")
+    add("--methods", nargs="+", metavar="NAME", help="in place of the grid's")
+    add("--sparsities", nargs="+", type=float, metavar="S", help="in place of the grid's")
+    add("--seeds", nargs="+", type=int, metavar="N", help="in place of the grid's")
+    add("--jobs", type=int, default=2, metavar="N", help="runs at a time (default: 2)")
+    add("--run", metavar="NAME", help="only this run, METHOD-SPARSITY-SEED; no table")
+    add("--table", action="store_true", help="train nothing, tabulate what is there")
+    add("--keep-checkpoints", action="store_true", help="keep both stages' fairseq checkpoints")
+    add("--list-methods", action="store_true", help="say what each method distils")
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Comparing ways of choosing what is distilled: their groups, measurements of a student, and statistics."""

@@ -1,0 +1,176 @@
+"""The grid of a comparison: which methods at which sparsities with which seeds, and how each is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+
+from skill_fairseq.comparison.methods import Target, check_methods, target_of
+from skill_fairseq.files import PathLike
+
+STAGES = ("stage1", "stage2")
+UNTRAINED = ("no_distillation",)
+"""Methods that no seed changes: they run once a sparsity."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Everything that a comparison's numbers depend on but the teacher's and the recordings' content.
+
+    Attributes:
+        teacher: file or folder of the teacher.
+        data: folder with train.tsv and valid.tsv.
+        tasks: folders of probe tasks.
+        cluster: options of skill-cluster besides teacher, manifest and out.
+        stage1, stage2: config (folder/name below config/) and overrides of each stage.
+        updates: in place of the configs' numbers: stage1 and stage2, whose warm-up becomes a tenth of that.
+        methods, sparsities, seeds: the grid itself.
+        baseline: the method that the others are compared with.
+    """
+
+    teacher: Path
+    data: Path
+    tasks: list[Path]
+    cluster: list[str]
+    stage1: dict[str, Any]
+    stage2: dict[str, Any]
+    methods: list[str]
+    sparsities: list[float]
+    seeds: list[int]
+    baseline: str = "dphubert"
+    updates: Optional[dict[str, int]] = None
+
+    def overrides(self, stage: str) -> list[str]:
+        """Of "stage1" or "stage2", for fairseq-hydra-train."""
+        found = list(getattr(self, stage)["overrides"])
+        if self.updates:
+            updates = self.updates[stage]
+            warmup = f"lr_scheduler.warmup_updates={updates // 10}"
+            found += [f"optimization.max_update={updates}"]
+            found += [f"optimizer.groups.default.{warmup}" if stage == "stage1" else warmup]
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One student to make and measure."""
+
+    method: str
+    sparsity: float
+    seed: int
+    target: Target
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.method}-{self.sparsity:g}-{self.seed}"
+
+
+def read_grid(path: PathLike, name: str, **changes: Any) -> Grid:
+    """One of the grids in a YAML file.
+
+    Args:
+        path: the file: a mapping from names to grids; ``base: other`` takes over the other's fields first.
+        name: which of them.
+        changes: fields to put in place of the file's; None leaves the file's.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no such grid, unknown, missing or unusable fields; names file, grid and field.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such grid file; copy examples/benchmark/grid.yaml")
+    grids = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(grids, dict) or not isinstance(grids.get(name), dict):
+        known = ", ".join(grids) if isinstance(grids, dict) else "none"
+        raise ValueError(f"{path}: has no grid {name!r}, but {known}; choose one of these or add it")
+    where = f"{path}, grid {name}"
+    fields = dict(grids[name])
+    for _ in grids:
+        if "base" in fields:
+            base = fields.pop("base")
+            if not isinstance(grids.get(base), dict):
+                raise ValueError(f"{where}: base {base!r} is no grid of the file; expected one of {', '.join(grids)}")
+            fields = {**grids[base], **fields}
+    fields.update({key: value for key, value in changes.items() if value is not None})
+    wanted = {field.name for field in dataclasses.fields(Grid)}
+    required = wanted - {"baseline", "updates"}
+    if set(fields) - wanted or required - set(fields):
+        raise ValueError(
+            f"{where}: unknown fields {sorted(set(fields) - wanted)}, missing fields {sorted(required - set(fields))}; "
+            f"expected {', '.join(sorted(wanted))}"
+        )
+    for key in ("teacher", "data"):
+        fields[key] = (path.parent / fields[key]).resolve()
+    fields["tasks"] = [(path.parent / task).resolve() for task in fields["tasks"]]
+    grid = Grid(**fields)
+    _check(grid, where)
+    return grid
+
+
+def _check(grid: Grid, where: str) -> None:
+    for name in ("methods", "sparsities", "seeds", "tasks"):
+        values = getattr(grid, name)
+        if not isinstance(values, list) or not values or len(set(map(str, values))) != len(values):
+            raise ValueError(f"{where}: {name} is {values!r}; expected a list of at least one, none twice")
+    check_methods(grid.methods)
+    if grid.baseline not in grid.methods:
+        raise ValueError(f"{where}: baseline {grid.baseline!r} is not among the methods; add it there")
+    for value in grid.sparsities:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+            raise ValueError(f"{where}: sparsities has {value!r}; expected numbers between 0 and 1, such as 0.75")
+    for value in grid.seeds:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{where}: seeds has {value!r}; expected integers from 1 on")
+    for name in STAGES:
+        stage = getattr(grid, name)
+        if not isinstance(stage, dict) or set(stage) != {"config", "overrides"}:
+            raise ValueError(f"{where}: {name} is {stage!r}; expected the fields config and overrides")
+    if grid.updates is not None and (
+        not isinstance(grid.updates, dict)
+        or set(grid.updates) != {"stage1", "stage2"}
+        or not all(isinstance(n, int) and n > 1 for n in grid.updates.values())
+    ):
+        raise ValueError(f"{where}: updates is {grid.updates!r}; expected stage1 and stage2, numbers above 1")
+
+
+def runs_of(grid: Grid, clusters: Mapping[str, Any]) -> list[Run]:
+    """All runs, seed by seed, so that a comparison stopped early has all methods.
+
+    Two methods that come to the same (groups, projections) share the run of the first: see :func:`owner`.
+    """
+    runs = []
+    for seed in grid.seeds:
+        for sparsity in grid.sparsities:
+            for method in grid.methods:
+                if method in UNTRAINED and seed != grid.seeds[0]:
+                    continue
+                runs.append(Run(method, float(sparsity), seed, target_of(method, clusters, seed)))
+    return runs
+
+
+def owner(run: Run, runs: Sequence[Run]) -> Run:
+    """The first run that makes the same student as this one: it itself, or another method's."""
+    return next(o for o in runs if (o.sparsity, o.seed, o.target) == (run.sparsity, run.seed, run.target))
+
+
+def settings_of(grid: Grid, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What must stay the same in a folder of results; the grid's own lists may grow."""
+    return {
+        "teacher": hashes["teacher"],
+        "train": hashes["train"],
+        "valid": hashes["valid"],
+        "tasks": {task.name: hashes[str(task)] for task in grid.tasks},
+        "cluster": grid.cluster,
+        **{stage: {"config": getattr(grid, stage)["config"], "overrides": grid.overrides(stage)} for stage in STAGES},
+    }
+
+
+def changed_setting(before: Mapping[str, Any], now: Mapping[str, Any]) -> Optional[str]:
+    """The first setting that differs, or None."""
+    return next((name for name in now if before.get(name) != now[name]), None)

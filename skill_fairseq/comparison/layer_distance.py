@@ -1,0 +1,104 @@
+"""How far a student's hidden states are from its teacher's, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skill_fairseq.audio.manifest import load_audio
+from skill_fairseq.modules.encoder import SpeechEncoder
+
+KINDS = ("l1", "l1_normalized", "cos")
+"""Mean |s - t|; the same of states brought to zero mean and unit variance frame by frame; mean 1 - cos."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDistances:
+    """Distances of each kind.
+
+    Attributes:
+        layers: kind -> one number a layer, from layer 0 on; means over all frames.
+        recordings: kind -> one number a recording; means over its frames and all layers.
+        num_frames: frames of all recordings.
+    """
+
+    layers: dict[str, list[float]]
+    recordings: dict[str, list[float]]
+    num_frames: int
+
+
+def state_distances(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Distances of the states of one recording.
+
+    Args:
+        student, teacher: (T, D) a layer, as many layers each.
+
+    Returns:
+        (kinds, layers) float64, in the order of :data:`KINDS`.
+
+    Raises:
+        ValueError: another number of layers, or other shapes.
+    """
+    if [tuple(s.shape) for s in student] != [tuple(t.shape) for t in teacher]:
+        raise ValueError(
+            f"student states {[tuple(s.shape) for s in student]}, teacher states {[tuple(t.shape) for t in teacher]}: "
+            "expected the same; layers can be compared only at equal depth and width"
+        )
+    columns = []
+    for s, t in zip(student, teacher):
+        s, t = s.double(), t.double()
+        normal_s, normal_t = F.layer_norm(s, s.shape[-1:]), F.layer_norm(t, t.shape[-1:])
+        columns.append(
+            torch.stack(
+                [
+                    (s - t).abs().mean(),
+                    (normal_s - normal_t).abs().mean(),
+                    1 - F.cosine_similarity(s, t, dim=-1).mean(),
+                ]
+            )
+        )
+    return torch.stack(columns, dim=1)
+
+
+@torch.no_grad()
+def layer_distances(student: SpeechEncoder, teacher: SpeechEncoder, files: Iterable[Path]) -> LayerDistances:
+    """Distances over recordings, each encoded by itself, without padding.
+
+    Args:
+        student, teacher: of equal depth and width; are put in eval mode.
+        files: audio, 16 kHz mono.
+
+    Raises:
+        ValueError: depth or width differ, or a recording is not usable.
+    """
+    student.eval()
+    teacher.eval()
+    found, frames = [], []
+    for file in files:
+        wave = load_audio(file)[None]
+        states = []
+        for encoder in (student, teacher):
+            source = F.layer_norm(wave, wave.shape[-1:]) if encoder.normalize else wave
+            states.append([state[0] for state in encoder(source).hidden_states])
+        found.append(state_distances(*states))
+        frames.append(len(states[0][0]))
+    if not found:
+        raise ValueError("files: none given; expected at least one recording")
+    table, weights = torch.stack(found), torch.tensor(frames, dtype=torch.float64)
+    by_layer = torch.einsum("nkl,n->kl", table, weights / weights.sum())
+    return LayerDistances(
+        layers={kind: [round(v, 6) for v in row.tolist()] for kind, row in zip(KINDS, by_layer)},
+        recordings={kind: [round(v, 6) for v in row.tolist()] for kind, row in zip(KINDS, table.mean(2).T)},
+        num_frames=sum(frames),
+    )
+
+
+def mean_over(values: Sequence[float], layers: Iterable[int]) -> float | None:
+    """Mean over some layers; None where there are none."""
+    chosen = [values[layer] for layer in layers]
+    return sum(chosen) / len(chosen) if chosen else None

@@ -1,0 +1,306 @@
+"""From the results of single runs to means, intervals, differences and their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import numpy as np
+
+from skill_fairseq.comparison.layer_distance import KINDS, mean_over
+from skill_fairseq.comparison.measure import right_of
+from skill_fairseq.comparison.statistics import Estimate, crossed_mean, paired_difference
+from skill_fairseq.probing.intervals import wilson
+
+Result = Mapping[str, Any]
+OVERALL = "all"
+"""In place of a sparsity: the mean over all of them."""
+
+VERDICTS = {1: "higher", 0: "no difference", -1: "lower"}
+
+
+def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline: str) -> dict[str, Any]:
+    """Everything that the tables show.
+
+    Args:
+        results: one a method, sparsity and seed.
+        references: name -> probes and perhaps costs, of what is not distilled.
+        baseline: the method that differences are to.
+
+    Returns:
+        ``rows``: one a method and sparsity (the mean over sparsities under "all", where a method has been run
+        with the same seeds at all of them), for JSON.
+    """
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    sparsities = sorted({result["sparsity"] for result in results})
+    cells = {
+        (method, sparsity): sorted(
+            (r for r in results if r["method"] == method and r["sparsity"] == sparsity), key=lambda r: r["seed"]
+        )
+        for method in methods
+        for sparsity in sparsities
+    }
+    tasks = list(results[0]["probes"])
+    rows = []
+    for sparsity in sparsities:
+        rows += [_row(m, sparsity, [cells[m, sparsity]], [cells.get((baseline, sparsity), [])], tasks) for m in methods]
+    if len(sparsities) > 1:
+        for method in methods:
+            own = [cells[method, sparsity] for sparsity in sparsities]
+            if len({tuple(r["seed"] for r in cell) for cell in own}) == 1:
+                others = [cells.get((baseline, sparsity), []) for sparsity in sparsities]
+                rows.append(_row(method, OVERALL, own, others, tasks))
+    rows = [row for row in rows if row]
+    return {
+        "baseline": baseline,
+        "tasks": {
+            task: {"total": results[0]["probes"][task]["total"], "classes": results[0]["probes"][task]["classes"]}
+            for task in tasks
+        },
+        "references": {name: _reference(found) for name, found in references.items()},
+        "rows": rows,
+        "versions": results[0]["versions"],
+    }
+
+
+def _reference(found: Mapping[str, Any]) -> dict[str, Any]:
+    accuracy = {}
+    for task, entry in found["probes"].items():
+        low, high = wilson(entry["correct"], entry["total"])
+        accuracy[task] = _plain(Estimate(entry["accuracy"], low, high))
+    return {"accuracy": accuracy, "costs": found.get("costs")}
+
+
+def _row(
+    method: str, sparsity: Any, cells: list[list[Result]], base_cells: list[list[Result]], tasks: Sequence[str]
+) -> dict[str, Any]:
+    """One method at one sparsity, or over several: a cell each, of results by seed."""
+    if not all(cells):
+        return {}
+    seeds = [result["seed"] for result in cells[0]]
+    row: dict[str, Any] = {
+        "method": method,
+        "sparsity": sparsity,
+        "seeds": seeds,
+        "made_by": sorted({r.get("made_by", method) for cell in cells for r in cell}),
+        "groups": [result["groups"] for result in cells[0]],
+        "accuracy": {},
+        "difference": {},
+        "distance": {},
+        "distance_difference": {},
+    }
+    paired = _paired(cells, base_cells)
+    for task in tasks:
+        row["accuracy"][task] = _plain(crossed_mean(_right(cells, task)))
+        if paired:
+            values, baseline = (_right(side, task) for side in paired)
+            row["difference"][task] = _plain_difference(paired_difference(values, baseline))
+    for kind in KINDS:
+        row["distance"][kind] = _plain(crossed_mean(_far(cells, kind)))
+        if paired:
+            values, baseline = (_far(side, kind) for side in paired)
+            row["distance_difference"][kind] = _plain_difference(paired_difference(values, baseline))
+    row["layers"] = {
+        kind: np.mean([r["distances"]["layers"][kind] for cell in cells for r in cell], axis=0).round(6).tolist()
+        for kind in KINDS
+    }
+    row["distilled"], row["not_distilled"] = _by_part(cells)
+    flat = [result for cell in cells for result in cell]
+    row["parameters"] = _mean([r["costs"]["parameters"] for r in flat])
+    row["macs"] = _mean([r["costs"]["macs"] for r in flat])
+    row["cpu_seconds"] = _mean([r["costs"]["cpu_seconds"] for r in flat])
+    row["expected_sparsity"] = [r["made"]["sparsity"]["expected"] for r in flat]
+    row["actual_sparsity"] = _mean([r["made"]["sparsity"]["actual"] for r in flat])
+    row["seconds"] = {
+        step: _mean([r["made"]["seconds"][step] for r in flat if step in r["made"]["seconds"]])
+        for step in ("stage1", "stage2", "prune", "measure")
+    }
+    return row
+
+
+def _paired(cells: list[list[Result]], base_cells: list[list[Result]]) -> Optional[tuple[Any, Any]]:
+    """Both sides with the seeds that both have, the same in every cell; one lone row of an untrained side stays."""
+    if not all(base_cells):
+        return None
+    sides = [cells, base_cells]
+    trained = [side[0][0]["groups"] is not None for side in sides]
+    seeds = [set.intersection(*({r["seed"] for r in cell} for cell in side)) for side in sides]
+    common = set.intersection(*(s for s, is_trained in zip(seeds, trained) if is_trained)) if any(trained) else seeds[0]
+    if not common:
+        return None
+    chosen = [
+        [[r for r in cell if r["seed"] in common] for cell in side] if is_trained else side
+        for side, is_trained in zip(sides, trained)
+    ]
+    return chosen[0], chosen[1]
+
+
+def _right(cells: list[list[Result]], task: str) -> np.ndarray:
+    """(seeds, recordings) classified right, the mean over the cells."""
+    return np.mean([[right_of(result["probes"][task]) for result in cell] for cell in cells], axis=0)
+
+
+def _far(cells: list[list[Result]], kind: str) -> np.ndarray:
+    """(seeds, recordings) distance to the teacher, the mean over the cells."""
+    return np.mean([[result["distances"]["recordings"][kind] for result in cell] for cell in cells], axis=0)
+
+
+def _by_part(cells: list[list[Result]]) -> tuple[dict[str, Optional[float]], dict[str, Optional[float]]]:
+    """Mean distance over the layers that are distilled, and over those that are not."""
+    parts: list[dict[str, Optional[float]]] = [{}, {}]
+    for kind in KINDS:
+        means: list[list[float]] = [[], []]
+        for result in (result for cell in cells for result in cell):
+            values = result["distances"]["layers"][kind]
+            inside = set(result["distilled_layers"])
+            for part, layers in enumerate((inside, set(range(len(values))) - inside)):
+                mean = mean_over(values, layers)
+                if mean is not None:
+                    means[part].append(mean)
+        for part in (0, 1):
+            parts[part][kind] = _mean(means[part])
+    return parts[0], parts[1]
+
+
+def _mean(values: Sequence[float]) -> Optional[float]:
+    return float(np.mean(values)) if len(values) else None
+
+
+def _plain(estimate: Estimate) -> list[float]:
+    return [round(float(number), 6) for number in estimate]
+
+
+def _plain_difference(estimate: Estimate) -> dict[str, Any]:
+    return {"estimate": _plain(estimate), "verdict": VERDICTS[estimate.verdict]}
+
+
+def write_tables(summary: Mapping[str, Any]) -> str:
+    """The summary as Markdown."""
+    tasks, baseline = list(summary["tasks"]), summary["baseline"]
+    sizes = [
+        f"{what['total']} recordings ({task}, {what['classes']} classes)" for task, what in summary["tasks"].items()
+    ]
+    parts = [
+        f"{summary.get('found')} of {summary.get('wanted')} results are there. In brackets are 95 % intervals over "
+        f"seeds and recordings together (two-way random effects); accuracies are per cent of {', '.join(sizes)}. A "
+        f"difference to {baseline} is paired by seed and recording, and counts as none where its interval holds 0. "
+        "Each interval stands for itself: of twenty, one misses by chance.",
+        "## Verdict\n\n" + "\n".join(_verdicts(summary)),
+        "## Not distilled\n\n" + _markdown(*_reference_table(summary, tasks)),
+    ]
+    for sparsity in dict.fromkeys(row["sparsity"] for row in summary["rows"]):
+        rows = [row for row in summary["rows"] if row["sparsity"] == sparsity]
+        title = "Mean over sparsities" if sparsity == OVERALL else f"Sparsity {sparsity:g}"
+        parts.append(
+            f"## {title}\n\n{_markdown(*_accuracy_table(rows, tasks, baseline))}\n\n"
+            f"Distance to the teacher, all layers, whole valid recordings; L1 of states normalised frame by frame.\n\n"
+            f"{_markdown(*_distance_table(rows, baseline))}"
+            + ("" if sparsity == OVERALL else f"\n\n{_markdown(*_cost_table(rows))}")
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _verdicts(summary: Mapping[str, Any]) -> list[str]:
+    """One line a method: what its differences to the baseline say, over all sparsities, else at each."""
+    lines = []
+    keys = [row["sparsity"] for row in summary["rows"]]
+    wanted = [OVERALL] if OVERALL in keys else list(dict.fromkeys(keys))
+    for row in summary["rows"]:
+        if row["sparsity"] in wanted and row["method"] != summary["baseline"] and row["difference"]:
+            where = "over all sparsities" if row["sparsity"] == OVERALL else f"at sparsity {row['sparsity']:g}"
+            said = [f"{task} {_points(d['estimate'])}: {d['verdict']}" for task, d in row["difference"].items()]
+            d = row["distance_difference"]["l1_normalized"]
+            said.append(f"distance to the teacher (L1) {_interval(d['estimate'], 1, 4, True)}: {d['verdict']}")
+            of = f"- **{row['method']}** against {summary['baseline']}, {where}, {len(row['seeds'])} seeds"
+            lines.append(f"{of}: {'; '.join(said)}")
+    return lines or ["- nothing to compare yet"]
+
+
+def _reference_table(summary: Mapping[str, Any], tasks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for name, found in summary["references"].items():
+        costs = found["costs"]
+        rows.append([name, *(_interval(found["accuracy"][task], 100, 1) for task in tasks)])
+        rows[-1] += ["-"] * 3 if costs is None else _costs(costs["parameters"], costs["macs"], costs["cpu_seconds"])
+    return ["model", *tasks, "parameters", "G MACs", "CPU s"], rows
+
+
+def _accuracy_table(rows: Sequence[Any], tasks: Sequence[str], baseline: str) -> tuple[list[str], list[list[str]]]:
+    head = ["method", "groups", "seeds"]
+    for task in tasks:
+        head += [f"{task} %", f"less {baseline}, points"]
+    table = []
+    for row in rows:
+        line = [row["method"], _groups(row), str(len(row["seeds"]))]
+        for task in tasks:
+            line.append(_interval(row["accuracy"][task], 100, 1))
+            line.append(_difference(row, row["difference"].get(task), baseline, 100, 1))
+        table.append(line)
+    return head, table
+
+
+def _distance_table(rows: Sequence[Any], baseline: str) -> tuple[list[str], list[list[str]]]:
+    head = ["method", "L1", f"less {baseline}", "1 - cos", f"less {baseline}"]
+    head += ["L1, distilled layers", "other layers", "1 - cos, distilled layers", "other layers"]
+    table = []
+    for row in rows:
+        line = [row["method"]]
+        for kind in ("l1_normalized", "cos"):
+            line.append(_interval(row["distance"][kind], 1, 3))
+            line.append(_difference(row, row["distance_difference"].get(kind), baseline, 1, 3))
+        for kind in ("l1_normalized", "cos"):
+            line += [_number(row[part][kind]) for part in ("distilled", "not_distilled")]
+        table.append(line)
+    return head, table
+
+
+def _cost_table(rows: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
+    head = ["method", "parameters", "G MACs, 10 s", "CPU s, 10 s", "sparsity", "expected by the gates"]
+    head += ["stage 1, s", "stage 2, s", "measuring, s"]
+    table = []
+    for row in rows:
+        expected = [value for value in row["expected_sparsity"] if value is not None]
+        line = [row["method"], *_costs(row["parameters"], row["macs"], row["cpu_seconds"])]
+        line += [f"{row['actual_sparsity']:.4f}", f"{min(expected):.4f} to {max(expected):.4f}" if expected else "-"]
+        line += [_number(row["seconds"][step], 0) for step in ("stage1", "stage2", "measure")]
+        table.append(line)
+    return head, table
+
+
+def _groups(row: Mapping[str, Any]) -> str:
+    """The groups in one line; where seeds differ, so it says; where another method has the same run, which."""
+    if any(groups != row["groups"][0] for groups in row["groups"]):
+        return "by seed"
+    if row["groups"][0] is None:
+        return "-"
+    shown = " ".join("{" + ",".join(map(str, group)) + "}" for group in row["groups"][0])
+    others = [name for name in row["made_by"] if name != row["method"]]
+    return f"{shown} (runs of {', '.join(others)})" if others else shown
+
+
+def _difference(row: Mapping[str, Any], found: Any, baseline: str, scale: float, digits: int) -> str:
+    if row["method"] == baseline or not found:
+        return "-"
+    return f"{_interval(found['estimate'], scale, digits, True)} {found['verdict']}"
+
+
+def _costs(parameters: float, macs: float, seconds: float) -> list[str]:
+    return [f"{parameters:,.0f}", f"{macs / 1e9:.3f}", f"{seconds:.3f}"]
+
+
+def _interval(estimate: Sequence[float], scale: float, digits: int, signed: bool = False) -> str:
+    value, low, high = (f"{scale * number:{'+' if signed else ''}.{digits}f}" for number in estimate)
+    return f"{value} [{low}, {high}]"
+
+
+def _points(estimate: Sequence[float]) -> str:
+    return f"{_interval(estimate, 100, 1, True)} points"
+
+
+def _number(value: Optional[float], digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
