@@ -136,8 +136,9 @@ def train(folder: Path, config: str, overrides: Sequence[str]) -> dict[str, Any]
         seconds.append(time.monotonic() - began)
         write_json(spent, seconds)
     if code:
-        last = (folder / "log").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise ValueError(f"{folder}: training ended with exit code {code} ({last}); all output is in {folder / 'log'}")
+        lines = (folder / "log").read_text(encoding="utf-8").splitlines()
+        why = next((line for line in reversed(lines) if "Error" in line), f"exit code {code}")
+        raise ValueError(f"{folder.name}: training failed: {why.strip()} (all output is in {folder / 'log'})")
     record = {"seconds": sum(seconds), "attempts": len(seconds)}
     write_json(done, record)
     return record

@@ -1,0 +1,124 @@
+"""Reading grids, and the runs that they come to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from skill_fairseq.clustering.similarity import MEASURES
+from skill_fairseq.comparison.grid import changed_setting, owner, read_grid, runs_of, settings_of
+
+SHIPPED = Path(__file__).resolve().parents[2] / "examples" / "benchmark" / "grid.yaml"
+STAGE = {"config": "distill/tiny", "overrides": ["a=1"]}
+FIELDS: dict[str, Any] = {
+    "teacher": "teacher.pt",
+    "data": "data",
+    "tasks": ["tasks/digit"],
+    "cluster": [],
+    "stage1": STAGE,
+    "stage2": STAGE,
+    "methods": ["skill", "dphubert", "single_layers", "skill_l1", "no_distillation"],
+    "sparsities": [0.5, 0.75],
+    "seeds": [1, 2],
+}
+CLUSTERS = {
+    "groups": [[0], [1], [2], [3]],  # what skill_l1 and single_layers come to as well
+    "layers": [0, 1, 2, 3],
+    "matrices": {"l1": [[float(abs(i - j)) for j in range(4)] for i in range(4)]},
+    "settings": {"linkage": "average", "neighbours_only": False},
+}
+
+
+def written(folder: Path, **grids: Any) -> Path:
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump(grids))
+    return path
+
+
+def test_paths_are_relative_to_the_file_and_changes_come_last(tmp_path: Path) -> None:
+    grid = read_grid(written(tmp_path, one=FIELDS), "one", seeds=[7], methods=None, teacher="/else/where.pt")
+    assert (grid.data, grid.teacher) == (tmp_path / "data", Path("/else/where.pt"))
+    assert grid.tasks == [tmp_path / "tasks" / "digit"] and grid.baseline == "dphubert"
+    assert grid.seeds == [7] and grid.methods == FIELDS["methods"]
+
+
+def test_a_grid_takes_over_the_fields_of_its_base(tmp_path: Path) -> None:
+    path = written(tmp_path, one=FIELDS, two={"base": "one", "seeds": [3]}, three={"base": "two", "sparsities": [0.9]})
+    grid = read_grid(path, "three")
+    assert (grid.seeds, grid.sparsities, grid.methods) == ([3], [0.9], FIELDS["methods"])
+
+
+def test_updates_set_length_and_warm_up(tmp_path: Path) -> None:
+    path = written(tmp_path, one=FIELDS, two={"base": "one", "updates": {"stage1": 200, "stage2": 100}})
+    assert read_grid(path, "one").overrides("stage1") == ["a=1"]
+    grid = read_grid(path, "two")
+    assert grid.overrides("stage1")[1:] == [
+        "optimization.max_update=200",
+        "optimizer.groups.default.lr_scheduler.warmup_updates=20",
+    ]
+    assert grid.overrides("stage2")[1:] == ["optimization.max_update=100", "lr_scheduler.warmup_updates=10"]
+
+
+def test_every_shipped_grid_reads_and_its_files_are_there() -> None:
+    for name in yaml.safe_load(SHIPPED.read_text()):
+        grid = read_grid(SHIPPED, name)
+        config = SHIPPED.parents[2] / "config"
+        assert grid.teacher.is_file() and (grid.data / "valid.tsv").is_file()
+        assert all((task / "test.tsv").is_file() for task in grid.tasks)
+        assert all((config / f"{stage['config']}.yaml").is_file() for stage in (grid.stage1, grid.stage2))
+    full = read_grid(SHIPPED, "full")
+    assert {f"skill_{measure}" for measure in MEASURES} - {"skill_cka_minibatch"} < set(full.methods)
+    assert sorted(full.sparsities) == [0.5, 0.75, 0.875] and full.seeds == [1, 2, 3]
+
+
+def test_runs_go_seed_by_seed_and_the_untrained_ones_once(tmp_path: Path) -> None:
+    runs = runs_of(read_grid(written(tmp_path, one=FIELDS), "one"), CLUSTERS)
+    assert [run.name for run in runs[:5]] == [f"{method}-0.5-1" for method in FIELDS["methods"]]
+    assert len(runs) == 2 * (5 + 4) and len({run.name for run in runs}) == len(runs)
+    assert [run.seed for run in runs if run.method == "no_distillation"] == [1, 1]
+
+
+def test_equal_targets_share_one_run(tmp_path: Path) -> None:
+    runs = runs_of(read_grid(written(tmp_path, one=FIELDS), "one"), CLUSTERS)
+    owners = {run.name: owner(run, runs).name for run in runs}
+    assert owners["skill_l1-0.75-2"] == owners["single_layers-0.75-2"] == "skill-0.75-2"
+    assert owners["dphubert-0.75-2"] == "dphubert-0.75-2"  # the same layers, but a shared projection
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"methods": ["skill", "x"]}, "methods: 'x' is unknown"),
+        ({"methods": ["skill"]}, "baseline 'dphubert' is not among the methods"),
+        ({"sparsities": [75]}, r"sparsities has 75; expected numbers between 0 and 1"),
+        ({"seeds": [0]}, "seeds has 0; expected integers from 1 on"),
+        ({"seeds": []}, r"seeds is \[\]; expected a list of at least one"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; expected a list of at least one, none twice"),
+        ({"stage1": {"config": "x"}}, "stage1 is {'config': 'x'}; expected the fields config and overrides"),
+        ({"updates": {"stage1": 5}}, "updates is {'stage1': 5}; expected stage1 and stage2"),
+        ({"sparsity": 0.5}, r"unknown fields \['sparsity'\], missing fields \[\]"),
+        ({"base": "none"}, "base 'none' is no grid of the file"),
+    ],
+)
+def test_bad_grids_are_refused_by_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_grid(written(tmp_path, one={**FIELDS, **changes}), "one")
+
+
+def test_missing_files_and_grids_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such grid file"):
+        read_grid(tmp_path / "none.yaml", "one")
+    with pytest.raises(ValueError, match="has no grid 'two', but one; choose"):
+        read_grid(written(tmp_path, one=FIELDS), "two")
+
+
+def test_what_trains_differently_is_another_setting_but_more_seeds_are_not(tmp_path: Path) -> None:
+    path = written(tmp_path, one=FIELDS, two={"base": "one", "updates": {"stage1": 20, "stage2": 10}})
+    hashes = {"teacher": "t", "train": "a", "valid": "b", str(tmp_path / "tasks" / "digit"): "d"}
+    before = settings_of(read_grid(path, "one"), hashes)
+    assert changed_setting(before, settings_of(read_grid(path, "one", seeds=[1, 2, 3]), hashes)) is None
+    assert changed_setting(before, settings_of(read_grid(path, "two"), hashes)) == "stage1"
+    assert changed_setting(before, settings_of(read_grid(path, "one"), {**hashes, "valid": "c"})) == "valid"

@@ -1,0 +1,66 @@
+"""Distances of hidden states, layer by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from skill_fairseq.comparison.layer_distance import KINDS, layer_distances, mean_over, state_distances
+
+
+def test_distances_against_numbers_worked_out_by_hand() -> None:
+    teacher = [torch.tensor([[3.0, 4.0], [1.0, 0.0]])]
+    student = [torch.tensor([[4.0, 3.0], [0.0, 2.0]])]
+    l1, normalized, cos = state_distances(student, teacher)[:, 0].tolist()
+    assert l1 == pytest.approx((1 + 1 + 1 + 2) / 4)
+    assert normalized == pytest.approx(2, abs=1e-3)  # two features in the other order: (1, -1) against (-1, 1)
+    assert cos == pytest.approx(1 - (24 / 25 + 0) / 2)
+
+
+def test_normalized_distance_ignores_scale_and_shift_of_a_frame() -> None:
+    states = [torch.randn(7, 16, generator=torch.Generator().manual_seed(0))]
+    distances = dict(zip(KINDS, state_distances([10 * states[0] + 3], states)[:, 0].tolist()))
+    assert distances["l1"] > 5 and distances["l1_normalized"] < 1e-4
+
+
+def test_means_over_frames_and_over_recordings(tmp_path: Path, small: Any) -> None:
+    files = []
+    for number, seconds in enumerate((0.3, 0.9)):
+        files.append(tmp_path / f"{number}.wav")
+        soundfile.write(str(files[-1]), small.tone(seconds, number), 16000)
+    student, teacher = small.random_encoder(1), small.random_encoder(2)
+    found = layer_distances(student, teacher, files)
+    frames, tables = [], []
+    for file in files:
+        wave = torch.from_numpy(soundfile.read(str(file), dtype="float32")[0])[None]
+        with torch.no_grad():
+            pair = [[state[0] for state in encoder(wave).hidden_states] for encoder in (student, teacher)]
+        frames.append(len(pair[0][0]))
+        tables.append(state_distances(*pair).numpy())
+    assert found.num_frames == sum(frames)
+    for k, kind in enumerate(KINDS):
+        by_layer = np.average([table[k] for table in tables], axis=0, weights=frames)
+        assert found.layers[kind] == pytest.approx(by_layer, abs=1e-6) and len(by_layer) == 4
+        assert found.recordings[kind] == pytest.approx([table[k].mean() for table in tables], abs=1e-6)
+        assert min(found.layers[kind]) > 0.01
+    zero = layer_distances(teacher, teacher, files)
+    assert all(max(zero.layers[kind]) < 1e-6 for kind in KINDS)
+
+
+def test_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"states \[\(3, 4\)\], teacher states \[\(3, 8\)\]: expected the same"):
+        state_distances([torch.zeros(3, 4)], [torch.zeros(3, 8)])
+
+
+def test_no_recordings_are_refused(small: Any) -> None:
+    with pytest.raises(ValueError, match="none given; expected at least one"):
+        layer_distances(small.random_encoder(), small.random_encoder(), [])
+
+
+def test_mean_over_some_layers() -> None:
+    assert mean_over([1.0, 2.0, 4.0], [0, 2]) == 2.5 and mean_over([1.0], []) is None

@@ -1,0 +1,69 @@
+"""What each method distils."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from skill_fairseq.clustering.similarity import MEASURES
+from skill_fairseq.comparison.methods import METHODS, equal_runs, random_groups, spread_layers, target_of
+
+SKILL = [[0], [1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11, 12]]
+
+
+def clusters(**changes: Any) -> dict[str, Any]:
+    """As skill-cluster --compare writes them: by l1, layers lie on a line with gaps before 5 and 9 and 12."""
+    points = np.array([0, 1, 2, 3, 4, 20, 21, 22, 23, 40, 41, 42, 60])
+    line = np.abs(np.subtract.outer(points, points)).astype(float).tolist()
+    return {
+        "groups": SKILL,
+        "layers": list(range(13)),
+        "matrices": dict.fromkeys(MEASURES, line),
+        "settings": {"linkage": "average", "neighbours_only": False},
+        **changes,
+    }
+
+
+def test_groups_by_name() -> None:
+    targets = {name: target_of(name, clusters(), seed=1) for name in METHODS}
+    assert targets["skill"].groups == SKILL
+    assert targets["skill_l1"].groups == [[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11], [12]]
+    assert targets["dphubert"] == ([[0], [4], [8], [12]], [0, 1, 1, 1])
+    assert targets["single_layers"] == ([[0], [4], [8], [12]], "none")
+    assert targets["all_layers"].groups == [[layer] for layer in range(13)]
+    assert targets["last_layer"].groups == [[12]]
+    assert targets["equal_runs"].groups == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]]
+    assert targets["no_distillation"].groups is None
+    assert {f"skill_{measure}" for measure in MEASURES} < set(METHODS)
+
+
+def test_random_groups_have_the_sizes_and_every_layer_and_follow_the_seed() -> None:
+    found = [random_groups([1, 2, 5, 5], range(13), seed) for seed in (1, 2, 3)]
+    for groups in found:
+        assert [len(group) for group in groups] == [1, 2, 5, 5]
+        assert sorted(sum(groups, [])) == list(range(13)) and groups == [sorted(group) for group in groups]
+    assert found[0] != found[1] != found[2] and found[0] == random_groups([1, 2, 5, 5], range(13), 1)
+
+
+@pytest.mark.parametrize("depth, layers", [(12, [0, 4, 8, 12]), (24, [0, 8, 16, 24]), (3, [0, 1, 2, 3]), (1, [0, 1])])
+def test_layers_are_spread_over_the_depth(depth: int, layers: list[int]) -> None:
+    assert spread_layers(depth) == layers
+
+
+def test_runs_of_equal_size() -> None:
+    assert equal_runs([1, 2, 3, 4, 5], 2) == [[1, 2, 3], [4, 5]]
+
+
+def test_layers_left_out_of_the_clustering_stay_out() -> None:
+    without = clusters(groups=[[1, 2], [3]], layers=[1, 2, 3])
+    assert target_of("all_layers", without, 1).groups == [[1], [2], [3]]
+    assert target_of("equal_runs", without, 1).groups == [[1, 2], [3]]
+
+
+def test_errors_name_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="methods: 'skil' is unknown; choose from skill, "):
+        target_of("skil", clusters(), 1)
+    with pytest.raises(ValueError, match="has the distances of l1, not of 'cka'; run skill-cluster --compare"):
+        target_of("skill_cka", clusters(matrices={"l1": []}), 1)

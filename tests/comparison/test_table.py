@@ -1,0 +1,146 @@
+"""Means, differences and tables of made-up results."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import numpy as np
+import pytest
+
+from skill_fairseq.comparison.layer_distance import KINDS
+from skill_fairseq.comparison.statistics import crossed_mean, paired_difference
+from skill_fairseq.comparison.table import summarise, write_tables
+
+METHODS = {"skill": 0.9, "dphubert": 0.6, "no_distillation": 0.2}
+REFERENCES = {
+    "teacher": {
+        "probes": {"digit": {"accuracy": 0.8, "correct": 80, "total": 100}},
+        "costs": {"parameters": 4321, "macs": 5e9, "cpu_seconds": 0.5},
+    },
+    "logmel": {"probes": {"digit": {"accuracy": 0.5, "correct": 50, "total": 100}}},
+}
+
+
+def result(method: str, sparsity: float, seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng([list(METHODS).index(method), int(1000 * sparsity), seed])
+    right = (rng.random(200) < METHODS[method]).astype(int)
+    groups: Optional[list] = None if method == "no_distillation" else [[0], [1, 2]] if method == "skill" else [[0], [2]]
+    table = rng.random((len(KINDS), 4)).round(4)
+    return {
+        "method": method,
+        "sparsity": sparsity,
+        "seed": seed,
+        "groups": groups,
+        "made": {
+            "sparsity": {"asked": sparsity, "expected": sparsity + 0.001 * seed, "actual": sparsity},
+            "seconds": {"stage1": 10.0 * seed, "stage2": 5.0, "measure": 3.0},
+        },
+        "probes": {"digit": {"right": "".join(map(str, right)), "total": 200, "classes": 10}},
+        "distances": {
+            "layers": dict(zip(KINDS, table.tolist())),
+            "recordings": {kind: rng.random(9).tolist() for kind in KINDS},
+        },
+        "distilled_layers": sorted(sum(groups, [])) if groups else [],
+        "costs": {"parameters": 1000 + seed, "macs": 2e9, "cpu_seconds": 0.25},
+        "versions": {"torch": "1"},
+    }
+
+
+def results(sparsities: tuple = (0.5, 0.75)) -> list[dict[str, Any]]:
+    found = [
+        result(method, sparsity, seed)
+        for method in METHODS
+        for sparsity in sparsities
+        for seed in ((1,) if method == "no_distillation" else (1, 2, 3))
+    ]
+    return list(reversed(found))
+
+
+def rows(summary: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
+    return {(row["method"], row["sparsity"]): row for row in summary["rows"]}
+
+
+def right(method: str, sparsity: float) -> np.ndarray:
+    seeds = (1,) if method == "no_distillation" else (1, 2, 3)
+    return np.array([[int(c) for c in result(method, sparsity, s)["probes"]["digit"]["right"]] for s in seeds])
+
+
+def test_accuracies_and_differences_are_those_of_the_outcomes() -> None:
+    found = rows(summarise(results(), REFERENCES, "dphubert"))
+    row = found["skill", 0.75]
+    assert row["accuracy"]["digit"] == pytest.approx(crossed_mean(right("skill", 0.75)), abs=1e-6)
+    wanted = paired_difference(right("skill", 0.75), right("dphubert", 0.75))
+    assert row["difference"]["digit"]["estimate"] == pytest.approx(wanted, abs=1e-6)
+    assert row["difference"]["digit"]["verdict"] == "higher" and row["seeds"] == [1, 2, 3]
+    untrained = found["no_distillation", 0.5]
+    wanted = paired_difference(right("no_distillation", 0.5), right("dphubert", 0.5))
+    assert untrained["difference"]["digit"]["estimate"] == pytest.approx(wanted, abs=1e-6)
+    assert untrained["difference"]["digit"]["verdict"] == "lower" and untrained["seeds"] == [1]
+
+
+def test_over_all_sparsities_each_recording_counts_its_mean() -> None:
+    row = rows(summarise(results(), REFERENCES, "dphubert"))["skill", "all"]
+    mean = {m: (right(m, 0.5) + right(m, 0.75)) / 2 for m in ("skill", "dphubert")}
+    assert row["accuracy"]["digit"] == pytest.approx(crossed_mean(mean["skill"]), abs=1e-6)
+    wanted = paired_difference(mean["skill"], mean["dphubert"])
+    assert row["difference"]["digit"]["estimate"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_distances_of_distilled_layers_and_of_others() -> None:
+    found = rows(summarise(results(), REFERENCES, "dphubert"))
+    layers = [np.array(result("dphubert", 0.5, s)["distances"]["layers"]["cos"]) for s in (1, 2, 3)]
+    row = found["dphubert", 0.5]
+    assert row["layers"]["cos"] == pytest.approx(np.mean(layers, axis=0), abs=1e-6)
+    assert row["distilled"]["cos"] == pytest.approx(np.mean([v[[0, 2]] for v in layers]))
+    assert row["not_distilled"]["cos"] == pytest.approx(np.mean([v[[1, 3]] for v in layers]))
+    assert found["no_distillation", 0.5]["distilled"]["cos"] is None
+
+
+def test_only_seeds_that_both_have_are_paired() -> None:
+    some = [r for r in results((0.5,)) if (r["method"], r["seed"]) != ("dphubert", 2)]
+    row = rows(summarise(some, REFERENCES, "dphubert"))["skill", 0.5]
+    wanted = paired_difference(right("skill", 0.5)[[0, 2]], right("dphubert", 0.5)[[0, 2]])
+    assert row["difference"]["digit"]["estimate"] == pytest.approx(wanted, abs=1e-6) and row["seeds"] == [1, 2, 3]
+
+
+def test_without_the_baseline_there_is_no_difference_to_report() -> None:
+    some = [r for r in results((0.5,)) if r["method"] != "dphubert"]
+    summary = summarise(some, REFERENCES, "dphubert")
+    assert rows(summary)["skill", 0.5]["difference"] == {}
+    assert "nothing to compare yet" in write_tables(summary)
+
+
+def test_a_method_that_lacks_a_sparsity_has_no_overall_row() -> None:
+    some = [r for r in results() if (r["method"], r["sparsity"]) != ("skill", 0.5)]
+    assert ("skill", "all") not in rows(summarise(some, REFERENCES, "dphubert"))
+
+
+def test_tables_show_the_numbers() -> None:
+    summary = summarise(results(), REFERENCES, "dphubert")
+    text = write_tables({**summary, "found": 14, "wanted": 20})
+    accuracy = rows(summary)["skill", 0.75]["accuracy"]["digit"]
+    difference = rows(summary)["skill", 0.75]["difference"]["digit"]["estimate"]
+    shown = "{:.1f} [{:.1f}, {:.1f}] | {:+.1f} [{:+.1f}, {:+.1f}] higher |".format(
+        *(100 * number for number in (*accuracy, *difference))
+    )
+    assert f"| skill | {{0}} {{1,2}} | 3 | {shown}" in text
+    assert "14 of 20 results are there" in text and "200 recordings (digit, 10 classes)" in text
+    assert "| teacher | 80.0 [71.1, 86.7] | 4,321 | 5.000 | 0.500 |" in text
+    assert "| logmel | 50.0 [40.4, 59.6] | - | - | - |" in text
+    assert "| skill | 1,002 | 2.000 | 0.250 | 0.7500 | 0.7510 to 0.7530 | 20 | 5 | 3 |" in text
+    assert "- **skill** against dphubert, over all sparsities, 3 seeds: digit +" in text
+    widths = {}
+    for line in text.splitlines():
+        if line.startswith("|"):
+            widths.setdefault(line.count("|"), 0)
+    assert all(count >= 6 for count in widths)
+
+
+def test_groups_that_change_with_the_seed_and_shared_runs_are_told() -> None:
+    changed = [
+        {**r, "groups": [[0], [r["seed"]]], "made_by": "dphubert"} if r["method"] == "skill" else r
+        for r in results((0.5,))
+    ]
+    assert "| skill | by seed | 3 |" in write_tables(summarise(changed, REFERENCES, "dphubert"))
+    shared = [{**r, "made_by": "dphubert"} if r["method"] == "skill" else r for r in results((0.5,))]
+    assert "| skill | {0} {1,2} (runs of dphubert) | 3 |" in write_tables(summarise(shared, REFERENCES, "dphubert"))
