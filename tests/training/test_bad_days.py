@@ -43,6 +43,10 @@ def infinite(speech: Path, name: str) -> str:
     return str(speech / name)
 
 
+@pytest.mark.faults(
+    "an audio file cannot be read",
+    "skipped, named in the log and counted",
+)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_unreadable_files_are_skipped_and_named(
     runs: Any, own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
@@ -58,6 +62,10 @@ def test_unreadable_files_are_skipped_and_named(
     assert f"file skipped: {files[2]}: cannot be decoded" in logs
 
 
+@pytest.mark.faults(
+    "more than task.max_unreadable_files in an epoch",
+    "the run ends, on all ranks together, with their number",
+)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_too_many_unreadable_files_end_the_run(
     runs: Any, own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
@@ -72,6 +80,10 @@ def test_too_many_unreadable_files_end_the_run(
         assert "task.max_unreadable_files allows 2" in run.log(rank)
 
 
+@pytest.mark.faults(
+    "a loss is NaN or infinite",
+    "the update is skipped on all ranks; the batch's files are named",
+)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_loss_that_is_not_finite_skips_the_update_and_names_the_files(
     runs: Any, own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
@@ -90,6 +102,10 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_names_the_files(
     assert all(np.isfinite(list(entry.values())).all() for entry in run.updates().values())
 
 
+@pytest.mark.faults(
+    "more than task.max_skipped_updates in a row",
+    "the run ends and says so",
+)
 def test_too_many_skipped_updates_end_the_run(runs: Any, own_speech: Path, teacher_file: Path, tmp_path: Path) -> None:
     for i in range(24):
         infinite(own_speech, f"train/{i}.wav")
@@ -100,6 +116,10 @@ def test_too_many_skipped_updates_end_the_run(runs: Any, own_speech: Path, teach
     assert "task.max_skipped_updates allows 2" in run.log()
 
 
+@pytest.mark.faults(
+    "the disk is full",
+    "the run ends with the file, the reason and the room left; older checkpoints are whole",
+)
 def test_a_full_disk_ends_the_run_and_older_checkpoints_stay_whole(
     runs: Any, data: list[str], straight: Any, tmp_path: Path
 ) -> None:
@@ -125,6 +145,10 @@ def test_a_full_disk_ends_the_run_and_older_checkpoints_stay_whole(
     runs.same_outcome(run, straight(1))
 
 
+@pytest.mark.faults(
+    "checkpoint_last.pt is truncated or damaged",
+    "named, set aside as *.damaged; the newest whole checkpoint before it is used",
+)
 def test_a_truncated_last_checkpoint_costs_what_came_after_the_one_before(
     runs: Any, data: list[str], straight: Any, tmp_path: Path
 ) -> None:
@@ -142,6 +166,10 @@ def test_a_truncated_last_checkpoint_costs_what_came_after_the_one_before(
     runs.same_outcome(run, straight(1))
 
 
+@pytest.mark.faults(
+    "the teacher or stage 1's checkpoint is gone",
+    "an error before training names the config's field and the path",
+)
 def test_a_teacher_that_is_gone_is_an_error_before_training(
     runs: Any, speech: Path, teacher_file: Path, tmp_path: Path
 ) -> None:
@@ -173,6 +201,10 @@ fairseq_cli.hydra_train.cli_main()
 """
 
 
+@pytest.mark.faults(
+    "out of memory",
+    "fairseq drops the batch and goes on; a hint says what dataset.max_tokens to try",
+)
 def test_out_of_memory_is_retried_with_a_hint(runs: Any, data: list[str], tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(OUT_OF_MEMORY)
     run = runs.Run(tmp_path, *data, *TEN, program=(sys.executable, "program.py")).finish()

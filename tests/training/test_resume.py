@@ -12,6 +12,10 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.faults(
+    "a process is killed (SIGKILL, a node goes down)",
+    "the same command goes on from the last checkpoint; the outcome is the same, bit for bit",
+)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_three_kills_change_nothing(runs: Any, data: list[str], straight: Any, tmp_path: Path, world_size: int) -> None:
     """40 updates straight, and with SIGKILL at three random moments: the same bits."""
@@ -28,6 +32,10 @@ def test_three_kills_change_nothing(runs: Any, data: list[str], straight: Any, t
     runs.same_outcome(run, straight(world_size))
 
 
+@pytest.mark.faults(
+    "a process is killed (SIGKILL, a node goes down)",
+    "the same command goes on from the last checkpoint; the outcome is the same, bit for bit",
+)
 def test_kills_in_the_middle_of_an_epoch_with_loading_workers(
     runs: Any, data: list[str], straight: Any, tmp_path: Path
 ) -> None:
