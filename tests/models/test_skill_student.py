@@ -31,11 +31,18 @@ def build(small: Any, speech: Path, teacher_file: Path) -> Any:
 
 
 def sampled(model: SkillStudentModel, update: int) -> list[Tensor]:
-    """A sample of every gate at this update."""
+    """The sample of every gate in a forward at this update."""
+    drawn: list[Tensor] = []
+    hooks = [
+        gate.register_forward_hook(lambda *of: drawn.append(of[2])) for _, gate in model.speech_encoder.named_gates()
+    ]
     model.train()
     model.set_num_updates(update)
     with torch.no_grad():
-        return [gate() for _, gate in model.speech_encoder.named_gates()]
+        model(torch.zeros(1, 400))
+    for hook in hooks:
+        hook.remove()
+    return drawn
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -144,10 +151,12 @@ def build_like(model: SkillStudentModel, build: Any, **changes: Any) -> SkillStu
     return twin
 
 
-def test_accumulated_batches_of_one_update_draw_gates_of_their_own(build: Any) -> None:
-    model = build(pruning_units=["ffn"], ffn_drop_rate=0.5)
+def test_accumulated_batches_of_one_update_share_their_gates(build: Any) -> None:
+    model = build(pruning_units=UNITS, ffn_drop_rate=0.5)
     first = sampled(model, 3)
-    assert not same(sampled(model, 3), first)  # set_num_updates comes before each of them
+    assert len(first) == len(list(model.speech_encoder.named_gates()))
+    assert same(sampled(model, 3), first)  # set_num_updates comes before each of them
+    assert not same(sampled(model, 4), first) and same(sampled(model, 3), first)
 
 
 def _draw(rank: int, port: int, config: Any, queue: Any) -> None:
