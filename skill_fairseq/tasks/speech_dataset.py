@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from fairseq.data import FileAudioDataset
 
+from skill_fairseq.audio.batching import split_batches
 from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest
 
 
@@ -37,6 +38,7 @@ class SpeechDataset(FileAudioDataset):
         self.root_dir = str(manifest.root)
         self.crop_multiple = crop_multiple
         self.epoch = 1
+        self.num_shards = 1  # ranks that share the batches, set by the task
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
         name = self.fnames[index]
@@ -81,7 +83,15 @@ class SpeechDataset(FileAudioDataset):
         return np.argsort(-sizes, kind="stable")
 
     def batch_by_size(self, indices: np.ndarray, max_tokens: Optional[int] = None, **limits: Any) -> Any:
-        """fairseq's, which stops at an utterance above ``max_tokens``; whole ones in validation get through."""
+        """fairseq's, which stops at an utterance above ``max_tokens``; whole ones in validation get through.
+
+        Training batches are as many as make every rank's share equal: fairseq would make up for missing ones by
+        empty batches, on which ranks idle. Validation's are left alone: its loss does not depend on the ranks.
+
+        Raises:
+            ValueError: there are too few utterances for the number of ranks.
+        """
         if self.pad and max_tokens is not None and len(indices):
             max_tokens = max(max_tokens, max(int(self.num_tokens(index)) for index in indices))
-        return super().batch_by_size(indices, max_tokens, **limits)
+        batches = super().batch_by_size(indices, max_tokens, **limits)
+        return batches if self.pad else split_batches([[int(i) for i in batch] for batch in batches], self.num_shards)
