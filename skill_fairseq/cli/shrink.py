@@ -15,7 +15,7 @@ from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
 from skill_fairseq.cli._common import run
 from skill_fairseq.files import sha256
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.pruning.expected import expected_parameters, full_parameters
+from skill_fairseq.pruning.expected import expected_sparsity, full_parameters
 from skill_fairseq.pruning.selection import check_reachable
 from skill_fairseq.pruning.shrink import shrink
 
@@ -67,7 +67,7 @@ def sparsities(gated: SpeechEncoder, small: SpeechEncoder, asked: float | None) 
     full = full_parameters(gated.config)
     return {
         "asked": asked,
-        "expected": 1 - float(expected_parameters(gated).detach()) / full,
+        "expected": expected_sparsity(gated),
         "actual": 1 - small.num_parameters() / full,
     }
 
