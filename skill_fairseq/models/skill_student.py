@@ -17,6 +17,7 @@ from skill_fairseq.checkpoints.source import build_encoder
 from skill_fairseq.models.wavlm import WavLMConfig, WavLMModel, avoid_wrong_gelu, dropouts, encoder_config
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.expected import expected_parameters
+from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.shrink import shrink
 
 logger = logging.getLogger(__name__)
@@ -82,8 +83,12 @@ def initial_student(cfg: SkillStudentConfig) -> SpeechEncoder:
                 f"model.init_from: {cfg.init_from} already has gates; leave model.pruning_units empty to shrink it and "
                 "distil on, or give an ungated teacher"
             )
-        before = encoder.num_parameters()
-        encoder = shrink(encoder, source.provenance.get("target_sparsity"))
+        before, target = encoder.num_parameters(), source.provenance.get("target_sparsity")
+        field = f"model.init_from: {cfg.init_from}: target_sparsity"
+        warning = None if target is None else far_from_gates(encoder, target, field)
+        if warning is not None:
+            logger.warning(warning)
+        encoder = shrink(encoder, target)
         logger.info(f"shrunk {cfg.init_from}: {before:,} to {encoder.num_parameters():,} parameters")
         return encoder
     original = encoder.config.original_parameters or encoder.num_parameters()
