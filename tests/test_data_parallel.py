@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 RECORD = """
 import os, torch
-import skill_fairseq, fairseq_cli.train, fairseq_cli.hydra_train
+import fairseq_cli.train, fairseq_cli.hydra_train, skill_fairseq
 
 class Trainer(fairseq_cli.train.Trainer):
     def __init__(self, *args, **kwargs):

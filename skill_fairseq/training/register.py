@@ -7,6 +7,7 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from fairseq import checkpoint_utils
+from fairseq.trainer import Trainer
 
 from skill_fairseq.training.checkpoint_files import WholeCopies
 from skill_fairseq.training.preemption import preemption
@@ -18,7 +19,7 @@ Validated = Tuple[List[Optional[float]], bool]
 def register_trainer() -> None:
     """Called when the user dir is imported by a program that trains."""
     program: Any = sys.modules["fairseq_cli.train"]
-    if program.Trainer is SkillTrainer:
+    if program.Trainer is not Trainer:  # it is there already, or the program has its own
         return
     program.Trainer = SkillTrainer
     program.validate_and_save = _stopping(program.validate_and_save)
