@@ -1,9 +1,10 @@
 """The distillation task: speech without labels, and the teacher's answer to it."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
@@ -14,9 +15,12 @@ from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.safe_load import plain
 from skill_fairseq.criterions.skill_group_kd import read_groups
 from skill_fairseq.distillation.teacher import FrozenTeacher
+from skill_fairseq.files import named
 from skill_fairseq.models.skill_student import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.pruning.agreement import check_ranks
+from skill_fairseq.pruning.lagrangian import SizeConstraint
 from skill_fairseq.tasks.speech_dataset import SpeechDataset
 
 logger = logging.getLogger(__name__)
@@ -39,6 +43,14 @@ class SkillDistillationConfig(AudioPretrainingConfig):
         default=1,
         metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
     )
+    max_unreadable_files: int = field(
+        default=100,
+        metadata={"help": "files of an epoch that may turn out unreadable: they are skipped; one more ends the run"},
+    )
+    max_skipped_updates: int = field(
+        default=10,
+        metadata={"help": "updates in a row that may be skipped for a loss or gradients that are NaN or infinite"},
+    )
 
 
 @register_task("skill_distillation", dataclass=SkillDistillationConfig)
@@ -56,6 +68,8 @@ class SkillDistillationTask(AudioPretrainingTask):
         self._teacher: Optional[FrozenTeacher] = None
         self.student_config: Optional[EncoderConfig] = None
         self.num_updates = 0
+        self.files_of_bad_losses: List[str] = []  # of the present update
+        self._constraint: Optional[SizeConstraint] = None
 
     @property
     def teacher(self) -> FrozenTeacher:
@@ -67,7 +81,8 @@ class SkillDistillationTask(AudioPretrainingTask):
         if self._teacher is None:
             if not self.cfg.teacher:
                 raise ValueError("task.teacher: not set; expected a teacher file or folder, for example WavLM-Base+.pt")
-            encoder = load_encoder(self.cfg.teacher)
+            with named("task.teacher"):
+                encoder = load_encoder(self.cfg.teacher)
             if encoder.normalize != self.cfg.normalize:
                 raise ValueError(
                     f"task.normalize: {self.cfg.normalize}, but the teacher {self.cfg.teacher} was trained with "
@@ -91,6 +106,16 @@ class SkillDistillationTask(AudioPretrainingTask):
             normalize=self.cfg.normalize,
         )
 
+    def get_batch_iterator(self, dataset: Any, *args: Any, num_shards: int = 1, **kwargs: Any) -> Any:
+        """fairseq's, with as many training batches on every rank, none of them empty.
+
+        Raises:
+            ValueError: there are too few utterances for the number of ranks.
+        """
+        if isinstance(dataset, SpeechDataset):
+            dataset.num_shards = num_shards
+        return super().get_batch_iterator(dataset, *args, num_shards=num_shards, **kwargs)
+
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         """Builds the student; in training its shape and weights come from ``model.init_from``.
 
@@ -99,7 +124,8 @@ class SkillDistillationTask(AudioPretrainingTask):
         """
         encoder = None
         if not from_checkpoint and getattr(cfg, "init_from", None):
-            encoder = initial_student(cfg)
+            with named("model.init_from"):
+                encoder = initial_student(cfg)
             _update(cfg, fairseq_fields(encoder.config))
         model = super().build_model(cfg, from_checkpoint)
         if encoder is not None:
@@ -115,14 +141,28 @@ class SkillDistillationTask(AudioPretrainingTask):
         """fairseq's; groups that stand in a file are written into ``cfg``, which fairseq saves."""
         if getattr(cfg, "groups_file", None):
             _update(cfg, {"groups": plain(read_groups(cfg)), "groups_file": None})
-        return super().build_criterion(cfg, *args, **kwargs)
+        criterion = super().build_criterion(cfg, *args, **kwargs)
+        self._constraint = getattr(criterion, "constraint", None)
+        return criterion
+
+    def begin_valid_epoch(self, epoch: int, model: Any) -> None:
+        """Makes sure that gates and multipliers are still equal on all ranks.
+
+        Raises:
+            RuntimeError: they are not; names the rank, the quantity and the values.
+        """
+        super().begin_valid_epoch(epoch, model)
+        check_ranks(model.speech_encoder, self._constraint)
 
     def train_step(
         self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False
     ) -> Any:
-        """fairseq's, remembering the update for the sparsity target."""
+        """fairseq's, remembering the update for the sparsity target, and the files of a loss that is not finite."""
         self.num_updates = update_num
-        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+        loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+        if not ignore_grad and not math.isfinite(log["loss"]):
+            self.files_of_bad_losses += sample["files"]
+        return loss, sample_size, log
 
 
 def _update(cfg: Any, values: Dict[str, Any]) -> None:
