@@ -43,14 +43,14 @@ def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline
     }
     tasks = list(results[0]["probes"])
     rows = []
-    for sparsity in sparsities:
-        rows += [_row(m, sparsity, [cells[m, sparsity]], [cells.get((baseline, sparsity), [])], tasks) for m in methods]
     if len(sparsities) > 1:
         for method in methods:
             own = [cells[method, sparsity] for sparsity in sparsities]
             if len({tuple(r["seed"] for r in cell) for cell in own}) == 1:
                 others = [cells.get((baseline, sparsity), []) for sparsity in sparsities]
                 rows.append(_row(method, OVERALL, own, others, tasks))
+    for sparsity in sparsities:
+        rows += [_row(m, sparsity, [cells[m, sparsity]], [cells.get((baseline, sparsity), [])], tasks) for m in methods]
     rows = [row for row in rows if row]
     return {
         "baseline": baseline,
@@ -240,16 +240,17 @@ def _reference_table(summary: Mapping[str, Any], tasks: Sequence[str]) -> tuple[
 
 
 def _accuracy_table(rows: Sequence[Any], tasks: Sequence[str], baseline: str) -> tuple[list[str], list[list[str]]]:
-    head = ["method", "groups", "seeds"]
+    head = ["method", "seeds"]
     for task in tasks:
         head += [f"{task} %", f"less {baseline}, points"]
+    head.append("groups")
     table = []
     for row in rows:
-        line = [row["method"], _groups(row), str(len(row["seeds"]))]
+        line = [row["method"], str(len(row["seeds"]))]
         for task in tasks:
             line.append(_interval(row["accuracy"][task], 100, 1))
             line.append(_difference(row, row["difference"].get(task), baseline, 100, 1))
-        table.append(line)
+        table.append([*line, _groups(row)])
     return head, table
 
 
