@@ -43,7 +43,7 @@ from skill_fairseq.pruning.magnitude import prune_by_magnitude
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parents[1] / "config"
 EPILOG = """examples:
-  python examples/benchmark/run.py out --jobs 2                  the reduced grid, two runs at a time
+  python examples/benchmark/run.py                               the reduced grid, two runs at a time
   python examples/benchmark/run.py out --name full               every method, examples/tiny's own numbers of updates
   python examples/benchmark/run.py out --name trial              does it run? two methods, a few updates
   python examples/benchmark/run.py out --methods skill dphubert --seeds 1 2 3 4 5
@@ -357,8 +357,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list_methods:
         print("\n".join(f"{name:<20} {meaning}" for name, meaning in METHODS.items()))
         return 0
-    if args.out is None:
-        parser().error("OUT is needed")
     if args.jobs < 1:
         raise ValueError(f"--jobs: {args.jobs}; expected at least 1")
     changes = {name: getattr(args, name) for name in ("methods", "sparsities", "seeds")}
@@ -410,7 +408,14 @@ def parser() -> argparse.ArgumentParser:
         prog="run.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
-    add("out", nargs="?", type=Path, metavar="OUT", help="folder for everything")
+    add(
+        "out",
+        nargs="?",
+        type=Path,
+        default=HERE / "out",
+        metavar="OUT",
+        help="folder for everything (default: out here)",
+    )
     add("--grid", type=Path, default=HERE / "grid.yaml", metavar="YAML", help="file of grids (default: grid.yaml here)")
     add("--name", default="reduced", help="which grid of the file (default: reduced)")
     add("--teacher", type=Path, metavar="FILE", help="in place of the grid's")

@@ -16,7 +16,8 @@ Result = Mapping[str, Any]
 OVERALL = "all"
 """In place of a sparsity: the mean over all of them."""
 
-VERDICTS = {1: "higher", 0: "no difference", -1: "lower"}
+ACCURACY_VERDICTS = {1: "higher", 0: "no difference", -1: "lower"}
+DISTANCE_VERDICTS = {1: "farther", 0: "no difference", -1: "nearer"}
 
 
 def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline: str) -> dict[str, Any]:
@@ -42,14 +43,14 @@ def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline
     }
     tasks = list(results[0]["probes"])
     rows = []
-    for sparsity in sparsities:
-        rows += [_row(m, sparsity, [cells[m, sparsity]], [cells.get((baseline, sparsity), [])], tasks) for m in methods]
     if len(sparsities) > 1:
         for method in methods:
             own = [cells[method, sparsity] for sparsity in sparsities]
             if len({tuple(r["seed"] for r in cell) for cell in own}) == 1:
                 others = [cells.get((baseline, sparsity), []) for sparsity in sparsities]
                 rows.append(_row(method, OVERALL, own, others, tasks))
+    for sparsity in sparsities:
+        rows += [_row(m, sparsity, [cells[m, sparsity]], [cells.get((baseline, sparsity), [])], tasks) for m in methods]
     rows = [row for row in rows if row]
     return {
         "baseline": baseline,
@@ -94,12 +95,12 @@ def _row(
         row["accuracy"][task] = _plain(crossed_mean(_right(cells, task)))
         if paired:
             values, baseline = (_right(side, task) for side in paired)
-            row["difference"][task] = _plain_difference(paired_difference(values, baseline))
+            row["difference"][task] = _judged(paired_difference(values, baseline), ACCURACY_VERDICTS)
     for kind in KINDS:
         row["distance"][kind] = _plain(crossed_mean(_far(cells, kind)))
         if paired:
             values, baseline = (_far(side, kind) for side in paired)
-            row["distance_difference"][kind] = _plain_difference(paired_difference(values, baseline))
+            row["distance_difference"][kind] = _judged(paired_difference(values, baseline), DISTANCE_VERDICTS)
     row["layers"] = {
         kind: np.mean([r["distances"]["layers"][kind] for cell in cells for r in cell], axis=0).round(6).tolist()
         for kind in KINDS
@@ -170,13 +171,13 @@ def _plain(estimate: Estimate) -> list[float]:
     return [round(float(number), 6) for number in estimate]
 
 
-def _plain_difference(estimate: Estimate) -> dict[str, Any]:
-    return {"estimate": _plain(estimate), "verdict": VERDICTS[estimate.verdict]}
+def _judged(estimate: Estimate, verdicts: Mapping[int, str]) -> dict[str, Any]:
+    return {"estimate": _plain(estimate), "verdict": verdicts[estimate.verdict]}
 
 
 def write_tables(summary: Mapping[str, Any]) -> str:
     """The summary as Markdown."""
-    tasks, baseline = list(summary["tasks"]), summary["baseline"]
+    baseline = summary["baseline"]
     sizes = [
         f"{what['total']} recordings ({task}, {what['classes']} classes)" for task, what in summary["tasks"].items()
     ]
@@ -185,22 +186,34 @@ def write_tables(summary: Mapping[str, Any]) -> str:
         f"seeds and recordings together (two-way random effects); accuracies are per cent of {', '.join(sizes)}. A "
         f"difference to {baseline} is paired by seed and recording, and counts as none where its interval holds 0. "
         "Each interval stands for itself: of twenty, one misses by chance.",
-        "## Verdict\n\n" + "\n".join(_verdicts(summary)),
-        "## Not distilled\n\n" + _markdown(*_reference_table(summary, tasks)),
+        "## Verdict\n\n" + "\n".join(verdicts(summary)),
+        "## Not distilled\n\n" + _markdown(*_reference_table(summary, list(summary["tasks"]))),
     ]
     for sparsity in dict.fromkeys(row["sparsity"] for row in summary["rows"]):
         rows = [row for row in summary["rows"] if row["sparsity"] == sparsity]
+        found = sparsity_tables(rows, summary)
         title = "Mean over sparsities" if sparsity == OVERALL else f"Sparsity {sparsity:g}"
-        parts.append(
-            f"## {title}\n\n{_markdown(*_accuracy_table(rows, tasks, baseline))}\n\n"
-            f"Distance to the teacher, all layers, whole valid recordings; L1 of states normalised frame by frame.\n\n"
-            f"{_markdown(*_distance_table(rows, baseline))}"
-            + ("" if sparsity == OVERALL else f"\n\n{_markdown(*_cost_table(rows))}")
-        )
+        parts += [f"## {title}", _markdown(*found["accuracy"])]
+        parts.append("Distance to the teacher, whole valid recordings; L1 of states normalised frame by frame.")
+        parts += [_markdown(*found[name]) for name in ("distance", "costs") if name in found]
     return "\n\n".join(parts) + "\n"
 
 
-def _verdicts(summary: Mapping[str, Any]) -> list[str]:
+def sparsity_tables(rows: Sequence[Any], summary: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Head and lines of the tables of rows of one sparsity: accuracy, distance, costs (not over all sparsities), and
+    references."""
+    tasks, baseline = list(summary["tasks"]), summary["baseline"]
+    found = {
+        "accuracy": _accuracy_table(rows, tasks, baseline),
+        "distance": _distance_table(rows, baseline),
+        "references": _reference_table(summary, tasks),
+    }
+    if rows[0]["sparsity"] != OVERALL:
+        found["costs"] = _cost_table(rows)
+    return found
+
+
+def verdicts(summary: Mapping[str, Any]) -> list[str]:
     """One line a method: what its differences to the baseline say, over all sparsities, else at each."""
     lines = []
     keys = [row["sparsity"] for row in summary["rows"]]
@@ -211,7 +224,8 @@ def _verdicts(summary: Mapping[str, Any]) -> list[str]:
             said = [f"{task} {_points(d['estimate'])}: {d['verdict']}" for task, d in row["difference"].items()]
             d = row["distance_difference"]["l1_normalized"]
             said.append(f"distance to the teacher (L1) {_interval(d['estimate'], 1, 4, True)}: {d['verdict']}")
-            of = f"- **{row['method']}** against {summary['baseline']}, {where}, {len(row['seeds'])} seeds"
+            seeds = f"{len(row['seeds'])} seed{'s' * (len(row['seeds']) > 1)}"
+            of = f"- **{row['method']}** against {summary['baseline']}, {where}, {seeds}"
             lines.append(f"{of}: {'; '.join(said)}")
     return lines or ["- nothing to compare yet"]
 
@@ -226,16 +240,17 @@ def _reference_table(summary: Mapping[str, Any], tasks: Sequence[str]) -> tuple[
 
 
 def _accuracy_table(rows: Sequence[Any], tasks: Sequence[str], baseline: str) -> tuple[list[str], list[list[str]]]:
-    head = ["method", "groups", "seeds"]
+    head = ["method", "seeds"]
     for task in tasks:
         head += [f"{task} %", f"less {baseline}, points"]
+    head.append("groups")
     table = []
     for row in rows:
-        line = [row["method"], _groups(row), str(len(row["seeds"]))]
+        line = [row["method"], str(len(row["seeds"]))]
         for task in tasks:
             line.append(_interval(row["accuracy"][task], 100, 1))
             line.append(_difference(row, row["difference"].get(task), baseline, 100, 1))
-        table.append(line)
+        table.append([*line, _groups(row)])
     return head, table
 
 

@@ -40,6 +40,15 @@ def test_the_layer_that_knows_gets_the_weight() -> None:
     assert result.interval[0] < result.accuracy <= result.interval[1] and result.strength in STRENGTHS
 
 
+def test_it_says_which_recordings_were_right() -> None:
+    features, labels = made_up()
+    right = probe(features, labels).right
+    labels["test"][7] = next(name for name in CLASSES if name != labels["test"][7])
+    changed = probe(features, labels)
+    assert len(right) == changed.total == 200 and sum(changed.right) == changed.correct
+    assert right[7] and [i for i, (a, b) in enumerate(zip(right, changed.right)) if a != b] == [7]
+
+
 def test_weights_minimise_the_stated_objective() -> None:
     features, labels = made_up(signal=0.7)
     x, y = standardised(features["train"]), np.array([CLASSES.index(label) for label in labels["train"]])

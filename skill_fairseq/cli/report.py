@@ -1,0 +1,72 @@
+"""`skill-report`: one page on a run or a benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from skill_fairseq.cli._common import run
+from skill_fairseq.files import atomic_write
+from skill_fairseq.reporting.benchmark_report import benchmark_report
+from skill_fairseq.reporting.run_folder import read_folder
+from skill_fairseq.reporting.run_report import run_report
+
+EPILOG = """examples:
+  skill-report examples/tiny/out
+  skill-report RUN --out report --teacher WavLM-Base+.pt --data manifests
+  skill-report BENCHMARK                  a folder of examples/benchmark/run.py
+
+RUN holds what examples/tiny/run.sh makes: clusters/, trainings in folders of their own (hydra_train.log or log,
+.hydra/), shrunk.safetensors, student.safetensors, probe.json. What is missing is left out, and named at the end.
+Writes OUT/report.html, which needs no other file and no network, and the pictures in it as PNG files.
+"""
+
+
+@run
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    if find_spec("matplotlib") is None:
+        raise ValueError("skill-report: matplotlib is not installed; run pip install matplotlib")
+    if not args.max_seconds > 0:
+        raise ValueError(f"--max-seconds: {args.max_seconds}; expected more than 0")
+    folder = read_folder(args.folder, args.teacher, args.data)
+    out = args.out or args.folder / "report"
+    out.mkdir(parents=True, exist_ok=True)
+    if folder.benchmark is not None:
+        text = benchmark_report(folder, out)
+    else:
+        text = run_report(folder, out, args.max_seconds)
+    with atomic_write(out / "report.html") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"wrote {out / 'report.html'}, {(out / 'report.html').stat().st_size / 1e6:.2f} MB")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="skill-report",
+        description="Write one page on a run or a benchmark: results, curves, sizes, distances, settings.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="RUN", help="folder of results")
+    add("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/report)")
+    add("--teacher", type=Path, metavar="FILE", help="teacher (default: the one in the training's settings)")
+    add("--data", type=Path, metavar="DIR", help="folder with valid.tsv (default: as in the training's settings)")
+    add(
+        "--max-seconds",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="of audio to measure distances on (default: 120)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

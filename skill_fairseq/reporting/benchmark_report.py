@@ -1,0 +1,94 @@
+"""The report of a benchmark: which way of choosing what is distilled does better, and by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from skill_fairseq.comparison.table import OVERALL, sparsity_tables, verdicts
+from skill_fairseq.reporting import page, pictures
+from skill_fairseq.reporting.run_folder import RunFolder
+from skill_fairseq.reporting.run_report import cluster_section
+
+Row = Mapping[str, Any]
+
+
+def benchmark_report(folder: RunFolder, out: Path) -> str:
+    """The page; writes its pictures into a folder.
+
+    Args:
+        folder: with the content of results.json, as examples/benchmark/run.py writes it.
+        out: folder of the pictures.
+
+    Raises:
+        ValueError: results.json has no results.
+    """
+    summary = folder.benchmark
+    if not isinstance(summary, dict) or not summary.get("rows"):
+        raise ValueError(f"{folder.path / 'results.json'}: has no results; make it with examples/benchmark/run.py")
+    missing, baseline = list(folder.missing), summary["baseline"]
+    if summary.get("found") != summary.get("wanted"):
+        missing.append(f"{summary['wanted'] - summary['found']} of {summary['wanted']} results are not there yet")
+    missing += [f"{name}: failed, see runs/{name}/log" for name in summary.get("failed", [])]
+    sections = [("Verdict", page.bullets([line.lstrip("- ").replace("**", "") for line in verdicts(summary)]))]
+    rows: list[Row] = summary["rows"]
+    for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
+        title = "Mean over sparsities" if sparsity == OVERALL else f"Sparsity {sparsity:g}"
+        here = [row for row in rows if row["sparsity"] == sparsity]
+        sections.append((title, _sparsity(here, summary, sparsity, out)))
+    sections.append(("Not distilled", page.table(*sparsity_tables(rows, summary)["references"])))
+    if folder.clusters is not None:
+        sections.append(("Layer similarity and groups", cluster_section(folder.clusters, out)))
+    settings = yaml.safe_dump(summary["settings"], sort_keys=False, width=100).strip()
+    versions = page.table(list(summary["versions"]), [list(summary["versions"].values())])
+    sections.append(("Settings and versions", versions + page.folded("Settings", page.code(settings))))
+    sections.append(("How to repeat it", _repeat(rows)))
+    if missing:
+        sections.append(("Left out", page.bullets(missing)))
+    sizes = [
+        f"{found['total']} recordings ({task}, {found['classes']} classes)" for task, found in summary["tasks"].items()
+    ]
+    about = page.paragraph(
+        f"{summary['found']} of {summary['wanted']} results. Accuracies are per cent of {', '.join(sizes)}. In "
+        "brackets, and as bars, 95 % intervals over seeds and recordings together (two-way random effects). A "
+        f"difference to {baseline} is paired by seed and recording, and counts as none where its interval "
+        "holds 0. Each interval stands for itself: of twenty, one misses by chance."
+    )
+    return page.page(f"Benchmark: {folder.path.resolve().name}", about, sections)
+
+
+def _sparsity(rows: Sequence[Row], summary: Mapping[str, Any], sparsity: Any, out: Path) -> str:
+    baseline, shown = summary["baseline"], []
+    for task in summary["tasks"]:
+        lines = [
+            (row["method"], [100 * number for number in row["difference"][task]["estimate"]])
+            for row in rows
+            if row["method"] != baseline and row["difference"]
+        ]
+        if lines:
+            label = f"{task}: points above {baseline}"
+            path = pictures.forest(out / f"difference_{task}_{sparsity}.png", lines, label, 0.0)
+            shown.append(page.figure(path, f"difference of each method to {baseline} on {task}, with intervals"))
+    for kind, label in (("l1_normalized", "L1 to the teacher, normalised"), ("cos", "1 - cos to the teacher")):
+        curves = {row["method"]: (range(len(row["layers"][kind])), row["layers"][kind]) for row in rows}
+        path = pictures.curves(out / f"distance_{kind}_{sparsity}.png", curves, label, xlabel="layer")
+        shown.append(page.figure(path, f"{label} of each method, by layer"))
+    tables = sparsity_tables(rows, summary)
+    wanted = [("accuracy", "Accuracy"), ("distance", "Distance to the teacher"), ("costs", "Size and time")]
+    parts = [f"<h3>{head}</h3>{page.table(*tables[name])}" for name, head in wanted if name in tables]
+    return page.figures(shown) + "".join(parts)
+
+
+def _repeat(rows: Sequence[Row]) -> str:
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    sparsities = [f"{value:g}" for value in dict.fromkeys(row["sparsity"] for row in rows) if value != OVERALL]
+    seeds = sorted({seed for row in rows for seed in row["seeds"]})
+    command = (
+        f"python examples/benchmark/run.py OUT --grid GRID --name NAME --methods {' '.join(methods)} "
+        f"--sparsities {' '.join(sparsities)} --seeds {' '.join(map(str, seeds))}"
+    )
+    text = "GRID and NAME: a grid whose stages have the settings above; examples/benchmark/grid.yaml has those shipped."
+    return page.code(command, command=True) + page.paragraph(text)

@@ -1,0 +1,125 @@
+"""The report's parts on encoders: size and time, what is left of each layer, distance to the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from skill_fairseq.audio.manifest import check_manifest, read_manifest
+from skill_fairseq.comparison.layer_distance import LayerDistances, layer_distances
+from skill_fairseq.comparison.measure import SECONDS, costs
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.reporting import page, pictures
+
+Encoders = Mapping[str, SpeechEncoder]
+
+
+def cost_section(encoders: Encoders, files: Mapping[str, Path]) -> str:
+    """Table of parameters, work and time, each beside the first encoder's, the teacher's where there is one."""
+    found = {name: costs(encoder) for name, encoder in encoders.items()}
+    first = next(iter(found.values()))
+    rows = []
+    for name, cost in found.items():
+        size = sum(f.stat().st_size for f in [files[name], *files[name].rglob("*")] if f.is_file())
+        rows.append(
+            [
+                name,
+                f"{cost['parameters']:,}",
+                f"{100 * cost['parameters'] / first['parameters']:.2f} %",
+                f"{cost['macs'] / 1e9:.3f}",
+                f"{100 * cost['macs'] / first['macs']:.1f} %",
+                f"{1000 * cost['cpu_seconds']:.1f}",
+                f"{first['cpu_seconds'] / cost['cpu_seconds']:.2f}",
+                f"{size / 1e6:.2f}",
+            ]
+        )
+    head = ["encoder", "parameters", "left", "G MACs", "left", "CPU ms", "times faster", "file, MB"]
+    return page.table(head, rows) + page.paragraph(
+        f"MACs and processor time of one forward of {SECONDS:g} s of audio; time is the least of several forwards, on "
+        f"the machine that made this page ({first['threads']} thread{'s' * (first['threads'] > 1)})."
+    )
+
+
+def units_section(config: EncoderConfig, out: Path) -> str:
+    """What is left of each layer: picture and tables."""
+    assert config.conv_channels is not None and config.heads is not None and config.ffn_dims is not None
+    full_conv = [channels for channels, _, _ in config.conv_feature_layers]
+    heads = [None if kept is None else len(kept) for kept in config.heads]
+    shares: dict[str, Sequence[Optional[float]]] = {
+        "conv channels": [kept / full for kept, full in zip(config.conv_channels, full_conv)],
+        "heads": [None if kept is None else kept / config.encoder_attention_heads for kept in heads],
+        "FFN units": [None if kept is None else kept / config.encoder_ffn_embed_dim for kept in config.ffn_dims],
+    }
+    path = pictures.kept_units(out / "units.png", shares)
+    conv = [[str(i), f"{kept} / {full}"] for i, (kept, full) in enumerate(zip(config.conv_channels, full_conv))]
+    layers = [
+        [
+            str(i),
+            _kept(kept, config.encoder_attention_heads),
+            "-" if not config.heads[i - 1] else " ".join(map(str, config.heads[i - 1] or [])),
+            _kept(units, config.encoder_ffn_embed_dim),
+        ]
+        for i, (kept, units) in enumerate(zip(heads, config.ffn_dims), start=1)
+    ]
+    tables = page.table(["convolution", "channels"], conv)
+    tables += page.table(["layer", "heads", "which", "FFN units"], layers)
+    return page.figures([page.figure(path, "share of units left in each layer"), f"<div>{tables}</div>"])
+
+
+def _kept(units: Optional[int], full: int) -> str:
+    """Units left of a sublayer; what stands in place of the number where there are none."""
+    if units is None:
+        return "removed"
+    return f"{units} / {full}" if units else "bias only"
+
+
+def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups: Any, out: Path) -> str:
+    """How far each student's states are from the teacher's.
+
+    Args:
+        encoders: "teacher" and others.
+        valid: manifest of the recordings.
+        max_seconds: take the first recordings until this much audio.
+        groups: layers of each group, or None.
+        out: folder of the pictures.
+
+    Raises:
+        ValueError: depth or width differ.
+    """
+    manifest = read_manifest(valid)
+    check_manifest(manifest)
+    rate = encoders["teacher"].config.sample_rate
+    files: list[Path] = []
+    seconds = 0.0
+    for file, size in zip(manifest.files, manifest.sizes):
+        if files and seconds + size / rate > max_seconds:
+            break
+        files.append(file)
+        seconds += size / rate
+    found = {n: layer_distances(e, encoders["teacher"], files) for n, e in encoders.items() if n != "teacher"}
+    shown = []
+    for kind, label in (("l1_normalized", "L1, states normalised"), ("cos", "1 - cos")):
+        lines = {name: (range(len(d.layers[kind])), d.layers[kind]) for name, d in found.items()}
+        path = pictures.curves(out / f"distance_{kind}.png", lines, label, xlabel="layer")
+        shown.append(page.figure(path, f"{label} between student and teacher, by layer"))
+    text = (
+        f"States of the same layer, on {len(files)} recordings of {valid.name} ({seconds:.1f} s, "
+        f"{next(iter(found.values())).num_frames} frames), no projection in between. L1 is shown of states as they "
+        "are, and of states brought to zero mean and unit variance frame by frame. Layer 0 precedes the transformer."
+    )
+    return page.paragraph(text) + page.figures(shown) + _distance_table(found, groups)
+
+
+def _distance_table(found: Mapping[str, LayerDistances], groups: Any) -> str:
+    head = ["layer", "group"]
+    for name in found:
+        head += [f"{name}: L1", "normalised", "1 - cos"]
+    number = {layer: str(g) for g, group in enumerate(groups or []) for layer in group}
+    rows = []
+    for layer in range(len(next(iter(found.values())).layers["l1"])):
+        rows.append([str(layer), number.get(layer, "-")])
+        for distances in found.values():
+            rows[-1] += [f"{distances.layers[kind][layer]:.4f}" for kind in ("l1", "l1_normalized", "cos")]
+    return page.table(head, rows)

@@ -1,0 +1,111 @@
+"""A page of HTML that needs nothing but itself: no network, no script, no other file."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Optional
+
+STYLE = """
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1080px;padding:16px;font:16px/1.5 system-ui,sans-serif;color:#1c1c1c;background:#fff;
+  overflow-wrap:anywhere}
+h1{font-size:1.6rem;line-height:1.25;margin:.4rem 0}
+h2{font-size:1.25rem;margin:2rem 0 .5rem;padding-top:.5rem;border-top:1px solid #ddd}
+h3{font-size:1.05rem;margin:1.2rem 0 .4rem}
+p{margin:.5rem 0}
+a{color:#0b5ea8}
+nav{font-size:.95rem}
+nav a{display:inline-block;margin-right:1rem;padding:.2rem 0}
+.scroll{overflow-x:auto;max-width:100%;margin:.5rem 0}
+table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .7rem;border-bottom:1px solid #e4e4e4;text-align:right;white-space:nowrap}
+th{border-bottom:2px solid #999;font-weight:600}
+th:first-child,td:first-child{text-align:left;padding-left:0}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px}
+figure{margin:.5rem 0;min-width:0}
+figure img{display:block;max-width:100%;height:auto}
+figure.wide img{max-width:none;width:max(100%,680px)}
+figcaption{font-size:.9rem;color:#555}
+pre{overflow-x:auto;max-width:100%;padding:.7rem;background:#f5f5f3;font-size:.85rem;line-height:1.45;margin:.5rem 0}
+pre.command{white-space:pre-wrap}
+details{margin:.5rem 0}
+summary{cursor:pointer;padding:.3rem 0}
+"""
+
+
+def page(title: str, about: str, sections: Sequence[tuple[str, str]]) -> str:
+    """The whole page.
+
+    Args:
+        title: heading.
+        about: HTML below it.
+        sections: heading and HTML of each.
+    """
+    names = [f"s{number}" for number in range(len(sections))]
+    links = "".join(f'<a href="#{name}">{escape(head)}</a>' for name, (head, _) in zip(names, sections))
+    body = "".join(
+        f'<section id="{name}"><h2>{escape(head)}</h2>{html}</section>' for name, (head, html) in zip(names, sections)
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>"
+        f"<body><h1>{escape(title)}</h1>{about}<nav>{links}</nav>{body}</body></html>\n"
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in a box of its own, which scrolls where the screen is narrower; first column to the left.
+
+    Args:
+        head: of each column, plain text.
+        rows: plain text.
+    """
+    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    return f'<div class="scroll" tabindex="0"><table>{"".join(lines)}</table></div>'
+
+
+def paragraph(text: str) -> str:
+    """Plain text."""
+    return f"<p>{escape(text)}</p>"
+
+
+def bullets(lines: Sequence[str]) -> str:
+    """A list of plain text."""
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+
+def code(text: str, command: bool = False) -> str:
+    """Lines as they are; a command's are wrapped, all others scroll."""
+    return f"<pre{' class=command' if command else ''}>{escape(text)}</pre>"
+
+
+def folded(summary: str, html: str) -> str:
+    """HTML that shows when asked for."""
+    return f"<details><summary>{escape(summary)}</summary>{html}</details>"
+
+
+def figure(picture: Path, alt: str, caption: Optional[str] = None, wide: bool = False) -> str:
+    """A PNG file inside the page.
+
+    Args:
+        picture: the file.
+        alt: what it shows, in words.
+        caption: below it.
+        wide: keep it 680 px wide and scroll where the screen is narrower, for pictures with small writing.
+    """
+    data = base64.b64encode(picture.read_bytes()).decode()
+    image = f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
+    below = "" if caption is None else f"<figcaption>{escape(caption)}</figcaption>"
+    if wide:
+        return f'<figure class="wide"><div class="scroll" tabindex="0">{image}</div>{below}</figure>'
+    return f"<figure>{image}{below}</figure>"
+
+
+def figures(items: Sequence[str]) -> str:
+    """Figures side by side where there is room."""
+    return f'<div class="figures">{"".join(items)}</div>'

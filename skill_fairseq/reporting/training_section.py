@@ -1,0 +1,88 @@
+"""The report's part on training: curves, and their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from skill_fairseq.reporting import page, pictures
+from skill_fairseq.reporting.run_folder import Stage
+from skill_fairseq.reporting.training_log import Entry, series
+
+MOST_ROWS = 50
+COLUMNS = (
+    ("update", "num_updates", "{:.0f}"),
+    ("distillation loss", "distillation_loss", "{:.4f}"),
+    ("expected sparsity", "expected_sparsity", "{:.4f}"),
+    ("target", "target_sparsity", "{:.4f}"),
+    ("gradient norm", "gnorm", "{:.3f}"),
+    ("audio s per s", "audio_s_per_s", "{:.1f}"),
+)
+
+
+def training_section(stages: Sequence[Stage], out: Path) -> str:
+    """HTML of all stages; writes their pictures into a folder."""
+    parts = []
+    for stage in stages:
+        train, valid = stage.log["train_inner"] or stage.log["train"], stage.log["valid"]
+        parts.append(f"<h3>{escape(stage.name)}</h3>" + page.paragraph(summary(stage)))
+        shown = []
+        losses = {"training": series(train, "distillation_loss"), "validation": series(valid, "distillation_loss")}
+        losses = {label: line for label, line in losses.items() if line[0]}
+        if losses:
+            path = pictures.curves(out / f"{stage.name}_loss.png", losses, "distillation loss")
+            shown.append(page.figure(path, f"distillation loss of {stage.name} over updates"))
+        if stage.prunes:
+            sizes = {"expected": series(train, "expected_sparsity"), "target": series(train, "target_sparsity")}
+            path = pictures.curves(out / f"{stage.name}_sparsity.png", sizes, "sparsity", dashed=["target"])
+            shown.append(page.figure(path, f"expected and target sparsity of {stage.name} over updates"))
+        groups = {f"group {g}": series(train, f"l1_g{g}") for g in range(_groups(train))}
+        if groups:
+            path = pictures.curves(out / f"{stage.name}_groups.png", groups, "L1 to the teacher's group mean")
+            shown.append(page.figure(path, f"L1 of each group of {stage.name} over updates"))
+        parts.append(page.figures(shown) + page.folded(f"Numbers of {stage.name}", points_table(train)))
+    return "".join(parts)
+
+
+def summary(stage: Stage) -> str:
+    """What a stage came to, in a sentence or two."""
+    train, valid = stage.log["train_inner"] or stage.log["train"], stage.log["valid"]
+    if not train:
+        return "Nothing of its training is in the log."
+    first, last = train[0], train[-1]
+    said = [f"{last['num_updates']:.0f} updates."]
+    if "distillation_loss" in last:
+        said.append(
+            f"Distillation loss {first['distillation_loss']:.4f} at first, {last['distillation_loss']:.4f} at last."
+        )
+    if valid and "distillation_loss" in valid[-1]:
+        said.append(f"On the valid set {valid[-1]['distillation_loss']:.4f}.")
+    if stage.prunes:
+        said.append(f"Expected sparsity {last['expected_sparsity']:.4f}, target {last['target_sparsity']:.4f}.")
+    if "wall" in last:
+        said.append(f"{last['wall']:.0f} s by fairseq's own clock, since its last start.")
+    return " ".join(said)
+
+
+def points_table(entries: Sequence[Entry]) -> str:
+    """The curves' points; where there are many, evenly thinned, the last one among them."""
+    columns = [column for column in COLUMNS if any(column[1] in entry for entry in entries)]
+    chosen = thinned(len(entries), MOST_ROWS)
+    rows = [[form.format(entries[i][name]) if name in entries[i] else "-" for _, name, form in columns] for i in chosen]
+    note = "" if len(chosen) == len(entries) else page.paragraph(f"{len(chosen)} of {len(entries)} points.")
+    return note + page.table([head for head, _, _ in columns], rows)
+
+
+def thinned(number: int, most: int) -> list[int]:
+    """At most so many of the indices below a number, evenly, the first and the last among them."""
+    if number <= most:
+        return list(range(number))
+    return [round(i * (number - 1) / (most - 1)) for i in range(most)]
+
+
+def _groups(entries: Sequence[Entry]) -> int:
+    number = 0
+    while any(f"l1_g{number}" in entry for entry in entries):
+        number += 1
+    return number

@@ -1,0 +1,63 @@
+"""The page on a benchmark."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from skill_fairseq.reporting.benchmark_report import benchmark_report
+from skill_fairseq.reporting.run_folder import read_folder
+
+
+@pytest.fixture(scope="module")
+def made(benchmark_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    out = tmp_path_factory.mktemp("made")
+    return benchmark_report(read_folder(benchmark_folder), out), out
+
+
+def test_tables_have_the_summarys_numbers(made: tuple, benchmark_folder: Path) -> None:
+    lines = [re.findall(r"<td>(.*?)</td>", line) for line in re.findall(r"<tr>(.*?)</tr>", made[0])]
+    for row in json.loads((benchmark_folder / "results.json").read_text())["rows"]:
+        accuracy = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * number for number in row["accuracy"]["digit"]))
+        found = [line for line in lines if line[:1] == [row["method"]] and accuracy in line]
+        assert found, row["method"]
+        if row["method"] != "dphubert":
+            difference = row["difference"]["digit"]
+            said = "{:+.1f} [{:+.1f}, {:+.1f}] ".format(*(100 * number for number in difference["estimate"]))
+            assert any(said + difference["verdict"] in line for line in found)
+    assert ["teacher", "80.0 [73.9, 85.0]", "-", "-", "-"] in lines
+
+
+def test_the_verdict_says_who_wins_and_where_there_is_no_difference(made: tuple) -> None:
+    said = re.findall(r"<li>(.*?)</li>", made[0])
+    skill = next(line for line in said if line.startswith("skill against dphubert, over all sparsities, 3 seeds"))
+    assert re.search(r"digit \+\d+\.\d \[\+.*\] points: higher", skill)
+    other = next(line for line in said if line.startswith("a_method_with_quite_a_long_name"))
+    assert re.search(r"digit [-+]\d+\.\d \[-.*, \+.*\] points: no difference", other)
+
+
+def test_what_is_not_there_yet_is_named(made: tuple) -> None:
+    left_out = made[0][made[0].index("<h2>Left out</h2>") :]
+    assert "2 of 20 results are not there yet" in left_out and "skill-0.875-1: failed" in left_out
+
+
+def test_pictures_of_differences_and_distances(made: tuple) -> None:
+    names = {file.name for file in made[1].glob("*.png")}
+    for sparsity in ("0.5", "0.75", "all"):
+        assert f"difference_digit_{sparsity}.png" in names and f"distance_cos_{sparsity}.png" in names
+    assert "<script" not in made[0] and not re.search(r"(?:src|href)=[\"'](?!data:image/png;base64,|#)", made[0])
+
+
+def test_the_command_to_repeat_it(made: tuple) -> None:
+    wanted = "--methods skill dphubert a_method_with_quite_a_long_name --sparsities 0.5 0.75 --seeds 1 2 3"
+    assert wanted in unescape(made[0])
+
+
+def test_results_without_rows_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="results.json: has no results; make it with examples/benchmark/run.py"):
+        benchmark_report(read_folder(tmp_path), tmp_path)

@@ -1,0 +1,203 @@
+"""The page on a run: its numbers are those of the files."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from skill_fairseq.audio.manifest import read_manifest
+from skill_fairseq.checkpoints import load_encoder, save_encoder
+from skill_fairseq.comparison.layer_distance import layer_distances
+from skill_fairseq.reporting.run_folder import read_folder
+from skill_fairseq.reporting.run_report import run_report
+from skill_fairseq.reporting.training_section import thinned
+
+
+def report(path: Path, out: Path, **options: Path) -> str:
+    out.mkdir(exist_ok=True)
+    return run_report(read_folder(path, **options), out, 120.0)
+
+
+@pytest.fixture(scope="module")
+def made(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    out = tmp_path_factory.mktemp("made")
+    return report(run_folder, out), out
+
+
+def section(html: str, head: str) -> str:
+    found = re.search(rf"<section[^>]*><h2>{re.escape(head)}</h2>(.*?)</section>", html, re.DOTALL)
+    assert found, f"no section {head}"
+    return found[1]
+
+
+def rows(html: str) -> list[list[str]]:
+    """Cells of every table row."""
+    lines = re.findall(r"<tr>(.*?)</tr>", html)
+    return [[unescape(cell) for cell in re.findall(r"<t[dh]>(.*?)</t[dh]>", line)] for line in lines]
+
+
+def test_sizes_stand_beside_the_teachers(made: tuple, run_folder: Path, teacher_file: Path) -> None:
+    table = {row[0]: row for row in rows(section(made[0], "Size and speed"))}
+    teacher = load_encoder(teacher_file)
+    for name in ("shrunk", "student"):
+        encoder = load_encoder(run_folder / f"{name}.safetensors")
+        assert table[name][1] == f"{encoder.num_parameters():,}"
+        assert table[name][2] == f"{100 * encoder.num_parameters() / teacher.num_parameters():.2f} %"
+        assert table[name][3] == f"{encoder.macs(10) / 1e9:.3f}"
+        assert float(table[name][5]) > 0 and float(table[name][6]) > 0
+    assert table["teacher"][1:3] == [f"{teacher.num_parameters():,}", "100.00 %"] and table["teacher"][6] == "1.00"
+    assert f"of the teacher&#x27;s {teacher.num_parameters():,} parameters (50." in made[0]
+
+
+def test_curves_have_the_logs_numbers(made: tuple) -> None:
+    html = section(made[0], "Training")
+    assert ["update", "distillation loss", "expected sparsity", "target", "gradient norm"] in rows(html)
+    assert ["20", "-0.6234", "0.3456", "0.4000", "1.500"] in rows(html)
+    assert ["20", "-0.8888", "1.500"] in rows(html)  # stage 2, logged as JSON, has no sparsity
+    assert "30 updates. Distillation loss -0.5123 at first, -0.7345 at last. On the valid set -0.6543." in html
+    assert "Expected sparsity 0.4987, target 0.5000." in html
+    alts = re.findall(r'alt="([^"]*)"', html)
+    assert "expected and target sparsity of stage1 over updates" in alts
+    assert "distillation loss of stage2 over updates" in alts and len(alts) == 5
+
+
+def test_curves_are_drawn_through_the_logs_points(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+
+    drawn, plot = [], Axes.plot
+
+    def spy(axes: Axes, *data: Any, **options: Any) -> Any:
+        drawn.append((options.get("label"), *data[:2]))
+        return plot(axes, *data, **options)
+
+    monkeypatch.setattr(Axes, "plot", spy)
+    report(run_folder, tmp_path)
+    wanted = ("training", "validation", "expected", "target")
+    lines = [(label, list(x), list(y)) for label, x, y in drawn if label in wanted]
+    assert ("expected", [10, 20, 30], [0.0123, 0.3456, 0.4987]) in lines
+    assert ("target", [10, 20, 30], [0.2, 0.4, 0.5]) in lines
+    assert ("training", [10, 20, 30], [-0.5123, -0.6234, -0.7345]) in lines
+    assert ("validation", [20], [-0.6543]) in lines and ("training", [10, 20], [-0.7777, -0.8888]) in lines
+
+
+def test_probes_have_their_intervals(made: tuple) -> None:
+    table = rows(section(made[0], "What frozen features know"))
+    assert ["student", "12,105", "83.7 [79.1, 87.4], 251 of 300"] in table
+    assert ["logmel", "-", "49.3 [43.7, 55.0], 148 of 300"] in table
+
+
+def test_distances_are_those_of_the_states(made: tuple, run_folder: Path, teacher_file: Path, speech: Path) -> None:
+    files = read_manifest(speech / "valid.tsv").files
+    found = layer_distances(load_encoder(run_folder / "student.safetensors"), load_encoder(teacher_file), files).layers
+    table = rows(section(made[0], "Distance to the teacher"))
+    groups = json.loads((run_folder / "clusters" / "clusters.json").read_text())["groups"]
+    for layer in range(4):
+        row = next(row for row in table if row[0] == str(layer))
+        assert row[5:] == [f"{found[kind][layer]:.4f}" for kind in ("l1", "l1_normalized", "cos")]
+        assert layer in groups[int(row[1])]
+
+
+def test_what_is_left_of_each_layer(made: tuple, run_folder: Path) -> None:
+    config = load_encoder(run_folder / "student.safetensors").config
+    table = rows(section(made[0], "What is left: student"))
+    for i, kept in enumerate(config.conv_channels):
+        assert [str(i), f"{kept} / 16"] in table
+    for i, (heads, units) in enumerate(zip(config.heads, config.ffn_dims), start=1):
+        which = " ".join(map(str, heads)) if heads else "-"
+        assert [str(i), f"{len(heads)} / 4" if heads else "bias only", which, f"{units} / 48"] in table
+
+
+def test_groups_and_their_picture(made: tuple, run_folder: Path) -> None:
+    html = section(made[0], "Layer similarity and groups")
+    for number, group in enumerate(json.loads((run_folder / "clusters" / "clusters.json").read_text())["groups"]):
+        row = next(row for row in rows(html) if row[0] == str(number))
+        assert row[1] == ", ".join(map(str, group))
+    assert "similarity of layers and dendrogram" in html
+
+
+def test_settings_and_commands_to_repeat(made: tuple) -> None:
+    settings, repeat = section(made[0], "Settings and versions"), unescape(section(made[0], "How to repeat it"))
+    assert "seed: 4711" in settings and "by: student" in settings
+    assert rows(settings)[0][:3] == ["made with", "skill_fairseq", "python"]
+    assert "skill-cluster --teacher teacher.safetensors --manifest train.tsv --measure cka_minibatch" in repeat
+    assert "--num-groups 2 --max-seconds 600 --seed 0" in repeat
+    assert (
+        "fairseq-hydra-train --config-dir config/distill --config-name tiny common.seed=4711 "
+        "'criterion.groups=[[0],[1,2]]' hydra.run.dir=stage1" in repeat
+    )
+    assert "skill-probe teacher=MODEL student=MODEL logmel --task TASKS/digit" in repeat
+
+
+def test_the_page_is_self_contained_and_its_pictures_are_the_files(made: tuple) -> None:
+    html, out = made
+    assert not re.search(r"(?:src|href)=[\"'](?!data:image/png;base64,|#)", html)
+    assert "<script" not in html and "url(" not in html and "@import" not in html
+    inside = {base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", html)}
+    files = {file.read_bytes() for file in out.glob("*.png")}
+    assert inside == files and len(files) == 10 and all(data.startswith(b"\x89PNG") for data in files)
+    assert "Left out" not in html
+
+
+def test_what_is_missing_is_left_out_and_named(run_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    path.mkdir()
+    shutil.copytree(run_folder / "stage2", path / "stage2")
+    shutil.copy(run_folder / "student.safetensors", path)
+    html = report(path, tmp_path / "out")
+    left_out = section(html, "Left out")
+    for what in ("clusters/clusters.json", "shrunk.safetensors", "the teacher", "valid.tsv", "probe.json"):
+        assert f"<li>{what}: " in left_out or f"<li>{what} of " in left_out, what
+    assert "student.safetensors:" not in left_out and "Distance to the teacher" not in html
+    heads = re.findall(r"<h2>(.*?)</h2>", html)
+    own = ["Size and speed", "Training", "What is left: student"]
+    assert heads == [*own, "Settings and versions", "How to repeat it", "Left out"]
+
+
+def test_teacher_and_data_may_be_given(run_folder: Path, tmp_path: Path, teacher_file: Path, speech: Path) -> None:
+    path = tmp_path / "part"
+    path.mkdir()
+    shutil.copy(run_folder / "student.safetensors", path)
+    html = report(path, tmp_path / "out", teacher=teacher_file, data=speech)
+    assert "6 recordings of valid.tsv" in section(html, "Distance to the teacher")
+
+
+def test_a_teacher_of_another_depth_is_no_obstacle(run_folder: Path, tmp_path: Path, small: Any) -> None:
+    save_encoder(small.random_encoder(encoder_layers=2), tmp_path / "other.safetensors")
+    html = report(run_folder, tmp_path / "out", teacher=tmp_path / "other.safetensors")
+    assert "distance to the teacher: student states" in section(html, "Left out")
+
+
+def test_text_from_files_is_escaped(run_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "<b>run"
+    path.mkdir()
+    shutil.copytree(run_folder / "stage2", path / "<i>stage")
+    html = report(path, tmp_path / "out")
+    assert "<b>" not in html and "<i>" not in html and "&lt;i&gt;stage" in html
+
+
+def test_long_tables_are_thinned_to_first_and_last() -> None:
+    assert thinned(3, 50) == [0, 1, 2]
+    chosen = thinned(1001, 50)
+    assert len(chosen) == 50 and (chosen[0], chosen[-1]) == (0, 1000)
+    assert max(b - a for a, b in zip(chosen, chosen[1:])) <= 21
+
+
+def test_empty_damaged_and_absent_folders(tmp_path: Path, run_folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder; give the folder of a run"):
+        read_folder(tmp_path / "none")
+    with pytest.raises(ValueError, match="holds nothing to report; expected clusters/"):
+        read_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="--teacher: .* does not exist"):
+        read_folder(run_folder, teacher=tmp_path / "none.pt")
+    (tmp_path / "probe.json").write_text("{")
+    with pytest.raises(ValueError, match=r"probe.json: is no JSON .*; make it again"):
+        read_folder(tmp_path)
