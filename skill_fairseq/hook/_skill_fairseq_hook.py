@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
+    from hydra.core.config_search_path import ConfigSearchPath
+
 PACKAGES = ("antlr4", "fairseq", "hydra", "omegaconf")
 USER_DIR = "SKILL_FAIRSEQ_USER_DIR"
 
@@ -203,12 +205,43 @@ def find_config_dir(hydra_utils: ModuleType) -> None:
 
 def packaged_config_dir(path: str) -> str:
     """``path`` where it exists or is found nowhere, else the same folder of the installed skill_fairseq."""
+    return path if os.path.exists(path) else packaged_dir(path) or path
+
+
+def packaged_dir(path: str) -> str | None:
+    """The folder ``path`` in the installed skill_fairseq (wheel) or beside it (checkout); None where neither has it."""
     user_dir = os.environ.get(USER_DIR)
-    if user_dir and not os.path.exists(path):
+    if user_dir:
         for parent in (user_dir, os.path.dirname(user_dir)):
             if os.path.isdir(os.path.join(parent, path)):
                 return os.path.join(parent, path)
-    return path
+    return None
+
+
+def find_run_configs(hydra_utils: ModuleType) -> None:
+    """``+run=slurm_1gpu`` beside any ``--config-dir``, with and without a launcher of submitit.
+
+    "Could not load run/slurm_1gpu": hydra 1.0 looks for groups in one ``--config-dir``; the folder ``config`` of
+    skill_fairseq now comes after all others. "Error merging run=slurm_1gpu: Key 'name' not in 'BasicLauncherConf'": a
+    run config sets options of submitit's launcher, for which the launcher of a plain run, which does not look at
+    them, has no field; its schema now is open.
+    """
+    plain_search_path = hydra_utils.create_config_search_path
+
+    def create_config_search_path(search_path_dir: str | None) -> ConfigSearchPath:
+        from hydra.core.config_store import ConfigStore
+
+        search_path = plain_search_path(search_path_dir)  # loads the launchers
+        run_configs = packaged_dir(os.path.join("config", "run"))
+        if run_configs:
+            schema = hydra_utils.SearchPathQuery(provider="schema")  # hydra wants this one to be the last
+            search_path.prepend("skill_fairseq", f"file://{os.path.dirname(run_configs)}", anchor=schema)
+            store = ConfigStore.instance()
+            basic = dict(store.load("hydra/launcher/basic.yaml").node)
+            store.store(group="hydra/launcher", name="basic", node=basic, provider="hydra")
+        return search_path
+
+    hydra_utils.create_config_search_path = create_config_search_path  # type: ignore[attr-defined]
 
 
 def load_own_checkpoints(module: ModuleType) -> None:
@@ -252,7 +285,7 @@ def give_amp_one_optimizer(amp_optimizer: ModuleType) -> None:
 
 BEFORE = (allow_dataclass_defaults, restore_find_module, restore_typing_io, name_user_dir)
 AFTER = {
-    "hydra._internal.utils": (print_exceptions, find_config_dir),
+    "hydra._internal.utils": (print_exceptions, find_config_dir, find_run_configs),
     "fairseq.checkpoint_utils": (load_own_checkpoints,),
     "fairseq.distributed.utils": (load_own_checkpoints,),
     "fairseq.data.data_utils": (restore_numpy_int,),
