@@ -1,7 +1,8 @@
 """SKILL: similarity-aware distillation and structured pruning of speech encoders, a fairseq plugin.
 
 Importing it registers, where fairseq is installed, the task ``skill_distillation``, the models ``wavlm`` and
-``skill_student`` and the criterion ``skill_group_kd``. Without fairseq, encoders still load and run.
+``skill_student`` and the criterion ``skill_group_kd``, and gives ``fairseq-hydra-train`` its trainer. Without fairseq,
+encoders still load and run.
 """
 
 from importlib.util import find_spec
@@ -18,3 +19,6 @@ if find_spec("fairseq") is not None:
     import skill_fairseq.models.wavlm
     import skill_fairseq.optim.linear_warmup_decay
     import skill_fairseq.tasks.skill_distillation  # noqa: F401
+    from skill_fairseq.training.register import register_trainer
+
+    register_trainer()

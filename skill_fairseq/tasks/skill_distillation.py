@@ -1,9 +1,10 @@
 """The distillation task: speech without labels, and the teacher's answer to it."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
@@ -39,6 +40,14 @@ class SkillDistillationConfig(AudioPretrainingConfig):
         default=1,
         metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
     )
+    max_unreadable_files: int = field(
+        default=100,
+        metadata={"help": "files of an epoch that may turn out unreadable: they are skipped; one more ends the run"},
+    )
+    max_skipped_updates: int = field(
+        default=10,
+        metadata={"help": "updates in a row that may be skipped for a loss or gradients that are NaN or infinite"},
+    )
 
 
 @register_task("skill_distillation", dataclass=SkillDistillationConfig)
@@ -56,6 +65,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         self._teacher: Optional[FrozenTeacher] = None
         self.student_config: Optional[EncoderConfig] = None
         self.num_updates = 0
+        self.files_of_bad_losses: List[str] = []  # of the present update
 
     @property
     def teacher(self) -> FrozenTeacher:
@@ -120,9 +130,12 @@ class SkillDistillationTask(AudioPretrainingTask):
     def train_step(
         self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False
     ) -> Any:
-        """fairseq's, remembering the update for the sparsity target."""
+        """fairseq's, remembering the update for the sparsity target, and the files of a loss that is not finite."""
         self.num_updates = update_num
-        return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+        loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
+        if not ignore_grad and not math.isfinite(log["loss"]):
+            self.files_of_bad_losses += sample["files"]
+        return loss, sample_size, log
 
 
 def _update(cfg: Any, values: Dict[str, Any]) -> None:

@@ -6,8 +6,10 @@ from typing import Any, Dict, Optional
 import numpy as np
 import torch
 from fairseq.data import FileAudioDataset
+from torch import Tensor
 
 from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest
+from skill_fairseq.training.preemption import shield_worker
 
 
 class SpeechDataset(FileAudioDataset):
@@ -36,30 +38,56 @@ class SpeechDataset(FileAudioDataset):
             )
         self.root_dir = str(manifest.root)
         self.crop_multiple = crop_multiple
+        self.seed = 0
         self.epoch = 1
+        self._shielded = False
 
-    def __getitem__(self, index: int) -> Dict[str, Any]:
+    def file_name(self, index: int) -> str:
+        """Absolute path of an utterance."""
         name = self.fnames[index]
         name = self.text_compressor.decompress(name if isinstance(name, (str, bytes)) else name.as_py())
-        wave = load_audio(os.path.join(self.root_dir, name), self.sample_rate)
-        return {"id": index, "source": self.postprocess(wave, self.sample_rate)}
+        return os.path.join(self.root_dir, name)
+
+    def __getitem__(self, index: int) -> Dict[str, Any]:
+        """One utterance: ``id``, ``file``, and ``source`` (N,) samples; None, and a message ``unreadable``, where the
+        file cannot be read."""
+        if torch.utils.data.get_worker_info() is not None and not self._shielded:
+            shield_worker()
+            self._shielded = True
+        file = self.file_name(index)
+        try:
+            wave = load_audio(file, self.sample_rate)
+        except (OSError, ValueError) as error:
+            return {"id": index, "file": file, "source": None, "unreadable": str(error)}
+        return {"id": index, "file": file, "source": self.postprocess(wave, self.sample_rate)}
 
     def collater(self, samples: Any) -> Dict[str, Any]:
         """fairseq's, except that padding of equal lengths is no padding and that crops come in few lengths.
 
         ``source_bits`` is the source (B, N) again, float32 read as int32: fairseq rounds every float32 tensor of a
-        batch to the student's precision, which would change what the teacher hears.
+        batch to the student's precision, which would change what the teacher hears. ``files`` are the utterances'
+        paths. Where a crop begins depends on seed, epoch and utterance alone: a run that goes on hears the same.
+        Messages on files that could not be read are ``unreadable``; nothing else is there if none could.
         """
+        unreadable = [s["unreadable"] for s in samples if "unreadable" in s]
+        samples = [s for s in samples if s["source"] is not None]
         if not self.pad and samples:
             shortest = min(min(len(s["source"]) for s in samples), self.max_sample_size)
             length = max(shortest - shortest % self.crop_multiple, min(shortest, self.crop_multiple))
-            samples = [{**s, "source": self.crop_to_max_size(s["source"], length)} for s in samples]
+            samples = [{**s, "source": self._crop(s["source"], length, s["id"])} for s in samples]
         batch = super().collater(samples)
-        if batch and self.pad and not batch["net_input"]["padding_mask"].any():
-            batch["net_input"]["padding_mask"] = None
         if batch:
+            if self.pad and not batch["net_input"]["padding_mask"].any():
+                batch["net_input"]["padding_mask"] = None
             batch["source_bits"] = batch["net_input"]["source"].view(torch.int32)
+            batch["files"] = [s.get("file", str(s["id"])) for s in samples]
+        if unreadable:
+            batch["unreadable"] = unreadable
         return batch
+
+    def _crop(self, wave: Tensor, length: int, index: int) -> Tensor:
+        start = np.random.default_rng([self.seed, self.epoch, index]).integers(len(wave) - length + 1)
+        return wave[start : start + length]
 
     @property
     def can_reuse_epoch_itr_across_epochs(self) -> bool:
@@ -76,7 +104,8 @@ class SpeechDataset(FileAudioDataset):
         if not self.shuffle:
             return np.arange(len(self))
         # fairseq seeds numpy with the same number in every epoch.
-        random = np.random.default_rng([np.random.randint(2**31), self.epoch])
+        self.seed = np.random.randint(2**31)
+        random = np.random.default_rng([self.seed, self.epoch])
         sizes = np.minimum(self.sizes, self.max_sample_size) * random.uniform(0.95, 1.05, len(self))
         return np.argsort(-sizes, kind="stable")
 

@@ -81,7 +81,8 @@ def test_crops_come_from_all_over_the_utterance(small: Any, tmp_path: Path) -> N
     task.load_dataset("train")
     dataset = task.dataset("train")
     starts = []
-    for _ in range(30):
+    for epoch in range(30):
+        dataset.set_epoch(epoch)
         source = dataset.collater([dataset[0]])["net_input"]["source"][0].numpy()
         start = int(np.searchsorted(ramp, source[0]))
         assert np.array_equal(source, ramp[start : start + 4000])
@@ -150,8 +151,12 @@ def test_audio_that_cannot_be_used_is_named(tmp_path: Path, small: Any) -> None:
         ("stereo", np.stack([wave, wave], 1), 16000, "2 channels, expected 1"),
     ):
         dataset = broken(tmp_path / name, small, samples, rate)
-        with pytest.raises(ValueError, match=rf"1\.wav: {message}"):
-            dataset[1]
+        samples = [dataset[0], dataset[1]]
+        batch = dataset.collater(samples)
+        assert batch["id"].tolist() == [0] and batch["net_input"]["source"].shape == (1, 8000)
+        assert batch["files"] == [str(tmp_path / name / "data" / "train" / "0.wav")]
+        assert len(batch["unreadable"]) == 1 and f"1.wav: {message}" in batch["unreadable"][0]
+        assert set(dataset.collater(samples[1:])) == {"unreadable"}
 
 
 def test_missing_files_are_an_error_before_training(tmp_path: Path, small: Any) -> None:

@@ -1,0 +1,135 @@
+"""Checkpoint files that are whole or absent, and the newest whole one of a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+from fairseq.file_io import PathManager
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointNotWritten(Exception):
+    """A checkpoint could not be written; the older ones are as they were."""
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Around the writing of ``path`` by way of ``path + ".tmp"``: no half-written file stays, and the error says more.
+
+    Raises:
+        CheckpointNotWritten: writing failed, for example because the disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise CheckpointNotWritten(
+            f"{path}: the checkpoint could not be written ({_first_line(error)}). {_space(path)}; older checkpoints "
+            "are whole. Make room, or keep fewer (checkpoint.keep_interval_updates), and start the same command again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    # torch's writer says that it failed; the system's own error, which says why, came before.
+    root = next((e for e in chain if isinstance(e, OSError)), error)
+    return (str(root) or type(root).__name__).splitlines()[0]
+
+
+def _space(path: str) -> str:
+    try:
+        free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
+    except OSError as error:
+        return f"The folder cannot be looked at ({error})"
+    return f"{free / 1e9:.2f} GB are free there"
+
+
+class WholeCopies(PathManager):
+    """fairseq's file manager, except that a copy is whole or absent.
+
+    fairseq writes one checkpoint by renaming, and copies it to ``checkpoint_last.pt`` byte by byte: a run killed
+    meanwhile is left without a last checkpoint.
+    """
+
+    @staticmethod
+    def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+        """Copies a local file by way of a temporary name; others as fairseq does."""
+        if PathManager.path_requires_pathmanager(dst_path):
+            return PathManager.copy(src_path, dst_path, overwrite=overwrite)
+        with writing(dst_path):
+            shutil.copyfile(src_path, dst_path + ".tmp")
+            os.replace(dst_path + ".tmp", dst_path)
+        return True
+
+
+def damage(path: Path) -> Optional[str]:
+    """What is wrong with a checkpoint file, None if nothing is: every byte is read and its checksum compared."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        return str(error) or type(error).__name__
+    return f"wrong checksum in {broken}" if broken else None
+
+
+def older_checkpoints(last: Path) -> List[Path]:
+    """Numbered checkpoints beside ``checkpoint_last.pt``, the newest first."""
+    suffix = re.escape(last.stem[len("checkpoint_last") :])
+    pattern = re.compile(rf"checkpoint(?:_(?P<e>\d+)_(?P<updates>\d+)|(?P<epoch>\d+)){suffix}\.pt")
+    found: List[Tuple[int, float, Path]] = []
+    for path in last.parent.glob("checkpoint*.pt"):
+        match = pattern.fullmatch(path.name)
+        if match:
+            epoch = int(match["e"] or match["epoch"])  # without updates: at the end of the epoch
+            found.append((epoch, float(match["updates"] or "inf"), path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def newest_whole_checkpoint(last: Path) -> Path:
+    """The checkpoint to go on from: ``last`` or, where it is damaged or missing, the newest whole one before it.
+
+    Damaged files are set aside as ``*.damaged``, and half-written ones of a killed run are removed.
+
+    Args:
+        last: ``checkpoint_last.pt`` of a run's folder; nothing needs to exist.
+
+    Returns:
+        A whole file, or ``last`` if the folder has no checkpoint.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    for leftover in last.parent.glob("checkpoint*.pt.tmp"):
+        leftover.unlink()
+    damaged: List[str] = []
+    for path in (last, *older_checkpoints(last)):
+        if not path.is_file():
+            continue
+        problem = damage(path)
+        if problem is None:
+            if damaged or path != last:
+                logger.warning(f"going on from {path}, the newest whole checkpoint")
+            return path
+        aside = path.with_name(path.name + ".damaged")
+        os.replace(path, aside)
+        logger.warning(f"{path}: truncated or damaged ({problem}); set aside as {aside.name}")
+        damaged.append(str(aside))
+    if damaged:
+        raise ValueError(
+            f"{last.parent}: no whole checkpoint is left; damaged are {', '.join(damaged)}. Bring back a copy of one, "
+            "or remove them to start from the beginning"
+        )
+    return last

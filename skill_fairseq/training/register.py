@@ -1,0 +1,44 @@
+"""Puts the trainer into ``fairseq-hydra-train`` and ``fairseq-train``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, List, Optional, Tuple
+
+import torch
+from fairseq import checkpoint_utils
+
+from skill_fairseq.training.checkpoint_files import WholeCopies
+from skill_fairseq.training.preemption import preemption
+from skill_fairseq.training.trainer import SkillTrainer
+
+Validated = Tuple[List[Optional[float]], bool]
+
+
+def register_trainer() -> None:
+    """Called when the user dir is imported. Nothing happens in programs that do not train."""
+    program: Any = sys.modules.get("fairseq_cli.train")
+    if program is None or program.Trainer is SkillTrainer:
+        return
+    program.Trainer = SkillTrainer
+    program.validate_and_save = _stopping(program.validate_and_save)
+    checkpoint_utils.PathManager = WholeCopies
+
+
+def _stopping(validate_and_save: Any) -> Any:
+    """fairseq's ``validate_and_save``, called after every update, which also stops a preempted run."""
+
+    def validate_save_and_stop(
+        cfg: Any, trainer: SkillTrainer, task: Any, epoch_itr: Any, valid_subsets: List[str], end_of_epoch: bool
+    ) -> Validated:
+        result: Validated = validate_and_save(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
+        if result[1]:
+            preemption.uninstall()  # the run is at its end
+        elif trainer.preempted:
+            checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()  # who leaves early would end the rank that writes
+            preemption.leave(trainer.data_parallel_rank)
+        return result
+
+    return validate_save_and_stop

@@ -1,0 +1,216 @@
+"""fairseq's trainer, made to survive what happens on a cluster."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import torch
+from fairseq import metrics
+from fairseq.distributed import utils as distributed_utils
+from fairseq.trainer import Trainer
+
+from skill_fairseq.training.checkpoint_files import newest_whole_checkpoint, writing
+from skill_fairseq.training.preemption import preemption
+
+logger = logging.getLogger(__name__)
+
+
+def _without_messages(batch: Dict[str, Any]) -> Dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != "unreadable"}
+
+
+class UpdateSkipped(Exception):
+    """The gradients of this update are of no use."""
+
+
+class SkillTrainer(Trainer):
+    """Goes on from the newest whole checkpoint; skips what cannot be used; knows when every rank shall stop.
+
+    What one rank sees (a signal, an unreadable file, a loss that is not finite) travels with the statistics that
+    fairseq sums over ranks in every update, so that all ranks act alike, in the same update, without further messages.
+
+    The task's config says how much is borne, where it has the fields: ``max_unreadable_files`` in an epoch and
+    ``max_skipped_updates`` in a row. Other tasks keep fairseq's behaviour: the first loss that is not finite ends the
+    run.
+
+    Attributes:
+        preempted: every rank knows that one of them was asked to stop.
+    """
+
+    _dummy_batch: Any
+
+    def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None) -> None:
+        super().__init__(cfg, task, model, criterion, quantizer)
+        self.preempted = False
+        self._skipped_in_a_row = 0
+        self._unreadable = {"train": 0, "valid": 0}  # of all ranks, in the epoch
+        self._unreadable_here = 0  # of this rank, in the step
+        self._not_finite = False  # a loss of any rank, in the update
+        self._empty = False  # no rank could read a file, in the update
+        preemption.install()
+
+    def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Optional[Dict[str, Any]]:
+        """fairseq's; in place of a damaged ``checkpoint_last.pt`` the newest whole one, on every rank the same."""
+        last = Path(self.cfg.checkpoint.save_dir) / f"checkpoint_last{self.checkpoint_suffix}.pt"
+        if Path(filename) != last:
+            return super().load_checkpoint(filename, *args, **kwargs)
+        found: Tuple[str, Optional[str]] = (filename, None)
+        if self.data_parallel_rank == 0:
+            try:
+                found = (str(newest_whole_checkpoint(last)), None)
+            except (ValueError, OSError) as error:
+                found = (filename, str(error))
+        if self.data_parallel_world_size > 1:
+            found = distributed_utils.broadcast_object(
+                found, src_rank=0, group=self.data_parallel_process_group, dist_device=self.device
+            )
+        if found[1] is not None:
+            raise ValueError(found[1])
+        return super().load_checkpoint(found[0], *args, **kwargs)
+
+    def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> None:
+        """fairseq's.
+
+        Raises:
+            CheckpointNotWritten: the disk is full, for example.
+        """
+        with writing(filename):
+            super().save_checkpoint(filename, extra_state)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """fairseq's, counting anew."""
+        self._unreadable["train"] = 0
+        super().begin_epoch(epoch)
+
+    def begin_valid_epoch(self, epoch: int) -> None:
+        """fairseq's, counting anew."""
+        self._unreadable["valid"] = 0
+        super().begin_valid_epoch(epoch)
+
+    @metrics.aggregate("train")
+    def train_step(self, samples: List[Dict[str, Any]], raise_oom: bool = False) -> Optional[Dict[str, Any]]:
+        """fairseq's; None also for an update that was skipped.
+
+        Raises:
+            FloatingPointError: too many updates in a row were skipped.
+        """
+        self._not_finite = False
+        self.task.files_of_bad_losses = []
+        samples = [self._readable(sample) for sample in samples]
+        self._empty = not any(samples)
+        samples = [sample for sample in samples if sample] or samples[:1]
+        try:
+            # The undecorated one: fairseq's aggregator does not survive an exception.
+            output = Trainer.train_step.__wrapped__(self, samples, raise_oom)  # type: ignore[attr-defined]
+        except UpdateSkipped as reason:
+            self.zero_grad()
+            self._skipped_in_a_row += 1
+            update = self.get_num_updates() + 1
+            logger.warning(f"update {update} is skipped: {reason}; {self._files(samples)}")
+            if self._skipped_in_a_row > self._limit("max_skipped_updates"):
+                raise FloatingPointError(
+                    f"{self._skipped_in_a_row} updates in a row were skipped, the last because {reason}; "
+                    f"task.max_skipped_updates allows {self._limit('max_skipped_updates')}. Look at the files that the "
+                    "log names, lower the learning rate, or train in bf16 or fp32"
+                ) from None
+            return None
+        if output is not None:
+            self._skipped_in_a_row = 0
+        return output
+
+    def clip_grad_norm(self, clip_norm: float) -> Any:
+        """fairseq's, called when the gradients of all ranks have been summed.
+
+        Raises:
+            UpdateSkipped: the gradients are of no use, and the task bears that.
+        """
+        if not self._sync_stats():
+            self._agree(self._unreadable_here, preemption.received is not None, self._loss_here_not_finite())
+        if self._empty:
+            raise UpdateSkipped("none of its files could be read")
+        bears = self._limit("max_skipped_updates") > 0
+        if bears and self._not_finite:
+            raise UpdateSkipped("a loss is NaN or infinite")
+        norm = super().clip_grad_norm(clip_norm)
+        scaled = self.cfg.common.fp16 or self.cfg.common.amp  # there it is the loss scale's affair
+        if bears and not scaled and not torch.isfinite(torch.as_tensor(norm)).all():
+            raise UpdateSkipped("gradients are NaN or infinite, though the losses are not")
+        return norm
+
+    def valid_step(self, sample: Dict[str, Any], raise_oom: bool = False) -> Any:
+        """fairseq's."""
+        output = super().valid_step(self._readable(sample), raise_oom)
+        if self.data_parallel_world_size == 1:
+            self._agree(self._unreadable_here, preemption.received is not None, False)
+        return output
+
+    def _aggregate_logging_outputs(
+        self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
+    ) -> Tuple[List[Dict[str, Any]], List[Any]]:
+        """fairseq's sum over ranks, which carries three numbers more."""
+        mine = (self._unreadable_here, int(preemption.received is not None), int(self._loss_here_not_finite()))
+        outputs, sums = super()._aggregate_logging_outputs(logging_outputs, *extra_stats_to_sum, *mine, ignore=ignore)
+        self._empty = not sums[0]  # the sample size
+        self._agree(*torch.stack([torch.as_tensor(s) for s in sums[-len(mine) :]]).tolist())
+        return outputs, sums[: -len(mine)]
+
+    def _agree(self, unreadable: float, preempted: float, not_finite: float) -> None:
+        """Takes over what all ranks have seen, in the same step on every rank."""
+        split = "train" if self.model.training else "valid"
+        self._unreadable_here = 0
+        self._unreadable[split] += int(unreadable)
+        self.preempted = self.preempted or preempted > 0
+        self._not_finite = not_finite > 0
+        most = self._limit("max_unreadable_files")
+        if self._unreadable[split] > most:
+            raise ValueError(
+                f"{self._unreadable[split]} {split} files of this epoch could not be read; task.max_unreadable_files "
+                f"allows {most}. The log names them: repair them, take them out of the manifest, or raise the limit"
+            )
+
+    def _readable(self, sample: Any) -> Any:
+        """The batch without the messages on files that could not be read, which are logged and counted."""
+        if not isinstance(sample, dict) or "unreadable" not in sample:
+            return sample
+        for message in sample["unreadable"]:
+            logger.warning(f"file skipped: {message}")
+        self._unreadable_here += len(sample["unreadable"])
+        return _without_messages(sample)
+
+    def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> Any:
+        """fairseq's; any batch serves as the dummy one if the epoch's first does not."""
+        if self._dummy_batch is None and sample:
+            self._dummy_batch = sample
+        return super()._prepare_sample(sample, is_dummy)
+
+    def reset_dummy_batch(self, batch: Any) -> None:
+        """fairseq's; a batch without any readable file does not serve."""
+        if isinstance(batch, dict):
+            batch = _without_messages(batch)
+        super().reset_dummy_batch(batch or self._dummy_batch)
+
+    def _log_oom(self, exc: BaseException) -> None:
+        super()._log_oom(exc)
+        most = self.cfg.dataset.max_tokens
+        if most:
+            logger.warning(
+                f"out of memory: lower dataset.max_tokens, now {most}, for example to {int(most * 0.8)}; with "
+                "optimization.update_freq=[2] half the batch twice is the same update"
+            )
+
+    def _loss_here_not_finite(self) -> bool:
+        return bool(getattr(self.task, "files_of_bad_losses", None))
+
+    def _files(self, samples: Sequence[Dict[str, Any]]) -> str:
+        bad = getattr(self.task, "files_of_bad_losses", None)
+        if bad:
+            return f"files of the batch: {', '.join(bad)}"
+        if self._not_finite:
+            return "another rank names the files"
+        names = [name for sample in samples for name in (sample or {}).get("files", [])]
+        return f"files of this rank: {', '.join(names)}"
+
+    def _limit(self, name: str) -> int:
+        return int(getattr(self.cfg.task, name, None) or 0)
