@@ -38,19 +38,19 @@ train() {  # folder, config folder, data, teacher, config, run config, groups fi
         "task.data=$data" "task.teacher=$teacher" "hydra.run.dir=$run" checkpoint.save_dir=checkpoints "$@" || status=$?
     case $status in
         0) date >"$run/done.partial" && mv "$run/done.partial" "$run/done" ;;
-        75) go_on_later ;;
+        75 | 138 | 143) go_on_later ;;  # the last two: SIGUSR1 or SIGTERM before the training could take them
         *) return "$status" ;;
     esac
 }
 
-go_on_later() {  # the training was told to stop, has saved its state, and wants to be started again
+go_on_later() {  # the training was told to stop, has saved its state, and is to be started again
     # Slurm itself ends a job that is cancelled, requeued or out of time: such a job is COMPLETING, and whether it
     # comes back is not for us to say. One that is still RUNNING was only warned.
     if [ "$(squeue --noheader --jobs="${SLURM_JOB_ID:-none}" --format=%T 2>/dev/null)" = RUNNING ]; then
-        echo "stopped in time; goes back into the queue"
+        echo "stopped; goes back into the queue"
         scontrol requeue "$SLURM_JOB_ID" && sleep 60  # which this shell does not live to see
     fi
-    echo "stopped in time; the same command goes on from here" >&2
+    echo "stopped; the same command goes on from here" >&2
     return 75
 }
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-    from hydra.core.config_search_path import ConfigSearchPath
-
 PACKAGES = ("antlr4", "fairseq", "hydra", "omegaconf")
 USER_DIR = "SKILL_FAIRSEQ_USER_DIR"
 
@@ -218,30 +216,32 @@ def packaged_dir(path: str) -> str | None:
     return None
 
 
-def find_run_configs(hydra_utils: ModuleType) -> None:
+def find_run_configs(hydra_module: ModuleType) -> None:
     """``+run=slurm_1gpu`` beside any ``--config-dir``, with and without a launcher of submitit.
 
-    "Could not load run/slurm_1gpu": hydra 1.0 looks for groups in one ``--config-dir``; the folder ``config`` of
+    hydra 1.0 looks for groups in the one ``--config-dir``, and takes ``+run=slurm_1gpu`` without a word for a new key
+    "run" (or, where that folder has a group of the name: "Could not load run/slurm_1gpu"): the folder ``config`` of
     skill_fairseq now comes after all others. "Error merging run=slurm_1gpu: Key 'name' not in 'BasicLauncherConf'": a
     run config sets options of submitit's launcher, for which the launcher of a plain run, which does not look at
     them, has no field; its schema now is open.
     """
-    plain_search_path = hydra_utils.create_config_search_path
+    hydra_class = hydra_module.Hydra
+    plain_main_hydra = hydra_class.create_main_hydra2
 
-    def create_config_search_path(search_path_dir: str | None) -> ConfigSearchPath:
+    def create_main_hydra2(task_name: str, config_search_path: Any, strict: bool | None) -> Any:
+        from hydra.core.config_search_path import SearchPathQuery
         from hydra.core.config_store import ConfigStore
 
-        search_path = plain_search_path(search_path_dir)  # loads the launchers
         run_configs = packaged_dir(os.path.join("config", "run"))
         if run_configs:
-            schema = hydra_utils.SearchPathQuery(provider="schema")  # hydra wants this one to be the last
-            search_path.prepend("skill_fairseq", f"file://{os.path.dirname(run_configs)}", anchor=schema)
+            schema = SearchPathQuery(provider="schema")  # hydra wants this one to be the last
+            config_search_path.prepend("skill_fairseq", f"file://{os.path.dirname(run_configs)}", anchor=schema)
             store = ConfigStore.instance()
             basic = dict(store.load("hydra/launcher/basic.yaml").node)
             store.store(group="hydra/launcher", name="basic", node=basic, provider="hydra")
-        return search_path
+        return plain_main_hydra(task_name, config_search_path, strict)
 
-    hydra_utils.create_config_search_path = create_config_search_path  # type: ignore[attr-defined]
+    hydra_class.create_main_hydra2 = staticmethod(create_main_hydra2)
 
 
 def load_own_checkpoints(module: ModuleType) -> None:
@@ -285,7 +285,8 @@ def give_amp_one_optimizer(amp_optimizer: ModuleType) -> None:
 
 BEFORE = (allow_dataclass_defaults, restore_find_module, restore_typing_io, name_user_dir)
 AFTER = {
-    "hydra._internal.utils": (print_exceptions, find_config_dir, find_run_configs),
+    "hydra._internal.utils": (print_exceptions, find_config_dir),
+    "hydra._internal.hydra": (find_run_configs,),
     "fairseq.checkpoint_utils": (load_own_checkpoints,),
     "fairseq.distributed.utils": (load_own_checkpoints,),
     "fairseq.data.data_utils": (restore_numpy_int,),

@@ -6,6 +6,8 @@
 #
 # Nothing of it touches a Slurm or munge that the machine may have: key, socket, ports, state and logs lie in FOLDER.
 
+cluster_pids=()
+
 free_ports() {  # two of them
     python3 - <<'PYTHON'
 import socket
@@ -18,9 +20,7 @@ PYTHON
 }
 
 start_cluster() {
-    cluster=$1
-    cluster_pids=()
-    local controller node host
+    local cluster=$1 controller node host
     host=$(hostname -s)
     read -r controller node <<<"$(free_ports)"
     mkdir -p "$cluster"/{state,spool,munge}
