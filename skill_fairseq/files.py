@@ -40,6 +40,22 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def named(field: str) -> Iterator[None]:
+    """Says in errors about files and values which field of the config they come from.
+
+    Raises:
+        FileNotFoundError, ValueError: those of the block, ``field`` put in front.
+    """
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        if str(error).startswith(field):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{field}: {error}") from error
+
+
 def sha256(path: PathLike) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in pieces of 1 MiB.
 

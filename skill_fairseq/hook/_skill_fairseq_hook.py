@@ -263,6 +263,49 @@ def load_own_checkpoints(module: ModuleType) -> None:
     module.torch = View(module.torch, load=load_with_old_default)  # type: ignore[attr-defined]
 
 
+def pass_signals_on(module: ModuleType) -> None:
+    """One node, several GPUs, a process each, spawned by fairseq: SIGTERM or SIGUSR1 before a job's end.
+
+    No error: the signal kills the parent, whose end kills the ranks in the middle of an update. Signals go on to the
+    ranks, and 75, the exit code of ranks that wrote a checkpoint and want to be started again, is the parent's too.
+    """
+    torch = module.torch
+    spawn = torch.multiprocessing.spawn
+
+    def spawn_and_pass_on(fn: Any, args: Any = (), nprocs: int = 1, join: bool = True, **kwargs: Any) -> Any:
+        import signal
+        import threading
+
+        if not join or threading.current_thread() is not threading.main_thread():
+            return spawn(fn, args=args, nprocs=nprocs, join=join, **kwargs)
+        ranks = spawn(fn, args=args, nprocs=nprocs, join=False, **kwargs)
+        received: list[int] = []
+
+        def pass_on(number: int, frame: Any) -> None:
+            received.append(number)
+            for process in ranks.processes:
+                if process.is_alive():
+                    os.kill(process.pid, number)
+
+        signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        before = {int(number): signal.signal(number, pass_on) for number in signals}
+        try:
+            while not ranks.join():
+                pass
+        except torch.multiprocessing.ProcessExitedException as error:
+            if error.exit_code != 75:
+                raise
+            for handler in {before[number] for number in received}:
+                if callable(handler):  # submitit's requeues the job
+                    handler(received[-1], None)
+            sys.exit(75)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    module.torch = View(torch, multiprocessing=View(torch.multiprocessing, spawn=spawn_and_pass_on))  # type: ignore
+
+
 def restore_numpy_int(data_utils: ModuleType) -> None:
     """numpy >= 1.24, masking with ``no_mask_overlap``.
 
@@ -288,7 +331,7 @@ AFTER = {
     "hydra._internal.utils": (print_exceptions, find_config_dir),
     "hydra._internal.hydra": (find_run_configs,),
     "fairseq.checkpoint_utils": (load_own_checkpoints,),
-    "fairseq.distributed.utils": (load_own_checkpoints,),
+    "fairseq.distributed.utils": (load_own_checkpoints, pass_signals_on),
     "fairseq.data.data_utils": (restore_numpy_int,),
     "fairseq.optim.amp_optimizer": (give_amp_one_optimizer,),
 }

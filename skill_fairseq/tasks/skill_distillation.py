@@ -15,6 +15,7 @@ from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.safe_load import plain
 from skill_fairseq.criterions.skill_group_kd import read_groups
 from skill_fairseq.distillation.teacher import FrozenTeacher
+from skill_fairseq.files import named
 from skill_fairseq.models.skill_student import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules.config import EncoderConfig
@@ -77,7 +78,8 @@ class SkillDistillationTask(AudioPretrainingTask):
         if self._teacher is None:
             if not self.cfg.teacher:
                 raise ValueError("task.teacher: not set; expected a teacher file or folder, for example WavLM-Base+.pt")
-            encoder = load_encoder(self.cfg.teacher)
+            with named("task.teacher"):
+                encoder = load_encoder(self.cfg.teacher)
             if encoder.normalize != self.cfg.normalize:
                 raise ValueError(
                     f"task.normalize: {self.cfg.normalize}, but the teacher {self.cfg.teacher} was trained with "
@@ -109,7 +111,8 @@ class SkillDistillationTask(AudioPretrainingTask):
         """
         encoder = None
         if not from_checkpoint and getattr(cfg, "init_from", None):
-            encoder = initial_student(cfg)
+            with named("model.init_from"):
+                encoder = initial_student(cfg)
             _update(cfg, fairseq_fields(encoder.config))
         model = super().build_model(cfg, from_checkpoint)
         if encoder is not None:

@@ -164,3 +164,42 @@ print(round(1 - weight[0].item(), 2))
 """
     )
     assert result.stdout.split()[-1:] == ["0.1" if patched else "0.0"], result.stderr
+
+
+SPAWN = """
+import os, signal, time
+
+def rank(index, code):
+    received = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    open(f"ready{index}", "w").close()
+    while not received:
+        time.sleep(0.01)
+    open(f"received{index}", "w").close()
+    while not all(os.path.exists(f"received{i}") for i in (0, 1)):  # the ranks' barrier
+        time.sleep(0.01)
+    sys.exit(code)
+
+if __name__ == "__main__":
+    import threading
+    from fairseq.distributed import utils
+
+    def ask():
+        while not all(os.path.exists(f"ready{i}") for i in (0, 1)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=ask).start()
+    signal.signal(signal.SIGUSR1, lambda number, frame: print("requeued after", sorted(os.listdir())))
+    utils.torch.multiprocessing.spawn(rank, args=(CODE,), nprocs=2, join=True)
+"""
+
+
+@pytest.mark.parametrize("code", [75, 3])
+def test_signals_reach_spawned_ranks_and_their_exit_code_comes_back(python, code):
+    result = python(SPAWN.replace("CODE", str(code)))
+    assert result.returncode == (75 if code == 75 else 1), result.stderr
+    if code == 75:
+        assert result.stdout == "requeued after ['ready0', 'ready1', 'received0', 'received1', 'script.py']\n"
+    else:
+        assert result.stdout == "" and "terminated with exit code 3" in result.stderr

@@ -13,15 +13,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_three_kills_change_nothing(
-    runs: Any, data: list[str], straight: Any, tmp_path: Path, world_size: int
-) -> None:
+def test_three_kills_change_nothing(runs: Any, data: list[str], straight: Any, tmp_path: Path, world_size: int) -> None:
     """40 updates straight, and with SIGKILL at three random moments: the same bits."""
     moments = random.Random(world_size)
     run = runs.Run(tmp_path, *data, world_size=world_size)
     for first, last in ((4, 10), (14, 22), (26, 36)):
         run.start()
-        run.wait_for(lambda n=moments.randint(first, last): run.last_update() >= n)
+        update = moments.randint(first, last)
+        run.wait_for(lambda update=update: run.last_update() >= update)
         time.sleep(moments.uniform(0, 0.2))
         run.kill()
     run.finish()

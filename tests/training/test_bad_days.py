@@ -1,0 +1,181 @@
+"""Bad days on a cluster: unreadable files, losses that are not finite, full disks, lost teachers."""
+
+from __future__ import annotations
+
+import re
+import resource
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+pytestmark = pytest.mark.slow
+
+TEN = ["optimization.max_update=12", "checkpoint.save_interval_updates=4"]
+
+
+@pytest.fixture
+def own_speech(speech: Path, tmp_path: Path) -> Path:
+    """A copy of the data, to be spoilt."""
+    return shutil.copytree(speech, tmp_path / "speech")
+
+
+def where(speech: Path, teacher_file: Path) -> list[str]:
+    return [f"task.data={speech}", f"task.teacher={teacher_file}"]
+
+
+def spoil(speech: Path, *names: str) -> list[str]:
+    """No audio any more."""
+    files = [speech / name for name in names]
+    for file in files:
+        file.write_bytes(b"RIFF" + bytes(range(256)) * 20)
+    return [str(file) for file in files]
+
+
+def infinite(speech: Path, name: str) -> str:
+    """Finite samples, whose sums are not."""
+    frames = soundfile.info(str(speech / name)).frames
+    soundfile.write(str(speech / name), np.full(frames, 3.4e38, np.float32), 16000, subtype="FLOAT")
+    return str(speech / name)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_unreadable_files_are_skipped_and_named(
+    runs: Any, own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
+) -> None:
+    files = spoil(own_speech, "train/3.wav", "train/17.wav", "valid/1.wav")
+    run = runs.Run(tmp_path / "run", *where(own_speech, teacher_file), *TEN, world_size=world_size).finish()
+    assert sorted(run.updates()) == list(range(1, 13))
+    logs = "".join(run.log(rank) for rank in range(world_size))
+    epochs = int(max(entry["epoch"] for entry in run.updates().values()))
+    assert epochs >= 2
+    for file in files[:2]:  # once an epoch, whichever rank has it; the last epoch may not have come to it
+        assert logs.count(f"file skipped: {file}: cannot be decoded") in (epochs - 1, epochs)
+    assert f"file skipped: {files[2]}: cannot be decoded" in logs
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_too_many_unreadable_files_end_the_run(
+    runs: Any, own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
+) -> None:
+    """Ranks see one or two each, and stop together: neither waits for the other."""
+    spoil(own_speech, "train/3.wav", "train/9.wav", "train/17.wav")
+    limit = "task.max_unreadable_files=2"
+    run = runs.Run(tmp_path / "run", *where(own_speech, teacher_file), *TEN, limit, world_size=world_size)
+    assert run.start().wait() == [1] * world_size
+    for rank in range(world_size):
+        assert "ValueError: 3 train files of this epoch could not be read" in run.log(rank)
+        assert "task.max_unreadable_files allows 2" in run.log(rank)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loss_that_is_not_finite_skips_the_update_and_names_the_files(
+    runs: Any, own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
+) -> None:
+    file = infinite(own_speech, "train/5.wav")
+    run = runs.Run(tmp_path / "run", *where(own_speech, teacher_file), *TEN, world_size=world_size).finish()
+    assert sorted(run.updates()) == list(range(1, 13))
+    skipped = [re.findall(r"update (\d+) is skipped: (.*?); (.*)", run.log(rank)) for rank in range(world_size)]
+    assert skipped[0] and all([s[0] for s in skipped[0]] == [s[0] for s in other] for other in skipped)
+    for lines in zip(*skipped):  # the rank that had the file names it
+        assert all(reason == "a loss is NaN or infinite" for _, reason, _ in lines)
+        named = [files for _, _, files in lines if files != "another rank names the files"]
+        assert len(named) == 1 and file in named[0]
+    state = run.checkpoint()
+    assert all(tensor.isfinite().all() for part in ("model", "criterion") for tensor in state[part].values())
+    assert all(np.isfinite(list(entry.values())).all() for entry in run.updates().values())
+
+
+def test_too_many_skipped_updates_end_the_run(runs: Any, own_speech: Path, teacher_file: Path, tmp_path: Path) -> None:
+    for i in range(24):
+        infinite(own_speech, f"train/{i}.wav")
+    run = runs.Run(tmp_path / "run", *where(own_speech, teacher_file), *TEN, "task.max_skipped_updates=2")
+    assert run.start().wait() == [1]
+    assert len(re.findall("update 1 is skipped", run.log())) == 3
+    assert "FloatingPointError: 3 updates in a row were skipped" in run.log()
+    assert "task.max_skipped_updates allows 2" in run.log()
+
+
+def test_a_full_disk_ends_the_run_and_older_checkpoints_stay_whole(
+    runs: Any, data: list[str], straight: Any, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for the disk: the system refuses the write in its middle."""
+    run = runs.Run(tmp_path, *data, "checkpoint.save_interval_updates=5")
+    run.start()
+    run.wait_for(lambda: (tmp_path / "checkpoint_1_5.pt").exists() or list(tmp_path.glob("checkpoint_*_5.pt")))
+    run.kill()
+    whole = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint*.pt")}
+    size = max(map(len, whole.values()))
+    assert size > 200_000
+    limit = size - 50_000  # logs stay below
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    run.start(preexec_fn=small_disk)
+    assert run.wait() == [1]
+    assert re.search(r"CheckpointNotWritten: .*checkpoint_\d+_10\.pt: the checkpoint could not be written", run.log())
+    assert "File too large" in run.log() and "GB are free there" in run.log()
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint*.pt*")} == whole
+    run.finish()
+    runs.same_outcome(run, straight(1))
+
+
+def test_a_truncated_last_checkpoint_costs_what_came_after_the_one_before(
+    runs: Any, data: list[str], straight: Any, tmp_path: Path
+) -> None:
+    run = runs.Run(tmp_path, *data)
+    run.start()
+    run.wait_for(lambda: run.last_update() >= 10)
+    run.kill()
+    last = tmp_path / "checkpoint_last.pt"
+    with open(last, "r+b") as file:
+        file.truncate(last.stat().st_size - 1000)
+    run.finish()
+    assert "checkpoint_last.pt: truncated or damaged" in run.log()
+    assert (tmp_path / "checkpoint_last.pt.damaged").exists()
+    assert re.search(r"Loaded checkpoint .*/?checkpoint_\d_[69]\.pt", run.log())
+    runs.same_outcome(run, straight(1))
+
+
+def test_a_teacher_that_is_gone_is_an_error_before_training(
+    runs: Any, speech: Path, teacher_file: Path, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone.safetensors"
+    for field, overrides in (
+        ("task.teacher", [f"task.teacher={gone}", f"model.init_from={teacher_file}"]),
+        ("model.init_from", [f"task.teacher={teacher_file}", f"model.init_from={gone}"]),
+    ):
+        run = runs.Run(tmp_path / field, f"task.data={speech}", *overrides)
+        assert run.start().wait() == [1]
+        assert f"FileNotFoundError: {field}: {gone}: no such file or folder" in run.log()
+        assert "begin training epoch" not in run.log()
+
+
+OUT_OF_MEMORY = """
+import fairseq_cli.hydra_train
+from skill_fairseq.modules.encoder import SpeechEncoder
+
+forward, calls = SpeechEncoder.forward, []
+
+def forward_or_fail(self, *args, **kwargs):
+    calls.append(self.training)
+    if sum(calls) == 3:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    return forward(self, *args, **kwargs)
+
+SpeechEncoder.forward = forward_or_fail
+fairseq_cli.hydra_train.cli_main()
+"""
+
+
+def test_out_of_memory_is_retried_with_a_hint(runs: Any, data: list[str], tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(OUT_OF_MEMORY)
+    run = runs.Run(tmp_path, *data, *TEN, program=(sys.executable, "program.py")).finish()
+    assert sorted(run.updates()) == list(range(1, 13))
+    assert "attempting to recover from OOM" in run.log()
+    assert "lower dataset.max_tokens, now 40000, for example to 32000" in run.log()
