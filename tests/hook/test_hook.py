@@ -105,8 +105,8 @@ def test_config_dir_found_nowhere_stays_for_hydra_to_name(config_dir, path):
 COMPOSE = """
 from hydra.experimental import compose, initialize_config_dir
 with initialize_config_dir({folder!r}):
-    cfg = compose("mine", overrides={overrides!r}, return_hydra_config=True)
-launcher = dict(cfg.hydra.launcher)
+    cfg = dict(compose("mine", overrides={overrides!r}, return_hydra_config=True))
+launcher = dict(cfg["hydra"].launcher)
 print(cfg.get("run"), cfg.get("distributed_training"), launcher.get("nodes"), launcher["_target_"].split(".")[-1])
 """
 

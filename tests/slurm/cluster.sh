@@ -61,7 +61,10 @@ MinJobAge=3600
 # What the machine lacks, in CPUs, is overcommitted.
 SlurmdParameters=config_overrides
 NodeName=$host NodeAddr=127.0.0.1 CPUs=2 RealMemory=16000 State=UNKNOWN
-PartitionName=test Nodes=$host Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=test Nodes=$host Default=YES PriorityTier=1 GraceTime=60 State=UP
+PartitionName=urgent Nodes=$host PriorityTier=2 State=UP
 CONF
     export SLURM_CONF=$cluster/slurm.conf
 
@@ -77,7 +80,7 @@ CONF
     wait_for 60 node_is_idle
 }
 
-node_is_idle() { [ "$(sinfo --noheader --format=%T 2>/dev/null)" = idle ]; }
+node_is_idle() { [ "$(sinfo --noheader --partition=test --format=%T 2>/dev/null)" = idle ]; }
 
 stop_cluster() {
     local i

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs examples/librispeech/submit.sh and the run configs on a real Slurm of one node, which it starts and stops, and
-# disturbs them: requeues, cancels, signals, lets time run out. Four to eight minutes on 2 CPU cores.
+# disturbs them: requeues, preempts, cancels, signals, lets time run out. Four to eight minutes on 2 CPU cores.
 #
 #   bash tests/slurm/run.sh
 #
@@ -170,14 +170,20 @@ two+=(--sbatch-stage1 --time=1 --sbatch-stage1 --signal=USR1@1 --set-stage1 opti
 submit two "${two[@]}" >"$work/two.log"
 job=$(job_of two stage1)
 run=$work/two/stage1
-was_restarted() { [ "$(restarts_of "$job")" -ge 1 ]; }
-wait_for 120 was_restarted || true
-scontrol update "JobId=$job" TimeLimit=60
-check "two tasks, their time nearly over, go back into the queue" has "$work/two/logs/stage1.log" "goes back into the queue"
-before=$(updates "$run" | tail -n 1)
-wait_for 120 is_at "$run" $((before + 3)) || true
+goes_on() {  # how often it was restarted by now: it is ahead of where it then was
+    was_restarted() { [ "$(restarts_of "$job")" -ge "$1" ]; }
+    wait_for 120 was_restarted "$1" || true
+    local before
+    before=$(updates "$run" | tail -n 1)
+    scontrol update "JobId=$job" TimeLimit=60
+    wait_for 120 is_at "$run" $((before + 3)) || true
+    is "$(grep -c 'goes back into the queue' "$work/two/logs/stage1.log") $(restarts_of "$job")" "$1 $1" &&
+        has "$run/hydra_train.log" "Loaded checkpoint .* @ $before updates" && is_at "$run" $((before + 3))
+}
+check "two tasks, their time nearly over, go back into the queue, and on" goes_on 1
 check "the world has two ranks" has "$work/two/logs/stage1.log" "distributed init (rank 1)"
-check "they go on from where they were" has "$run/hydra_train.log" "Loaded checkpoint .* @ $before updates"
+sbatch --quiet --partition=urgent --cpus-per-task=2 --output="$work/urgent.log" --wrap "sleep 1"
+check "two tasks, preempted by a more urgent job, go back into the queue, and on" goes_on 2
 scancel "$job"
 queue_is_empty() { [ -z "$(squeue --noheader)" ]; }
 wait_for 60 queue_is_empty || true
