@@ -5,6 +5,7 @@ Importing it registers, where fairseq is installed, the task ``skill_distillatio
 encoders still load and run.
 """
 
+import sys
 from importlib.util import find_spec
 
 from skill_fairseq.checkpoints import load_encoder
@@ -19,6 +20,8 @@ if find_spec("fairseq") is not None:
     import skill_fairseq.models.wavlm
     import skill_fairseq.optim.linear_warmup_decay
     import skill_fairseq.tasks.skill_distillation  # noqa: F401
-    from skill_fairseq.training.register import register_trainer
 
-    register_trainer()
+    if "fairseq_cli.train" in sys.modules:  # this is a training run
+        from skill_fairseq.training.register import register_trainer
+
+        register_trainer()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import _skill_fairseq_hook as hook
@@ -18,6 +20,13 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY
 from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental import compose, initialize_config_dir
 from omegaconf import MISSING, OmegaConf
+
+from skill_fairseq.checkpoints import load_encoder
+from skill_fairseq.models.skill_student import SkillStudentModel
+from skill_fairseq.modules.config import wavlm_base
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.pruning.lagrangian import SizeConstraint
+from skill_fairseq.pruning.reach import check_reach
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
 PATHS = {str(path.relative_to(CONFIG)): path for path in sorted(CONFIG.rglob("*.yaml"))}
@@ -186,3 +195,25 @@ def test_baseline_is_dphubert_and_nothing_else() -> None:
     expected["criterion"]["projection_sharing"] = [0, 1, 1, 1]
     expected["model"]["ffn_drop_rate"] = 0.5
     assert baseline == expected
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("distill/")])
+def test_gates_can_get_to_the_target_of_every_stage_1_config(name: str) -> None:
+    cfg = composed(name)
+    tiny = CONFIG.parent / "examples" / "tiny" / "teacher" / "teacher.safetensors"
+    shape = load_encoder(tiny).config if "tiny" in name else wavlm_base()
+    encoder = SpeechEncoder(shape.replace(pruning_units=list(cfg.model.pruning_units)))
+    rates = {"conv": cfg.model.conv_drop_rate, "heads": cfg.model.head_drop_rate, "ffn": cfg.model.ffn_drop_rate}
+    for gate_name, gate in encoder.named_gates():
+        rate = rates[SkillStudentModel.gate_kind(gate_name)]
+        gate.log_alpha.data.fill_(math.log((1 - rate) / rate))
+    criterion = SimpleNamespace(constraint=SizeConstraint(cfg.criterion.target_sparsity, cfg.criterion.sparsity_warmup))
+    assert check_reach(cfg, encoder, criterion) == []
+    short = copy.deepcopy(cfg)
+    short.optimization.max_update = cfg.optimization.max_update // 100  # the schedule's length follows
+    for group in short.optimizer.groups.values():
+        group.lr_scheduler.warmup_updates = 1
+    warnings = check_reach(short, encoder, criterion)
+    assert [warning.split(":")[0] for warning in warnings][-1] == "criterion.sparsity_warmup"
+    if "tiny" in name:  # of Base the gates' rate is high enough even so
+        assert len(warnings) == 2 and "criterion.target_sparsity: 0.75 cannot be reached" in warnings[0]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from runs import CONFIG, ENVIRONMENT, logged, run, train
 
-import skill_fairseq
 from skill_fairseq.checkpoints.load import load_encoder, read_source
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
 from skill_fairseq.pruning.lagrangian import linear_warmup_decay, target_sparsity
 
 pytestmark = pytest.mark.slow
 
-CONFIG = Path(__file__).resolve().parents[1] / "config"
 UPDATES, WARMUP, TARGET, SPARSITY_WARMUP = 12, 3, 0.5, 6
 GROUPS = "[[0],[1,2],[3]]"
 SHORT = [
@@ -43,38 +39,6 @@ STAGE_1 = [
     *(f"optimizer.groups.{group}.lr_scheduler.warmup_updates={WARMUP}" for group in PEAKS),
     *(f"optimizer.groups.{group}.lr_float={peak}" for group, peak in PEAKS.items()),
 ]
-ENVIRONMENT = {
-    **os.environ,
-    "SKILL_FAIRSEQ_USER_DIR": str(Path(skill_fairseq.__file__).parent),
-    "PYTHONPATH": os.pathsep.join([str(CONFIG.parent), os.environ.get("PYTHONPATH", "")]),
-    "OMP_NUM_THREADS": "1",
-}
-
-
-def run(command: list[str], folder: Path) -> str:
-    """Everything that the command prints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    result = subprocess.run(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
-    )
-    assert result.returncode == 0, result.stdout[-5000:]
-    return result.stdout
-
-
-def train(folder: Path, config: str, *overrides: str, launcher: tuple = ()) -> str:
-    """The log of ``fairseq-hydra-train`` in a folder, where its checkpoints go too."""
-    command = launcher or (str(Path(sys.executable).with_name("fairseq-hydra-train")),)
-    where = ["--config-dir", str(CONFIG / config), "--config-name", "tiny", "hydra.run.dir=.", "checkpoint.save_dir=."]
-    return run([*command, *where, *overrides], folder)
-
-
-def logged(log: str, kind: str) -> list[dict[str, float]]:
-    """What was logged as "train_inner" or "valid", one dictionary a time."""
-    entries = []
-    for line in re.findall(rf"\[{kind}\]\[INFO\] - (\{{.*\}})", log):
-        fields = {name.replace("valid_", ""): value for name, value in json.loads(line).items()}
-        entries.append({name: float(value) for name, value in fields.items() if name != "epoch"})
-    return entries
 
 
 @pytest.fixture(scope="module")
@@ -217,52 +181,6 @@ def test_an_interrupted_run_goes_on(data: list[str], stage1: tuple, tmp_path: Pa
     for name in ("lambda1", "lambda2", "expected_sparsity", "target_sparsity", "lr_gates"):
         assert entries[0][name] == first[8][name]
     assert load_torch_file(tmp_path / "checkpoint_last.pt")["optimizer_history"][-1]["num_updates"] == UPDATES
-
-
-RECORD = """
-import os, torch, fairseq_cli.train, fairseq_cli.hydra_train
-
-class Trainer(fairseq_cli.train.Trainer):
-    seen = []
-
-    def train_step(self, samples, raise_oom=False):
-        self.seen.append([i for sample in samples for i in sample["id"].tolist()])
-        result = super().train_step(samples, raise_oom)
-        state = {**self.get_model().state_dict(), **self.get_criterion().state_dict()}
-        torch.save({"seen": self.seen, "state": state}, "rank" + os.environ["RANK"] + ".pt")
-        return result
-
-fairseq_cli.train.Trainer = Trainer
-fairseq_cli.hydra_train.cli_main()
-"""
-
-
-def test_two_processes_agree(data: list[str], tmp_path: Path, teacher_file: Path) -> None:
-    (tmp_path / "record.py").write_text(RECORD)
-    log = train(
-        tmp_path,
-        "distill",
-        *data,
-        *STAGE_1,
-        "dataset.max_tokens=30000",
-        "optimization.max_update=4",
-        "distributed_training.distributed_backend=gloo",
-        launcher=(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "record.py"),
-    )
-    one, two = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    assert set(one["state"]) == set(two["state"])
-    for name, tensor in one["state"].items():
-        assert torch.equal(tensor, two["state"][name]), name
-    start = load_encoder(teacher_file).state_dict()
-    assert not torch.equal(
-        one["state"]["speech_encoder.feature_projection.linear.weight"], start["feature_projection.linear.weight"]
-    )
-    assert len(one["seen"]) == len(two["seen"]) == 4
-    for mine, other in zip(one["seen"], two["seen"]):  # each rank has data of its own
-        assert not set(mine) & set(other)
-    entries = logged(log, "train_inner")
-    assert [entry["num_updates"] for entry in entries] == [1, 2, 3, 4]
-    assert entries[0]["bsz"] == len(one["seen"][0]) + len(two["seen"][0])
 
 
 def test_bad_config_ends_before_training_with_the_field_and_the_remedy(data: list[str], tmp_path: Path) -> None:

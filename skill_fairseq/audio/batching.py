@@ -1,4 +1,4 @@
-"""Batches of utterances of one length, for features that do not depend on the batch."""
+"""Batches of utterances of one length, and batches that share out evenly."""
 
 from __future__ import annotations
 
@@ -40,3 +40,36 @@ def length_exact_batches(lengths: Sequence[int], max_tokens: int) -> list[list[i
             batches.append(batch)
         batch.append(i)
     return batches
+
+
+def split_batches(batches: Sequence[Sequence[int]], multiple: int) -> list[list[int]]:
+    """Halves the largest batches until their number is a multiple, so that every rank has as many as the others.
+
+    Args:
+        batches: of utterances; left as they are.
+        multiple: number of ranks.
+
+    Returns:
+        batches with the same utterances in the same order; ``multiple - 1`` times at most one is halved. Of batches
+        with equally many utterances the first is halved first, and its first half is never the smaller.
+
+    Raises:
+        ValueError: there are not as many utterances as batches needed.
+    """
+    if multiple < 1:
+        raise ValueError(f"multiple: {multiple}; expected a positive number of ranks")
+    utterances = sum(len(batch) for batch in batches)
+    wanted = -(-len(batches) // multiple) * multiple
+    if utterances < wanted:
+        raise ValueError(
+            f"{utterances} utterances in {len(batches)} batches cannot be shared out to {multiple} processes: all need "
+            f"equally many batches, {wanted} in all. Use fewer processes (distributed_training.distributed_world_size) "
+            "or more audio, or put more utterances into a batch (dataset.max_tokens, dataset.batch_size)"
+        )
+    result = [list(batch) for batch in batches]
+    while len(result) < wanted:
+        largest = max(range(len(result)), key=lambda i: len(result[i]))  # the first of equals
+        batch = result[largest]
+        middle = (len(batch) + 1) // 2
+        result[largest : largest + 1] = [batch[:middle], batch[middle:]]
+    return result

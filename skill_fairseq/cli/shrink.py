@@ -15,7 +15,8 @@ from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
 from skill_fairseq.cli._common import run
 from skill_fairseq.files import sha256
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.pruning.expected import expected_parameters, full_parameters
+from skill_fairseq.pruning.expected import expected_sparsity, full_parameters
+from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.selection import check_reachable
 from skill_fairseq.pruning.shrink import shrink
 
@@ -30,7 +31,12 @@ examples:
   skill-shrink outputs/distill/checkpoint_last.pt --table-only --sparsity 0.8
   skill-shrink outputs/distill/checkpoint_last.pt shrunk.safetensors --by-rounding
 
-Stage 2 needs no file of this command: model.init_from=<stage-1 checkpoint> shrinks by itself, to the same size.
+The gates of one run serve for sparsities near the one it was trained for, 0.73 to 0.77 after 0.75 for example. Farther
+off, units are chosen by gates that were trained for another size, and a warning says so.
+
+For the sparsity that it was trained for, stage 2 needs no file of this command: model.init_from=<stage-1 checkpoint>
+shrinks by itself, to the same size. For another one: model.init_from=OUT criterion.init_from=<stage-1 checkpoint>,
+which has the projections.
 """
 
 
@@ -51,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     asked = None if args.by_rounding else _target(args, source)
     gated = build_encoder(source, args.checkpoint).eval()
+    if asked is not None:
+        field = "--sparsity" if args.sparsity is not None else f"{args.checkpoint}: target_sparsity"
+        warning = far_from_gates(gated, asked, field)
+        if warning is not None:
+            print(f"warning: {warning}", file=sys.stderr)
     small = shrink(gated, asked)
     sizes = sparsities(gated, small, asked)
     print(f"{args.checkpoint}: {source.format}, gates on {', '.join(gated.config.pruning_units)}\n")
@@ -67,7 +78,7 @@ def sparsities(gated: SpeechEncoder, small: SpeechEncoder, asked: float | None) 
     full = full_parameters(gated.config)
     return {
         "asked": asked,
-        "expected": 1 - float(expected_parameters(gated).detach()) / full,
+        "expected": expected_sparsity(gated),
         "actual": 1 - small.num_parameters() / full,
     }
 

@@ -17,6 +17,7 @@ from skill_fairseq.checkpoints.source import build_encoder
 from skill_fairseq.models.wavlm import WavLMConfig, WavLMModel, avoid_wrong_gelu, dropouts, encoder_config
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.expected import expected_parameters
+from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.shrink import shrink
 
 logger = logging.getLogger(__name__)
@@ -82,8 +83,12 @@ def initial_student(cfg: SkillStudentConfig) -> SpeechEncoder:
                 f"model.init_from: {cfg.init_from} already has gates; leave model.pruning_units empty to shrink it and "
                 "distil on, or give an ungated teacher"
             )
-        before = encoder.num_parameters()
-        encoder = shrink(encoder, source.provenance.get("target_sparsity"))
+        before, target = encoder.num_parameters(), source.provenance.get("target_sparsity")
+        field = f"model.init_from: {cfg.init_from}: target_sparsity"
+        warning = None if target is None else far_from_gates(encoder, target, field)
+        if warning is not None:
+            logger.warning(warning)
+        encoder = shrink(encoder, target)
         logger.info(f"shrunk {cfg.init_from}: {before:,} to {encoder.num_parameters():,} parameters")
         return encoder
     original = encoder.config.original_parameters or encoder.num_parameters()
@@ -130,7 +135,7 @@ class SkillStudentModel(WavLMModel):
         self.mask_emb.requires_grad_(False)
         self.feature_grad_mult = cfg.feature_grad_mult
         self.generator = torch.Generator()
-        self._update: Optional[int] = None
+        self._update = 0
         rates = {"conv": cfg.conv_drop_rate, "heads": cfg.head_drop_rate, "ffn": cfg.ffn_drop_rate}
         for name, gate in self.speech_encoder.named_gates():
             gate.drop_rate = rates[self.gate_kind(name)] if self.gate_kind(name) in rates else cfg.layer_drop_rate
@@ -153,14 +158,16 @@ class SkillStudentModel(WavLMModel):
         return cls(cfg)
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Seeds the gate samples of this update, so that they depend on nothing but seed, update and rank."""
+        """Called by fairseq before every batch: the gate samples depend on seed, update and rank alone."""
         super().set_num_updates(num_updates)
-        if num_updates != self._update:
-            self._update = num_updates
-            rank = 0
-            if self.cfg.gate_sampling != "shared" and torch.distributed.is_initialized():
-                rank = torch.distributed.get_rank()
-            self.generator.manual_seed((self.cfg.seed * 1_000_003 + num_updates) * 4096 + rank)
+        self._update = num_updates
+
+    def _seed_gates(self) -> None:
+        """Before every forward: the batches that one update accumulates get the gates of one large batch."""
+        rank = 0
+        if self.cfg.gate_sampling != "shared" and torch.distributed.is_initialized():
+            rank = torch.distributed.get_rank()
+        self.generator.manual_seed((self.cfg.seed * 1_000_003 + self._update) * 4096 + rank)
 
     def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None, **kwargs: Any) -> Dict[str, Any]:
         """One forward for distillation.
@@ -173,6 +180,7 @@ class SkillStudentModel(WavLMModel):
             ``x`` (B, T, D), ``hidden_states`` (L + 1 tensors (B, T, D)), ``padding_mask`` (B, T) or None, and
             ``expected_parameters``, a scalar with gradient, None without gates.
         """
+        self._seed_gates()
         out = self.speech_encoder(source, padding_mask)
         gated = bool(self.speech_encoder.config.pruning_units)
         return {
@@ -201,6 +209,7 @@ class SkillStudentModel(WavLMModel):
             (B, T, D) features and (B, T) padding mask or None, to be unpacked or looked up by name.
         """
         transform = (lambda x, pad: HubertModel.apply_mask(self, x.clone(), pad, None)[0]) if mask else None
+        self._seed_gates()
         out = self.speech_encoder(source, padding_mask, transform, output_layer)
         return Features(out.hidden_states[0] if ret_conv else out.x, out.padding_mask, out.hidden_states[1:])
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import List
 
+import torch
 from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.hard_concrete import HardConcrete, keep_probability
 from skill_fairseq.modules.size import Number, Widths, count_parameters, static_shape, widths_of
 
 
@@ -19,11 +21,20 @@ def full_parameters(config: EncoderConfig) -> int:
     return int(count_parameters(static_shape(full), widths_of(full)))
 
 
-def expected_widths(encoder: SpeechEncoder) -> Widths:
-    """Widths under the gates' probabilities; differentiable where there are gates, integers where not."""
+def expected_widths(encoder: SpeechEncoder, shift: float = 0.0) -> Widths:
+    """Widths under the gates' probabilities; differentiable where there are gates, integers where not.
+
+    Args:
+        encoder: with or without gates.
+        shift: added to every ``log_alpha``, to see what would be if the gates moved so far.
+    """
+
+    def kept(gate: HardConcrete) -> Tensor:
+        return keep_probability(gate.log_alpha + shift).sum() if shift else gate.expected_kept()
+
     exact = widths_of(encoder.config)
     conv: List[Number] = [
-        width if layer.gate is None else layer.gate.expected_kept()
+        width if layer.gate is None else kept(layer.gate)
         for width, layer in zip(exact.conv, encoder.feature_extractor.layers)
     ]
     columns: dict[str, List[Number]] = {"heads": [], "attention": [], "units": [], "ffn": []}
@@ -34,15 +45,27 @@ def expected_widths(encoder: SpeechEncoder) -> Widths:
         ):
             unit_gate = None if sublayer is None else sublayer.gate
             output_gate = None if sublayer is None else sublayer.output_gate
-            columns[of_units].append(width if unit_gate is None else unit_gate.expected_kept())
+            columns[of_units].append(width if unit_gate is None else kept(unit_gate))
             present: Number = int(sublayer is not None)
-            columns[of_sublayer].append(present if output_gate is None else output_gate.expected_kept())
+            columns[of_sublayer].append(present if output_gate is None else kept(output_gate))
     return Widths(conv, columns["heads"], columns["units"], columns["attention"], columns["ffn"])
 
 
-def expected_parameters(encoder: SpeechEncoder) -> Tensor:
-    """Expected number of parameters under the gates, a float32 scalar with gradient (an int without gates)."""
-    return count_parameters(static_shape(encoder.config), expected_widths(encoder))  # type: ignore[return-value]
+def expected_parameters(encoder: SpeechEncoder, shift: float = 0.0) -> Tensor:
+    """Expected number of parameters under the gates, a float32 scalar with gradient (an int without gates).
+
+    Args:
+        encoder: with or without gates.
+        shift: added to every ``log_alpha``, see :func:`expected_widths`.
+    """
+    widths = expected_widths(encoder, shift)
+    return count_parameters(static_shape(encoder.config), widths)  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def expected_sparsity(encoder: SpeechEncoder, shift: float = 0.0) -> float:
+    """Fraction of the original parameters that the gates expect to go, their ``log_alpha`` moved by ``shift``."""
+    return 1 - float(expected_parameters(encoder, shift)) / full_parameters(encoder.config)
 
 
 def smallest_parameters(config: EncoderConfig) -> int:

@@ -60,6 +60,16 @@ def select_units(encoder: SpeechEncoder, sparsity: Optional[float] = None) -> Se
     return selection
 
 
+def selected_parameters(encoder: SpeechEncoder, sparsity: Optional[float] = None) -> int:
+    """Number of parameters that shrinking to a sparsity leaves, by rounding where it is None; nothing is changed.
+
+    Raises:
+        ValueError: as :func:`select_units`.
+    """
+    selection = select_units(encoder, sparsity)
+    return _size_with(encoder, {name: int(mask.sum()) for name, mask in selection.items()})
+
+
 def apply_selection(encoder: SpeechEncoder, selection: Optional[Selection]) -> None:
     """Makes evaluation of the gated encoder keep exactly these units; None returns to rounding."""
     for name, gate in encoder.named_gates():

@@ -19,6 +19,8 @@ from skill_fairseq.files import named
 from skill_fairseq.models.skill_student import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.pruning.agreement import check_ranks
+from skill_fairseq.pruning.lagrangian import SizeConstraint
 from skill_fairseq.tasks.speech_dataset import SpeechDataset
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         self.student_config: Optional[EncoderConfig] = None
         self.num_updates = 0
         self.files_of_bad_losses: List[str] = []  # of the present update
+        self._constraint: Optional[SizeConstraint] = None
 
     @property
     def teacher(self) -> FrozenTeacher:
@@ -103,6 +106,16 @@ class SkillDistillationTask(AudioPretrainingTask):
             normalize=self.cfg.normalize,
         )
 
+    def get_batch_iterator(self, dataset: Any, *args: Any, num_shards: int = 1, **kwargs: Any) -> Any:
+        """fairseq's, with as many training batches on every rank, none of them empty.
+
+        Raises:
+            ValueError: there are too few utterances for the number of ranks.
+        """
+        if isinstance(dataset, SpeechDataset):
+            dataset.num_shards = num_shards
+        return super().get_batch_iterator(dataset, *args, num_shards=num_shards, **kwargs)
+
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
         """Builds the student; in training its shape and weights come from ``model.init_from``.
 
@@ -128,7 +141,18 @@ class SkillDistillationTask(AudioPretrainingTask):
         """fairseq's; groups that stand in a file are written into ``cfg``, which fairseq saves."""
         if getattr(cfg, "groups_file", None):
             _update(cfg, {"groups": plain(read_groups(cfg)), "groups_file": None})
-        return super().build_criterion(cfg, *args, **kwargs)
+        criterion = super().build_criterion(cfg, *args, **kwargs)
+        self._constraint = getattr(criterion, "constraint", None)
+        return criterion
+
+    def begin_valid_epoch(self, epoch: int, model: Any) -> None:
+        """Makes sure that gates and multipliers are still equal on all ranks.
+
+        Raises:
+            RuntimeError: they are not; names the rank, the quantity and the values.
+        """
+        super().begin_valid_epoch(epoch, model)
+        check_ranks(model.speech_encoder, self._constraint)
 
     def train_step(
         self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False

@@ -8,6 +8,7 @@ import torch
 from fairseq.data import FileAudioDataset
 from torch import Tensor
 
+from skill_fairseq.audio.batching import split_batches
 from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest
 from skill_fairseq.training.preemption import shield_worker
 
@@ -41,6 +42,7 @@ class SpeechDataset(FileAudioDataset):
         self.seed = 0
         self.epoch = 1
         self._shielded = False
+        self.num_shards = 1  # ranks that share the batches, set by the task
 
     def file_name(self, index: int) -> str:
         """Absolute path of an utterance."""
@@ -110,7 +112,15 @@ class SpeechDataset(FileAudioDataset):
         return np.argsort(-sizes, kind="stable")
 
     def batch_by_size(self, indices: np.ndarray, max_tokens: Optional[int] = None, **limits: Any) -> Any:
-        """fairseq's, which stops at an utterance above ``max_tokens``; whole ones in validation get through."""
+        """fairseq's, which stops at an utterance above ``max_tokens``; whole ones in validation get through.
+
+        Training batches are as many as make every rank's share equal: fairseq would make up for missing ones by
+        empty batches, on which ranks idle. Validation's are left alone: its loss does not depend on the ranks.
+
+        Raises:
+            ValueError: there are too few utterances for the number of ranks.
+        """
         if self.pad and max_tokens is not None and len(indices):
             max_tokens = max(max_tokens, max(int(self.num_tokens(index)) for index in indices))
-        return super().batch_by_size(indices, max_tokens, **limits)
+        batches = super().batch_by_size(indices, max_tokens, **limits)
+        return batches if self.pad else split_batches([[int(i) for i in batch] for batch in batches], self.num_shards)

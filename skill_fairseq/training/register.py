@@ -7,6 +7,7 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from fairseq import checkpoint_utils
+from fairseq.trainer import Trainer
 
 from skill_fairseq.training.checkpoint_files import WholeCopies
 from skill_fairseq.training.preemption import preemption
@@ -16,9 +17,9 @@ Validated = Tuple[List[Optional[float]], bool]
 
 
 def register_trainer() -> None:
-    """Called when the user dir is imported. Nothing happens in programs that do not train."""
-    program: Any = sys.modules.get("fairseq_cli.train")
-    if program is None or program.Trainer is SkillTrainer:
+    """Called when the user dir is imported by a program that trains."""
+    program: Any = sys.modules["fairseq_cli.train"]
+    if program.Trainer is not Trainer:  # it is there already, or the program has its own
         return
     program.Trainer = SkillTrainer
     program.validate_and_save = _stopping(program.validate_and_save)
@@ -33,7 +34,7 @@ def _stopping(validate_and_save: Any) -> Any:
     ) -> Validated:
         result: Validated = validate_and_save(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
         if result[1]:
-            preemption.uninstall()  # the run is at its end
+            trainer.end()
         elif trainer.preempted:
             checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
             if torch.distributed.is_initialized():

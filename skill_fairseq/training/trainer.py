@@ -11,6 +11,7 @@ from fairseq import metrics
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 
+from skill_fairseq.pruning.reach import check_reach, log_sparsity
 from skill_fairseq.training.checkpoint_files import newest_whole_checkpoint, writing
 from skill_fairseq.training.preemption import preemption
 
@@ -49,7 +50,16 @@ class SkillTrainer(Trainer):
         self._unreadable_here = 0  # of this rank, in the step
         self._not_finite = False  # a loss of any rank, in the update
         self._empty = False  # no rank could read a file, in the update
+        self._constraint = getattr(criterion, "constraint", None)
+        if self._constraint is not None and self.data_parallel_rank == 0:
+            check_reach(cfg, model.speech_encoder, criterion)
         preemption.install()
+
+    def end(self) -> None:
+        """Called when the run is at its end: says what has become of the size, and gives signals back."""
+        if self._constraint is not None and self.data_parallel_rank == 0:
+            log_sparsity(self.get_model().speech_encoder, self._constraint.target)
+        preemption.uninstall()
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Optional[Dict[str, Any]]:
         """fairseq's; in place of a damaged ``checkpoint_last.pt`` the newest whole one, on every rank the same."""

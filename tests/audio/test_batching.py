@@ -1,4 +1,4 @@
-"""Batches of one length: every utterance once, none padded, none too large."""
+"""Batches of one length, and batches shared out: every utterance once, none padded, none too large or empty."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from skill_fairseq.audio.batching import length_exact_batches
+from skill_fairseq.audio.batching import length_exact_batches, split_batches
 
 
 def test_small_case():
@@ -38,3 +38,58 @@ def test_an_utterance_that_is_too_long_stands_alone():
 def test_bad_numbers(lengths, max_tokens, said):
     with pytest.raises(ValueError, match=said):
         length_exact_batches(lengths, max_tokens)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "multiple", "expected"),
+    [
+        ([3, 2], 2, [3, 2]),
+        ([3, 2, 2], 2, [2, 1, 2, 2]),
+        ([2, 5, 5], 2, [2, 3, 2, 5]),  # the first of equals
+        ([8], 4, [2, 2, 2, 2]),
+        ([1, 7], 4, [1, 2, 2, 3]),
+        ([1, 1, 1], 3, [1, 1, 1]),
+        ([4, 4, 4], 1, [4, 4, 4]),
+        ([1, 2], 3, [1, 1, 1]),
+        ([], 2, []),
+    ],
+)
+def test_split_into_a_multiple(sizes, multiple, expected):
+    numbers = iter(random.Random(0).sample(range(100), sum(sizes)))
+    batches = [[next(numbers) for _ in range(size)] for size in sizes]
+    before = [list(batch) for batch in batches]
+    found = split_batches(batches, multiple)
+    assert [len(batch) for batch in found] == expected
+    assert [i for batch in found for i in batch] == [i for batch in before for i in batch]
+    assert batches == before
+
+
+def test_split_of_many_batches():
+    rng = random.Random(1)
+    for _ in range(200):
+        sizes = [rng.randint(1, 9) for _ in range(rng.randint(1, 30))]
+        multiple = rng.randint(1, 8)
+        wanted = -(-len(sizes) // multiple) * multiple
+        numbers = iter(range(sum(sizes)))
+        batches = [[next(numbers) for _ in range(size)] for size in sizes]
+        if wanted > sum(sizes):
+            with pytest.raises(ValueError, match=f"{wanted} in all"):
+                split_batches(batches, multiple)
+            continue
+        found = split_batches(batches, multiple)
+        assert len(found) == wanted and all(found) and max(map(len, found)) <= max(sizes)
+        assert [i for batch in found for i in batch] == list(range(sum(sizes)))
+        kept = [batch for batch in found if batch in batches]
+        # What was left whole is nowhere larger than twice a half.
+        halves = [len(batch) for batch in found if batch not in batches]
+        assert not halves or max(map(len, kept), default=0) <= 2 * max(halves)
+
+
+def test_too_few_utterances_for_the_ranks():
+    said = r"^3 utterances in 2 batches cannot be shared out to 4 processes: .* 4 in all\. .*distributed_world_size"
+    with pytest.raises(ValueError, match=said):
+        split_batches([[0, 1], [2]], 4)
+    with pytest.raises(ValueError, match=r"more utterances into a batch \(dataset\.max_tokens"):
+        split_batches([[0], [1], [2]], 2)
+    with pytest.raises(ValueError, match="multiple: 0"):
+        split_batches([[0]], 0)

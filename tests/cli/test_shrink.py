@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import train
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.checkpoints.load import read_source
@@ -15,6 +16,7 @@ from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.expected import expected_parameters
 from skill_fairseq.pruning.shrink import shrink
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 UNITS = ("conv", "heads", "ffn", "attention_layers", "ffn_layers")
 GROUPS = [[0], [1, 2, 3]]
 
@@ -102,6 +104,58 @@ def test_another_sparsity_may_be_asked_for(stage1: Path, gated: SpeechEncoder) -
         assert main([str(stage1), str(out), "--sparsity", sparsity]) == 0
         sizes[sparsity] = 1 - load_encoder(out).num_parameters() / gated.num_parameters()
     assert sizes == {"0.4": pytest.approx(0.4, abs=2e-3), "0.7": pytest.approx(0.7, abs=2e-3)}
+
+
+def test_a_sparsity_far_from_what_the_gates_expect_is_warned_of(
+    stage1: Path, gated: SpeechEncoder, capsys: Any
+) -> None:
+    expected = 1 - expected_parameters(gated).item() / gated.num_parameters()
+    for asked, warned in ((expected + 0.04, False), (expected + 0.06, True), (expected - 0.06, True)):
+        assert main([str(stage1), "--table-only", "--sparsity", f"{asked:.3f}"]) == 0
+        said = capsys.readouterr().err
+        assert said.startswith(f"warning: --sparsity: {asked:.3f} is 0.06 away from the {expected:.4f}") == warned
+        assert bool(said) == warned
+    assert main([str(stage1), "--table-only", "--by-rounding"]) == 0
+    assert not capsys.readouterr().err
+    assert main([str(stage1), "--table-only"]) == 0  # 0.6, the target in the file
+    assert capsys.readouterr().err.startswith(f"warning: {stage1}: target_sparsity: 0.6 is ") == (
+        abs(0.6 - expected) > 0.05
+    )
+
+
+@pytest.mark.slow
+def test_one_run_of_stage_1_serves_for_another_sparsity_nearby(tmp_path: Path, capsys: Any) -> None:
+    """Trained for 0.75, cut at 0.8; stage 2 starts from the file. The example's teacher, in few updates."""
+    where = [f"task.data={EXAMPLE / 'data'}", f"task.teacher={EXAMPLE / 'teacher' / 'teacher.safetensors'}"]
+    where += ["criterion.groups=[[0],[1,2,3,4],[5,6,7,8],[9,10,11,12]]", "dataset.max_tokens=48000"]
+    never = ["dataset.validate_interval_updates=0", "checkpoint.save_interval_updates=0"]
+    groups = ("default", "gates", "multipliers")
+    train(
+        tmp_path / "stage1",
+        "distill",
+        *where,
+        *never,
+        "optimization.max_update=100",
+        "criterion.sparsity_warmup=30",
+        "optimizer.groups.gates.lr_float=0.3",
+        "optimizer.groups.multipliers.lr_float=0.1",
+        *(f"optimizer.groups.{group}.lr_scheduler.warmup_updates=15" for group in groups),
+    )
+    checkpoint, out = tmp_path / "stage1" / "checkpoint_last.pt", tmp_path / "small.safetensors"
+    full = load_encoder(EXAMPLE / "teacher" / "teacher.safetensors").num_parameters()
+    assert main([str(checkpoint), str(out), "--sparsity", "0.8"]) == 0
+    small = load_encoder(out)
+    assert abs(small.num_parameters() - 0.2 * full) < 0.001 * full
+    assert read_source(out).provenance["target_sparsity"] == 0.75
+    sizes = read_source(out).provenance["sparsity"]
+    assert sizes["asked"] == 0.8 and 0.65 < sizes["expected"] < 0.85
+    assert capsys.readouterr().err.startswith("warning: --sparsity") == (abs(0.8 - sizes["expected"]) > 0.05)
+    start = [f"model.init_from={out}", f"criterion.init_from={checkpoint}", "lr_scheduler.warmup_updates=1"]
+    train(tmp_path / "stage2", "final", *where, *never, *start, "optimization.max_update=2")
+    student = load_encoder(tmp_path / "stage2" / "checkpoint_last.pt")
+    assert student.config == small.config and student.num_parameters() == small.num_parameters()
+    steps = [(a - b).abs().max().item() for a, b in zip(student.parameters(), small.parameters())]
+    assert 0 < max(steps) < 0.003  # two Adam updates of 0.001 away from the file
 
 
 def fails(capsys: Any, *arguments: object) -> str:

@@ -16,6 +16,7 @@ from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.models.skill_student import SkillStudentModel, initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.pruning.expected import expected_sparsity
 from skill_fairseq.pruning.shrink import shrink
 
 UNITS = ["conv", "heads", "ffn", "attention_layers", "ffn_layers"]
@@ -31,11 +32,18 @@ def build(small: Any, speech: Path, teacher_file: Path) -> Any:
 
 
 def sampled(model: SkillStudentModel, update: int) -> list[Tensor]:
-    """A sample of every gate at this update."""
+    """The sample of every gate in a forward at this update."""
+    drawn: list[Tensor] = []
+    hooks = [
+        gate.register_forward_hook(lambda *of: drawn.append(of[2])) for _, gate in model.speech_encoder.named_gates()
+    ]
     model.train()
     model.set_num_updates(update)
     with torch.no_grad():
-        return [gate() for _, gate in model.speech_encoder.named_gates()]
+        model(torch.zeros(1, 400))
+    for hook in hooks:
+        hook.remove()
+    return drawn
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -80,7 +88,7 @@ def test_shape_and_defaults_are_written_into_the_config(
     assert cfg.ffn_drop_rate == 0.01 and cfg.encoder_layers == 3
 
 
-def test_stage_1_checkpoint_is_shrunk_to_its_target(build: Any, small: Any, tmp_path: Path) -> None:
+def test_stage_1_checkpoint_is_shrunk_to_its_target(build: Any, small: Any, tmp_path: Path, caplog: Any) -> None:
     gated = small.random_encoder(pruning_units=["conv", "heads", "ffn"])
     generator = torch.Generator().manual_seed(0)
     for _, gate in gated.named_gates():
@@ -88,6 +96,8 @@ def test_stage_1_checkpoint_is_shrunk_to_its_target(build: Any, small: Any, tmp_
     path = tmp_path / "stage1.safetensors"
     save_encoder(gated, path, {"target_sparsity": 0.6})
     model = build(path)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"model.init_from: {path}: target_sparsity: 0.6 is " in warning and "that the gates expect" in warning
     expected = shrink(gated, 0.6)
     assert model.speech_encoder.config == expected.config and not list(model.speech_encoder.named_gates())
     assert abs(model.speech_encoder.num_parameters() / gated.num_parameters() - 0.4) < 2e-3
@@ -99,8 +109,12 @@ def test_stage_1_checkpoint_is_shrunk_to_its_target(build: Any, small: Any, tmp_
     rebuilt.load_state_dict(model.state_dict(), strict=True)
     with pytest.raises(ValueError, match=r"model\.init_from: .* already has gates; leave model\.pruning_units"):
         build(path, pruning_units=["ffn"])
+    caplog.clear()
+    save_encoder(gated, path, {"target_sparsity": round(expected_sparsity(gated), 2)})
+    build(path)
     save_encoder(gated, path, {})  # no target: as the gates round
     assert build(path).speech_encoder.config == shrink(gated).config
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
 def test_a_shrunk_student_can_be_gated_again(build: Any, small: Any, tmp_path: Path) -> None:
@@ -144,10 +158,12 @@ def build_like(model: SkillStudentModel, build: Any, **changes: Any) -> SkillStu
     return twin
 
 
-def test_accumulated_batches_of_one_update_draw_gates_of_their_own(build: Any) -> None:
-    model = build(pruning_units=["ffn"], ffn_drop_rate=0.5)
+def test_accumulated_batches_of_one_update_share_their_gates(build: Any) -> None:
+    model = build(pruning_units=UNITS, ffn_drop_rate=0.5)
     first = sampled(model, 3)
-    assert not same(sampled(model, 3), first)  # set_num_updates comes before each of them
+    assert len(first) == len(list(model.speech_encoder.named_gates()))
+    assert same(sampled(model, 3), first)  # set_num_updates comes before each of them
+    assert not same(sampled(model, 4), first) and same(sampled(model, 3), first)
 
 
 def _draw(rank: int, port: int, config: Any, queue: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from disturbed import Run, same_outcome
 
 pytestmark = pytest.mark.slow
 
@@ -43,12 +44,16 @@ def infinite(speech: Path, name: str) -> str:
     return str(speech / name)
 
 
+@pytest.mark.faults(
+    "an audio file cannot be read",
+    "skipped, named in the log and counted",
+)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_unreadable_files_are_skipped_and_named(
-    runs: Any, own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
+    own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
 ) -> None:
     files = spoil(own_speech, "train/3.wav", "train/17.wav", "valid/1.wav")
-    run = runs.Run(tmp_path / "run", *where(own_speech, teacher_file), *TEN, world_size=world_size).finish()
+    run = Run(tmp_path / "run", *where(own_speech, teacher_file), *TEN, world_size=world_size).finish()
     assert sorted(run.updates()) == list(range(1, 13))
     logs = "".join(run.log(rank) for rank in range(world_size))
     epochs = int(max(entry["epoch"] for entry in run.updates().values()))
@@ -58,26 +63,34 @@ def test_unreadable_files_are_skipped_and_named(
     assert f"file skipped: {files[2]}: cannot be decoded" in logs
 
 
+@pytest.mark.faults(
+    "more than task.max_unreadable_files in an epoch",
+    "the run ends, on all ranks together, with their number",
+)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_too_many_unreadable_files_end_the_run(
-    runs: Any, own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
+    own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
 ) -> None:
     """Ranks see one or two each, and stop together: neither waits for the other."""
     spoil(own_speech, "train/3.wav", "train/9.wav", "train/17.wav")
     limit = "task.max_unreadable_files=2"
-    run = runs.Run(tmp_path / "run", *where(own_speech, teacher_file), *TEN, limit, world_size=world_size)
+    run = Run(tmp_path / "run", *where(own_speech, teacher_file), *TEN, limit, world_size=world_size)
     assert run.start().wait() == [1] * world_size
     for rank in range(world_size):
         assert "ValueError: 3 train files of this epoch could not be read" in run.log(rank)
         assert "task.max_unreadable_files allows 2" in run.log(rank)
 
 
+@pytest.mark.faults(
+    "a loss is NaN or infinite",
+    "the update is skipped on all ranks; the batch's files are named",
+)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_loss_that_is_not_finite_skips_the_update_and_names_the_files(
-    runs: Any, own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
+    own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
 ) -> None:
     file = infinite(own_speech, "train/5.wav")
-    run = runs.Run(tmp_path / "run", *where(own_speech, teacher_file), *TEN, world_size=world_size).finish()
+    run = Run(tmp_path / "run", *where(own_speech, teacher_file), *TEN, world_size=world_size).finish()
     assert sorted(run.updates()) == list(range(1, 13))
     skipped = [re.findall(r"update (\d+) is skipped: (.*?); (.*)", run.log(rank)) for rank in range(world_size)]
     assert skipped[0] and all([s[0] for s in skipped[0]] == [s[0] for s in other] for other in skipped)
@@ -90,21 +103,29 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_names_the_files(
     assert all(np.isfinite(list(entry.values())).all() for entry in run.updates().values())
 
 
-def test_too_many_skipped_updates_end_the_run(runs: Any, own_speech: Path, teacher_file: Path, tmp_path: Path) -> None:
+@pytest.mark.faults(
+    "more than task.max_skipped_updates in a row",
+    "the run ends and says so",
+)
+def test_too_many_skipped_updates_end_the_run(own_speech: Path, teacher_file: Path, tmp_path: Path) -> None:
     for i in range(24):
         infinite(own_speech, f"train/{i}.wav")
-    run = runs.Run(tmp_path / "run", *where(own_speech, teacher_file), *TEN, "task.max_skipped_updates=2")
+    run = Run(tmp_path / "run", *where(own_speech, teacher_file), *TEN, "task.max_skipped_updates=2")
     assert run.start().wait() == [1]
     assert len(re.findall("update 1 is skipped", run.log())) == 3
     assert "FloatingPointError: 3 updates in a row were skipped" in run.log()
     assert "task.max_skipped_updates allows 2" in run.log()
 
 
+@pytest.mark.faults(
+    "the disk is full",
+    "the run ends with the file, the reason and the room left; older checkpoints are whole",
+)
 def test_a_full_disk_ends_the_run_and_older_checkpoints_stay_whole(
-    runs: Any, data: list[str], straight: Any, tmp_path: Path
+    data: list[str], straight: Any, tmp_path: Path
 ) -> None:
     """A limit on the size of files stands for the disk: the system refuses the write in its middle."""
-    run = runs.Run(tmp_path, *data, "checkpoint.save_interval_updates=5")
+    run = Run(tmp_path, *data, "checkpoint.save_interval_updates=5")
     run.start()
     run.wait_for(lambda: (tmp_path / "checkpoint_1_5.pt").exists() or list(tmp_path.glob("checkpoint_*_5.pt")))
     run.kill()
@@ -122,13 +143,17 @@ def test_a_full_disk_ends_the_run_and_older_checkpoints_stay_whole(
     assert "File too large" in run.log() and "GB are free there" in run.log()
     assert {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint*.pt*")} == whole
     run.finish()
-    runs.same_outcome(run, straight(1))
+    same_outcome(run, straight(1))
 
 
+@pytest.mark.faults(
+    "checkpoint_last.pt is truncated or damaged",
+    "named, set aside as *.damaged; the newest whole checkpoint before it is used",
+)
 def test_a_truncated_last_checkpoint_costs_what_came_after_the_one_before(
-    runs: Any, data: list[str], straight: Any, tmp_path: Path
+    data: list[str], straight: Any, tmp_path: Path
 ) -> None:
-    run = runs.Run(tmp_path, *data)
+    run = Run(tmp_path, *data)
     run.start()
     run.wait_for(lambda: run.last_update() >= 10)
     run.kill()
@@ -139,18 +164,20 @@ def test_a_truncated_last_checkpoint_costs_what_came_after_the_one_before(
     assert "checkpoint_last.pt: truncated or damaged" in run.log()
     assert (tmp_path / "checkpoint_last.pt.damaged").exists()
     assert re.search(r"Loaded checkpoint .*/?checkpoint_\d_[69]\.pt", run.log())
-    runs.same_outcome(run, straight(1))
+    same_outcome(run, straight(1))
 
 
-def test_a_teacher_that_is_gone_is_an_error_before_training(
-    runs: Any, speech: Path, teacher_file: Path, tmp_path: Path
-) -> None:
+@pytest.mark.faults(
+    "the teacher or stage 1's checkpoint is gone",
+    "an error before training names the config's field and the path",
+)
+def test_a_teacher_that_is_gone_is_an_error_before_training(speech: Path, teacher_file: Path, tmp_path: Path) -> None:
     gone = tmp_path / "gone.safetensors"
     for field, overrides in (
         ("task.teacher", [f"task.teacher={gone}", f"model.init_from={teacher_file}"]),
         ("model.init_from", [f"task.teacher={teacher_file}", f"model.init_from={gone}"]),
     ):
-        run = runs.Run(tmp_path / field, f"task.data={speech}", *overrides)
+        run = Run(tmp_path / field, f"task.data={speech}", *overrides)
         assert run.start().wait() == [1]
         assert f"FileNotFoundError: {field}: {gone}: no such file or folder" in run.log()
         assert "begin training epoch" not in run.log()
@@ -173,9 +200,13 @@ fairseq_cli.hydra_train.cli_main()
 """
 
 
-def test_out_of_memory_is_retried_with_a_hint(runs: Any, data: list[str], tmp_path: Path) -> None:
+@pytest.mark.faults(
+    "out of memory",
+    "fairseq drops the batch and goes on; a hint says what dataset.max_tokens to try",
+)
+def test_out_of_memory_is_retried_with_a_hint(data: list[str], tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(OUT_OF_MEMORY)
-    run = runs.Run(tmp_path, *data, *TEN, program=(sys.executable, "program.py")).finish()
+    run = Run(tmp_path, *data, *TEN, program=(sys.executable, "program.py")).finish()
     assert sorted(run.updates()) == list(range(1, 13))
     assert "attempting to recover from OOM" in run.log()
     assert "lower dataset.max_tokens, now 40000, for example to 32000" in run.log()

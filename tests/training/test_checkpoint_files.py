@@ -96,6 +96,10 @@ def test_nothing_to_go_on_from(tmp_path: Path) -> None:
         newest_whole_checkpoint(last)
 
 
+@pytest.mark.faults(
+    "a kill or a full disk in the middle of writing a checkpoint",
+    "the file is whole or absent, never half; leftovers go at the next start",
+)
 def test_a_copy_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = write(tmp_path / "source.pt", 1.0), write(tmp_path / "target.pt", 2.0)
     old = target.read_bytes()

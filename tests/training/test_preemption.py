@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from disturbed import Run, same_outcome
 
 from skill_fairseq.training.preemption import REQUEUE_EXIT_CODE, SIGNALS, Preemption
 
 
+@pytest.mark.faults(
+    "SIGTERM, SIGUSR1 or SIGUSR2: preemption, the end of the time limit",
+    "the update is finished, a checkpoint written, exit code 75 on every rank; no update is lost",
+)
 @pytest.mark.slow
-def test_signals_to_every_process_lose_no_update(runs: Any, data: list[str], straight: Any, tmp_path: Path) -> None:
-    """Slurm's SIGTERM reaches the loading workers too: they must not take the run down with them."""
-    run = runs.Run(tmp_path, *data, "dataset.num_workers=2", "checkpoint.save_interval_updates=1000")
+def test_signals_to_every_process_lose_no_update(data: list[str], straight: Any, tmp_path: Path) -> None:
+    """As Slurm sends them."""
+    run = Run(tmp_path, *data, "dataset.num_workers=2", "checkpoint.save_interval_updates=1000")
     for number, update in ((signal.SIGTERM, 8), (signal.SIGUSR1, 17), (signal.SIGUSR2, 26)):
         run.start()
         run.wait_for(lambda update=update: run.last_update() >= update)
@@ -27,19 +33,45 @@ def test_signals_to_every_process_lose_no_update(runs: Any, data: list[str], str
         assert run.checkpoint()["optimizer_history"][-1]["num_updates"] == run.last_update()
     run.finish()
     assert run.log().count("Loaded checkpoint") == 3
-    runs.same_outcome(run, straight(1))
+    same_outcome(run, straight(1))
 
 
+@pytest.mark.faults(
+    "SIGTERM reaches the data-loading workers too",
+    "they outlive it; the training process decides",
+)
 @pytest.mark.slow
-def test_ranks_stop_together_when_one_is_asked(runs: Any, data: list[str], straight: Any, tmp_path: Path) -> None:
-    run = runs.Run(tmp_path, *data, "checkpoint.save_interval_updates=1000", world_size=2)
+def test_loading_workers_outlive_the_signal(data: list[str], tmp_path: Path) -> None:
+    """It may reach them first: their end would be the run's, as soon as a batch is waited for."""
+    many = ["dataset.max_tokens=9000", "optimization.max_update=70", "checkpoint.save_interval_updates=1000"]
+    run = Run(tmp_path, *data, "dataset.num_workers=2", *many).start()
+    run.wait_for(lambda: run.last_update() >= 3)
+    parents = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = (line.split() for line in parents.splitlines())
+    workers = [int(child) for child, parent in pairs if int(parent) == run.processes[0].pid]
+    assert len(workers) >= 2
+    for worker in workers:
+        os.kill(worker, signal.SIGTERM)
+    seen = run.last_update()
+    run.wait_for(lambda: run.last_update() >= seen + 30)  # more than an epoch, or what is buffered
+    run.signal(signal.SIGTERM)
+    assert run.wait() == [REQUEUE_EXIT_CODE]
+
+
+@pytest.mark.faults(
+    "SIGTERM, SIGUSR1 or SIGUSR2: preemption, the end of the time limit",
+    "the update is finished, a checkpoint written, exit code 75 on every rank; no update is lost",
+)
+@pytest.mark.slow
+def test_ranks_stop_together_when_one_is_asked(data: list[str], straight: Any, tmp_path: Path) -> None:
+    run = Run(tmp_path, *data, "checkpoint.save_interval_updates=1000", world_size=2)
     run.start()
     run.wait_for(lambda: run.last_update() >= 10)
     run.signal(signal.SIGTERM, ranks=[1])
     assert run.wait() == [REQUEUE_EXIT_CODE] * 2, run.log()[-3000:]
     assert run.checkpoint()["optimizer_history"][-1]["num_updates"] == run.last_update()
     run.finish()
-    runs.same_outcome(run, straight(2))
+    same_outcome(run, straight(2))
 
 
 OWN_HANDLER = """
@@ -55,12 +87,16 @@ fairseq_cli.hydra_train.cli_main()
 """
 
 
+@pytest.mark.faults(
+    "submitit waits for the signal itself",
+    "its handler, which requeues the job, is called when the checkpoint is written",
+)
 @pytest.mark.slow
-def test_a_handler_that_was_there_is_called_once_all_is_saved(runs: Any, data: list[str], tmp_path: Path) -> None:
+def test_a_handler_that_was_there_is_called_once_all_is_saved(data: list[str], tmp_path: Path) -> None:
     """submitit's, which requeues the job."""
     (tmp_path / "program.py").write_text(OWN_HANDLER)
     program = (sys.executable, "program.py")
-    run = runs.Run(tmp_path, *data, "checkpoint.save_interval_updates=1000", program=program)
+    run = Run(tmp_path, *data, "checkpoint.save_interval_updates=1000", program=program)
     run.start()
     run.wait_for(lambda: run.last_update() >= 3)
     assert not (tmp_path / "checkpoint_last.pt").exists()

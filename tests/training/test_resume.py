@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disturbed import Run, same_outcome
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.faults(
+    "a process is killed (SIGKILL, a node goes down)",
+    "the same command goes on from the last checkpoint; the outcome is the same, bit for bit",
+)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_three_kills_change_nothing(runs: Any, data: list[str], straight: Any, tmp_path: Path, world_size: int) -> None:
+def test_three_kills_change_nothing(data: list[str], straight: Any, tmp_path: Path, world_size: int) -> None:
     """40 updates straight, and with SIGKILL at three random moments: the same bits."""
     moments = random.Random(world_size)
-    run = runs.Run(tmp_path, *data, world_size=world_size)
+    run = Run(tmp_path, *data, world_size=world_size)
     for first, last in ((4, 10), (14, 22), (26, 36)):
         run.start()
         update = moments.randint(first, last)
@@ -25,16 +30,18 @@ def test_three_kills_change_nothing(runs: Any, data: list[str], straight: Any, t
         run.kill()
     run.finish()
     assert run.log().count("Loaded checkpoint") == 3
-    runs.same_outcome(run, straight(world_size))
+    same_outcome(run, straight(world_size))
 
 
-def test_kills_in_the_middle_of_an_epoch_with_loading_workers(
-    runs: Any, data: list[str], straight: Any, tmp_path: Path
-) -> None:
+@pytest.mark.faults(
+    "a process is killed (SIGKILL, a node goes down)",
+    "the same command goes on from the last checkpoint; the outcome is the same, bit for bit",
+)
+def test_kills_in_the_middle_of_an_epoch_with_loading_workers(data: list[str], straight: Any, tmp_path: Path) -> None:
     """What workers load does not depend on them: the same bits as without."""
-    run = runs.Run(tmp_path, *data, "dataset.num_workers=2")
+    run = Run(tmp_path, *data, "dataset.num_workers=2")
     run.start()
     run.wait_for(lambda: run.last_update() >= 11)
     run.kill()
     run.finish()
-    runs.same_outcome(run, straight(1))
+    same_outcome(run, straight(1))

@@ -1,0 +1,83 @@
+"""Whether all processes of a run hold the same gates and multipliers, as data-parallel training must keep them."""
+
+from __future__ import annotations
+
+from typing import Dict, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.pruning.expected import expected_sparsity
+from skill_fairseq.pruning.lagrangian import SizeConstraint
+
+TOLERANCE = 1e-5
+"""Relative difference that is still rounding. Ranks that get the same gradients do not differ at all."""
+
+
+@torch.no_grad()
+def shared_quantities(encoder: SpeechEncoder, constraint: Optional[SizeConstraint] = None) -> Dict[str, Tensor]:
+    """What must be equal on every rank, by name, each (n,) float64 on the CPU; empty without gates and constraint."""
+    gates = dict(encoder.named_gates())
+    found: Dict[str, Tensor] = {f"log_alpha of {name}": gate.log_alpha for name, gate in gates.items()}
+    if constraint is not None:
+        found["lambda1"] = constraint.lambda1
+        found["lambda2"] = constraint.lambda2
+    if gates:  # follows from the above, but is what one wants to know
+        found["expected sparsity"] = torch.tensor(expected_sparsity(encoder))
+    return {name: value.detach().reshape(-1).cpu().double() for name, value in found.items()}
+
+
+def gather(mine: Tensor, device: torch.device) -> Tensor:
+    """Every rank's (n,) float64 as (ranks, n) on the CPU; called by all ranks together, with one n.
+
+    Args:
+        device: where the process group's backend wants its tensors: CUDA for nccl, CPU for gloo.
+    """
+    mine = mine.to(device)
+    found = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, mine)
+    return torch.stack(found).cpu()
+
+
+def check_agreement(names: Sequence[str], by_rank: Tensor) -> None:
+    """Compares every rank with the first, up to ``TOLERANCE`` times the larger of 1 and the first rank's value.
+
+    Args:
+        names: n quantities.
+        by_rank: (ranks, n) float64, their values.
+
+    Raises:
+        RuntimeError: names the quantity, the rank and both values.
+    """
+    # Not (a > b): NaN is a disagreement too.
+    wrong = ~((by_rank - by_rank[0]).abs() <= TOLERANCE * by_rank[0].abs().clamp(min=1.0))
+    if wrong.any():
+        column = int(wrong.any(0).nonzero()[0])
+        rank = int(wrong[:, column].nonzero()[-1])
+        raise RuntimeError(
+            f"{names[column]}: {by_rank[rank, column].item()} on rank {rank}, {by_rank[0, column].item()} on rank 0; "
+            "expected equal values on all ranks, otherwise each trains a student of its own. The same command goes on "
+            "from the last checkpoint, which all ranks share; should it happen again, look at "
+            "distributed_training.ddp_backend and at the device of that rank"
+        )
+
+
+def check_ranks(encoder: SpeechEncoder, constraint: Optional[SizeConstraint] = None) -> None:
+    """Makes sure that gates and multipliers are equal on all ranks; called by all together, nothing for one process.
+
+    Raises:
+        RuntimeError: on every rank, if they are not.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_world_size() == 1:
+        return
+    quantities = shared_quantities(encoder, constraint)
+    if quantities:
+        names = [
+            f"{name}[{i}]" if len(values) > 1 else name
+            for name, values in quantities.items()
+            for i in range(len(values))
+        ]
+        check_agreement(names, gather(torch.cat(list(quantities.values())), next(encoder.parameters()).device))

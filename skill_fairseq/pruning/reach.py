@@ -1,0 +1,232 @@
+"""Whether stage 1 can get to its target sparsity, and whether it got there.
+
+An update moves a gate's ``log_alpha`` by about the gates' learning rate and hardly more: Adam divides each gradient by
+its own size. Over a run that is a travel of at most the sum of all rates, which the schedule fixes in advance.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, List, NamedTuple, Optional
+
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.pruning.expected import expected_sparsity, full_parameters
+from skill_fairseq.pruning.lagrangian import linear_warmup_decay
+from skill_fairseq.pruning.selection import selected_parameters
+
+logger = logging.getLogger(__name__)
+
+MARGIN = 1.5
+"""Travel that a run should have, in multiples of the least that is needed, for not all gates close, and none does so
+from the first update on. Measured: 100 updates of config/distill/tiny.yaml end at 0.745 with 1.5, at 0.607 with 1."""
+SETTLING = 0.1
+"""Part of the updates that should be left once the target has risen to its full value."""
+ARRIVED = 0.02
+"""Difference of expected and target sparsity at the end of stage 1 from which a warning is due."""
+NEAR = 0.05
+"""Difference of asked and expected sparsity from which shrinking chooses badly."""
+
+
+class GateSchedule(NamedTuple):
+    """The gates' learning rate over a run.
+
+    Attributes:
+        field: config field of the peak rate.
+        peak: peak rate.
+        factors: sum over all updates of the schedule's factor on the peak; exact, or an upper bound.
+    """
+
+    field: str
+    peak: float
+    factors: float
+
+    @property
+    def travel(self) -> float:
+        """How far a ``log_alpha`` can move in all, about."""
+        return self.peak * self.factors
+
+
+def schedule_factors(scheduler: Any, max_update: int) -> float:
+    """Sum over the updates 0 .. max_update - 1 of what the scheduler multiplies the peak rate by.
+
+    Args:
+        scheduler: config of an lr_scheduler. ``linear_warmup_decay`` is summed exactly; of any other the factor is
+            taken as 1.
+        max_update: updates of the run.
+    """
+    if scheduler is None or _get(scheduler, "_name") != "linear_warmup_decay":
+        return float(max_update)
+    total = _get(scheduler, "total_num_update") or max_update
+    return sum(linear_warmup_decay(u, int(_get(scheduler, "warmup_updates")), int(total)) for u in range(max_update))
+
+
+def gate_schedule(cfg: Any) -> Optional[GateSchedule]:
+    """The gates' learning rate, from fairseq's whole config; None where the run has no optimization.max_update.
+
+    The optimizer may be ``composite`` with a group ``gates``, or one for all parameters.
+    """
+    max_update = int(_get(cfg.optimization, "max_update") or 0)
+    if max_update <= 0:
+        return None
+    group = _get(_get(cfg.optimizer, "groups") or {}, "gates")
+    if group is None:
+        return GateSchedule(
+            "optimization.lr", max(cfg.optimization.lr), schedule_factors(_get(cfg, "lr_scheduler"), max_update)
+        )
+    factors = schedule_factors(_get(group, "lr_scheduler"), max_update)
+    if _get(group, "lr_float") is not None:
+        return GateSchedule("optimizer.groups.gates.lr_float", group["lr_float"], factors)
+    rates = _get(group, "lr") or cfg.optimization.lr
+    return GateSchedule("optimizer.groups.gates.lr", max(rates), factors)
+
+
+def travel_to(encoder: SpeechEncoder, sparsity: float) -> float:
+    """How far every ``log_alpha`` must move down together for the gates to expect this sparsity, 0 if they do.
+
+    It is found to 1e-3; infinite where even closed gates leave more.
+    """
+    low, high = 0.0, 1.0
+    if expected_sparsity(encoder) >= sparsity:
+        return 0.0
+    while expected_sparsity(encoder, -high) < sparsity:
+        low, high = high, 2 * high
+        if high > 1e3:
+            return math.inf
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        low, high = (middle, high) if expected_sparsity(encoder, -middle) < sparsity else (low, middle)
+    return high
+
+
+def reach_warnings(encoder: SpeechEncoder, schedule: GateSchedule, max_update: int, target: float) -> List[str]:
+    """What stands between the gates, as they are, and the target; empty if they can get there with some margin."""
+    needed = travel_to(encoder, target)
+    if schedule.travel >= MARGIN * needed:
+        return []
+    best = expected_sparsity(encoder, -schedule.travel)
+    verdict = "cannot be reached" if best < target else "is hardly within reach"
+    remedies = f"Set {schedule.field} to {_round_up(MARGIN * needed / schedule.factors)} or more"
+    if schedule.travel > 0:
+        remedies += f", or optimization.max_update to {_round_up(MARGIN * needed / schedule.travel * max_update):.0f}"
+    return [
+        f"criterion.target_sparsity: {target} {verdict}: with {schedule.field}={schedule.peak:g} over "
+        f"optimization.max_update={max_update} updates the gates can move by {schedule.travel:.3g}, which would bring "
+        f"the student to {best:.4f} if all closed at full speed from the start. The target takes {needed:.3g}, and "
+        f"{MARGIN:g} times as much is advisable. {remedies}, or lower criterion.target_sparsity"
+    ]
+
+
+def warmup_warnings(warmup: int, max_update: int, target: float) -> List[str]:
+    """What is wrong with a target that rises over ``warmup`` of ``max_update`` updates; empty if nothing is."""
+    advisable = int((1 - SETTLING) * max_update)
+    if warmup <= advisable:
+        return []
+    if warmup > max_update:
+        found = f"at the end the target is {target * max_update / warmup:.4f} and not {target}"
+    else:
+        found = f"only {max_update - warmup} updates are left to reach {target} once it is asked for in full"
+    return [
+        f"criterion.sparsity_warmup: {warmup} updates, of optimization.max_update={max_update}: {found}. Set "
+        f"criterion.sparsity_warmup to {advisable} or less (a tenth to a third of the run is usual), or raise "
+        "optimization.max_update"
+    ]
+
+
+def check_reach(cfg: Any, encoder: SpeechEncoder, criterion: Any) -> List[str]:
+    """Warns before training if the gates, as they are, cannot get to the target sparsity in the run's updates.
+
+    Args:
+        cfg: fairseq's whole config.
+        encoder: the student's.
+        criterion: ``skill_group_kd``; without a size constraint there is nothing to warn of.
+
+    Returns:
+        the warnings, which have been logged.
+    """
+    constraint = getattr(criterion, "constraint", None)
+    schedule = None if constraint is None else gate_schedule(cfg)
+    if constraint is None or schedule is None:
+        return []
+    max_update = int(cfg.optimization.max_update)
+    found = reach_warnings(encoder, schedule, max_update, constraint.target)
+    found += warmup_warnings(constraint.warmup, max_update, constraint.target)
+    for warning in found:
+        logger.warning(warning)
+    return found
+
+
+def sparsity_report(encoder: SpeechEncoder, target: float) -> str:
+    """At the end of stage 1, in one line: what the gates expect, what they round to, what shrinking gives, the target.
+
+    All are fractions of the original parameters that are gone.
+    """
+    full = full_parameters(encoder.config)
+    rounded, shrunk = (selected_parameters(encoder, sparsity) for sparsity in (None, target))
+    return (
+        f"sparsity of {full:,} parameters: {expected_sparsity(encoder):.4f} expected by the gates, "
+        f"{1 - rounded / full:.4f} by rounding them, {1 - shrunk / full:.4f} by skill-shrink, which corrects the "
+        f"rounding; the target is {target:.4f}"
+    )
+
+
+def arrival_warning(expected: float, target: float) -> Optional[str]:
+    """What to do at the end of stage 1 if the gates expect another sparsity than the target; None if they do not."""
+    if abs(expected - target) <= ARRIVED:
+        return None
+    short = expected < target
+    found = "short of" if short else "beyond"
+    remedy = (
+        "train longer (optimization.max_update), or raise optimizer.groups.gates.lr_float and "
+        "optimizer.groups.multipliers.lr_float"
+        if short
+        else "train longer (optimization.max_update), so that the multipliers settle, or lower "
+        "optimizer.groups.multipliers.lr_float"
+    )
+    return (
+        f"stage 1 ended {abs(expected - target):.4f} {found} criterion.target_sparsity={target}: the gates expect "
+        f"{expected:.4f}, and shrinking to the target will {'close' if short else 'open'} units that training left "
+        f"{'open' if short else 'closed'}. Better {remedy}; or shrink to what the gates expect: "
+        f"skill-shrink --sparsity {expected:.3f}"
+    )
+
+
+def log_sparsity(encoder: SpeechEncoder, target: float) -> None:
+    """Logs :func:`sparsity_report`, and a warning if the gates have not arrived."""
+    logger.info(sparsity_report(encoder, target))
+    warning = arrival_warning(expected_sparsity(encoder), target)
+    if warning is not None:
+        logger.warning(warning)
+
+
+def far_from_gates(encoder: SpeechEncoder, asked: float, field: str) -> Optional[str]:
+    """What is wrong with shrinking to a sparsity far from what the gates expect; None if it is near.
+
+    Args:
+        encoder: with gates.
+        asked: sparsity.
+        field: where it was asked for.
+    """
+    expected = expected_sparsity(encoder)
+    if abs(asked - expected) <= NEAR:
+        return None
+    low, high = max(expected - NEAR, 0.0), min(expected + NEAR, 0.999)
+    return (
+        f"{field}: {asked} is {abs(asked - expected):.2f} away from the {expected:.4f} that the gates expect. Units "
+        "are then opened or closed by their gates alone, whatever they weigh (attention heads tend to go before FFN "
+        "units): the student will be worse than one trained for that size. Choose between "
+        f"{low:.2f} and {high:.2f}, or train stage 1 with criterion.target_sparsity={asked}"
+    )
+
+
+def _get(config: Any, name: str) -> Any:
+    """A field of a dictionary or a config, None where it has none."""
+    return config[name] if name in config else None
+
+
+def _round_up(value: float) -> float:
+    """To two significant digits, upwards."""
+    if value <= 0 or not math.isfinite(value):
+        return value
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / unit - 1e-9) * unit:.10g}")
