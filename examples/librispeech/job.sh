@@ -34,12 +34,15 @@ train() {  # folder, config folder, data, teacher, config, run config, groups fi
             set -- "distributed_training.distributed_port=$((20000 + SLURM_JOB_ID % 20000))" "$@"
         fi
     fi
-    "${launch[@]}" fairseq-hydra-train --config-dir "config/$stage" --config-name "$config" "+run=$run_config" \
+    rm -f "$run/preempted"
+    SKILL_PREEMPTED_FILE=$run/preempted "${launch[@]}" fairseq-hydra-train --config-dir "config/$stage" --config-name "$config" "+run=$run_config" \
         "task.data=$data" "task.teacher=$teacher" "hydra.run.dir=$run" checkpoint.save_dir=checkpoints "$@" || status=$?
     case $status in
         0) date >"$run/done.partial" && mv "$run/done.partial" "$run/done" ;;
-        75 | 138 | 143) go_on_later ;;  # the last two: SIGUSR1 or SIGTERM before the training could take them
-        *) return "$status" ;;
+        75) go_on_later ;;
+        # srun's code where one task, done with stopping, had the others ended: told to stop only if rank 0 says so. A
+        # task that fails ends the others in the same way.
+        *) if [ -e "$run/preempted" ]; then go_on_later; else return "$status"; fi ;;
     esac
 }
 

@@ -80,7 +80,7 @@ def damage(path: Path) -> Optional[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         return str(error) or type(error).__name__
     return f"wrong checksum in {broken}" if broken else None
 
@@ -127,6 +127,7 @@ def newest_whole_checkpoint(last: Path) -> Path:
         os.replace(path, aside)
         logger.warning(f"{path}: truncated or damaged ({problem}); set aside as {aside.name}")
         damaged.append(str(aside))
+    damaged = damaged or sorted(str(path) for path in last.parent.glob("checkpoint*.pt.damaged"))
     if damaged:
         raise ValueError(
             f"{last.parent}: no whole checkpoint is left; damaged are {', '.join(damaged)}. Bring back a copy of one, "

@@ -116,6 +116,8 @@ class SkillTrainer(Trainer):
             output = Trainer.train_step.__wrapped__(self, samples, raise_oom)  # type: ignore[attr-defined]
         except UpdateSkipped as reason:
             self.zero_grad()
+            if getattr(self.optimizer, "scaler", self) is None and hasattr(self.optimizer, "_multiply_factor"):
+                self.optimizer._multiply_factor = 1.0  # in bf16, fairseq's zero_grad leaves that of the skipped update
             self._skipped_in_a_row += 1
             update = self.get_num_updates() + 1
             logger.warning(f"update {update} is skipped: {reason}; {self._files(samples)}")
