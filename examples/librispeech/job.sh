@@ -38,7 +38,14 @@ train() {  # folder, config folder, data, teacher, config, run config, groups fi
     SKILL_PREEMPTED_FILE=$run/preempted "${launch[@]}" fairseq-hydra-train --config-dir "config/$stage" --config-name "$config" "+run=$run_config" \
         "task.data=$data" "task.teacher=$teacher" "hydra.run.dir=$run" checkpoint.save_dir=checkpoints "$@" || status=$?
     case $status in
-        0) date >"$run/done.partial" && mv "$run/done.partial" "$run/done" ;;
+        0)
+            # srun answers 0 for a lost node as well.
+            if ! tail -n 3 "$run/hydra_train.log" | grep -q 'done training in'; then
+                echo "$run: ended before its training was done" >&2
+                return 1
+            fi
+            date >"$run/done.partial" && mv "$run/done.partial" "$run/done"
+            ;;
         75) go_on_later ;;
         # srun's code where one task, done with stopping, had the others ended: told to stop only if rank 0 says so. A
         # task that fails ends the others in the same way.
