@@ -48,8 +48,8 @@ class SkillStudentConfig(WavLMConfig):
         metadata={
             "help": "shared: every rank draws the same gates in an update: the run does not depend on the number of "
             "GPUs, and all slice equal work. per_rank: each its own, whose noise averages out over ranks. With 4 ranks "
-            "on examples/tiny shared has 1.6 to 2.2 times the standard deviation of log_alpha's gradient; with per_rank "
-            "the slowest rank has 1 percent more work than the mean, at most 3"
+            "on examples/tiny shared has 1.6 to 2.2 times the standard deviation of log_alpha's gradient; per_rank "
+            "gives the slowest rank 1 percent more work than the mean, at most 3"
         },
     )
     seed: int = field(default=II("common.seed"), metadata={"help": "seed of the gate samples"})
