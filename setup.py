@@ -68,7 +68,7 @@ SLURM = [
 ]
 # torch.export, on which the ONNX export rests, is not in the old torch of Python 3.9 and 3.10.
 ONNX_TESTS = [f"{package}; python_version >= '3.11'" for package in ONNX]
-TESTS = ["pytest", "ruff", "mypy", "setuptools>=64", "wheel", *PLOTS, *PROBE, *HF, *ONNX_TESTS]
+TESTS = ["pytest", "ruff", "mypy", "setuptools>=64", "wheel", *PLOTS, *PROBE, *HF, *ONNX_TESTS, *SLURM]
 
 refuse_pip_without_omegaconf()
 build = build_folder()

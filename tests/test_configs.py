@@ -9,6 +9,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import _skill_fairseq_hook as hook
+import hydra._internal.hydra
 import pytest
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.initialize import add_defaults, hydra_init
@@ -27,14 +29,19 @@ from skill_fairseq.pruning.lagrangian import SizeConstraint
 from skill_fairseq.pruning.reach import check_reach
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
-FILES = {str(path.relative_to(CONFIG)): path for path in sorted(CONFIG.rglob("*.yaml"))}
+PATHS = {str(path.relative_to(CONFIG)): path for path in sorted(CONFIG.rglob("*.yaml"))}
+RUN_CONFIGS = {name: path for name, path in PATHS.items() if name.startswith("run/")}
+FILES = {name: path for name, path in PATHS.items() if name not in RUN_CONFIGS}
 BLOCKS = ("common", "checkpoint", "distributed_training", "task", "dataset", "criterion", "optimization", "optimizer")
 BLOCKS += ("lr_scheduler", "model")
+
+# pytest loads hydra by itself, for hydra comes with a pytest plugin, and the start-up hook does not see it.
+hook.find_run_configs(hydra._internal.hydra)
 
 
 def read(name: str) -> dict[str, Any]:
     """As it stands in the file; numbers as omegaconf reads them (1e-08 is one, unlike PyYAML's)."""
-    return OmegaConf.to_container(OmegaConf.load(str(FILES[name])), resolve=False)
+    return OmegaConf.to_container(OmegaConf.load(str(PATHS[name])), resolve=False)
 
 
 def registered(block: str) -> dict[str, Any]:
@@ -44,10 +51,10 @@ def registered(block: str) -> dict[str, Any]:
 
 
 @functools.cache
-def composed(name: str) -> Any:
-    """A config as a run gets it, its open fields filled with a 1."""
+def composed(name: str, *overrides: str) -> Any:
+    """A config as a run gets it, hydra's own part too, its open fields filled with a 1."""
     path = FILES[name]
-    overrides = [
+    filled = [
         f"{block}.{field}=1"
         for block, fields in read(name).items()
         if isinstance(fields, dict)
@@ -57,7 +64,7 @@ def composed(name: str) -> Any:
     hydra_init(path.stem)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(path.parent)):
-        cfg = compose(path.stem, overrides=overrides)
+        cfg = compose(path.stem, overrides=[*filled, *overrides], return_hydra_config=True)
     add_defaults(cfg)
     return cfg
 
@@ -71,8 +78,14 @@ def test_there_are_configs_of_every_kind() -> None:
 def test_composes(name: str) -> None:
     """Unknown keys and values of a wrong type are errors of omegaconf here; interpolations resolve."""
     cfg = composed(name)
-    values = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    values = {
+        block: OmegaConf.to_container(fields, resolve=True, enum_to_str=True)
+        for block, fields in cfg.items_ex(resolve=False)
+        if block in BLOCKS
+    }
     for block, fields in read(name).items():
+        if block == "hydra":
+            continue
         for field, value in fields.items():
             if not isinstance(value, dict) and value != MISSING and "${" not in str(value):
                 assert values[block][field] == value, f"{block}.{field}"
@@ -82,14 +95,47 @@ def test_composes(name: str) -> None:
 def test_is_complete_and_in_fairseqs_order(name: str) -> None:
     text, fields = FILES[name].read_text(encoding="utf-8"), read(name)
     assert text.startswith("# @package _group_\n# ")  # what it is for stands on top
-    assert tuple(fields) == BLOCKS
+    assert tuple(fields) == ("hydra", *BLOCKS)
     assert fields["common"]["user_dir"] == "${env:SKILL_FAIRSEQ_USER_DIR,skill_fairseq}"
     for block in ("task", "criterion", "optimizer", "lr_scheduler", "model"):
         chosen = fields[block]["_name"]
         assert chosen in registered(block), f"{block}._name: {chosen}"
         keys = set(getattr(registered(block)[chosen], "__dataclass_fields__", {})) | {"_name"}
         assert set(fields[block]) <= keys
-    assert set(fields) <= set(FairseqConfig.__dataclass_fields__)
+    assert set(fields) - {"hydra"} <= set(FairseqConfig.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_run_directory_has_the_name_of_the_config_and_no_date(name: str) -> None:
+    """So that the same command goes on where it was; no two configs share one."""
+    assert composed(name).hydra.run.dir == "outputs/" + name[: -len(".yaml")]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_older_checkpoint_is_kept(name: str) -> None:
+    if name.startswith(("distill/", "final/")):
+        assert composed(name).checkpoint.keep_interval_updates == 2
+
+
+@pytest.mark.parametrize("launcher", ["basic", "submitit_slurm"])
+@pytest.mark.parametrize("name", RUN_CONFIGS)
+def test_run_configs(name: str, launcher: str) -> None:
+    """One task a GPU, and a port where there is more than one; sweeps in the run's own folder, whatever the time."""
+    assert RUN_CONFIGS[name].read_text(encoding="utf-8").startswith("# @package _global_\n# ")
+    fields = read(name)
+    cfg = composed("distill/tiny.yaml", f"+run={Path(name).stem}", f"hydra/launcher={launcher}")
+    options = cfg.hydra.launcher
+    for option, value in fields["hydra"]["launcher"].items():
+        assert options[option] == ("tiny" if option == "name" else value)
+    assert cfg.hydra.sweep.dir == cfg.hydra.run.dir == "outputs/distill/tiny"
+    assert fields["hydra"]["sweep"]["subdir"] == "${hydra.job.num}"
+    assert options.additional_parameters.requeue is True and options.max_num_timeout > 0
+
+    parallel = cfg.distributed_training
+    assert parallel.distributed_world_size == options.nodes * options.tasks_per_node
+    assert (parallel.distributed_port > 0) == (parallel.distributed_world_size > 1)
+    assert options.gpus_per_node == (0 if name == "run/cpu.yaml" else options.tasks_per_node)
+    assert not parallel.distributed_no_spawn  # fairseq says so itself, where Slurm has made the processes
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -143,8 +189,9 @@ def test_baseline_is_dphubert_and_nothing_else() -> None:
     ours, baseline = (read(f"distill/{name}wavlm_base_plus_librispeech.yaml") for name in ("", "dphubert_"))
     expected = copy.deepcopy(ours)
     expected["criterion"]["groups"] = [[0], [4], [8], [12]]
-    for config in (baseline, expected):  # null or left out is the same
-        config["criterion"].pop("groups_file", None)
+    for config in (baseline, expected):
+        config["criterion"].pop("groups_file", None)  # null or left out is the same
+        config.pop("hydra")
     expected["criterion"]["projection_sharing"] = [0, 1, 1, 1]
     expected["model"]["ffn_drop_rate"] = 0.5
     assert baseline == expected

@@ -69,7 +69,6 @@ train() {  # folder, config folder, overrides ...
         return
     fi
     mkdir -p "$run"
-    find "$run" -name '*.tmp' -delete
     if ! fairseq-hydra-train --config-dir "config/$config" --config-name tiny task.data="$data" task.teacher="$teacher" \
         criterion.groups_file="$out/clusters/groups.yaml" hydra.run.dir="$run" checkpoint.save_dir="$run" "$@" 2>&1 |
         tee "$run/log" | progress; then

@@ -203,12 +203,45 @@ def find_config_dir(hydra_utils: ModuleType) -> None:
 
 def packaged_config_dir(path: str) -> str:
     """``path`` where it exists or is found nowhere, else the same folder of the installed skill_fairseq."""
+    return path if os.path.exists(path) else packaged_dir(path) or path
+
+
+def packaged_dir(path: str) -> str | None:
+    """The folder ``path`` in the installed skill_fairseq (wheel) or beside it (checkout); None where neither has it."""
     user_dir = os.environ.get(USER_DIR)
-    if user_dir and not os.path.exists(path):
+    if user_dir:
         for parent in (user_dir, os.path.dirname(user_dir)):
             if os.path.isdir(os.path.join(parent, path)):
                 return os.path.join(parent, path)
-    return path
+    return None
+
+
+def find_run_configs(hydra_module: ModuleType) -> None:
+    """``+run=slurm_1gpu`` beside any ``--config-dir``, with and without a launcher of submitit.
+
+    hydra 1.0 looks for groups in the one ``--config-dir``, and takes ``+run=slurm_1gpu`` without a word for a new key
+    "run" (or, where that folder has a group of the name: "Could not load run/slurm_1gpu"): the folder ``config`` of
+    skill_fairseq now comes after all others. "Error merging run=slurm_1gpu: Key 'name' not in 'BasicLauncherConf'": a
+    run config sets options of submitit's launcher, for which the launcher of a plain run, which does not look at
+    them, has no field; its schema now is open.
+    """
+    hydra_class = hydra_module.Hydra
+    plain_main_hydra = hydra_class.create_main_hydra2
+
+    def create_main_hydra2(task_name: str, config_search_path: Any, strict: bool | None) -> Any:
+        from hydra.core.config_search_path import SearchPathQuery
+        from hydra.core.config_store import ConfigStore
+
+        run_configs = packaged_dir(os.path.join("config", "run"))
+        if run_configs:
+            schema = SearchPathQuery(provider="schema")  # hydra wants this one to be the last
+            config_search_path.prepend("skill_fairseq", f"file://{os.path.dirname(run_configs)}", anchor=schema)
+            store = ConfigStore.instance()
+            basic = dict(store.load("hydra/launcher/basic.yaml").node)
+            store.store(group="hydra/launcher", name="basic", node=basic, provider="hydra")
+        return plain_main_hydra(task_name, config_search_path, strict)
+
+    hydra_class.create_main_hydra2 = staticmethod(create_main_hydra2)
 
 
 def load_own_checkpoints(module: ModuleType) -> None:
@@ -296,6 +329,7 @@ def give_amp_one_optimizer(amp_optimizer: ModuleType) -> None:
 BEFORE = (allow_dataclass_defaults, restore_find_module, restore_typing_io, name_user_dir)
 AFTER = {
     "hydra._internal.utils": (print_exceptions, find_config_dir),
+    "hydra._internal.hydra": (find_run_configs,),
     "fairseq.checkpoint_utils": (load_own_checkpoints,),
     "fairseq.distributed.utils": (load_own_checkpoints, pass_signals_on),
     "fairseq.data.data_utils": (restore_numpy_int,),

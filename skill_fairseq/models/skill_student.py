@@ -45,7 +45,10 @@ class SkillStudentConfig(WavLMConfig):
     layer_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of whole-sublayer gates"})
     gate_sampling: ChoiceEnum(["shared", "per_rank"]) = field(  # type: ignore[valid-type]
         default="shared",
-        metadata={"help": "shared: every rank draws the same gates in an update; per_rank: each its own"},
+        metadata={
+            "help": "shared: every rank draws the same gates in an update, and they do not depend on the number of "
+            "GPUs; per_rank: each its own, whose noise averages out over ranks"
+        },
     )
     seed: int = field(default=II("common.seed"), metadata={"help": "seed of the gate samples"})
     conv_channels: Optional[Any] = field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -80,7 +81,11 @@ def damage(path: Path) -> Optional[str]:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the file's begin; anything else is the disk's affair
+            raise
+        return str(error)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         return str(error) or type(error).__name__
     return f"wrong checksum in {broken}" if broken else None
 
@@ -127,6 +132,7 @@ def newest_whole_checkpoint(last: Path) -> Path:
         os.replace(path, aside)
         logger.warning(f"{path}: truncated or damaged ({problem}); set aside as {aside.name}")
         damaged.append(str(aside))
+    damaged = damaged or sorted(str(path) for path in last.parent.glob("checkpoint*.pt.damaged"))
     if damaged:
         raise ValueError(
             f"{last.parent}: no whole checkpoint is left; damaged are {', '.join(damaged)}. Bring back a copy of one, "

@@ -59,6 +59,10 @@ class Preemption:
         """
         name = signal.Signals(self.received).name if self.received else "a signal at another rank"
         logger.info(f"stopping because of {name}: the checkpoint is written, the same command goes on from it")
+        if rank == 0 and os.environ.get("SKILL_PREEMPTED_FILE"):
+            # For whoever starts several tasks: srun may answer with another task's signal in place of the exit code.
+            with open(os.environ["SKILL_PREEMPTED_FILE"], "w", encoding="utf-8") as file:
+                file.write(name + "\n")
         before = self._previous.get(self.received or 0)
         number = self.received
         self.uninstall()

@@ -50,6 +50,7 @@ class SkillTrainer(Trainer):
         self._unreadable_here = 0  # of this rank, in the step
         self._not_finite = False  # a loss of any rank, in the update
         self._empty = False  # no rank could read a file, in the update
+        self._logged: Dict[str, List[str]] = {}  # names of what a step logs
         self._constraint = getattr(criterion, "constraint", None)
         if self._constraint is not None and self.data_parallel_rank == 0:
             check_reach(cfg, model.speech_encoder, criterion)
@@ -65,7 +66,7 @@ class SkillTrainer(Trainer):
         """fairseq's; in place of a damaged ``checkpoint_last.pt`` the newest whole one, on every rank the same."""
         last = Path(self.cfg.checkpoint.save_dir) / f"checkpoint_last{self.checkpoint_suffix}.pt"
         if Path(filename) != last:
-            return super().load_checkpoint(filename, *args, **kwargs)
+            return self._unless_finished(super().load_checkpoint(filename, *args, **kwargs))
         found: Tuple[str, Optional[str]] = (filename, None)
         if self.data_parallel_rank == 0:
             try:
@@ -78,7 +79,15 @@ class SkillTrainer(Trainer):
             )
         if found[1] is not None:
             raise ValueError(found[1])
-        return super().load_checkpoint(found[0], *args, **kwargs)
+        return self._unless_finished(super().load_checkpoint(found[0], *args, **kwargs))
+
+    def _unless_finished(self, extra_state: Optional[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
+        """Keeps fairseq, which looks at max_update after an update only, from making one too many."""
+        most = self.cfg.optimization.max_update
+        if most and self.get_num_updates() >= most:
+            logger.info(f"nothing is left to do: {self.get_num_updates()} of optimization.max_update={most} updates")
+            self.cfg.optimization.stop_min_lr = float("inf")  # the one thing that fairseq asks before
+        return extra_state
 
     def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> None:
         """fairseq's.
@@ -116,6 +125,8 @@ class SkillTrainer(Trainer):
             output = Trainer.train_step.__wrapped__(self, samples, raise_oom)  # type: ignore[attr-defined]
         except UpdateSkipped as reason:
             self.zero_grad()
+            if getattr(self.optimizer, "scaler", self) is None and hasattr(self.optimizer, "_multiply_factor"):
+                self.optimizer._multiply_factor = 1.0  # in bf16, fairseq's zero_grad leaves that of the skipped update
             self._skipped_in_a_row += 1
             update = self.get_num_updates() + 1
             logger.warning(f"update {update} is skipped: {reason}; {self._files(samples)}")
@@ -160,10 +171,17 @@ class SkillTrainer(Trainer):
         self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
     ) -> Tuple[List[Dict[str, Any]], List[Any]]:
         """fairseq's sum over ranks, which carries three numbers more."""
-        mine = (self._unreadable_here, int(preemption.received is not None), int(self._loss_here_not_finite()))
+        mine = [self._unreadable_here, int(preemption.received is not None), int(self._loss_here_not_finite())]
+        mine.append(int(not self._empty))
+        split = "train" if self.model.training else "valid"
+        if logging_outputs:
+            self._logged[split] = list(logging_outputs[0])
+        elif split in self._logged:  # out of memory: what is summed over ranks must have one shape
+            logging_outputs, ignore = [dict.fromkeys(self._logged[split], 0)], True
         outputs, sums = super()._aggregate_logging_outputs(logging_outputs, *extra_stats_to_sum, *mine, ignore=ignore)
-        self._empty = not sums[0]  # the sample size
-        self._agree(*torch.stack([torch.as_tensor(s) for s in sums[-len(mine) :]]).tolist())
+        *agreed, readable = torch.stack([torch.as_tensor(s) for s in sums[-len(mine) :]]).tolist()
+        self._empty = readable == 0
+        self._agree(*agreed)
         return outputs, sums[: -len(mine)]
 
     def _agree(self, unreadable: float, preempted: float, not_finite: float) -> None:

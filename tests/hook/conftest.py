@@ -25,7 +25,7 @@ def python(tmp_path: Path) -> Run:
         script = tmp_path / "script.py"
         script.write_text(START + code)
         env = {k: v for k, v in os.environ.items() if not k.startswith("SKILL_FAIRSEQ")}
-        env.update(SKILL_FAIRSEQ_HOOK=str(int(hook)), PYTHONPATH=str(REPO))
+        env.update(SKILL_FAIRSEQ_HOOK=str(int(hook)), PYTHONPATH=f"{REPO}{os.pathsep}{HOOK_FOLDER}")
         return subprocess.run(
             [sys.executable, *flags, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True
         )

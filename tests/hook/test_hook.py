@@ -100,3 +100,53 @@ def test_config_dir_is_found_in_the_package(config_dir):
 @pytest.mark.parametrize("path", ["config/absent", "/absent/config"])
 def test_config_dir_found_nowhere_stays_for_hydra_to_name(config_dir, path):
     assert config_dir(path) == path
+
+
+COMPOSE = """
+from hydra.experimental import compose, initialize_config_dir
+with initialize_config_dir({folder!r}):
+    cfg = dict(compose("mine", overrides={overrides!r}, return_hydra_config=True))
+launcher = dict(cfg["hydra"].launcher)
+print(cfg.get("run"), cfg.get("distributed_training"), launcher.get("nodes"), launcher["_target_"].split(".")[-1])
+"""
+
+
+@pytest.fixture
+def composed(python, tmp_path):
+    """What a config of the folder ``tmp_path / "elsewhere"`` becomes with overrides."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("# @package _group_\ncommon: {seed: 1}\n")
+
+    def compose(*overrides: str, before: str = "") -> subprocess.CompletedProcess[str]:
+        return python(before + COMPOSE.format(folder=str(folder), overrides=list(overrides)))
+
+    return compose
+
+
+def test_run_configs_are_found_beside_a_foreign_config_dir(composed):
+    """By the launcher of a plain run, which has no such options, and by submitit's."""
+    result = composed("+run=slurm_1gpu")
+    assert result.stdout == "None {'distributed_world_size': 1} 1 BasicLauncher\n", result.stderr
+    result = composed("+run=slurm_multinode", "hydra/launcher=submitit_slurm")
+    expected = "None {'distributed_world_size': 8, 'distributed_port': 29500} 2 SlurmLauncher\n"
+    assert result.stdout == expected, result.stderr
+
+
+def test_run_config_is_a_mere_word_without_the_patch(composed):
+    result = composed("+run=slurm_1gpu", before="del hook.AFTER['hydra._internal.hydra']\n")
+    assert result.stdout == "slurm_1gpu None None BasicLauncher\n", result.stderr
+
+
+def test_run_config_of_the_foreign_folder_comes_first(composed, tmp_path):
+    own = tmp_path / "elsewhere" / "run" / "slurm_1gpu.yaml"
+    own.parent.mkdir()
+    own.write_text("# @package _global_\ndistributed_training: theirs\n")
+    result = composed("+run=slurm_1gpu")
+    assert result.stdout == "None theirs None BasicLauncher\n", result.stderr
+
+
+def test_run_config_that_is_nowhere_is_named_with_those_that_are_there(composed):
+    error = composed("+run=absent").stderr
+    assert "Could not load run/absent" in error
+    assert all(name in error for name in ("cpu", "slurm_1gpu", "slurm_1node", "slurm_multinode"))

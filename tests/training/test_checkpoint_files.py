@@ -92,8 +92,11 @@ def test_nothing_to_go_on_from(tmp_path: Path) -> None:
     last = tmp_path / "checkpoint_last.pt"
     assert newest_whole_checkpoint(last) == last  # a first start
     truncate(write(last))
-    with pytest.raises(ValueError, match=r"no whole checkpoint is left; damaged are .*checkpoint_last\.pt\.damaged"):
-        newest_whole_checkpoint(last)
+    for _ in range(2):  # a requeued job tries again: not from the beginning, in silence
+        with pytest.raises(
+            ValueError, match=r"no whole checkpoint is left; damaged are .*checkpoint_last\.pt\.damaged"
+        ):
+            newest_whole_checkpoint(last)
 
 
 @pytest.mark.faults(

@@ -253,6 +253,7 @@ def test_resumed_in_the_middle_of_an_epoch_it_sees_the_rest_of_it(
             assert torch.equal(update["gates"][0] > 0, expected["gates"][0] > 0)
 
 
+@pytest.mark.faults("more processes than utterances", "an error before training says what to change")
 def test_more_processes_than_utterances_is_an_error_before_training(
     small: Any, teacher_file: Path, tmp_path: Path
 ) -> None:
@@ -266,6 +267,10 @@ def test_more_processes_than_utterances_is_an_error_before_training(
 
 @pytest.mark.parametrize(
     ("lambda1", "gate", "name"), [(0.25, 0.0, "lambda1"), (0.0, 0.25, "log_alpha of transformer.layers.1.ffn.gate[7]")]
+)
+@pytest.mark.faults(
+    "gates or multipliers of the ranks drift apart",
+    "the next validation ends the run and names the quantity, the rank and both values",
 )
 def test_validation_ends_a_run_whose_ranks_disagree(
     equal: list[str], tmp_path: Path, lambda1: float, gate: float, name: str

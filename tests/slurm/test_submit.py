@@ -1,0 +1,134 @@
+"""examples/librispeech/submit.sh as far as it goes without Slurm; run.sh beside this file has the rest."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SUBMIT = EXAMPLES / "librispeech" / "submit.sh"
+DATA, TEACHER = EXAMPLES / "tiny" / "data", EXAMPLES / "tiny" / "teacher" / "teacher.safetensors"
+STEPS = ["cluster", "stage1", "stage2", "export"]
+
+
+def submit(*options: object) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(["bash", str(SUBMIT), *map(str, options)], capture_output=True, text=True, env=env)
+
+
+def printed(out: Path, *options: object) -> dict[str, list[str]]:
+    """The sbatch command of each step that is not done."""
+    result = submit("--data", DATA, "--teacher", TEACHER, "--out", out, "--print", *options)
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    commands = [shlex.split(line) for line in result.stdout.splitlines() if line.startswith("sbatch ")]
+    return {value(command, "--job-name")[len("skill-") :]: command for command in commands}
+
+
+def value(command: list[str], option: str) -> str | None:
+    """Of the last such option, as sbatch takes it; None where it is not there."""
+    found = [word.split("=", 1)[1] for word in command if word.startswith(option + "=")]
+    return found[-1] if found else None
+
+
+def test_help_names_every_option() -> None:
+    result = submit("--help")
+    assert result.returncode == 0 and "set -euo" not in result.stdout
+    script = SUBMIT.read_text(encoding="utf-8")
+    options = set(re.findall(r"^        (--[a-z0-9-]+)\)", script, re.MULTILINE))
+    assert len(options) == 17 and all(option in result.stdout for option in options)
+
+
+def test_four_jobs_each_waiting_for_the_one_before(tmp_path: Path) -> None:
+    commands = printed(tmp_path / "out")
+    assert list(commands) == STEPS
+    waits = [value(command, "--dependency") for command in commands.values()]
+    assert waits == [None, "afterok:<cluster>", "afterok:<stage1>", "afterok:<stage2>"]
+    for step, command in commands.items():
+        assert {"--requeue", "--open-mode=append", "--kill-on-invalid-dep=yes"} <= set(command)
+        assert value(command, "--output") == str(tmp_path / "out" / "logs" / f"{step}.log")
+        assert value(command, "--signal") == ("USR1@180" if step.startswith("stage") else None)
+    assert not (tmp_path / "out").exists()  # nothing was done
+
+
+@pytest.mark.parametrize(
+    ("run_config", "nodes", "tasks", "gpus"),
+    [("cpu", "1", "1", None), ("slurm_1gpu", "1", "1", "1"), ("slurm_1node", "1", "4", "4")]
+    + [("slurm_multinode", "2", "4", "4")],
+)
+def test_jobs_ask_for_what_the_run_config_says(tmp_path: Path, run_config, nodes, tasks, gpus) -> None:
+    commands = printed(tmp_path, "--run-config", run_config)
+    for step in ("stage1", "stage2"):
+        found = [value(commands[step], option) for option in ("--nodes", "--ntasks-per-node", "--gpus-per-node")]
+        assert found == [nodes, tasks, gpus]
+        assert run_config in commands[step]
+    assert value(commands["cluster"], "--gpus-per-node") == (gpus and "1")
+    assert ("--device=cuda" in commands["cluster"]) == (gpus is not None)
+    assert value(commands["export"], "--gpus-per-node") is None
+
+
+def test_options_reach_the_steps_that_they_are_for(tmp_path: Path) -> None:
+    options = ["--set", "a=1", "--set-stage1", "b=2", "--set-stage2", "c=3", "--cluster", "--max-seconds=9"]
+    options += ["--sbatch", "--partition=gpu", "--sbatch-stage2", "--time=7"]
+    commands = printed(tmp_path, *options)
+    assert commands["stage1"][-2:] == ["a=1", "b=2"] and commands["stage2"][-2:] == ["a=1", "c=3"]
+    assert commands["cluster"][-1] == "--max-seconds=9"
+    assert {value(command, "--partition") for command in commands.values()} == {"gpu"}
+    assert value(commands["stage2"], "--time") == "7" and value(commands["stage1"], "--time") == "1440"
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    """A folder without the mark of its completion is not done."""
+    (tmp_path / "clusters").mkdir()
+    (tmp_path / "stage1").mkdir()
+    commands = printed(tmp_path)
+    assert list(commands) == STEPS[1:] and value(commands["stage1"], "--dependency") is None
+    (tmp_path / "stage1" / "done").touch()
+    commands = printed(tmp_path)
+    assert list(commands) == STEPS[2:] and value(commands["stage2"], "--dependency") is None
+    (tmp_path / "stage2").mkdir()
+    (tmp_path / "stage2" / "done").touch()
+    (tmp_path / "student.safetensors").touch()
+    assert printed(tmp_path) == {}
+
+
+def test_groups_that_are_there_need_no_clustering(tmp_path: Path) -> None:
+    groups = tmp_path / "mine.yaml"
+    groups.touch()
+    commands = printed(tmp_path / "out", "--groups", groups)
+    assert list(commands) == STEPS[1:] and str(groups) in commands["stage1"]
+    assert "" in printed(tmp_path / "out", "--groups", "none")["stage1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data"], "--data: expected a value"),
+        (["--data", "absent", "--teacher", TEACHER, "--out", "x"], "--data: absent: no such file or folder"),
+        (["--data", DATA, "--out", "x"], "--teacher is missing"),
+        (["--data", TEACHER.parent, "--teacher", TEACHER, "--out", "x"], "train.tsv: no such file"),
+        (["--data", DATA, "--teacher", TEACHER, "--out", "x", "--config", "huge"], "config/distill/huge.yaml"),
+        (["--data", DATA, "--teacher", TEACHER, "--out", "x", "--run-config", "moon"], "there are: cpu.yaml"),
+        (["--dta", DATA], "--dta: no such option"),
+    ],
+)
+def test_bad_options_are_named(options: list[object], message: str) -> None:
+    result = submit(*options)
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_job_outside_of_slurm_is_the_step_itself(tmp_path: Path) -> None:
+    """Complete steps are left alone; a step that does not exist is an error."""
+    job = ["bash", str(SUBMIT.with_name("job.sh"))]
+    (tmp_path / "student.safetensors").write_bytes(b"there")
+    assert subprocess.run([*job, "export", str(tmp_path)]).returncode == 0
+    assert (tmp_path / "student.safetensors").read_bytes() == b"there"
+    result = subprocess.run([*job, "stage3", str(tmp_path)], capture_output=True, text=True)
+    assert result.returncode == 2 and "stage3: no such step" in result.stderr
