@@ -301,7 +301,7 @@ def pass_signals_on(module: ModuleType) -> None:
             sys.exit(75)
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     module.torch = View(torch, multiprocessing=View(torch.multiprocessing, spawn=spawn_and_pass_on))  # type: ignore
 

@@ -65,7 +65,7 @@ class SkillTrainer(Trainer):
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Optional[Dict[str, Any]]:
         """fairseq's; in place of a damaged ``checkpoint_last.pt`` the newest whole one, on every rank the same."""
         last = Path(self.cfg.checkpoint.save_dir) / f"checkpoint_last{self.checkpoint_suffix}.pt"
-        if Path(filename) != last:
+        if Path(filename) != last or self.checkpoint_suffix:  # every rank has a file of its own
             return self._unless_finished(super().load_checkpoint(filename, *args, **kwargs))
         found: Tuple[str, Optional[str]] = (filename, None)
         if self.data_parallel_rank == 0:
