@@ -103,6 +103,19 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_names_the_files(
     assert all(np.isfinite(list(entry.values())).all() for entry in run.updates().values())
 
 
+def test_in_bf16_an_update_is_skipped_alone(own_speech: Path, teacher_file: Path, tmp_path: Path) -> None:
+    """fairseq's optimizer would multiply the next gradient by what the skipped one left behind."""
+    infinite(own_speech, "train/5.wav")
+    settings = [*where(own_speech, teacher_file), *TWELVE, "optimization.update_freq=[2]"]
+    norms = []
+    for name, precision in (("fp32", []), ("bf16", ["common.bf16=true", "common.fp16_no_flatten_grads=true"])):
+        run = Run(tmp_path / name, *settings, *precision).finish()
+        skipped = [int(update) for update in re.findall(r"update (\d+) is skipped: a loss is NaN", run.log())]
+        assert skipped and min(skipped) < 12
+        norms.append([entry["gnorm"] for _, entry in sorted(run.updates().items())])
+    assert len(norms[0]) == 12 and norms[1] == pytest.approx(norms[0], rel=0.2)
+
+
 @pytest.mark.faults(
     "more than task.max_skipped_updates in a row",
     "the run ends and says so",
