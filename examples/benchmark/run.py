@@ -25,6 +25,7 @@ import torch
 
 import skill_fairseq
 from skill_fairseq import load_encoder
+from skill_fairseq.audio.manifest import check_manifest, read_manifest
 from skill_fairseq.checkpoints.export import save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.cli import cluster, export, shrink
@@ -32,7 +33,7 @@ from skill_fairseq.cli._common import run as reporting_errors
 from skill_fairseq.clustering.config_file import format_groups
 from skill_fairseq.comparison.grid import Grid, Run, changed_setting, owner, read_grid, runs_of, settings_of
 from skill_fairseq.comparison.layer_distance import layer_distances
-from skill_fairseq.comparison.measure import costs, distilled_layers, probe_tasks, valid_files
+from skill_fairseq.comparison.measure import costs, distilled_layers, probe_tasks
 from skill_fairseq.comparison.methods import METHODS
 from skill_fairseq.comparison.table import summarise, write_tables
 from skill_fairseq.files import atomic_write, sha256
@@ -46,6 +47,7 @@ EPILOG = """examples:
   python examples/benchmark/run.py                               the reduced grid, two runs at a time
   python examples/benchmark/run.py out --name full               every method, examples/tiny's own numbers of updates
   python examples/benchmark/run.py out --name trial              does it run? two methods, a few updates
+  python examples/benchmark/run.py choices --name choices        what the defaults were chosen by
   python examples/benchmark/run.py out --methods skill dphubert --seeds 1 2 3 4 5
   python examples/benchmark/run.py out --table                   only tabulate what is there
   python examples/benchmark/run.py out --run skill-0.75-1        one run: what a job array would do
@@ -169,13 +171,15 @@ def make_student(run: Run, grid: Grid, folder: Path) -> dict[str, Any]:
     stage1 = train(
         folder / "stage1",
         grid.stage1["config"],
-        [*grid.overrides("stage1"), *common, f"criterion.target_sparsity={run.sparsity}"],
+        [*grid.overrides("stage1"), *common, f"criterion.target_sparsity={run.sparsity}", *run.target.stage1],
     )
     checkpoint = folder / "stage1" / "checkpoint_last.pt"
     if not shrunk.is_file():
         in_log(shrink.main, [str(checkpoint), str(shrunk)], log)
     stage2 = train(
-        folder / "stage2", grid.stage2["config"], [*grid.overrides("stage2"), *common, f"model.init_from={checkpoint}"]
+        folder / "stage2",
+        grid.stage2["config"],
+        [*grid.overrides("stage2"), *common, f"model.init_from={checkpoint}", *run.target.stage2],
     )
     if not student.is_file():
         in_log(export.main, [str(folder / "stage2" / "checkpoint_last.pt"), str(student)], log)
@@ -189,7 +193,9 @@ def make_student(run: Run, grid: Grid, folder: Path) -> dict[str, Any]:
 def measure(encoder_file: Path, grid: Grid, groups: Any) -> dict[str, Any]:
     """Everything but training: probes, distances to the teacher, costs."""
     encoder, teacher = load_encoder(encoder_file), load_encoder(grid.teacher)
-    distances = layer_distances(encoder, teacher, valid_files(grid.data / "valid.tsv"))
+    manifest = read_manifest(grid.data / "valid.tsv")
+    check_manifest(manifest)
+    distances = layer_distances(encoder, teacher, manifest.files)
     tasks = [read_task(folder) for folder in grid.tasks]
     return {
         "probes": probe_tasks(resolve_model(str(encoder_file)).features, tasks, encoder_file.stem),
@@ -206,6 +212,7 @@ def do_run(run: Run, grid: Grid, out: Path, keep_checkpoints: bool) -> None:
     with alone(folder / "lock"):
         if (folder / "result.json").is_file():
             return
+        write_json(folder / "target.json", run.target._asdict())
         began = time.monotonic()
         made = make_student(run, grid, folder)
         measuring = time.monotonic()
@@ -217,8 +224,7 @@ def do_run(run: Run, grid: Grid, out: Path, keep_checkpoints: bool) -> None:
                 "method": run.method,
                 "sparsity": run.sparsity,
                 "seed": run.seed,
-                "groups": run.target.groups,
-                "projection_sharing": run.target.projection_sharing,
+                **run.target._asdict(),
                 "made": made,
                 "wall_seconds_of_last_attempt": time.monotonic() - began,
                 **measured,
@@ -282,6 +288,18 @@ def prepare(grid: Grid, out: Path) -> dict[str, Any]:
         arguments += ["--out", str(out / "clusters"), "--compare", *grid.cluster]
         in_log(cluster.main, arguments, out / "cluster.log")
     return dict(read_json(clusters))
+
+
+def check_targets(runs: Sequence[Run], out: Path) -> None:
+    """Raises ValueError if a run has been begun under the same name with another target."""
+    for run in runs:
+        file = out / "runs" / run.name / "target.json"
+        wanted = json.loads(json.dumps(run.target._asdict()))
+        if file.is_file() and read_json(file) != wanted:
+            raise ValueError(
+                f"{file}: {read_json(file)}, but {run.method} is now {wanted}; rename the variant, remove the folder, "
+                "or give another OUT"
+            )
 
 
 def measure_references(grid: Grid, out: Path) -> None:
@@ -355,7 +373,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = parser().parse_args(argv)
     if args.list_methods:
-        print("\n".join(f"{name:<20} {meaning}" for name, meaning in METHODS.items()))
+        variants = read_grid(args.grid, args.name).variants
+        meanings = {**METHODS, **{name: f"variant: {json.dumps(variant)}" for name, variant in variants.items()}}
+        print("\n".join(f"{name:<20} {meaning}" for name, meaning in meanings.items()))
         return 0
     if args.jobs < 1:
         raise ValueError(f"--jobs: {args.jobs}; expected at least 1")
@@ -374,6 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         clusters = prepare(grid, out)
         runs = runs_of(grid, clusters)
+        check_targets(runs, out)
         if args.run:
             chosen = [run for run in runs if run.name == args.run]
             if not chosen:

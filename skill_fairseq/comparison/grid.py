@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import yaml
 
-from skill_fairseq.comparison.methods import Target, check_methods, target_of
+from skill_fairseq.comparison.methods import Target, Variant, check_methods, target_of
 from skill_fairseq.files import PathLike
 
 STAGES = ("stage1", "stage2")
@@ -30,6 +30,7 @@ class Grid:
         updates: in place of the configs' numbers: stage1 and stage2, whose warm-up becomes a tenth of that.
         methods, sparsities, seeds: the grid itself.
         baseline: the method that the others are compared with.
+        variants: methods of the grid's own, by name: see :data:`skill_fairseq.comparison.methods.Variant`.
     """
 
     teacher: Path
@@ -43,6 +44,7 @@ class Grid:
     seeds: list[int]
     baseline: str = "dphubert"
     updates: Optional[dict[str, int]] = None
+    variants: dict[str, Variant] = dataclasses.field(default_factory=dict)
 
     def overrides(self, stage: str) -> list[str]:
         """Of "stage1" or "stage2", for fairseq-hydra-train."""
@@ -99,7 +101,7 @@ def read_grid(path: PathLike, name: str, **changes: Any) -> Grid:
             fields = {**grids[base], **fields}
     fields.update({key: value for key, value in changes.items() if value is not None})
     wanted = {field.name for field in dataclasses.fields(Grid)}
-    required = wanted - {"baseline", "updates"}
+    required = wanted - {"baseline", "updates", "variants"}
     if set(fields) - wanted or required - set(fields):
         raise ValueError(
             f"{where}: unknown fields {sorted(set(fields) - wanted)}, missing fields {sorted(required - set(fields))}; "
@@ -118,7 +120,9 @@ def _check(grid: Grid, where: str) -> None:
         values = getattr(grid, name)
         if not isinstance(values, list) or not values or len(set(map(str, values))) != len(values):
             raise ValueError(f"{where}: {name} is {values!r}; expected a list of at least one, none twice")
-    check_methods(grid.methods)
+    if not isinstance(grid.variants, dict):
+        raise ValueError(f"{where}: variants is {grid.variants!r}; expected a mapping from names to variants")
+    check_methods(grid.methods, grid.variants)
     if grid.baseline not in grid.methods:
         raise ValueError(f"{where}: baseline {grid.baseline!r} is not among the methods; add it there")
     for value in grid.sparsities:
@@ -150,7 +154,7 @@ def runs_of(grid: Grid, clusters: Mapping[str, Any]) -> list[Run]:
             for method in grid.methods:
                 if method in UNTRAINED and seed != grid.seeds[0]:
                     continue
-                runs.append(Run(method, float(sparsity), seed, target_of(method, clusters, seed)))
+                runs.append(Run(method, float(sparsity), seed, target_of(method, clusters, seed, grid.variants)))
     return runs
 
 

@@ -6,21 +6,18 @@ Layers are numbered as hidden states are: 0 before the positional convolution, i
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
-from skill_fairseq.clustering import linkage
-from skill_fairseq.clustering.similarity import MEASURES
+from skill_fairseq.clustering.linkage import check_linkage, cut_to_number, link
 
 Groups = list[list[int]]
 
 SKILL = "skill"
-BY_MEASURE = {f"skill_{measure}": measure for measure in MEASURES}
 METHODS = {
     SKILL: "groups of skill-cluster, as they are by default",
-    **{name: f"groups of skill-cluster by --measure {measure}" for name, measure in BY_MEASURE.items()},
     "dphubert": "single layers at 0, 1/3, 2/3 and 1 of the depth; all but the first share a projection",
     "single_layers": "the layers of dphubert, a projection each",
     "all_layers": "every layer by itself",
@@ -33,41 +30,90 @@ METHODS = {
 
 
 class Target(NamedTuple):
-    """What is distilled: groups of layers, and the value of ``criterion.projection_sharing``.
+    """What is distilled and how; without groups nothing is trained.
 
-    Without groups nothing is trained.
+    Attributes:
+        groups: of layers.
+        projection_sharing: value of ``criterion.projection_sharing``.
+        stage1, stage2: overrides of fairseq-hydra-train, after all others.
     """
 
     groups: Optional[Groups]
     projection_sharing: Any = "none"
+    stage1: tuple[str, ...] = ()
+    stage2: tuple[str, ...] = ()
 
 
-def check_methods(names: Sequence[str]) -> None:
-    """Raises ValueError for a name that is no method, or stands there twice."""
+Variant = Mapping[str, Any]
+"""A method of a grid's own: as the method ``of`` (skill unless said), but with another ``clustering`` (arguments of
+:func:`cluster_again`) or ``projection_sharing``, or with overrides of ``stage1``, ``stage2`` or ``both``."""
+VARIANT_FIELDS = ("of", "clustering", "projection_sharing", "both", "stage1", "stage2")
+CLUSTERING_FIELDS = ("measure", "linkage", "num_groups", "layer_0", "neighbours_only")
+
+
+def check_methods(names: Sequence[str], variants: Mapping[str, Variant] | None = None) -> None:
+    """Are these methods, each named once, and the variants well-formed?
+
+    Raises:
+        ValueError: no; names the method or the variant's field.
+    """
+    variants = variants or {}
+    known = [*METHODS, *variants]
     for name in names:
-        if name not in METHODS:
-            raise ValueError(f"methods: {name!r} is unknown; choose from {', '.join(METHODS)}")
+        if name not in known:
+            raise ValueError(f"methods: {name!r} is unknown; choose from {', '.join(known)}")
         if names.count(name) > 1:
             raise ValueError(f"methods: {name!r} stands there {names.count(name)} times, expected once; remove one")
+    for name, variant in variants.items():
+        where = f"variants.{name}"
+        if name in METHODS:
+            raise ValueError(f"{where}: is a method of its own already; give the variant another name")
+        _check_fields(where, variant, VARIANT_FIELDS)
+        if variant.get("of", SKILL) not in METHODS:
+            raise ValueError(f"{where}.of: {variant['of']!r} is no method; choose from {', '.join(METHODS)}")
+        _check_fields(f"{where}.clustering", variant.get("clustering", {}), CLUSTERING_FIELDS)
+        if variant.get("clustering") and variant.get("of", SKILL) != SKILL:
+            raise ValueError(f"{where}.clustering: of {variant['of']!r}, which does not cluster; leave one of both out")
+        for field in ("both", "stage1", "stage2"):
+            found = variant.get(field, [])
+            if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
+                raise ValueError(f"{where}.{field}: {found!r}; expected a list of overrides, [a.b=c, ...]")
 
 
-def target_of(method: str, clusters: Mapping[str, Any], seed: int) -> Target:
+def _check_fields(where: str, found: Any, fields: Collection[str]) -> None:
+    if not isinstance(found, Mapping) or set(found) - set(fields):
+        raise ValueError(f"{where}: {found!r}; expected a mapping with some of {', '.join(fields)}")
+
+
+def target_of(
+    method: str, clusters: Mapping[str, Any], seed: int, variants: Mapping[str, Variant] | None = None
+) -> Target:
     """What a method distils.
 
     Args:
-        method: a name of :data:`METHODS`.
+        method: a name of :data:`METHODS` or of a variant.
         clusters: the content of clusters.json, as skill-cluster writes it; with ``--compare`` it holds every measure.
         seed: of the run; only ``random_groups`` looks at it.
+        variants: the grid's.
 
     Raises:
         ValueError: unknown method, or the measure is not in ``clusters``.
     """
-    check_methods([method])
+    check_methods([method], variants)
+    if variants and method in variants:
+        variant = variants[method]
+        target = target_of(variant.get("of", SKILL), clusters, seed)
+        if variant.get("clustering"):
+            target = target._replace(groups=cluster_again(clusters, **variant["clustering"]))
+        both = variant.get("both", [])
+        return target._replace(
+            projection_sharing=variant.get("projection_sharing", target.projection_sharing),
+            stage1=(*both, *variant.get("stage1", [])),
+            stage2=(*both, *variant.get("stage2", [])),
+        )
     groups, layers = [list(group) for group in clusters["groups"]], list(clusters["layers"])
     if method == SKILL:
         return Target(groups)
-    if method in BY_MEASURE:
-        return Target(groups_by_measure(BY_MEASURE[method], clusters))
     if method == "random_groups":
         return Target(random_groups([len(group) for group in groups], layers, seed))
     if method == "equal_runs":
@@ -82,21 +128,37 @@ def target_of(method: str, clusters: Mapping[str, Any], seed: int) -> Target:
     return Target(single, [0] + [1] * (len(single) - 1) if method == "dphubert" else "none")
 
 
-def groups_by_measure(measure: str, clusters: Mapping[str, Any]) -> Groups:
-    """As many groups by another measure, under the linkage that skill-cluster was given.
+def cluster_again(
+    clusters: Mapping[str, Any],
+    measure: str | None = None,
+    linkage: str | None = None,
+    num_groups: int | None = None,
+    layer_0: bool = True,
+    neighbours_only: bool | None = None,
+) -> Groups:
+    """Groups as skill-cluster finds them with some options changed, from the distances that it wrote.
+
+    Args:
+        clusters: the content of clusters.json; its settings stand for what is None.
+        layer_0: False leaves layer 0 out.
 
     Raises:
-        ValueError: its distances are not there.
+        ValueError: the measure's distances are not there, or an option does not fit.
     """
-    matrices = clusters["matrices"]
+    settings, matrices = clusters["settings"], clusters["matrices"]
+    measure = measure or clusters["measure"]
     if measure not in matrices:
         raise ValueError(
             f"clusters.json has the distances of {', '.join(matrices)}, not of {measure!r}; run skill-cluster --compare"
         )
-    settings = clusters["settings"]
-    tree = linkage.link(np.array(matrices[measure]), settings["linkage"], settings["neighbours_only"])
-    found = linkage.cut_to_number(tree, len(clusters["groups"]))
-    return [[clusters["layers"][index] for index in group] for group in found]
+    method = linkage or settings["linkage"]
+    check_linkage(method, measure)
+    kept = [index for index, layer in enumerate(clusters["layers"]) if layer_0 or layer != 0]
+    distances = np.array(matrices[measure])[np.ix_(kept, kept)]
+    together = settings["neighbours_only"] if neighbours_only is None else neighbours_only
+    tree = link(distances, method, together)
+    found = cut_to_number(tree, num_groups or len(clusters["groups"]))
+    return [[clusters["layers"][kept[index]] for index in group] for group in found]
 
 
 def random_groups(sizes: Sequence[int], layers: Sequence[int], seed: int) -> Groups:

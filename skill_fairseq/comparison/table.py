@@ -8,7 +8,7 @@ from typing import Any, Optional
 import numpy as np
 
 from skill_fairseq.comparison.layer_distance import KINDS, mean_over
-from skill_fairseq.comparison.measure import right_of
+from skill_fairseq.comparison.measure import outcomes
 from skill_fairseq.comparison.statistics import Estimate, crossed_mean, paired_difference
 from skill_fairseq.probing.intervals import wilson
 
@@ -16,7 +16,7 @@ Result = Mapping[str, Any]
 OVERALL = "all"
 """In place of a sparsity: the mean over all of them."""
 
-ACCURACY_VERDICTS = {1: "higher", 0: "no difference", -1: "lower"}
+PROBE_VERDICTS = {1: "higher", 0: "no difference", -1: "lower"}
 DISTANCE_VERDICTS = {1: "farther", 0: "no difference", -1: "nearer"}
 
 
@@ -54,10 +54,7 @@ def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline
     rows = [row for row in rows if row]
     return {
         "baseline": baseline,
-        "tasks": {
-            task: {"total": results[0]["probes"][task]["total"], "classes": results[0]["probes"][task]["classes"]}
-            for task in tasks
-        },
+        "tasks": {task: {key: results[0]["probes"][task][key] for key in ("metric", "samples")} for task in tasks},
         "references": {name: _reference(found) for name, found in references.items()},
         "rows": rows,
         "versions": results[0]["versions"],
@@ -65,11 +62,14 @@ def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline
 
 
 def _reference(found: Mapping[str, Any]) -> dict[str, Any]:
-    accuracy = {}
+    probes = {}
     for task, entry in found["probes"].items():
-        low, high = wilson(entry["correct"], entry["total"])
-        accuracy[task] = _plain(Estimate(entry["accuracy"], low, high))
-    return {"accuracy": accuracy, "costs": found.get("costs")}
+        if entry["metric"] == "accuracy":
+            estimate = Estimate(entry["value"], *wilson(entry["correct"], entry["total"]))
+        else:
+            estimate = crossed_mean(outcomes(entry)[None])
+        probes[task] = _plain(estimate)
+    return {"probes": probes, "costs": found.get("costs")}
 
 
 def _row(
@@ -85,17 +85,17 @@ def _row(
         "seeds": seeds,
         "made_by": sorted({r.get("made_by", method) for cell in cells for r in cell}),
         "groups": [result["groups"] for result in cells[0]],
-        "accuracy": {},
+        "probes": {},
         "difference": {},
         "distance": {},
         "distance_difference": {},
     }
     paired = _paired(cells, base_cells)
     for task in tasks:
-        row["accuracy"][task] = _plain(crossed_mean(_right(cells, task)))
+        row["probes"][task] = _plain(crossed_mean(_outcomes(cells, task)))
         if paired:
-            values, baseline = (_right(side, task) for side in paired)
-            row["difference"][task] = _judged(paired_difference(values, baseline), ACCURACY_VERDICTS)
+            values, baseline = (_outcomes(side, task) for side in paired)
+            row["difference"][task] = _judged(paired_difference(values, baseline), PROBE_VERDICTS)
     for kind in KINDS:
         row["distance"][kind] = _plain(crossed_mean(_far(cells, kind)))
         if paired:
@@ -136,9 +136,9 @@ def _paired(cells: list[list[Result]], base_cells: list[list[Result]]) -> Option
     return chosen[0], chosen[1]
 
 
-def _right(cells: list[list[Result]], task: str) -> np.ndarray:
-    """(seeds, recordings) classified right, the mean over the cells."""
-    return np.mean([[right_of(result["probes"][task]) for result in cell] for cell in cells], axis=0)
+def _outcomes(cells: list[list[Result]], task: str) -> np.ndarray:
+    """(seeds, samples of the task), the mean over the cells."""
+    return np.mean([[outcomes(result["probes"][task]) for result in cell] for cell in cells], axis=0)
 
 
 def _far(cells: list[list[Result]], kind: str) -> np.ndarray:
@@ -178,35 +178,32 @@ def _judged(estimate: Estimate, verdicts: Mapping[int, str]) -> dict[str, Any]:
 def write_tables(summary: Mapping[str, Any]) -> str:
     """The summary as Markdown."""
     baseline = summary["baseline"]
-    sizes = [
-        f"{what['total']} recordings ({task}, {what['classes']} classes)" for task, what in summary["tasks"].items()
-    ]
     parts = [
         f"{summary.get('found')} of {summary.get('wanted')} results are there. In brackets are 95 % intervals over "
-        f"seeds and recordings together (two-way random effects); accuracies are per cent of {', '.join(sizes)}. A "
+        f"seeds and recordings together (two-way random effects). Probes: {about_tasks(summary)}. A "
         f"difference to {baseline} is paired by seed and recording, and counts as none where its interval holds 0. "
         "Each interval stands for itself: of twenty, one misses by chance.",
         "## Verdict\n\n" + "\n".join(verdicts(summary)),
-        "## Not distilled\n\n" + _markdown(*_reference_table(summary, list(summary["tasks"]))),
+        "## Not distilled\n\n" + _markdown(*_reference_table(summary)),
     ]
     for sparsity in dict.fromkeys(row["sparsity"] for row in summary["rows"]):
         rows = [row for row in summary["rows"] if row["sparsity"] == sparsity]
         found = sparsity_tables(rows, summary)
         title = "Mean over sparsities" if sparsity == OVERALL else f"Sparsity {sparsity:g}"
-        parts += [f"## {title}", _markdown(*found["accuracy"])]
+        parts += [f"## {title}", _markdown(*found["probes"])]
         parts.append("Distance to the teacher, whole valid recordings; L1 of states normalised frame by frame.")
         parts += [_markdown(*found[name]) for name in ("distance", "costs") if name in found]
     return "\n\n".join(parts) + "\n"
 
 
 def sparsity_tables(rows: Sequence[Any], summary: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Head and lines of the tables of rows of one sparsity: accuracy, distance, costs (not over all sparsities), and
+    """Head and lines of the tables of rows of one sparsity: probes, distance, costs (not over all sparsities), and
     references."""
-    tasks, baseline = list(summary["tasks"]), summary["baseline"]
+    baseline = summary["baseline"]
     found = {
-        "accuracy": _accuracy_table(rows, tasks, baseline),
+        "probes": _probe_table(rows, summary),
         "distance": _distance_table(rows, baseline),
-        "references": _reference_table(summary, tasks),
+        "references": _reference_table(summary),
     }
     if rows[0]["sparsity"] != OVERALL:
         found["costs"] = _cost_table(rows)
@@ -230,25 +227,36 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
     return lines or ["- nothing to compare yet"]
 
 
-def _reference_table(summary: Mapping[str, Any], tasks: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    rows = []
+def about_tasks(summary: Mapping[str, Any]) -> str:
+    """What each probe task measures on what, in one sentence part."""
+    tasks = summary["tasks"].items()
+    return "; ".join(f"{task}, {what['metric']} in per cent, {what['samples']}" for task, what in tasks)
+
+
+def _in_percent(task: str, summary: Mapping[str, Any]) -> str:
+    return f"{task}{' error' * (summary['tasks'][task]['metric'] != 'accuracy')} %"
+
+
+def _reference_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    rows, tasks = [], list(summary["tasks"])
     for name, found in summary["references"].items():
         costs = found["costs"]
-        rows.append([name, *(_interval(found["accuracy"][task], 100, 1) for task in tasks)])
+        rows.append([name, *(_interval(found["probes"][task], 100, 1) for task in tasks)])
         rows[-1] += ["-"] * 3 if costs is None else _costs(costs["parameters"], costs["macs"], costs["cpu_seconds"])
-    return ["model", *tasks, "parameters", "G MACs", "CPU s"], rows
+    return ["model", *(_in_percent(task, summary) for task in tasks), "parameters", "G MACs", "CPU s"], rows
 
 
-def _accuracy_table(rows: Sequence[Any], tasks: Sequence[str], baseline: str) -> tuple[list[str], list[list[str]]]:
+def _probe_table(rows: Sequence[Any], summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    baseline = summary["baseline"]
     head = ["method", "seeds"]
-    for task in tasks:
-        head += [f"{task} %", f"less {baseline}, points"]
+    for task in summary["tasks"]:
+        head += [_in_percent(task, summary), f"less {baseline}, points"]
     head.append("groups")
     table = []
     for row in rows:
         line = [row["method"], str(len(row["seeds"]))]
-        for task in tasks:
-            line.append(_interval(row["accuracy"][task], 100, 1))
+        for task in summary["tasks"]:
+            line.append(_interval(row["probes"][task], 100, 1))
             line.append(_difference(row, row["difference"].get(task), baseline, 100, 1))
         table.append([*line, _groups(row)])
     return head, table

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from skill_fairseq.comparison.table import OVERALL, sparsity_tables, verdicts
+from skill_fairseq.comparison.table import OVERALL, about_tasks, sparsity_tables, verdicts
 from skill_fairseq.reporting import page, pictures
 from skill_fairseq.reporting.run_folder import RunFolder
 from skill_fairseq.reporting.run_report import cluster_section
@@ -48,11 +48,8 @@ def benchmark_report(folder: RunFolder, out: Path) -> str:
     sections.append(("How to repeat it", _repeat(rows)))
     if missing:
         sections.append(("Left out", page.bullets(missing)))
-    sizes = [
-        f"{found['total']} recordings ({task}, {found['classes']} classes)" for task, found in summary["tasks"].items()
-    ]
     about = page.paragraph(
-        f"{summary['found']} of {summary['wanted']} results. Accuracies are per cent of {', '.join(sizes)}. In "
+        f"{summary['found']} of {summary['wanted']} results. Probes: {about_tasks(summary)}. In "
         "brackets, and as bars, 95 % intervals over seeds and recordings together (two-way random effects). A "
         f"difference to {baseline} is paired by seed and recording, and counts as none where its interval "
         "holds 0. Each interval stands for itself: of twenty, one misses by chance."
@@ -77,7 +74,7 @@ def _sparsity(rows: Sequence[Row], summary: Mapping[str, Any], sparsity: Any, ou
         path = pictures.curves(out / f"distance_{kind}_{sparsity}.png", curves, label, xlabel="layer")
         shown.append(page.figure(path, f"{label} of each method, by layer"))
     tables = sparsity_tables(rows, summary)
-    wanted = [("accuracy", "Accuracy"), ("distance", "Distance to the teacher"), ("costs", "Size and time")]
+    wanted = [("probes", "Probes"), ("distance", "Distance to the teacher"), ("costs", "Size and time")]
     parts = [f"<h3>{head}</h3>{page.table(*tables[name])}" for name, head in wanted if name in tables]
     return page.figures(shown) + "".join(parts)
 
