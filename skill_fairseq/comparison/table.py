@@ -68,7 +68,7 @@ def _reference(found: Mapping[str, Any]) -> dict[str, Any]:
             estimate = Estimate(entry["value"], *wilson(entry["correct"], entry["total"]))
         else:
             estimate = crossed_mean(outcomes(entry)[None])
-        probes[task] = _plain(estimate)
+        probes[task] = _plain(_rate(estimate))
     return {"probes": probes, "costs": found.get("costs")}
 
 
@@ -92,7 +92,7 @@ def _row(
     }
     paired = _paired(cells, base_cells)
     for task in tasks:
-        row["probes"][task] = _plain(crossed_mean(_outcomes(cells, task)))
+        row["probes"][task] = _plain(_rate(crossed_mean(_outcomes(cells, task))))
         if paired:
             values, baseline = (_outcomes(side, task) for side in paired)
             row["difference"][task] = _judged(paired_difference(values, baseline), PROBE_VERDICTS)
@@ -169,6 +169,11 @@ def _mean(values: Sequence[float]) -> Optional[float]:
 
 def _plain(estimate: Estimate) -> list[float]:
     return [round(float(number), 6) for number in estimate]
+
+
+def _rate(estimate: Estimate) -> Estimate:
+    """Student's t knows no bounds, rates do."""
+    return Estimate(estimate.value, max(estimate.low, 0.0), min(estimate.high, 1.0))
 
 
 def _judged(estimate: Estimate, verdicts: Mapping[int, str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ FIELDS: dict[str, Any] = {
     "stage1": STAGE,
     "stage2": STAGE,
     "methods": ["skill", "dphubert", "single_layers", "skill_l1", "no_distillation"],
+    "variants": {"skill_l1": {"clustering": {"measure": "l1"}}, "half": {"stage1": ["model.ffn_drop_rate=0.5"]}},
     "sparsities": [0.5, 0.75],
     "seeds": [1, 2],
 }
@@ -28,6 +29,7 @@ CLUSTERS = {
     "groups": [[0], [1], [2], [3]],  # what skill_l1 and single_layers come to as well
     "layers": [0, 1, 2, 3],
     "matrices": {"l1": [[float(abs(i - j)) for j in range(4)] for i in range(4)]},
+    "measure": "l1",
     "settings": {"linkage": "average", "neighbours_only": False},
 }
 
@@ -70,7 +72,10 @@ def test_every_shipped_grid_reads_and_its_files_are_there() -> None:
         assert all((task / "test.tsv").is_file() for task in grid.tasks)
         assert all((config / f"{stage['config']}.yaml").is_file() for stage in (grid.stage1, grid.stage2))
     full = read_grid(SHIPPED, "full")
-    assert {f"skill_{measure}" for measure in MEASURES} - {"skill_cka_minibatch"} < set(full.methods)
+    tried = {full.variants[name]["clustering"]["measure"] for name in full.methods if name.startswith("skill_")}
+    assert tried == set(MEASURES) - {"cka_minibatch"}
+    choices = read_grid(SHIPPED, "choices")
+    assert set(choices.variants) < set(choices.methods) and choices.baseline == "skill"
     assert sorted(full.sparsities) == [0.5, 0.75, 0.875] and full.seeds == [1, 2, 3]
 
 
@@ -86,6 +91,8 @@ def test_equal_targets_share_one_run(tmp_path: Path) -> None:
     owners = {run.name: owner(run, runs).name for run in runs}
     assert owners["skill_l1-0.75-2"] == owners["single_layers-0.75-2"] == "skill-0.75-2"
     assert owners["dphubert-0.75-2"] == "dphubert-0.75-2"  # the same layers, but a shared projection
+    runs = runs_of(read_grid(written(tmp_path, one=FIELDS), "one", methods=["dphubert", "skill", "half"]), CLUSTERS)
+    assert owner(runs[2], runs).name == "half-0.5-1"  # the same groups, but other gates
 
 
 @pytest.mark.parametrize(
@@ -99,6 +106,7 @@ def test_equal_targets_share_one_run(tmp_path: Path) -> None:
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\]; expected a list of at least one, none twice"),
         ({"stage1": {"config": "x"}}, "stage1 is {'config': 'x'}; expected the fields config and overrides"),
         ({"updates": {"stage1": 5}}, "updates is {'stage1': 5}; expected stage1 and stage2"),
+        ({"variants": ["a"]}, r"variants is \['a'\]; expected a mapping"),
         ({"sparsity": 0.5}, r"unknown fields \['sparsity'\], missing fields \[\]"),
         ({"base": "none"}, "base 'none' is no grid of the file"),
     ],

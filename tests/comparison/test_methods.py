@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from skill_fairseq.clustering.similarity import MEASURES
-from skill_fairseq.comparison.methods import METHODS, equal_runs, random_groups, spread_layers, target_of
+from skill_fairseq.comparison.methods import (
+    METHODS,
+    check_methods,
+    cluster_again,
+    equal_runs,
+    random_groups,
+    spread_layers,
+    target_of,
+)
 
 SKILL = [[0], [1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11, 12]]
 
@@ -21,6 +29,7 @@ def clusters(**changes: Any) -> dict[str, Any]:
         "groups": SKILL,
         "layers": list(range(13)),
         "matrices": dict.fromkeys(MEASURES, line),
+        "measure": "l1",
         "settings": {"linkage": "average", "neighbours_only": False},
         **changes,
     }
@@ -29,14 +38,37 @@ def clusters(**changes: Any) -> dict[str, Any]:
 def test_groups_by_name() -> None:
     targets = {name: target_of(name, clusters(), seed=1) for name in METHODS}
     assert targets["skill"].groups == SKILL
-    assert targets["skill_l1"].groups == [[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11], [12]]
-    assert targets["dphubert"] == ([[0], [4], [8], [12]], [0, 1, 1, 1])
-    assert targets["single_layers"] == ([[0], [4], [8], [12]], "none")
+    assert targets["dphubert"][:2] == ([[0], [4], [8], [12]], [0, 1, 1, 1])
+    assert targets["single_layers"][:2] == ([[0], [4], [8], [12]], "none")
     assert targets["all_layers"].groups == [[layer] for layer in range(13)]
     assert targets["last_layer"].groups == [[12]]
     assert targets["equal_runs"].groups == [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9], [10, 11, 12]]
     assert targets["no_distillation"].groups is None
-    assert {f"skill_{measure}" for measure in MEASURES} < set(METHODS)
+    assert all(target.stage1 == target.stage2 == () for target in targets.values())
+
+
+def test_a_variant_changes_what_it_names() -> None:
+    variants: dict[str, Any] = {
+        "by_l1": {"clustering": {"measure": "l1"}},
+        "shared": {"projection_sharing": "all"},
+        "half": {"of": "dphubert", "both": ["a=1"], "stage1": ["b=2"], "stage2": ["c=3"]},
+    }
+    found = {name: target_of(name, clusters(), 1, variants) for name in variants}
+    assert found["by_l1"] == ([[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11], [12]], "none", (), ())
+    assert found["shared"] == (SKILL, "all", (), ())
+    assert found["half"] == ([[0], [4], [8], [12]], [0, 1, 1, 1], ("a=1", "b=2"), ("a=1", "c=3"))
+
+
+def test_clustering_again_by_other_options() -> None:
+    assert cluster_again(clusters(), num_groups=2) == [[0, 1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 12]]
+    # Points 40..42 and 60 are 19 apart on average, 0..4 and 20..23 19.5; by their nearest points it is 18 and 16.
+    assert cluster_again(clusters(), num_groups=3) == [[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
+    assert cluster_again(clusters(), linkage="single", num_groups=3) == [[0, 1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11], [12]]
+    assert cluster_again(clusters(), layer_0=False)[0] == [1, 2, 3, 4]
+    # Layers 0 and 2 alike, 1 apart from both: only as neighbours are they kept from joining.
+    far = clusters(layers=[0, 1, 2], groups=[[0], [1]], matrices={"l1": [[0, 9, 1], [9, 0, 8], [1, 8, 0]]})
+    assert cluster_again(far) == [[0, 2], [1]]
+    assert cluster_again(far, neighbours_only=True) == [[0], [1, 2]]
 
 
 def test_random_groups_have_the_sizes_and_every_layer_and_follow_the_seed() -> None:
@@ -66,4 +98,23 @@ def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="methods: 'skil' is unknown; choose from skill, "):
         target_of("skil", clusters(), 1)
     with pytest.raises(ValueError, match="has the distances of l1, not of 'cka'; run skill-cluster --compare"):
-        target_of("skill_cka", clusters(matrices={"l1": []}), 1)
+        cluster_again(clusters(matrices={"l1": []}), measure="cka")
+    with pytest.raises(ValueError, match="ward needs a Euclidean measure, and 'l1' is none"):
+        cluster_again(clusters(), linkage="ward")
+
+
+@pytest.mark.parametrize(
+    "variant, message",
+    [
+        ({"clusters": {}}, r"variants.x: {'clusters': {}}; expected a mapping with some of of, clustering"),
+        ({"of": "y"}, "variants.x.of: 'y' is no method; choose from skill"),
+        ({"clustering": {"k": 3}}, r"variants.x.clustering: {'k': 3}; expected .* measure, linkage, num_groups"),
+        ({"of": "dphubert", "clustering": {"num_groups": 3}}, "variants.x.clustering: of 'dphubert', which does not"),
+        ({"both": "a=1"}, r"variants.x.both: 'a=1'; expected a list of overrides"),
+    ],
+)
+def test_bad_variants_are_refused_by_field(variant: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_methods(["x"], {"x": variant})
+    with pytest.raises(ValueError, match="variants.skill: is a method of its own already"):
+        check_methods(["skill"], {"skill": {}})

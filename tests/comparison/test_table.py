@@ -14,10 +14,18 @@ from skill_fairseq.comparison.table import summarise, write_tables
 METHODS = {"skill": 0.9, "dphubert": 0.6, "no_distillation": 0.2}
 REFERENCES = {
     "teacher": {
-        "probes": {"digit": {"accuracy": 0.8, "correct": 80, "total": 100}},
+        "probes": {
+            "digit": {"metric": "accuracy", "value": 0.8, "correct": 80, "total": 100},
+            "pairs": {"metric": "equal error rate", "value": 0.1, "by_speaker": [0.05, 0.1, 0.15, 0.1]},
+        },
         "costs": {"parameters": 4321, "macs": 5e9, "cpu_seconds": 0.5},
     },
-    "logmel": {"probes": {"digit": {"accuracy": 0.5, "correct": 50, "total": 100}}},
+    "logmel": {
+        "probes": {
+            "digit": {"metric": "accuracy", "value": 0.5, "correct": 50, "total": 100},
+            "pairs": {"metric": "equal error rate", "value": 0.02, "by_speaker": [0.0, 0.0, 0.0, 0.08]},
+        }
+    },
 }
 
 
@@ -26,6 +34,7 @@ def result(method: str, sparsity: float, seed: int) -> dict[str, Any]:
     right = (rng.random(200) < METHODS[method]).astype(int)
     groups: Optional[list] = None if method == "no_distillation" else [[0], [1, 2]] if method == "skill" else [[0], [2]]
     table = rng.random((len(KINDS), 4)).round(4)
+    pairs = 0.5 - 0.3 * METHODS[method] + np.array([0.0, 0.02, 0.04, 0.06]) + 0.01 * rng.random(4)
     return {
         "method": method,
         "sparsity": sparsity,
@@ -35,7 +44,10 @@ def result(method: str, sparsity: float, seed: int) -> dict[str, Any]:
             "sparsity": {"asked": sparsity, "expected": sparsity + 0.001 * seed, "actual": sparsity},
             "seconds": {"stage1": 10.0 * seed, "stage2": 5.0, "measure": 3.0},
         },
-        "probes": {"digit": {"right": "".join(map(str, right)), "total": 200, "classes": 10}},
+        "probes": {
+            "digit": {"metric": "accuracy", "samples": "200 recordings", "right": "".join(map(str, right))},
+            "pairs": {"metric": "equal error rate", "samples": "9 pairs", "by_speaker": pairs.tolist()},
+        },
         "distances": {
             "layers": dict(zip(KINDS, table.tolist())),
             "recordings": {kind: rng.random(9).tolist() for kind in KINDS},
@@ -68,7 +80,7 @@ def right(method: str, sparsity: float) -> np.ndarray:
 def test_accuracies_and_differences_are_those_of_the_outcomes() -> None:
     found = rows(summarise(results(), REFERENCES, "dphubert"))
     row = found["skill", 0.75]
-    assert row["accuracy"]["digit"] == pytest.approx(crossed_mean(right("skill", 0.75)), abs=1e-6)
+    assert row["probes"]["digit"] == pytest.approx(crossed_mean(right("skill", 0.75)), abs=1e-6)
     wanted = paired_difference(right("skill", 0.75), right("dphubert", 0.75))
     assert row["difference"]["digit"]["estimate"] == pytest.approx(wanted, abs=1e-6)
     assert row["difference"]["digit"]["verdict"] == "higher" and row["seeds"] == [1, 2, 3]
@@ -78,10 +90,28 @@ def test_accuracies_and_differences_are_those_of_the_outcomes() -> None:
     assert untrained["difference"]["digit"]["verdict"] == "lower" and untrained["seeds"] == [1]
 
 
+def test_error_rates_are_compared_by_speaker() -> None:
+    found = rows(summarise(results(), REFERENCES, "dphubert"))
+    values = {
+        method: np.array([result(method, 0.75, seed)["probes"]["pairs"]["by_speaker"] for seed in (1, 2, 3)])
+        for method in ("skill", "dphubert")
+    }
+    row = found["skill", 0.75]
+    assert row["probes"]["pairs"] == pytest.approx(crossed_mean(values["skill"]), abs=1e-6)
+    wanted = paired_difference(values["skill"], values["dphubert"])
+    assert row["difference"]["pairs"]["estimate"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_intervals_of_rates_end_at_0_and_1() -> None:
+    references = summarise(results(), REFERENCES, "dphubert")["references"]
+    assert references["logmel"]["probes"]["pairs"][:2] == [0.02, 0.0]  # t would reach down to -0.04
+    assert references["teacher"]["probes"]["pairs"] == pytest.approx([0.1, 0.035, 0.165], abs=1e-3)
+
+
 def test_over_all_sparsities_each_recording_counts_its_mean() -> None:
     row = rows(summarise(results(), REFERENCES, "dphubert"))["skill", "all"]
     mean = {m: (right(m, 0.5) + right(m, 0.75)) / 2 for m in ("skill", "dphubert")}
-    assert row["accuracy"]["digit"] == pytest.approx(crossed_mean(mean["skill"]), abs=1e-6)
+    assert row["probes"]["digit"] == pytest.approx(crossed_mean(mean["skill"]), abs=1e-6)
     wanted = paired_difference(mean["skill"], mean["dphubert"])
     assert row["difference"]["digit"]["estimate"] == pytest.approx(wanted, abs=1e-6)
 
@@ -118,15 +148,19 @@ def test_a_method_that_lacks_a_sparsity_has_no_overall_row() -> None:
 def test_tables_show_the_numbers() -> None:
     summary = summarise(results(), REFERENCES, "dphubert")
     text = write_tables({**summary, "found": 14, "wanted": 20})
-    accuracy = rows(summary)["skill", 0.75]["accuracy"]["digit"]
+    accuracy = rows(summary)["skill", 0.75]["probes"]["digit"]
     difference = rows(summary)["skill", 0.75]["difference"]["digit"]["estimate"]
-    shown = "{:.1f} [{:.1f}, {:.1f}] | {:+.1f} [{:+.1f}, {:+.1f}] higher | {{0}} {{1,2}} |".format(
-        *(100 * number for number in (*accuracy, *difference))
-    )
+    row = rows(summary)["skill", 0.75]
+    both = (*accuracy, *difference, *row["probes"]["pairs"], *row["difference"]["pairs"]["estimate"])
+    shown = (
+        "{:.1f} [{:.1f}, {:.1f}] | {:+.1f} [{:+.1f}, {:+.1f}] higher | "
+        "{:.1f} [{:.1f}, {:.1f}] | {:+.1f} [{:+.1f}, {:+.1f}] lower | {{0}} {{1,2}} |"
+    ).format(*(100 * number for number in both))
+    assert "| method | seeds | digit % | less dphubert, points | pairs error % | less dphubert, points |" in text
     assert f"| skill | 3 | {shown}" in text
-    assert "14 of 20 results are there" in text and "200 recordings (digit, 10 classes)" in text
-    assert "| teacher | 80.0 [71.1, 86.7] | 4,321 | 5.000 | 0.500 |" in text
-    assert "| logmel | 50.0 [40.4, 59.6] | - | - | - |" in text
+    assert "14 of 20 results are there" in text and "digit, accuracy in per cent, 200 recordings; pairs, equal" in text
+    assert "| teacher | 80.0 [71.1, 86.7] | 10.0 [3.5, 16.5] | 4,321 | 5.000 | 0.500 |" in text
+    assert "| logmel | 50.0 [40.4, 59.6] | 2.0 [0.0, 8.4] | - | - | - |" in text
     assert "| skill | 1,002 | 2.000 | 0.250 | 0.7500 | 0.7510 to 0.7530 | 20 | 5 | 3 |" in text
     assert "- **skill** against dphubert, over all sparsities, 3 seeds: digit +" in text
     widths = {}
@@ -141,6 +175,6 @@ def test_groups_that_change_with_the_seed_and_shared_runs_are_told() -> None:
         {**r, "groups": [[0], [r["seed"]]], "made_by": "dphubert"} if r["method"] == "skill" else r
         for r in results((0.5,))
     ]
-    assert "higher | by seed |\n" in write_tables(summarise(changed, REFERENCES, "dphubert"))
+    assert "lower | by seed |\n" in write_tables(summarise(changed, REFERENCES, "dphubert"))
     shared = [{**r, "made_by": "dphubert"} if r["method"] == "skill" else r for r in results((0.5,))]
-    assert "higher | {0} {1,2} (runs of dphubert) |\n" in write_tables(summarise(shared, REFERENCES, "dphubert"))
+    assert "lower | {0} {1,2} (runs of dphubert) |\n" in write_tables(summarise(shared, REFERENCES, "dphubert"))

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
-from skill_fairseq.probing.verify import VerificationResult, cosine_scores, equal_error_rate, verify
+from skill_fairseq.comparison.statistics import crossed_mean
+from skill_fairseq.probing.verify import (
+    Trial,
+    VerificationResult,
+    cosine_scores,
+    equal_error_rate,
+    error_rate_by_speaker,
+    speakers_of,
+    verify,
+)
 
 
 def brute_force_eer(scores: np.ndarray, same: np.ndarray) -> float:
@@ -73,3 +84,50 @@ def test_verify_separates_speakers_and_is_reproducible() -> None:
     assert low < noisy.eer < high and 0.05 < high - low < 0.25
     assert result(3.0) == noisy
     assert result(3.0, seed=1).interval != noisy.interval
+
+
+def test_speakers_follow_from_the_trials() -> None:
+    trials = [(True, 5, 2), (True, 2, 7), (False, 2, 1), (True, 1, 3), (False, 7, 9)]
+    assert speakers_of(trials).tolist() == [[1, 1], [1, 1], [1, 0], [0, 0], [1, 2]]
+
+
+def draw(rng: np.random.Generator, speakers: int = 8, each: int = 6) -> tuple[np.ndarray, list[Trial]]:
+    """Recordings scattered around their speaker's place: all pairs of one speaker, twice as many of two."""
+    who = np.repeat(np.arange(speakers), each)
+    vectors = rng.normal(size=(speakers, 12))[who] + 1.2 * rng.normal(size=(len(who), 12))
+    pairs = list(combinations(range(len(who)), 2))
+    same: list[Trial] = [(True, a, b) for a, b in pairs if who[a] == who[b]]
+    other: list[Trial] = [(False, a, b) for a, b in pairs if who[a] != who[b]]
+    return vectors[:, None, :], same + [other[i] for i in rng.choice(len(other), 2 * len(same), replace=False)]
+
+
+def test_pseudo_values_have_the_rate_as_mean_and_come_of_leaving_a_speaker_out() -> None:
+    features, trials = draw(np.random.default_rng(0))
+    rate, pseudo = error_rate_by_speaker(features, trials)
+    assert rate == verify(features, trials, resamples=1).eer == pytest.approx(np.mean(pseudo))
+    scores = cosine_scores(features, [trial[1:] for trial in trials])
+    without = []
+    for speaker in range(8):
+        rest = [i for i, (_, a, b) in enumerate(trials) if speaker not in (a // 6, b // 6)]
+        without.append(equal_error_rate(scores[rest], np.array([trials[i][0] for i in rest])))
+    np.testing.assert_allclose(np.diff(pseudo), -7 * np.diff(without), atol=1e-12)
+
+
+def test_their_interval_holds_the_true_rate_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    rates, estimates = [], []
+    for _ in range(200):
+        rate, pseudo = error_rate_by_speaker(*draw(rng))
+        rates.append(rate)
+        estimates.append(crossed_mean(np.array(pseudo)[None]))
+    held = np.mean([estimate.low <= np.mean(rates) <= estimate.high for estimate in estimates])
+    assert 0.92 <= held <= 0.995
+    error = np.mean([(estimate.high - estimate.value) / 2.365 for estimate in estimates])  # t of 7 degrees of freedom
+    assert np.std(rates) < error < 1.35 * np.std(rates)  # jackknives err to the safe side
+
+
+def test_two_speakers_have_no_interval() -> None:
+    trials = [(True, 0, 1), (False, 0, 2), (True, 2, 3)]
+    features = np.random.default_rng(0).normal(size=(4, 1, 3))
+    with pytest.raises(ValueError, match="trials: 2 speakers, expected at least 3 for an interval; add trials"):
+        error_rate_by_speaker(features, trials)

@@ -100,7 +100,7 @@ def benchmark_results() -> list[dict[str, Any]]:
                 found.append(
                     {
                         **{"method": method, "sparsity": sparsity, "seed": seed, "groups": [[0], list(range(1, 13))]},
-                        "probes": {"digit": {"right": right, "total": 200, "classes": 10}},
+                        "probes": {"digit": {"metric": "accuracy", "samples": "200 recordings", "right": right}},
                         "distances": {
                             "layers": {kind: rng.random(13).tolist() for kind in KINDS},
                             "recordings": {kind: rng.random(20).tolist() for kind in KINDS},
@@ -123,7 +123,7 @@ def benchmark_folder(tmp_path_factory: pytest.TempPathFactory, run_folder: Path)
     path = tmp_path_factory.mktemp("report") / "benchmark"
     path.mkdir()
     (path / "clusters").symlink_to(run_folder / "clusters")
-    teacher = {"probes": {"digit": {"accuracy": 0.8, "correct": 160, "total": 200}}}
+    teacher = {"probes": {"digit": {"metric": "accuracy", "value": 0.8, "correct": 160, "total": 200}}}
     summary = summarise(benchmark_results(), {"teacher": teacher}, "dphubert")
     summary.update(wanted=20, found=18, failed=["skill-0.875-1"], settings={"stage1": {"config": "distill/tiny"}})
     (path / "results.json").write_text(json.dumps(summary))

@@ -22,7 +22,7 @@ def made(benchmark_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 def test_tables_have_the_summarys_numbers(made: tuple, benchmark_folder: Path) -> None:
     lines = [re.findall(r"<td>(.*?)</td>", line) for line in re.findall(r"<tr>(.*?)</tr>", made[0])]
     for row in json.loads((benchmark_folder / "results.json").read_text())["rows"]:
-        accuracy = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * number for number in row["accuracy"]["digit"]))
+        accuracy = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * number for number in row["probes"]["digit"]))
         found = [line for line in lines if line[:1] == [row["method"]] and accuracy in line]
         assert found, row["method"]
         if row["method"] != "dphubert":
