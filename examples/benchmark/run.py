@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -21,9 +20,6 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from threads, and waits for them
 
-import torch
-
-import skill_fairseq
 from skill_fairseq import load_encoder
 from skill_fairseq.audio.manifest import check_manifest, read_manifest
 from skill_fairseq.checkpoints.export import save_encoder
@@ -40,6 +36,7 @@ from skill_fairseq.files import atomic_write, sha256
 from skill_fairseq.probing.models import level_free_log_mel, resolve_model
 from skill_fairseq.probing.tasks import read_task
 from skill_fairseq.pruning.magnitude import prune_by_magnitude
+from skill_fairseq.versions import versions
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parents[1] / "config"
@@ -228,26 +225,13 @@ def do_run(run: Run, grid: Grid, out: Path, keep_checkpoints: bool) -> None:
                 "made": made,
                 "wall_seconds_of_last_attempt": time.monotonic() - began,
                 **measured,
-                "versions": versions(),
+                "versions": versions("scikit-learn"),
             },
         )
         if not keep_checkpoints:
             for stage in ("stage1", "stage2"):
                 for checkpoint in (folder / stage).glob("checkpoint*.pt"):
                     checkpoint.unlink()
-
-
-def versions() -> dict[str, str]:
-    import numpy
-    import sklearn
-
-    return {
-        "skill_fairseq": skill_fairseq.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "scikit-learn": sklearn.__version__,
-    }
 
 
 @contextlib.contextmanager

@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
 import torch
 from tqdm import tqdm
 
-import skill_fairseq
 from skill_fairseq.audio.manifest import check_manifest, read_manifest
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.cli._common import run
@@ -26,6 +23,7 @@ from skill_fairseq.clustering.config_file import format_groups, merge_groups, re
 from skill_fairseq.clustering.plot import plot_clusters
 from skill_fairseq.clustering.similarity import CHEAP_MEASURES, MEASURES
 from skill_fairseq.files import atomic_write, sha256
+from skill_fairseq.versions import versions
 
 EPILOG = """measures (distances between two layers, over all frames of the calibration set):
   cka_minibatch  1 - linear CKA, unbiased estimate on blocks of frames (default)
@@ -157,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seconds": seconds,
         },
         "settings": _settings(args),
-        "versions": _versions(),
+        "versions": versions("scipy"),
     }
     with atomic_write(args.out / "clusters.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -181,16 +179,6 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     names = "linkage num_groups height silhouette neighbours_only no_layer_0 max_seconds max_utterances seed"
     settings = {name: getattr(args, name) for name in [*names.split(), "batch_size", "device"]}
     return {name: None if value == float("inf") else value for name, value in settings.items()}
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "skill_fairseq": skill_fairseq.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-    }
 
 
 def _write_groups(path: Path, groups: Sequence[Sequence[int]], about: str) -> None:

@@ -18,7 +18,7 @@ from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.expected import expected_sparsity, full_parameters
 from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.selection import check_reachable
-from skill_fairseq.pruning.shrink import shrink
+from skill_fairseq.pruning.shrink import describe_units, shrink
 
 SECONDS = 10.0
 EPILOG = """sparsity is the fraction of the teacher's parameters that goes. By default it is the target that stage 1
@@ -109,8 +109,8 @@ def describe(gated: SpeechEncoder, small: SpeechEncoder, sizes: dict[str, float 
         layers.append(
             [
                 str(i),
-                _kept(count, full.encoder_attention_heads),
-                _kept(units, full.encoder_ffn_embed_dim),
+                describe_units(count, full.encoder_attention_heads),
+                describe_units(units, full.encoder_ffn_embed_dim),
             ]
         )
 
@@ -125,13 +125,6 @@ def describe(gated: SpeechEncoder, small: SpeechEncoder, sizes: dict[str, float 
     for name, value in sizes.items():
         sparsity.append([f"  {name}", "by rounding" if value is None else f"{value:.4f}"])
     return "\n\n".join(_aligned(table) for table in (conv, layers, costs, sparsity))
-
-
-def _kept(units: int | None, full: int) -> str:
-    """Units left of a sublayer; what stands in place of the number where there are none."""
-    if units is None:
-        return "removed"
-    return f"{units} / {full}" if units else "bias only"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

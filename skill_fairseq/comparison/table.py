@@ -180,14 +180,21 @@ def _judged(estimate: Estimate, verdicts: Mapping[int, str]) -> dict[str, Any]:
     return {"estimate": _plain(estimate), "verdict": verdicts[estimate.verdict]}
 
 
+def introduction(summary: Mapping[str, Any]) -> str:
+    """How many results there are, and how their intervals and differences are meant: plain text."""
+    return (
+        f"{summary.get('found')} of {summary.get('wanted')} results are there. Probes: {about_tasks(summary)}. "
+        "Intervals are of 95 %, over seeds and recordings together (two-way random effects; error rates: over seeds "
+        "and speakers, by jackknife); of what is not distilled, over recordings (Wilson) or speakers. "
+        f"A difference to {summary['baseline']} is paired by seed and recording or speaker, and counts as none where "
+        "its interval holds 0. Each interval stands for itself: of twenty, one misses by chance."
+    )
+
+
 def write_tables(summary: Mapping[str, Any]) -> str:
     """The summary as Markdown."""
-    baseline = summary["baseline"]
     parts = [
-        f"{summary.get('found')} of {summary.get('wanted')} results are there. In brackets are 95 % intervals over "
-        f"seeds and recordings together (two-way random effects). Probes: {about_tasks(summary)}. A "
-        f"difference to {baseline} is paired by seed and recording, and counts as none where its interval holds 0. "
-        "Each interval stands for itself: of twenty, one misses by chance.",
+        introduction(summary),
         "## Verdict\n\n" + "\n".join(verdicts(summary)),
         "## Not distilled\n\n" + _markdown(*_reference_table(summary)),
     ]

@@ -61,6 +61,18 @@ def shrink(encoder: SpeechEncoder, sparsity: Optional[float] = None) -> SpeechEn
     return small
 
 
+def describe_units(left: Optional[int], full: int) -> str:
+    """What is left of a sublayer, for people: "3 / 12"; without units "bias only", of none "removed".
+
+    Args:
+        left: number of heads or FFN units; 0 and None as in EncoderConfig.
+        full: before pruning.
+    """
+    if left is None:
+        return "removed"
+    return f"{left} / {full}" if left else "bias only"
+
+
 def _decide(
     gate: Optional[HardConcrete], name: str, selection: Selection, width: int, like: Tensor
 ) -> Tuple[Tensor, Tensor]:

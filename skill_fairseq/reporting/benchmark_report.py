@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from skill_fairseq.comparison.table import OVERALL, about_tasks, sparsity_tables, verdicts
+from skill_fairseq.comparison.table import OVERALL, introduction, sparsity_tables, verdicts
 from skill_fairseq.reporting import page, pictures
 from skill_fairseq.reporting.run_folder import RunFolder
 from skill_fairseq.reporting.run_report import cluster_section
@@ -29,7 +29,7 @@ def benchmark_report(folder: RunFolder, out: Path) -> str:
     summary = folder.benchmark
     if not isinstance(summary, dict) or not summary.get("rows"):
         raise ValueError(f"{folder.path / 'results.json'}: has no results; make it with examples/benchmark/run.py")
-    missing, baseline = list(folder.missing), summary["baseline"]
+    missing = list(folder.missing)
     if summary.get("found") != summary.get("wanted"):
         missing.append(f"{summary['wanted'] - summary['found']} of {summary['wanted']} results are not there yet")
     missing += [f"{name}: failed, see runs/{name}/log" for name in summary.get("failed", [])]
@@ -48,12 +48,7 @@ def benchmark_report(folder: RunFolder, out: Path) -> str:
     sections.append(("How to repeat it", _repeat(rows)))
     if missing:
         sections.append(("Left out", page.bullets(missing)))
-    about = page.paragraph(
-        f"{summary['found']} of {summary['wanted']} results. Probes: {about_tasks(summary)}. In "
-        "brackets, and as bars, 95 % intervals over seeds and recordings together (two-way random effects). A "
-        f"difference to {baseline} is paired by seed and recording, and counts as none where its interval "
-        "holds 0. Each interval stands for itself: of twenty, one misses by chance."
-    )
+    about = page.paragraph(introduction(summary))
     return page.page(f"Benchmark: {folder.path.resolve().name}", about, sections)
 
 

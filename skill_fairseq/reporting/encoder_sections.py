@@ -11,6 +11,7 @@ from skill_fairseq.comparison.layer_distance import LayerDistances, layer_distan
 from skill_fairseq.comparison.measure import SECONDS, costs
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.pruning.shrink import describe_units
 from skill_fairseq.reporting import page, pictures
 
 Encoders = Mapping[str, SpeechEncoder]
@@ -57,22 +58,15 @@ def units_section(config: EncoderConfig, out: Path) -> str:
     layers = [
         [
             str(i),
-            _kept(kept, config.encoder_attention_heads),
+            describe_units(kept, config.encoder_attention_heads),
             "-" if not config.heads[i - 1] else " ".join(map(str, config.heads[i - 1] or [])),
-            _kept(units, config.encoder_ffn_embed_dim),
+            describe_units(units, config.encoder_ffn_embed_dim),
         ]
         for i, (kept, units) in enumerate(zip(heads, config.ffn_dims), start=1)
     ]
     tables = page.table(["convolution", "channels"], conv)
     tables += page.table(["layer", "heads", "which", "FFN units"], layers)
     return page.figures([page.figure(path, "share of units left in each layer"), f"<div>{tables}</div>"])
-
-
-def _kept(units: Optional[int], full: int) -> str:
-    """Units left of a sublayer; what stands in place of the number where there are none."""
-    if units is None:
-        return "removed"
-    return f"{units} / {full}" if units else "bias only"
 
 
 def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups: Any, out: Path) -> str:

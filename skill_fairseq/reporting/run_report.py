@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
-import torch
 import yaml
 
 import skill_fairseq
@@ -20,6 +18,7 @@ from skill_fairseq.reporting import page, pictures
 from skill_fairseq.reporting.encoder_sections import cost_section, distance_section, units_section
 from skill_fairseq.reporting.run_folder import RunFolder, Stage
 from skill_fairseq.reporting.training_section import training_section
+from skill_fairseq.versions import versions
 
 CONFIGS = Path(skill_fairseq.__file__).parent / "config"
 CHECKED_OUT = Path(skill_fairseq.__file__).parents[1] / "config"
@@ -131,16 +130,6 @@ def cluster_section(clusters: Mapping[str, Any], out: Path) -> str:
         rows.append([str(number), ", ".join(str(layers[i]) for i in group), mean])
     table = page.table(["group", "layers", "mean distance within"], rows)
     return page.paragraph(about) + table + page.figure(picture, "similarity of layers and dendrogram", wide=True)
-
-
-def versions() -> dict[str, str]:
-    """Of what made this page."""
-    return {
-        "skill_fairseq": skill_fairseq.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def settings_section(clusters: Optional[Mapping[str, Any]], stages: list[Stage], provenance: Mapping[str, Any]) -> str:

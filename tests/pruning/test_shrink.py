@@ -9,7 +9,7 @@ from skill_fairseq.modules.config import PRUNING_UNITS, EncoderConfig, wavlm_bas
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.expected import expected_parameters, full_parameters
 from skill_fairseq.pruning.selection import apply_selection, select_units
-from skill_fairseq.pruning.shrink import shrink
+from skill_fairseq.pruning.shrink import describe_units, shrink
 
 BASE = {
     "conv_feature_layers": "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2",
@@ -196,3 +196,7 @@ def test_unreachable_sparsity(sparsity: float) -> None:
 def test_ungated_encoder_is_refused() -> None:
     with pytest.raises(ValueError, match="no gates"):
         shrink(SpeechEncoder(EncoderConfig(**BASE)))
+
+
+def test_what_is_left_in_words() -> None:
+    assert [describe_units(left, 12) for left in (12, 3, 0, None)] == ["12 / 12", "3 / 12", "bias only", "removed"]

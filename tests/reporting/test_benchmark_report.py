@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from skill_fairseq.comparison.table import introduction
 from skill_fairseq.reporting.benchmark_report import benchmark_report
 from skill_fairseq.reporting.run_folder import read_folder
 
@@ -38,6 +39,12 @@ def test_the_verdict_says_who_wins_and_where_there_is_no_difference(made: tuple)
     assert re.search(r"digit \+\d+\.\d \[\+.*\] points: higher", skill)
     other = next(line for line in said if line.startswith("a_method_with_quite_a_long_name"))
     assert re.search(r"digit [-+]\d+\.\d \[-.*, \+.*\] points: no difference", other)
+
+
+def test_the_page_says_what_intervals_mean_as_the_text_does(made: tuple, benchmark_folder: Path) -> None:
+    said = introduction(json.loads((benchmark_folder / "results.json").read_text()))
+    assert said.startswith("18 of 20 results are there. Probes: digit, accuracy in per cent, 200 recordings. Intervals")
+    assert "A difference to dphubert is paired" in said and f"<p>{said}</p>" in made[0]
 
 
 def test_what_is_not_there_yet_is_named(made: tuple) -> None:

@@ -1,0 +1,32 @@
+"""What a result was made with."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import numpy as np
+import torch
+
+import skill_fairseq
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions to record beside a result.
+
+    Args:
+        packages: further installed packages to name, as pip calls them.
+
+    Returns:
+        name -> version: of this package, Python, torch (with its build, such as "+cpu"), numpy, and those.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: one of them is not installed.
+    """
+    return {
+        "skill_fairseq": skill_fairseq.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        **{name: metadata.version(name) for name in packages},
+    }
