@@ -14,7 +14,8 @@ import pytest
 
 from skill_fairseq.cli import report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chromium-headless-shell")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 OPTIONS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --enable-logging=stderr "
@@ -60,7 +61,7 @@ addEventListener("load", () => {
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt install chromium"),
+    pytest.mark.skipif(CHROMIUM is None, reason=f"no Chromium, none of {BROWSERS}: apt-get install chromium"),
 ]
 
 
