@@ -59,7 +59,7 @@ def plot_clusters(
     order = leaf_order(tree)
     rows = {leaf: row for row, leaf in enumerate(order)}
     colours = {leaf: COLOURS[g % len(COLOURS)] for g, group in enumerate(groups) for leaf in group}
-    side = float(np.clip(0.42 * len(order), 4.0, 8.5))
+    side = float(np.clip(0.42 * len(order), 4.0, 6.0))
     figure = Figure(
         figsize=(2.1 * side + 0.6, side + 0.9),
         dpi=160,
@@ -165,7 +165,7 @@ def _draw_dendrogram(axes: Any, tree: np.ndarray, rows: dict[int, int], colours:
         xytext=(4, -4),
         textcoords="offset points",
         va="top",
-        fontsize=8,
+        fontsize=9,
         bbox={"fc": "white", "ec": "none", "pad": 1},
     )
     axes.set_xlim(0, right)

@@ -62,7 +62,10 @@ def _sparsity(rows: Sequence[Row], summary: Mapping[str, Any], sparsity: Any, ou
             label = f"{task}: points above {baseline}"
             path = pictures.forest(out / f"difference_{task}_{sparsity}.png", lines, label, 0.0, zoom=True)
             alt = f"difference of each method to {baseline} on {task}, with intervals"
-            shown.append(page.figure(path, alt, "in colour: intervals without 0; in figures: far off"))
+            caption = "in colour: intervals without 0"
+            if pictures.beyond(lines, 0.0):
+                caption += "; \u25c2 \u25b8: beyond the axis"
+            shown.append(page.figure(path, alt, caption))
     for kind, label in (("l1_normalized", "L1 to the teacher, normalised"), ("cos", "1 - cos to the teacher")):
         curves = {row["method"]: (range(len(row["layers"][kind])), row["layers"][kind]) for row in rows}
         path = pictures.curves(out / f"distance_{kind}_{sparsity}.png", curves, label, xlabel="layer", log=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -156,12 +155,12 @@ def forest(
     """
 
     def paint(axes: Any) -> None:
-        reach = shown_reach(rows, reference) if zoom and reference is not None else math.inf
+        far = beyond(rows, reference) if zoom and reference is not None else []
         for place, (_, (value, low, high)) in enumerate(rows):
             outside = reference is not None and not low <= reference <= high
             colour = (COLOURS[1] if value < reference else COLOURS[0]) if outside and reference is not None else GREY
-            if reference is not None and max(abs(low - reference), abs(high - reference)) > reach:
-                left = value < reference
+            if place in far:
+                left = reference is not None and value < reference
                 said = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
                 axes.annotate(
                     f"\u25c2 {said}" if left else f"{said} \u25b8",
@@ -187,11 +186,12 @@ def forest(
     return draw(path, paint, (WIDTH, 0.7 + 0.27 * len(rows)))
 
 
-def shown_reach(rows: Sequence[tuple[str, Sequence[float]]], reference: float) -> float:
-    """How far from the reference an axis need go: to the farthest interval's end, but for rows more than three times
-    as far as all others, of which there are at most half."""
-    reaches = sorted(max(abs(low - reference), abs(high - reference)) for _, (_, low, high) in rows)
-    for i in range(len(reaches) - 1, 0, -1):
-        if 2 * i >= len(reaches) and reaches[i] > 3 * reaches[i - 1] > 0:
-            return reaches[i - 1]
-    return reaches[-1]
+def beyond(rows: Sequence[tuple[str, Sequence[float]]], reference: float) -> list[int]:
+    """Which rows would squeeze the others: those whose intervals go more than three times as far from the reference
+    as all others; always fewer than half of them."""
+    reaches = [max(abs(low - reference), abs(high - reference)) for _, (_, low, high) in rows]
+    order = sorted(range(len(rows)), key=reaches.__getitem__)
+    for i in range(len(order) - 1, 0, -1):
+        if 2 * i > len(order) and reaches[order[i]] > 3 * reaches[order[i - 1]] > 0:
+            return sorted(order[i:])
+    return []

