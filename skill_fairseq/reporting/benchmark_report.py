@@ -94,5 +94,8 @@ def _repeat(rows: Sequence[Row]) -> str:
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
     command = ["python", "examples/benchmark/run.py", "OUT", "--grid", "GRID", "--name", "NAME"]
     command += ["--methods", *methods, "--sparsities", *sparsities, "--seeds", *map(str, seeds)]
-    text = "GRID and NAME: a grid whose stages have the settings above; examples/benchmark/grid.yaml has those shipped."
+    text = (
+        "GRID and NAME: a grid whose stages have the settings above; examples/benchmark/grid.yaml has those shipped. "
+        "Curves and kept units of one run: skill-report OUT/runs/METHOD-SPARSITY-SEED."
+    )
     return page.command(command) + page.paragraph(text)

@@ -194,7 +194,9 @@ def repeat_section(folder: RunFolder, provenance: Mapping[str, Mapping[str, Any]
         commands[-1] += ["--teacher", str(folder.models["teacher"].absolute())]
     if folder.valid is not None:
         commands[-1] += ["--data", str(folder.valid.parent.absolute())]
-    said = "Names of files without a folder are in the run's folder, config/ is skill_fairseq's."
+    said = "To be run in the run's folder; config/ is skill_fairseq's."
+    if folder.clusters is not None:
+        said += " Of skill-cluster's files only the names, not the folders, were saved."
     text = " ".join(word for command in commands for word in command)
     unknown = [word for word in ("CONFIG_DIR", "MODEL", "TASKS") if re.search(rf"\b{word}\b", text)]
     if unknown:

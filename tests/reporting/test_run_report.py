@@ -138,7 +138,7 @@ def test_settings_and_commands_to_repeat(made: tuple, run_folder: Path, teacher_
     assert f"skill-probe teacher={teacher_file} student=student.safetensors logmel --task TASKS/digit" in repeat
     assert "skill-shrink stage1/checkpoint_last.pt shrunk.safetensors --sparsity 0.4<" in repeat
     assert f"skill-report {run_folder} --teacher {teacher_file} --data {speech}<" in repeat
-    assert "Words in capitals (TASKS) stand" in repeat
+    assert "Words in capitals (TASKS) stand" in repeat and "Of skill-cluster's files only the names" in repeat
 
 
 def test_the_page_is_self_contained_and_its_pictures_are_the_files(made: tuple) -> None:
