@@ -19,17 +19,9 @@ NAMES = {
 }
 _SIMILARITIES = ("cka", "cka_minibatch", "cosine")  # at most 1: the heat map shows 1 - distance
 
-_COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#7F4FC9",
-    "#8C6D31",
-)  # Okabe and Ito
-_GREY = "#8A8A8A"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222", "#7A1F5C")
+"""Six of Okabe and Ito's and two dark ones: told apart without red, green or blue cones too."""
+GREY = "#8A8A8A"
 _MOST_LAYERS_WITH_NUMBERS = 16  # more would be too small to read
 
 
@@ -66,8 +58,8 @@ def plot_clusters(
 
     order = leaf_order(tree)
     rows = {leaf: row for row, leaf in enumerate(order)}
-    colours = {leaf: _COLOURS[g % len(_COLOURS)] for g, group in enumerate(groups) for leaf in group}
-    side = float(np.clip(0.42 * len(order), 4.0, 8.5))
+    colours = {leaf: COLOURS[g % len(COLOURS)] for g, group in enumerate(groups) for leaf in group}
+    side = float(np.clip(0.42 * len(order), 4.0, 6.0))
     figure = Figure(
         figsize=(2.1 * side + 0.6, side + 0.9),
         dpi=160,
@@ -123,7 +115,7 @@ def _draw_heat_map(figure: Any, axes: Any, distances: np.ndarray, measure: str) 
                 _short(value),
                 ha="center",
                 va="center",
-                fontsize=6.5,
+                fontsize=9 if len(shown) < 15 else 8,
                 color="black" if bright else "white",
             )
 
@@ -160,8 +152,8 @@ def _draw_dendrogram(axes: Any, tree: np.ndarray, rows: dict[int, int], colours:
             # A branch that the cut crosses belongs to its group up to the cut.
             inside = at if below else max(x, min(at, height))
             axes.plot([x, inside], [y, y], color=colour, lw=2, solid_capstyle="round")
-            axes.plot([inside, at], [y, y], color=_GREY, lw=1.4, zorder=1)
-        colour = c1 if below else _GREY
+            axes.plot([inside, at], [y, y], color=GREY, lw=1.4, zorder=1)
+        colour = c1 if below else GREY
         axes.plot([at, at], [y1, y2], color=colour, lw=2 if below else 1.4, zorder=2 if below else 1)
         nodes[n + m] = (at, (y1 + y2) / 2, colour)
     right = 1.06 * max(tree[-1, 2], height, 1e-12)
@@ -173,7 +165,7 @@ def _draw_dendrogram(axes: Any, tree: np.ndarray, rows: dict[int, int], colours:
         xytext=(4, -4),
         textcoords="offset points",
         va="top",
-        fontsize=8,
+        fontsize=9,
         bbox={"fc": "white", "ec": "none", "pad": 1},
     )
     axes.set_xlim(0, right)

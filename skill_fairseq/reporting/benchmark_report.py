@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from skill_fairseq.comparison.table import OVERALL, introduction, sparsity_tables, verdicts
 from skill_fairseq.reporting import page, pictures
 from skill_fairseq.reporting.run_folder import RunFolder
-from skill_fairseq.reporting.run_report import cluster_section
+from skill_fairseq.reporting.run_report import as_yaml, cluster_section
 
 Row = Mapping[str, Any]
 
@@ -33,7 +31,7 @@ def benchmark_report(folder: RunFolder, out: Path) -> str:
     if summary.get("found") != summary.get("wanted"):
         missing.append(f"{summary['wanted'] - summary['found']} of {summary['wanted']} results are not there yet")
     missing += [f"{name}: failed, see runs/{name}/log" for name in summary.get("failed", [])]
-    sections = [("Verdict", page.bullets([line.lstrip("- ").replace("**", "") for line in verdicts(summary)]))]
+    sections = [("Verdict", page.bullets([line.lstrip("- ") for line in verdicts(summary)]))]
     rows: list[Row] = summary["rows"]
     for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
         title = "Mean over sparsities" if sparsity == OVERALL else f"Sparsity {sparsity:g}"
@@ -42,9 +40,9 @@ def benchmark_report(folder: RunFolder, out: Path) -> str:
     sections.append(("Not distilled", page.table(*sparsity_tables(rows, summary)["references"])))
     if folder.clusters is not None:
         sections.append(("Layer similarity and groups", cluster_section(folder.clusters, out)))
-    settings = yaml.safe_dump(summary["settings"], sort_keys=False, width=100).strip()
     versions = page.table(list(summary["versions"]), [list(summary["versions"].values())])
-    sections.append(("Settings and versions", versions + page.folded("Settings", page.code(settings))))
+    settings = page.folded("Settings", page.code(as_yaml(summary["settings"])))
+    sections.append(("Settings and versions", versions + settings))
     sections.append(("How to repeat it", _repeat(rows)))
     if missing:
         sections.append(("Left out", page.bullets(missing)))
@@ -62,25 +60,42 @@ def _sparsity(rows: Sequence[Row], summary: Mapping[str, Any], sparsity: Any, ou
         ]
         if lines:
             label = f"{task}: points above {baseline}"
-            path = pictures.forest(out / f"difference_{task}_{sparsity}.png", lines, label, 0.0)
-            shown.append(page.figure(path, f"difference of each method to {baseline} on {task}, with intervals"))
+            path = pictures.forest(out / f"difference_{task}_{sparsity}.png", lines, label, 0.0, zoom=True)
+            alt = f"difference of each method to {baseline} on {task}, with intervals"
+            caption = "in colour: intervals without 0"
+            if pictures.beyond(lines, 0.0):
+                caption += "; \u25c2 \u25b8: beyond the axis"
+            shown.append(page.figure(path, alt, caption))
     for kind, label in (("l1_normalized", "L1 to the teacher, normalised"), ("cos", "1 - cos to the teacher")):
         curves = {row["method"]: (range(len(row["layers"][kind])), row["layers"][kind]) for row in rows}
-        path = pictures.curves(out / f"distance_{kind}_{sparsity}.png", curves, label, xlabel="layer")
+        path = pictures.curves(out / f"distance_{kind}_{sparsity}.png", curves, label, xlabel="layer", log=True)
         shown.append(page.figure(path, f"{label} of each method, by layer"))
     tables = sparsity_tables(rows, summary)
+    if "costs" in tables:
+        head, costs = tables["costs"]
+        tables["costs"] = head, [*_costs_of_references(tables["references"][1], len(head)), *costs]
     wanted = [("probes", "Probes"), ("distance", "Distance to the teacher"), ("costs", "Size and time")]
-    parts = [f"<h3>{head}</h3>{page.table(*tables[name])}" for name, head in wanted if name in tables]
+    parts = []
+    for name, title in wanted:
+        if name in tables:
+            parts.append(f"<h3>{title}</h3>" + page.table(*tables[name], words_last=name == "probes"))
     return page.figures(shown) + "".join(parts)
+
+
+def _costs_of_references(lines: Sequence[Sequence[str]], columns: int) -> list[list[str]]:
+    """Lines of the table of costs for what is not distilled, as far as its costs are known."""
+    costs = [[line[0], *line[-3:]] for line in lines if line[-1] != "-"]
+    return [[*line, *["-"] * (columns - len(line))] for line in costs]
 
 
 def _repeat(rows: Sequence[Row]) -> str:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     sparsities = [f"{value:g}" for value in dict.fromkeys(row["sparsity"] for row in rows) if value != OVERALL]
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
-    command = (
-        f"python examples/benchmark/run.py OUT --grid GRID --name NAME --methods {' '.join(methods)} "
-        f"--sparsities {' '.join(sparsities)} --seeds {' '.join(map(str, seeds))}"
+    command = ["python", "examples/benchmark/run.py", "OUT", "--grid", "GRID", "--name", "NAME"]
+    command += ["--methods", *methods, "--sparsities", *sparsities, "--seeds", *map(str, seeds)]
+    text = (
+        "GRID and NAME: a grid whose stages have the settings above; examples/benchmark/grid.yaml has those shipped. "
+        "Curves and kept units of one run: skill-report OUT/runs/METHOD-SPARSITY-SEED."
     )
-    text = "GRID and NAME: a grid whose stages have the settings above; examples/benchmark/grid.yaml has those shipped."
-    return page.code(command, command=True) + page.paragraph(text)
+    return page.command(command) + page.paragraph(text)

@@ -36,7 +36,7 @@ def cost_section(encoders: Encoders, files: Mapping[str, Path]) -> str:
                 f"{size / 1e6:.2f}",
             ]
         )
-    head = ["encoder", "parameters", "left", "G MACs", "left", "CPU ms", "times faster", "file, MB"]
+    head = ["encoder", "parameters", "of them left", "G MACs", "of them left", "CPU ms", "times faster", "file, MB"]
     return page.table(head, rows) + page.paragraph(
         f"MACs and processor time of one forward of {SECONDS:g} s of audio; time is the least of several forwards, on "
         f"the machine that made this page ({first['threads']} thread{'s' * (first['threads'] > 1)})."
@@ -109,7 +109,7 @@ def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups
 def _distance_table(found: Mapping[str, LayerDistances], groups: Any) -> str:
     head = ["layer", "group"]
     for name in found:
-        head += [f"{name}: L1", "normalised", "1 - cos"]
+        head += [f"{name}: L1", f"{name}: L1 normalised", f"{name}: 1 - cos"]
     number = {layer: str(g) for g, group in enumerate(groups or []) for layer in group}
     rows = []
     for layer in range(len(next(iter(found.values())).layers["l1"])):

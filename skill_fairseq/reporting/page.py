@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import re
+import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Optional
 
 STYLE = """
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:1080px;padding:16px;font:16px/1.5 system-ui,sans-serif;color:#1c1c1c;background:#fff;
+body{margin:0 auto;max-width:1200px;padding:16px;font:16px/1.5 system-ui,sans-serif;color:#1c1c1c;background:#fff;
   overflow-wrap:anywhere}
 h1{font-size:1.6rem;line-height:1.25;margin:.4rem 0}
 h2{font-size:1.25rem;margin:2rem 0 .5rem;padding-top:.5rem;border-top:1px solid #ddd}
@@ -19,21 +21,29 @@ p{margin:.5rem 0}
 a{color:#0b5ea8}
 nav{font-size:.95rem}
 nav a{display:inline-block;margin-right:1rem;padding:.2rem 0}
-.scroll{overflow-x:auto;max-width:100%;margin:.5rem 0}
+.scroll,pre{overflow-x:auto;max-width:100%;margin:.5rem 0;--paper:#fff;
+  background:linear-gradient(to left,var(--paper) 40%,transparent) right/36px 100% no-repeat local,
+  linear-gradient(to left,#0004,transparent) right/12px 100% no-repeat scroll,var(--paper)}
 table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .7rem;border-bottom:1px solid #e4e4e4;text-align:right;white-space:nowrap}
 th{border-bottom:2px solid #999;font-weight:600}
 th:first-child,td:first-child{text-align:left;padding-left:0}
+.short th:first-child,.short td:first-child{position:sticky;left:0;background:#fff}
+.words th:last-child,.words td:last-child{text-align:left}
+ul{padding-left:1.2rem}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:16px}
 figure{margin:.5rem 0;min-width:0}
-figure img{display:block;max-width:100%;height:auto}
-figure.wide img{max-width:none;width:max(100%,680px)}
+figure img{display:block;max-width:min(100%,520px);height:auto}
+figure.wide img{max-width:none;width:max(100%,860px)}
 figcaption{font-size:.9rem;color:#555}
-pre{overflow-x:auto;max-width:100%;padding:.7rem;background:#f5f5f3;font-size:.85rem;line-height:1.45;margin:.5rem 0}
+pre{--paper:#f5f5f3;padding:.7rem;font-size:.85rem;line-height:1.45}
 pre.command{white-space:pre-wrap}
+pre.command span{display:inline-block;max-width:100%}
 details{margin:.5rem 0}
 summary{cursor:pointer;padding:.3rem 0}
 """
+
+LONGEST_STAYING = 19  # characters of a first column that stays in view: less than half of a phone's width
 
 
 def page(title: str, about: str, sections: Sequence[tuple[str, str]]) -> str:
@@ -57,16 +67,20 @@ def page(title: str, about: str, sections: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in a box of its own, which scrolls where the screen is narrower; first column to the left.
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], words_last: bool = False) -> str:
+    """A table in a box of its own, which scrolls where the screen is narrower; first column to the left, and staying
+    there where it is short.
 
     Args:
         head: of each column, plain text.
         rows: plain text.
+        words_last: the last column too stands to the left.
     """
+    short = all(len(line[0]) <= LONGEST_STAYING for line in [head, *rows])
+    kinds = " ".join(kind for kind, holds in (("short", short), ("words", words_last)) if holds)
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return f'<div class="scroll" tabindex="0"><table>{"".join(lines)}</table></div>'
+    return f'<div class="scroll" tabindex="0"><table class="{kinds}">{"".join(lines)}</table></div>'
 
 
 def paragraph(text: str) -> str:
@@ -75,13 +89,19 @@ def paragraph(text: str) -> str:
 
 
 def bullets(lines: Sequence[str]) -> str:
-    """A list of plain text."""
-    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+    """A list of plain text, what stands between ** in bold."""
+    bold = (re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(line)) for line in lines)
+    return "<ul>" + "".join(f"<li>{line}</li>" for line in bold) + "</ul>"
 
 
-def code(text: str, command: bool = False) -> str:
-    """Lines as they are; a command's are wrapped, all others scroll."""
-    return f"<pre{' class=command' if command else ''}>{escape(text)}</pre>"
+def code(text: str) -> str:
+    """Lines as they are; long ones scroll."""
+    return f"<pre>{escape(text)}</pre>"
+
+
+def command(words: Sequence[str]) -> str:
+    """A command for a shell, its words quoted; long ones are wrapped, between words where that is possible."""
+    return f'<pre class="command">{" ".join(f"<span>{escape(shlex.quote(word))}</span>" for word in words)}</pre>'
 
 
 def folded(summary: str, html: str) -> str:
@@ -96,7 +116,7 @@ def figure(picture: Path, alt: str, caption: Optional[str] = None, wide: bool = 
         picture: the file.
         alt: what it shows, in words.
         caption: below it.
-        wide: keep it 680 px wide and scroll where the screen is narrower, for pictures with small writing.
+        wide: keep it 860 px wide and scroll where the screen is narrower, for pictures with small writing.
     """
     data = base64.b64encode(picture.read_bytes()).decode()
     image = f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 
+from skill_fairseq.clustering.plot import COLOURS, GREY
 from skill_fairseq.files import atomic_write
 
 Curve = tuple[Sequence[float], Sequence[float]]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F4FC9", "#8C6D31")  # Okabe and Ito
-GREY = "#8A8A8A"
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)))
+MARKERS = "os^Dv<>P"
+STYLES = tuple(
+    (colour, dashes, MARKERS[(i + j) % len(MARKERS)])
+    for j, dashes in enumerate(DASHES)
+    for i, colour in enumerate(COLOURS)
+)
+"""Colour, line style and marker of each curve of a picture: 32, of which any two differ in two of these or more."""
+MOST_MARKERS = 13
+MOST_INSIDE, LONGEST_BESIDE = 2, 19  # lines of a legend inside the axes; characters of two names side by side
+WIDTH = 4.4  # inches: on a phone 10 pt are then as many pixels
+DPI = 220
 
 
-def draw(path: Path, painter: Callable[[Any], None], size: tuple[float, float] = (5.4, 3.6)) -> Path:
+def draw(path: Path, painter: Callable[[Any], None], size: tuple[float, float]) -> Path:
     """Saves what the painter draws on a set of axes.
 
     Args:
@@ -29,7 +41,7 @@ def draw(path: Path, painter: Callable[[Any], None], size: tuple[float, float] =
     """
     from matplotlib.figure import Figure  # an extra; without pyplot no display is needed
 
-    figure = Figure(figsize=size, dpi=160, layout="constrained")
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#E8E8E8", lw=0.6)
@@ -41,29 +53,60 @@ def draw(path: Path, painter: Callable[[Any], None], size: tuple[float, float] =
 
 
 def curves(
-    path: Path, lines: Mapping[str, Curve], ylabel: str, dashed: Sequence[str] = (), xlabel: str = "update"
+    path: Path,
+    lines: Mapping[str, Curve],
+    ylabel: str,
+    dashed: Sequence[str] = (),
+    xlabel: str = "update",
+    log: bool = False,
 ) -> Path:
     """Lines over updates, or over layers.
 
     Args:
         path: PNG file to write.
-        lines: label -> x and y values.
+        lines: label -> x and y values; at most 32 look different from each other.
         ylabel, xlabel: of the axes.
         dashed: labels of lines to draw dashed and grey, such as a target.
+        log: logarithmic y axis, where all values are above 0.
     """
+    below = len(lines) > MOST_INSIDE
+    columns = 2 if max(map(len, lines), default=0) <= LONGEST_BESIDE else 1
+    rows = -(-len(lines) // columns) if below else 0
 
     def paint(axes: Any) -> None:
-        colours = iter(COLOURS * (1 + len(lines) // len(COLOURS)))
-        for label, (x, y) in lines.items():
-            if label in dashed:
-                axes.plot(x, y, color=GREY, ls=(0, (4, 3)), lw=1.5, label=label)
-            else:
-                axes.plot(x, y, color=next(colours), lw=1.8, marker="o" if len(x) < 30 else None, ms=3, label=label)
+        draw_curves(axes, lines, dashed)
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        if len(lines) > 1:
-            axes.legend(frameon=False, fontsize=8 if len(lines) > 4 else 9)
+        if log and all(value > 0 for _, y in lines.values() for value in y):
+            _log_axis(axes)
+        if below:  # inside it would hide the lines
+            place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns}
+            axes.figure.legend(**place, frameon=False, fontsize=9, handlelength=3.2)
+        elif len(lines) > 1:
+            axes.legend(frameon=False)
 
-    return draw(path, paint)
+    return draw(path, paint, (WIDTH, 3.0 + 0.17 * rows))
+
+
+def draw_curves(axes: Any, lines: Mapping[str, Curve], dashed: Sequence[str] = ()) -> None:
+    """The lines alone, each in a style of its own; those of ``dashed`` in grey."""
+    styles = itertools.cycle(STYLES)
+    for label, (x, y) in lines.items():
+        if label in dashed:
+            axes.plot(x, y, color=GREY, ls=(0, (4, 3)), lw=1.5, label=label)
+            continue
+        colour, dashes, marker = next(styles)
+        every = -(-len(x) // MOST_MARKERS) or 1
+        axes.plot(x, y, color=colour, ls=dashes, lw=1.7, marker=marker, ms=3.5, markevery=every, label=label)
+
+
+def _log_axis(axes: Any) -> None:
+    """Ticks at 1, 2 and 5, written out."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def kept_units(path: Path, shares: Mapping[str, Sequence[Optional[float]]]) -> Path:
@@ -76,14 +119,14 @@ def kept_units(path: Path, shares: Mapping[str, Sequence[Optional[float]]]) -> P
     from matplotlib.figure import Figure
 
     rows = sum(len(values) for values in shares.values())
-    figure = Figure(figsize=(5.4, 1.2 + 0.17 * rows), dpi=160, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.17 * rows), dpi=DPI, layout="constrained")
     panels = figure.subplots(len(shares), 1, squeeze=False, height_ratios=[len(values) for values in shares.values()])
     for panel, (kind, values), colour in zip(panels[:, 0], shares.items(), COLOURS):
         places = np.arange(len(values))
         panel.barh(places, [100.0] * len(values), color="#EFEFEF", height=0.8)
         panel.barh(places, [100 * (value or 0.0) for value in values], color=colour, height=0.8)
         first = 0 if kind.startswith("conv") else 1
-        panel.set_yticks(places, [str(place + first) for place in places], fontsize=7)
+        panel.set_yticks(places, [str(place + first) for place in places], fontsize=8)
         panel.set_ylim(len(values) - 0.5, -0.5)
         panel.set(xlim=(0, 100), ylabel=kind)
         panel.spines[["top", "right", "left"]].set_visible(False)
@@ -94,7 +137,13 @@ def kept_units(path: Path, shares: Mapping[str, Sequence[Optional[float]]]) -> P
     return path
 
 
-def forest(path: Path, rows: Sequence[tuple[str, Sequence[float]]], xlabel: str, reference: Optional[float]) -> Path:
+def forest(
+    path: Path,
+    rows: Sequence[tuple[str, Sequence[float]]],
+    xlabel: str,
+    reference: Optional[float],
+    zoom: bool = False,
+) -> Path:
     """Values with intervals, one a line, from the top.
 
     Args:
@@ -102,12 +151,29 @@ def forest(path: Path, rows: Sequence[tuple[str, Sequence[float]]], xlabel: str,
         rows: label, and value, low and high.
         xlabel: of the axis.
         reference: where a vertical line stands: 0 for differences, a teacher's value; None: no line.
+        zoom: what lies so far from the reference that the others could not be told apart is written at the edge.
     """
 
     def paint(axes: Any) -> None:
+        far = beyond(rows, reference) if zoom and reference is not None else []
         for place, (_, (value, low, high)) in enumerate(rows):
             outside = reference is not None and not low <= reference <= high
             colour = (COLOURS[1] if value < reference else COLOURS[0]) if outside and reference is not None else GREY
+            if place in far:
+                left = reference is not None and value < reference
+                said = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+                axes.annotate(
+                    f"\u25c2 {said}" if left else f"{said} \u25b8",
+                    (0.0 if left else 1.0, place),
+                    xycoords=("axes fraction", "data"),
+                    xytext=(3 if left else -3, 0),
+                    textcoords="offset points",
+                    ha="left" if left else "right",
+                    va="center",
+                    color=colour,
+                    bbox={"fc": "white", "ec": "none", "pad": 1},
+                )
+                continue
             axes.plot([low, high], [place, place], color=colour, lw=2, solid_capstyle="round")
             axes.plot([value], [place], "o", color=colour, ms=5)
         axes.set_yticks(range(len(rows)), [label for label, _ in rows])
@@ -117,4 +183,15 @@ def forest(path: Path, rows: Sequence[tuple[str, Sequence[float]]], xlabel: str,
         if reference is not None:
             axes.axvline(reference, color="#222222", lw=1, ls=(0, (4, 3)), zorder=0)
 
-    return draw(path, paint, (5.4, 1.0 + 0.32 * len(rows)))
+    return draw(path, paint, (WIDTH, 0.7 + 0.27 * len(rows)))
+
+
+def beyond(rows: Sequence[tuple[str, Sequence[float]]], reference: float) -> list[int]:
+    """Which rows would squeeze the others: those whose intervals go more than three times as far from the reference
+    as all others; always fewer than half of them."""
+    reaches = [max(abs(low - reference), abs(high - reference)) for _, (_, low, high) in rows]
+    order = sorted(range(len(rows)), key=reaches.__getitem__)
+    for i in range(len(order) - 1, 0, -1):
+        if 2 * i > len(order) and reaches[order[i]] > 3 * reaches[order[i - 1]] > 0:
+            return sorted(order[i:])
+    return []

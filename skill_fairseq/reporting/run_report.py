@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -59,7 +59,7 @@ def run_report(folder: RunFolder, out: Path, max_seconds: float) -> str:
         sections.append(("Layer similarity and groups", cluster_section(folder.clusters, out)))
     provenance = {name: dict(sources[name].provenance) for name in students}
     sections.append(("Settings and versions", settings_section(folder.clusters, folder.stages, provenance)))
-    sections.append(("How to repeat it", repeat_section(folder)))
+    sections.append(("How to repeat it", repeat_section(folder, provenance)))
     if missing:
         sections.append(("Left out", page.paragraph("Looked for and not found:") + page.bullets(missing)))
     about = page.paragraph(_about(encoders))
@@ -98,7 +98,8 @@ def probe_section(entries: list[dict[str, Any]], out: Path) -> str:
         caption = "dashed: the teacher's value; in colour: what has it outside its interval" if teacher else None
         shown.append(page.figure(path, f"{metric} on {task} with intervals", caption))
     head = ["model", "parameters", *(f"{task}: {metric}, %" for task, metric in tasks.items())]
-    return page.table(head, rows) + page.figures(shown)
+    about = "In brackets, and as bars, 95 % intervals over recordings, or over pairs of them."
+    return page.paragraph(about) + page.table(head, rows) + page.figures(shown)
 
 
 def _count(entry: Mapping[str, Any]) -> str:
@@ -142,21 +143,29 @@ def settings_section(clusters: Optional[Mapping[str, Any]], stages: list[Stage],
     parts = [page.table(["made with", *names], rows)]
     if clusters is not None:
         shown = {key: clusters[key] for key in ("teacher", "measure", "settings", "calibration")}
-        parts.append(page.folded("Clustering", page.code(_as_yaml(shown))))
+        parts.append(page.folded("Clustering", page.code(as_yaml(shown))))
     for stage in stages:
         if stage.config:
-            parts.append(page.folded(f"{stage.name}: the whole config", page.code(_as_yaml(stage.config))))
+            parts.append(page.folded(f"{stage.name}: the whole config", page.code(as_yaml(stage.config))))
     for name, found in provenance.items():
         if found:
-            parts.append(page.folded(f"{name}.safetensors: where it says it comes from", page.code(_as_yaml(found))))
+            parts.append(page.folded(f"{name}.safetensors: where it says it comes from", page.code(as_yaml(found))))
     return "".join(parts)
 
 
-def _as_yaml(content: Any) -> str:
-    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=100).strip()
+class _Dumper(yaml.SafeDumper):
+    """A setting a line, as in configs; lists stay in theirs."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: Optional[bool] = None) -> yaml.Node:
+        return super().represent_sequence(tag, sequence, flow_style=True)
 
 
-def repeat_section(folder: RunFolder) -> str:
+def as_yaml(content: Any) -> str:
+    """Settings as they would stand in a config."""
+    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=100)).strip()
+
+
+def repeat_section(folder: RunFolder, provenance: Mapping[str, Mapping[str, Any]]) -> str:
     """The commands that make such a folder, with the options that made this one."""
     commands = []
     if folder.clusters is not None:
@@ -169,18 +178,38 @@ def repeat_section(folder: RunFolder) -> str:
             pruned = stage.name
     if pruned and "shrunk" in folder.models:
         commands.append(["skill-shrink", f"{pruned}/checkpoint_last.pt", "shrunk.safetensors"])
+        commands[-1] += _shrink_options(provenance.get("shrunk", {}))
     if "student" in folder.models and folder.stages:
         commands.append(["skill-export", f"{folder.stages[-1].name}/checkpoint_last.pt", "student.safetensors"])
     if folder.probes:
         tasks = list(dict.fromkeys(entry["task"] for entry in folder.probes))
         models = list(dict.fromkeys(entry["model"] for entry in folder.probes))
-        words = [f"{model}=MODEL" if model != "logmel" else model for model in models]
+        files = {name: str(path.absolute()) if name == "teacher" else path.name for name, path in folder.models.items()}
+        words = [f"{model}={files.get(model, 'MODEL')}" if model != "logmel" else model for model in models]
         commands.append(
             ["skill-probe", *words, *(w for t in tasks for w in ("--task", f"TASKS/{t}")), "--json", "probe.json"]
         )
     commands.append(["skill-report", str(folder.path)])
-    unsaved = "Words in capitals (CONFIG_DIR, MANIFEST, MODEL, TASKS) stand for what the folder does not say."
-    return "".join(page.code(shlex.join(command), command=True) for command in commands) + page.paragraph(unsaved)
+    if "teacher" in folder.models:
+        commands[-1] += ["--teacher", str(folder.models["teacher"].absolute())]
+    if folder.valid is not None:
+        commands[-1] += ["--data", str(folder.valid.parent.absolute())]
+    said = "To be run in the run's folder; config/ is skill_fairseq's."
+    if folder.clusters is not None:
+        said += " Of skill-cluster's files only the names, not the folders, were saved."
+    text = " ".join(word for command in commands for word in command)
+    unknown = [word for word in ("CONFIG_DIR", "MODEL", "TASKS") if re.search(rf"\b{word}\b", text)]
+    if unknown:
+        said += f" Words in capitals ({', '.join(unknown)}) stand for what the folder does not say."
+    return "".join(page.command(command) for command in commands) + page.paragraph(said)
+
+
+def _shrink_options(provenance: Mapping[str, Any]) -> list[str]:
+    """How the size was chosen, as far as the file says it."""
+    sizes = provenance.get("sparsity")
+    if not isinstance(sizes, dict) or "asked" not in sizes:
+        return []
+    return ["--by-rounding"] if sizes["asked"] is None else ["--sparsity", f"{sizes['asked']:g}"]
 
 
 def cluster_command(clusters: Mapping[str, Any]) -> list[str]:

@@ -74,9 +74,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path, spe
     write_log(path / "stage2", STAGE_2, [], "json")
     teacher = load_encoder(teacher_file)
     for name, sparsity in (("shrunk", 0.4), ("student", 0.5)):
-        save_encoder(
-            prune_by_magnitude(teacher, sparsity, ["conv", "heads", "ffn"]), path / f"{name}.safetensors", {"by": name}
-        )
+        small = prune_by_magnitude(teacher, sparsity, ["conv", "heads", "ffn"])
+        save_encoder(small, path / f"{name}.safetensors", {"by": name, "sparsity": {"asked": sparsity}})
     results = [
         {
             **{"model": model, "parameters": parameters, "task": task, "metric": "accuracy", "value": value},
@@ -123,7 +122,10 @@ def benchmark_folder(tmp_path_factory: pytest.TempPathFactory, run_folder: Path)
     path = tmp_path_factory.mktemp("report") / "benchmark"
     path.mkdir()
     (path / "clusters").symlink_to(run_folder / "clusters")
-    teacher = {"probes": {"digit": {"metric": "accuracy", "value": 0.8, "correct": 160, "total": 200}}}
+    teacher = {
+        "probes": {"digit": {"metric": "accuracy", "value": 0.8, "correct": 160, "total": 200}},
+        "costs": {"parameters": 1_009_948, "macs": 1_117_000_000, "cpu_seconds": 0.052},
+    }
     summary = summarise(benchmark_results(), {"teacher": teacher}, "dphubert")
     summary.update(wanted=20, found=18, failed=["skill-0.875-1"], settings={"stage1": {"config": "distill/tiny"}})
     (path / "results.json").write_text(json.dumps(summary))

@@ -30,11 +30,19 @@ def test_tables_have_the_summarys_numbers(made: tuple, benchmark_folder: Path) -
             difference = row["difference"]["digit"]
             said = "{:+.1f} [{:+.1f}, {:+.1f}] ".format(*(100 * number for number in difference["estimate"]))
             assert any(said + difference["verdict"] in line for line in found)
-    assert ["teacher", "80.0 [73.9, 85.0]", "-", "-", "-"] in lines
+    costs = ["1,009,948", "1.117", "0.052"]
+    assert ["teacher", "80.0 [73.9, 85.0]", *costs] in lines
+    for sparsity in (0.5, 0.75):  # in the table of costs the teacher comes first
+        table = made[0][made[0].index(f"<h2>Sparsity {sparsity}</h2>") :]
+        table = table[table.index("<h3>Size and time</h3>") :]
+        cells = [re.findall(r"<td>(.*?)</td>", line) for line in re.findall(r"<tr>(.*?)</tr>", table)[1:5]]
+        assert [line[0] for line in cells] == ["teacher", "skill", "dphubert", "a_method_with_quite_a_long_name"]
+        assert cells[0] == ["teacher", *costs, *["-"] * 5] and cells[1][1:4] == ["252,411", "0.368", "0.021"]
 
 
 def test_the_verdict_says_who_wins_and_where_there_is_no_difference(made: tuple) -> None:
-    said = re.findall(r"<li>(.*?)</li>", made[0])
+    assert "<li><strong>skill</strong> against" in made[0]
+    said = re.findall(r"<li>(.*?)</li>", re.sub("</?strong>", "", made[0]))
     skill = next(line for line in said if line.startswith("skill against dphubert, over all sparsities, 3 seeds"))
     assert re.search(r"digit \+\d+\.\d \[\+.*\] points: higher", skill)
     other = next(line for line in said if line.startswith("a_method_with_quite_a_long_name"))
@@ -59,9 +67,22 @@ def test_pictures_of_differences_and_distances(made: tuple) -> None:
     assert "<script" not in made[0] and not re.search(r"(?:src|href)=[\"'](?!data:image/png;base64,|#)", made[0])
 
 
+def test_a_picture_says_what_its_colours_and_arrows_mean(made: tuple, benchmark_folder: Path, tmp_path: Path) -> None:
+    plain = "in colour: intervals without 0"
+    captions = r"<figcaption>(.*?)</figcaption>"
+    assert re.findall(captions, made[0]) == [plain] * 3  # of two methods, both are shown
+    summary = json.loads((benchmark_folder / "results.json").read_text())
+    row = next(row for row in summary["rows"] if row["method"] == "skill")
+    difference = {"digit": {"estimate": [-0.6, -0.7, -0.5], "verdict": "lower"}}
+    summary["rows"].append({**row, "method": "far_off", "difference": difference})
+    (tmp_path / "results.json").write_text(json.dumps(summary))
+    found = re.findall(captions, benchmark_report(read_folder(tmp_path), tmp_path))
+    assert found == [f"{plain}; \u25c2 \u25b8: beyond the axis", plain, plain]
+
+
 def test_the_command_to_repeat_it(made: tuple) -> None:
     wanted = "--methods skill dphubert a_method_with_quite_a_long_name --sparsities 0.5 0.75 --seeds 1 2 3"
-    assert wanted in unescape(made[0])
+    assert wanted in unescape(re.sub("</?span>", "", made[0]))
 
 
 def test_results_without_rows_are_refused(tmp_path: Path) -> None:

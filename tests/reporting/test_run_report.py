@@ -124,8 +124,9 @@ def test_groups_and_their_picture(made: tuple, run_folder: Path) -> None:
     assert "similarity of layers and dendrogram" in html
 
 
-def test_settings_and_commands_to_repeat(made: tuple) -> None:
-    settings, repeat = section(made[0], "Settings and versions"), unescape(section(made[0], "How to repeat it"))
+def test_settings_and_commands_to_repeat(made: tuple, run_folder: Path, teacher_file: Path, speech: Path) -> None:
+    settings, repeat = section(made[0], "Settings and versions"), section(made[0], "How to repeat it")
+    repeat = unescape(re.sub("</?span>", "", repeat))
     assert "seed: 4711" in settings and "by: student" in settings
     assert rows(settings)[0][:3] == ["made with", "skill_fairseq", "python"]
     assert "skill-cluster --teacher teacher.safetensors --manifest train.tsv --measure cka_minibatch" in repeat
@@ -134,7 +135,10 @@ def test_settings_and_commands_to_repeat(made: tuple) -> None:
         "fairseq-hydra-train --config-dir config/distill --config-name tiny common.seed=4711 "
         "'criterion.groups=[[0],[1,2]]' hydra.run.dir=stage1" in repeat
     )
-    assert "skill-probe teacher=MODEL student=MODEL logmel --task TASKS/digit" in repeat
+    assert f"skill-probe teacher={teacher_file} student=student.safetensors logmel --task TASKS/digit" in repeat
+    assert "skill-shrink stage1/checkpoint_last.pt shrunk.safetensors --sparsity 0.4<" in repeat
+    assert f"skill-report {run_folder} --teacher {teacher_file} --data {speech}<" in repeat
+    assert "Words in capitals (TASKS) stand" in repeat and "Of skill-cluster's files only the names" in repeat
 
 
 def test_the_page_is_self_contained_and_its_pictures_are_the_files(made: tuple) -> None:
