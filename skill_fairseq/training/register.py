@@ -7,9 +7,11 @@ from typing import Any, List, Optional, Tuple
 
 import torch
 from fairseq import checkpoint_utils
+from fairseq.data import iterators
 from fairseq.trainer import Trainer
 
 from skill_fairseq.training.checkpoint_files import WholeCopies
+from skill_fairseq.training.loading import shield_workers
 from skill_fairseq.training.preemption import preemption
 from skill_fairseq.training.trainer import SkillTrainer
 
@@ -24,6 +26,7 @@ def register_trainer() -> None:
     program.Trainer = SkillTrainer
     program.validate_and_save = _stopping(program.validate_and_save)
     checkpoint_utils.PathManager = WholeCopies
+    shield_workers(iterators)
 
 
 def _stopping(validate_and_save: Any) -> Any:
