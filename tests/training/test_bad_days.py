@@ -205,13 +205,20 @@ forward, calls = SpeechEncoder.forward, []
 
 def forward_or_fail(self, *args, **kwargs):
     calls.append(self.training)
-    if sum(calls) == 3 and os.environ.get("RANK", "1") == "1":
+    if FAILS and os.environ.get("RANK", "1") == "1":
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
     return forward(self, *args, **kwargs)
 
 SpeechEncoder.forward = forward_or_fail
 fairseq_cli.hydra_train.cli_main()
 """
+
+
+def out_of_memory(folder: Path, fails: str) -> tuple[str, ...]:
+    """A program that trains, but for a forward that fails; ``calls``: of the student, whether in training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "program.py").write_text(OUT_OF_MEMORY.replace("FAILS", fails))
+    return (sys.executable, "program.py")
 
 
 @pytest.mark.faults(
@@ -221,9 +228,23 @@ fairseq_cli.hydra_train.cli_main()
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_out_of_memory_drops_the_batch_with_a_hint(data: list[str], tmp_path: Path, world_size: int) -> None:
     """On one of two ranks the other's batch makes the update."""
-    (tmp_path / "program.py").write_text(OUT_OF_MEMORY)
-    run = Run(tmp_path, *data, *TWELVE, program=(sys.executable, "program.py"), world_size=world_size).finish()
+    program = out_of_memory(tmp_path, "sum(calls) == 3")
+    run = Run(tmp_path, *data, *TWELVE, program=program, world_size=world_size).finish()
     assert sorted(run.updates()) == list(range(1, 13))
     log = run.log(world_size - 1)
     assert "attempting to recover from OOM" in log
-    assert "lower dataset.max_tokens, now 40000, for example to 32000" in log
+    assert "out of memory: lower dataset.max_tokens, now 40000, for example to 32000" in log
+
+
+@pytest.mark.faults(
+    "out of memory in validation",
+    "fairseq tries the batch once more; a hint says what dataset.max_tokens_valid to try",
+)
+def test_out_of_memory_in_validation_has_a_hint_of_its_own(data: list[str], tmp_path: Path) -> None:
+    program = out_of_memory(tmp_path, "calls.count(False) == 1 and not self.training")
+    run = Run(tmp_path, *data, *TWELVE, "dataset.max_tokens_valid=30000", program=program).finish()
+    assert "ran out of memory in validation step, retrying batch" in run.log()
+    assert re.findall("out of memory.*(?:max_tokens|update).*", run.log()) == [
+        "out of memory in validation: lower dataset.max_tokens_valid, now 30000, for example to 24000"
+    ]
+    assert sorted(run.updates()) == list(range(1, 13)) and "[valid][INFO]" in run.log()
