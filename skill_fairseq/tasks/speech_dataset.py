@@ -77,7 +77,7 @@ class SpeechDataset(FileAudioDataset):
             if self.pad and not batch["net_input"]["padding_mask"].any():
                 batch["net_input"]["padding_mask"] = None
             batch["source_bits"] = batch["net_input"]["source"].view(torch.int32)
-            batch["files"] = [s.get("file", str(s["id"])) for s in samples]
+            batch["files"] = [s["file"] for s in samples]
         if unreadable:
             batch["unreadable"] = unreadable
         return batch

@@ -140,11 +140,13 @@ def test_a_full_disk_ends_the_run_and_older_checkpoints_stay_whole(
     """A limit on the size of files stands for the disk: the system refuses the write in its middle."""
     run = Run(tmp_path, *data, "checkpoint.save_interval_updates=5")
     run.start()
-    run.wait_for(lambda: (tmp_path / "checkpoint_1_5.pt").exists() or list(tmp_path.glob("checkpoint_*_5.pt")))
+    run.wait_for(lambda: (tmp_path / "checkpoint_last.pt").exists())
     run.kill()
     whole = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint*.pt")}
     size = max(map(len, whole.values()))
     assert size > 200_000
+    updates = run.checkpoint()["optimizer_history"][-1]["num_updates"]
+    assert updates % 5 == 0 and updates + 5 < 40
     limit = size - 50_000  # logs stay below
 
     def small_disk() -> None:
@@ -152,7 +154,11 @@ def test_a_full_disk_ends_the_run_and_older_checkpoints_stay_whole(
 
     run.start(preexec_fn=small_disk)
     assert run.wait() == [1]
-    assert re.search(r"CheckpointNotWritten: .*checkpoint_\d+_\d+\.pt: the checkpoint could not be written", run.log())
+    number = re.findall(r"Preparing to save checkpoint for epoch \d+ @ (\d+) updates", run.log())[-1]
+    assert int(number) == updates + 5
+    refused = re.findall(r"CheckpointNotWritten: (?:.*/)?(\S+): the checkpoint could not be written", run.log())
+    name = rf"checkpoint_(\d+_{number}|last)\.pt"  # last: at the end of an epoch
+    assert len(refused) == 1 and re.fullmatch(name, refused[0])
     assert "File too large" in run.log() and "GB are free there" in run.log()
     assert {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint*.pt*")} == whole
     run.finish()
@@ -171,12 +177,13 @@ def test_a_truncated_last_checkpoint_costs_what_came_after_the_one_before(
     run.wait_for(lambda: run.last_update() >= 10)
     run.kill()
     last = tmp_path / "checkpoint_last.pt"
+    newest = max(tmp_path.glob("checkpoint_*_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2])).name
     with open(last, "r+b") as file:
         file.truncate(last.stat().st_size - 1000)
     run.finish()
     assert "checkpoint_last.pt: truncated or damaged" in run.log()
     assert (tmp_path / "checkpoint_last.pt.damaged").exists()
-    assert re.search(r"Loaded checkpoint .*/?checkpoint_\d+_\d+\.pt", run.log())
+    assert re.findall(r"Loaded checkpoint (?:.*/)?(checkpoint\S+) ", run.log()) == [newest]
     same_outcome(run, straight(1))
 
 
