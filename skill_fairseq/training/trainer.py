@@ -10,8 +10,10 @@ import torch
 from fairseq import metrics
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
+from omegaconf import OmegaConf
 
 from skill_fairseq.pruning.reach import check_reach, log_sparsity
+from skill_fairseq.training.changed_settings import warn_of_changes
 from skill_fairseq.training.checkpoint_files import newest_whole_checkpoint, writing
 from skill_fairseq.training.preemption import preemption
 
@@ -63,7 +65,10 @@ class SkillTrainer(Trainer):
         preemption.uninstall()
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Optional[Dict[str, Any]]:
-        """fairseq's; in place of a damaged ``checkpoint_last.pt`` the newest whole one, on every rank the same."""
+        """fairseq's; in place of a damaged ``checkpoint_last.pt`` the newest whole one, on every rank the same.
+
+        Settings that have changed since it was written are named in the log.
+        """
         last = Path(self.cfg.checkpoint.save_dir) / f"checkpoint_last{self.checkpoint_suffix}.pt"
         if Path(filename) != last or self.checkpoint_suffix:  # every rank has a file of its own
             return self._unless_finished(super().load_checkpoint(filename, *args, **kwargs))
@@ -71,6 +76,9 @@ class SkillTrainer(Trainer):
         if self.data_parallel_rank == 0:
             try:
                 found = (str(newest_whole_checkpoint(last)), None)
+                if OmegaConf.is_config(self.cfg):
+                    cfg: Any = OmegaConf.to_container(self.cfg, resolve=True, enum_to_str=True)  # as it is saved
+                    warn_of_changes(Path(found[0]), cfg)
             except (ValueError, OSError) as error:
                 found = (filename, str(error))
         if self.data_parallel_world_size > 1:
