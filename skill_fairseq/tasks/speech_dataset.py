@@ -10,7 +10,6 @@ from torch import Tensor
 
 from skill_fairseq.audio.batching import split_batches
 from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest
-from skill_fairseq.training.preemption import shield_worker
 
 
 class SpeechDataset(FileAudioDataset):
@@ -41,7 +40,6 @@ class SpeechDataset(FileAudioDataset):
         self.crop_multiple = crop_multiple
         self.seed = 0
         self.epoch = 1
-        self._shielded = False
         self.num_shards = 1  # ranks that share the batches, set by the task
 
     def file_name(self, index: int) -> str:
@@ -53,9 +51,6 @@ class SpeechDataset(FileAudioDataset):
     def __getitem__(self, index: int) -> Dict[str, Any]:
         """One utterance: ``id``, ``file``, and ``source`` (N,) samples; None, and a message ``unreadable``, where the
         file cannot be read."""
-        if torch.utils.data.get_worker_info() is not None and not self._shielded:
-            shield_worker()
-            self._shielded = True
         file = self.file_name(index)
         try:
             wave = load_audio(file, self.sample_rate)
@@ -82,7 +77,7 @@ class SpeechDataset(FileAudioDataset):
             if self.pad and not batch["net_input"]["padding_mask"].any():
                 batch["net_input"]["padding_mask"] = None
             batch["source_bits"] = batch["net_input"]["source"].view(torch.int32)
-            batch["files"] = [s.get("file", str(s["id"])) for s in samples]
+            batch["files"] = [s["file"] for s in samples]
         if unreadable:
             batch["unreadable"] = unreadable
         return batch

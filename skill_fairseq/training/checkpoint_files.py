@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -27,27 +28,35 @@ class CheckpointNotWritten(Exception):
 def writing(path: str) -> Iterator[None]:
     """Around the writing of ``path`` by way of ``path + ".tmp"``: no half-written file stays, and the error says more.
 
+    An error in which the system had no part is passed on as it is.
+
     Raises:
-        CheckpointNotWritten: writing failed, for example because the disk is full.
+        CheckpointNotWritten: the system refused, for example because the disk is full.
     """
+    before = sys.exc_info()[1]  # fairseq writes crash.pt while it handles another error
     try:
         yield
     except Exception as error:
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
+        refusal = _refusal(error, before)
+        if refusal is None:
+            raise
+        reason = (str(refusal) or type(refusal).__name__).splitlines()[0]
         raise CheckpointNotWritten(
-            f"{path}: the checkpoint could not be written ({_first_line(error)}). {_space(path)}; older checkpoints "
-            "are whole. Make room, or keep fewer (checkpoint.keep_interval_updates), and start the same command again"
+            f"{path}: the checkpoint could not be written ({reason}). {_space(path)}; older checkpoints are whole. "
+            "Make room, or keep fewer (checkpoint.keep_interval_updates), and start the same command again"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    chain = [error]
-    while chain[-1].__context__ is not None:
-        chain.append(chain[-1].__context__)
-    # torch's writer says that it failed; the system's own error, which says why, came before.
-    root = next((e for e in chain if isinstance(e, OSError)), error)
-    return (str(root) or type(root).__name__).splitlines()[0]
+def _refusal(error: BaseException, before: Optional[BaseException]) -> Optional[OSError]:
+    """The system's error behind another: torch's writer says that it failed, the one that says why came first."""
+    link: Optional[BaseException] = error
+    while link is not None and link is not before:
+        if isinstance(link, OSError):
+            return link
+        link = link.__cause__ or link.__context__
+    return None
 
 
 def _space(path: str) -> str:

@@ -75,22 +75,3 @@ class Preemption:
 
 preemption = Preemption()
 """That of this process: signals belong to a process, not to an object."""
-
-
-def shield_worker() -> None:
-    """Keeps a data-loading worker alive when SIGTERM goes to every process of a job, as Slurm's does.
-
-    torch's worker would die of it, and its parent, in the middle of an update, of "DataLoader worker is killed by
-    signal: Terminated". The parent's own SIGTERM still ends the worker, and so does the parent's end.
-    """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()

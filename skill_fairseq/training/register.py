@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
 from typing import Any, List, Optional, Tuple
 
 import torch
 from fairseq import checkpoint_utils
+from fairseq.data import iterators
 from fairseq.trainer import Trainer
 
 from skill_fairseq.training.checkpoint_files import WholeCopies
+from skill_fairseq.training.loading import shield_workers
 from skill_fairseq.training.preemption import preemption
 from skill_fairseq.training.trainer import SkillTrainer
+
+logger = logging.getLogger(__name__)
 
 Validated = Tuple[List[Optional[float]], bool]
 
@@ -24,16 +30,19 @@ def register_trainer() -> None:
     program.Trainer = SkillTrainer
     program.validate_and_save = _stopping(program.validate_and_save)
     checkpoint_utils.PathManager = WholeCopies
+    shield_workers(iterators)
 
 
 def _stopping(validate_and_save: Any) -> Any:
     """fairseq's ``validate_and_save``, called after every update, which also stops a preempted run."""
 
     def validate_save_and_stop(
-        cfg: Any, trainer: SkillTrainer, task: Any, epoch_itr: Any, valid_subsets: List[str], end_of_epoch: bool
+        cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any, valid_subsets: List[str], end_of_epoch: bool
     ) -> Validated:
         result: Validated = validate_and_save(cfg, trainer, task, epoch_itr, valid_subsets, end_of_epoch)
-        if result[1]:
+        if not isinstance(trainer, SkillTrainer):
+            _say_whose(type(trainer).__name__)
+        elif result[1]:
             trainer.end()
         elif trainer.preempted:
             checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
@@ -43,3 +52,11 @@ def _stopping(validate_and_save: Any) -> Any:
         return result
 
     return validate_save_and_stop
+
+
+@functools.cache  # once
+def _say_whose(trainer: str) -> None:
+    logger.warning(
+        f"{trainer} trains (as with common.model_parallel_size > 1), not skill_fairseq's trainer: signals, damaged "
+        "checkpoints, unreadable files and losses that are not finite are as in stock fairseq"
+    )

@@ -10,8 +10,10 @@ import torch
 from fairseq import metrics
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
+from omegaconf import OmegaConf
 
 from skill_fairseq.pruning.reach import check_reach, log_sparsity
+from skill_fairseq.training.changed_settings import warn_of_changes
 from skill_fairseq.training.checkpoint_files import newest_whole_checkpoint, writing
 from skill_fairseq.training.preemption import preemption
 
@@ -63,7 +65,10 @@ class SkillTrainer(Trainer):
         preemption.uninstall()
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Optional[Dict[str, Any]]:
-        """fairseq's; in place of a damaged ``checkpoint_last.pt`` the newest whole one, on every rank the same."""
+        """fairseq's; in place of a damaged ``checkpoint_last.pt`` the newest whole one, on every rank the same.
+
+        Settings that have changed since it was written are named in the log.
+        """
         last = Path(self.cfg.checkpoint.save_dir) / f"checkpoint_last{self.checkpoint_suffix}.pt"
         if Path(filename) != last or self.checkpoint_suffix:  # every rank has a file of its own
             return self._unless_finished(super().load_checkpoint(filename, *args, **kwargs))
@@ -71,6 +76,9 @@ class SkillTrainer(Trainer):
         if self.data_parallel_rank == 0:
             try:
                 found = (str(newest_whole_checkpoint(last)), None)
+                if OmegaConf.is_config(self.cfg):
+                    cfg: Any = OmegaConf.to_container(self.cfg, resolve=True, enum_to_str=True)  # as it is saved
+                    warn_of_changes(Path(found[0]), cfg)
             except (ValueError, OSError) as error:
                 found = (filename, str(error))
         if self.data_parallel_world_size > 1:
@@ -147,7 +155,7 @@ class SkillTrainer(Trainer):
         Raises:
             UpdateSkipped: the gradients are of no use, and the task bears that.
         """
-        if not self._sync_stats():
+        if self.data_parallel_world_size == 1:
             self._agree(self._unreadable_here, preemption.received is not None, self._loss_here_not_finite())
         if self._empty:
             raise UpdateSkipped("none of its files could be read")
@@ -170,19 +178,24 @@ class SkillTrainer(Trainer):
     def _aggregate_logging_outputs(
         self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
     ) -> Tuple[List[Dict[str, Any]], List[Any]]:
-        """fairseq's sum over ranks, which carries three numbers more."""
-        mine = [self._unreadable_here, int(preemption.received is not None), int(self._loss_here_not_finite())]
-        mine.append(int(not self._empty))
+        """fairseq's sum over ranks, which carries four numbers more."""
+        mine = (
+            self._unreadable_here,
+            int(preemption.received is not None),
+            int(self._loss_here_not_finite()),
+            int(not self._empty),
+        )
         split = "train" if self.model.training else "valid"
         if logging_outputs:
             self._logged[split] = list(logging_outputs[0])
         elif split in self._logged:  # out of memory: what is summed over ranks must have one shape
             logging_outputs, ignore = [dict.fromkeys(self._logged[split], 0)], True
         outputs, sums = super()._aggregate_logging_outputs(logging_outputs, *extra_stats_to_sum, *mine, ignore=ignore)
-        *agreed, readable = torch.stack([torch.as_tensor(s) for s in sums[-len(mine) :]]).tolist()
+        theirs, ours = sums[: -len(mine)], sums[-len(mine) :]
+        unreadable, preempted, not_finite, readable = torch.stack([torch.as_tensor(s) for s in ours]).tolist()
         self._empty = readable == 0
-        self._agree(*agreed)
-        return outputs, sums[: -len(mine)]
+        self._agree(unreadable, preempted, not_finite)
+        return outputs, theirs
 
     def _agree(self, unreadable: float, preempted: float, not_finite: float) -> None:
         """Takes over what all ranks have seen, in the same step on every rank."""
@@ -221,11 +234,15 @@ class SkillTrainer(Trainer):
 
     def _log_oom(self, exc: BaseException) -> None:
         super()._log_oom(exc)
-        most = self.cfg.dataset.max_tokens
+        if self.model.training:
+            name, where = "max_tokens", ""
+            more = "; with optimization.update_freq=[2] half the batch twice is the same update"
+        else:
+            name, where, more = "max_tokens_valid", " in validation", ""
+        most = self.cfg.dataset[name]
         if most:
             logger.warning(
-                f"out of memory: lower dataset.max_tokens, now {most}, for example to {int(most * 0.8)}; with "
-                "optimization.update_freq=[2] half the batch twice is the same update"
+                f"out of memory{where}: lower dataset.{name}, now {most}, for example to {int(most * 0.8)}{more}"
             )
 
     def _loss_here_not_finite(self) -> bool:

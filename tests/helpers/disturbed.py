@@ -19,9 +19,9 @@ from runs import CONFIG, ENVIRONMENT
 from skill_fairseq.checkpoints.safe_load import load_torch_file
 
 TRAIN = (str(Path(sys.executable).with_name("fairseq-hydra-train")),)
+LOGGED = ["common.log_format=json", "common.log_interval=1"]
 SETTINGS = [
-    "common.log_format=json",
-    "common.log_interval=1",
+    *LOGGED,
     "dataset.max_tokens=40000",
     "dataset.validate_interval_updates=0",
     "checkpoint.save_interval_updates=3",
@@ -51,11 +51,19 @@ def free_port() -> int:
 class Run:
     """A training run in a folder, of one process or several; every call of :meth:`start` is the same command."""
 
-    def __init__(self, folder: Path, *overrides: str, world_size: int = 1, program: tuple[str, ...] = TRAIN) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *overrides: str,
+        world_size: int = 1,
+        program: tuple[str, ...] = TRAIN,
+        config: tuple[str, str, list[str]] = ("distill", "tiny", SETTINGS),
+    ) -> None:
         self.folder = folder
         self.world_size = world_size
-        self.command = [*program, "--config-dir", str(CONFIG / "distill"), "--config-name", "tiny"]
-        self.command += ["hydra.run.dir=.", "checkpoint.save_dir=.", *SETTINGS, *overrides]
+        kind, name, settings = config
+        self.command = [*program, "--config-dir", str(CONFIG / kind), "--config-name", name]
+        self.command += ["hydra.run.dir=.", "checkpoint.save_dir=.", *settings, *overrides]
         if world_size > 1:
             self.command.append("distributed_training.distributed_backend=gloo")
         self.processes: list[subprocess.Popen] = []

@@ -97,7 +97,7 @@ def test_crops_come_from_all_over_the_utterance(small: Any, tmp_path: Path) -> N
 def test_crop_multiple(small: Any, speech: Path, lengths: tuple, multiple: int, expected: int) -> None:
     task = small.make_task(speech, crop_multiple=multiple)
     task.load_dataset("train")
-    samples = [{"id": i, "source": torch.ones(length)} for i, length in enumerate(lengths)]
+    samples = [{"id": i, "file": f"{i}.wav", "source": torch.ones(length)} for i, length in enumerate(lengths)]
     assert task.dataset("train").collater(samples)["net_input"]["source"].shape == (2, expected)
 
 

@@ -140,11 +140,13 @@ def test_a_full_disk_ends_the_run_and_older_checkpoints_stay_whole(
     """A limit on the size of files stands for the disk: the system refuses the write in its middle."""
     run = Run(tmp_path, *data, "checkpoint.save_interval_updates=5")
     run.start()
-    run.wait_for(lambda: (tmp_path / "checkpoint_1_5.pt").exists() or list(tmp_path.glob("checkpoint_*_5.pt")))
+    run.wait_for(lambda: (tmp_path / "checkpoint_last.pt").exists())
     run.kill()
     whole = {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint*.pt")}
     size = max(map(len, whole.values()))
     assert size > 200_000
+    updates = run.checkpoint()["optimizer_history"][-1]["num_updates"]
+    assert updates % 5 == 0 and updates + 5 < 40
     limit = size - 50_000  # logs stay below
 
     def small_disk() -> None:
@@ -152,7 +154,11 @@ def test_a_full_disk_ends_the_run_and_older_checkpoints_stay_whole(
 
     run.start(preexec_fn=small_disk)
     assert run.wait() == [1]
-    assert re.search(r"CheckpointNotWritten: .*checkpoint_\d+_\d+\.pt: the checkpoint could not be written", run.log())
+    number = re.findall(r"Preparing to save checkpoint for epoch \d+ @ (\d+) updates", run.log())[-1]
+    assert int(number) == updates + 5
+    refused = re.findall(r"CheckpointNotWritten: (?:.*/)?(\S+): the checkpoint could not be written", run.log())
+    name = rf"checkpoint_(\d+_{number}|last)\.pt"  # last: at the end of an epoch
+    assert len(refused) == 1 and re.fullmatch(name, refused[0])
     assert "File too large" in run.log() and "GB are free there" in run.log()
     assert {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint*.pt*")} == whole
     run.finish()
@@ -171,12 +177,13 @@ def test_a_truncated_last_checkpoint_costs_what_came_after_the_one_before(
     run.wait_for(lambda: run.last_update() >= 10)
     run.kill()
     last = tmp_path / "checkpoint_last.pt"
+    newest = max(tmp_path.glob("checkpoint_*_*.pt"), key=lambda path: int(path.stem.rpartition("_")[2])).name
     with open(last, "r+b") as file:
         file.truncate(last.stat().st_size - 1000)
     run.finish()
     assert "checkpoint_last.pt: truncated or damaged" in run.log()
     assert (tmp_path / "checkpoint_last.pt.damaged").exists()
-    assert re.search(r"Loaded checkpoint .*/?checkpoint_\d+_\d+\.pt", run.log())
+    assert re.findall(r"Loaded checkpoint (?:.*/)?(checkpoint\S+) ", run.log()) == [newest]
     same_outcome(run, straight(1))
 
 
@@ -205,13 +212,20 @@ forward, calls = SpeechEncoder.forward, []
 
 def forward_or_fail(self, *args, **kwargs):
     calls.append(self.training)
-    if sum(calls) == 3 and os.environ.get("RANK", "1") == "1":
+    if FAILS and os.environ.get("RANK", "1") == "1":
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
     return forward(self, *args, **kwargs)
 
 SpeechEncoder.forward = forward_or_fail
 fairseq_cli.hydra_train.cli_main()
 """
+
+
+def out_of_memory(folder: Path, fails: str) -> tuple[str, ...]:
+    """A program that trains, but for a forward that fails; ``calls``: of the student, whether in training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "program.py").write_text(OUT_OF_MEMORY.replace("FAILS", fails))
+    return (sys.executable, "program.py")
 
 
 @pytest.mark.faults(
@@ -221,9 +235,23 @@ fairseq_cli.hydra_train.cli_main()
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_out_of_memory_drops_the_batch_with_a_hint(data: list[str], tmp_path: Path, world_size: int) -> None:
     """On one of two ranks the other's batch makes the update."""
-    (tmp_path / "program.py").write_text(OUT_OF_MEMORY)
-    run = Run(tmp_path, *data, *TWELVE, program=(sys.executable, "program.py"), world_size=world_size).finish()
+    program = out_of_memory(tmp_path, "sum(calls) == 3")
+    run = Run(tmp_path, *data, *TWELVE, program=program, world_size=world_size).finish()
     assert sorted(run.updates()) == list(range(1, 13))
     log = run.log(world_size - 1)
     assert "attempting to recover from OOM" in log
-    assert "lower dataset.max_tokens, now 40000, for example to 32000" in log
+    assert "out of memory: lower dataset.max_tokens, now 40000, for example to 32000" in log
+
+
+@pytest.mark.faults(
+    "out of memory in validation",
+    "fairseq tries the batch once more; a hint says what dataset.max_tokens_valid to try",
+)
+def test_out_of_memory_in_validation_has_a_hint_of_its_own(data: list[str], tmp_path: Path) -> None:
+    program = out_of_memory(tmp_path, "calls.count(False) == 1 and not self.training")
+    run = Run(tmp_path, *data, *TWELVE, "dataset.max_tokens_valid=30000", program=program).finish()
+    assert "ran out of memory in validation step, retrying batch" in run.log()
+    assert re.findall("out of memory.*(?:max_tokens|update).*", run.log()) == [
+        "out of memory in validation: lower dataset.max_tokens_valid, now 30000, for example to 24000"
+    ]
+    assert sorted(run.updates()) == list(range(1, 13)) and "[valid][INFO]" in run.log()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,3 +131,42 @@ def test_the_systems_error_is_what_is_told(tmp_path: Path) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
                 raise RuntimeError("PytorchStreamWriter failed writing file") from None
+
+
+@pytest.mark.parametrize("handled", [None, OSError(errno.EIO, "an audio file")])
+def test_errors_of_which_the_system_knows_nothing_are_passed_on(tmp_path: Path, handled: Any) -> None:
+    """Making room would not help; an error that was being handled before does not count."""
+    path = tmp_path / "crash.pt"
+    error = AttributeError("Can't pickle local object")
+
+    def write() -> None:
+        with writing(str(path)):
+            (tmp_path / "crash.pt.tmp").write_bytes(b"half")
+            raise error
+
+    with pytest.raises(AttributeError) as raised:
+        if handled is None:
+            write()
+        try:
+            raise handled
+        except OSError:
+            write()
+    assert raised.value is error and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_while_another_error_is_handled_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotWritten, match="could not be written .*No space left on device"):
+        try:
+            raise ValueError("what crash.pt is written for")
+        except ValueError:
+            with writing(str(tmp_path / "crash.pt")):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+
+
+def test_what_cannot_be_saved_is_named_by_torch(tmp_path: Path) -> None:
+    """A real save that fails for another reason than the disk."""
+    path = tmp_path / "checkpoint_last.pt"
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        with writing(str(path)):
+            torch.save({"model": lambda: None}, str(path) + ".tmp")
+    assert not list(tmp_path.iterdir())

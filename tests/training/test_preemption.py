@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from disturbed import Run, same_outcome
+from disturbed import LOGGED, Run, same_outcome
 
+from skill_fairseq.audio.manifest import read_manifest, write_manifest
 from skill_fairseq.training.preemption import REQUEUE_EXIT_CODE, SIGNALS, Preemption
 
 
@@ -36,15 +38,34 @@ def test_signals_to_every_process_lose_no_update(data: list[str], straight: Any,
     same_outcome(run, straight(1))
 
 
+def pretraining(speech: Path, folder: Path) -> list[str]:
+    """Data of fairseq's hubert_pretraining: the same speech, with a random unit for each of its frames (50 Hz)."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for split in ("train", "valid"):
+        manifest = read_manifest(speech / f"{split}.tsv")
+        write_manifest(folder / f"{split}.tsv", str(speech), manifest.paths, manifest.sizes)
+        units = (" ".join(map(str, random.integers(10, size=size // 320))) for size in manifest.sizes)
+        (folder / f"{split}.km").write_text("".join(f"{line}\n" for line in units))
+    (folder / "dict.km.txt").write_text("".join(f"{unit} 1\n" for unit in range(10)))
+    return [f"task.data={folder}", f"task.label_dir={folder}", "task.label_rate=50", "dataset.batch_size=1"]
+
+
 @pytest.mark.faults(
     "SIGTERM reaches the data-loading workers too",
-    "they outlive it; the training process decides",
+    "they outlive it, whatever the dataset; the training process decides",
 )
 @pytest.mark.slow
-def test_loading_workers_outlive_the_signal(data: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["skill_distillation", "hubert_pretraining"])
+def test_loading_workers_outlive_the_signal(data: list[str], speech: Path, tmp_path: Path, task: str) -> None:
     """It may reach them first: their end would be the run's, as soon as a batch is waited for."""
-    many = ["dataset.max_tokens=9000", "optimization.max_update=70", "checkpoint.save_interval_updates=1000"]
-    run = Run(tmp_path, *data, "dataset.num_workers=2", *many).start()
+    many = ["dataset.num_workers=2", "optimization.max_update=70", "checkpoint.save_interval_updates=1000"]
+    if task == "skill_distillation":
+        run = Run(tmp_path / "run", *data, "dataset.max_tokens=9000", *many)
+    else:
+        config = ("pretrain", "wavlm_tiny_speech", [*LOGGED, "common.cpu=true", "model.encoder_layers=2"])
+        run = Run(tmp_path / "run", *pretraining(speech, tmp_path / "units"), *many, config=config)
+    run.start()
     run.wait_for(lambda: run.last_update() >= 3)
     parents = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     pairs = (line.split() for line in parents.splitlines())
@@ -72,6 +93,20 @@ def test_ranks_stop_together_when_one_is_asked(data: list[str], straight: Any, t
     assert run.checkpoint()["optimizer_history"][-1]["num_updates"] == run.last_update()
     run.finish()
     same_outcome(run, straight(2))
+
+
+@pytest.mark.slow
+def test_ranks_that_meet_now_and_then_stop_when_they_meet(data: list[str], tmp_path: Path) -> None:
+    """fairseq's BMUF: between two meetings a rank knows nothing of the others, and must not stop alone."""
+    one_optimizer = ["~optimizer.groups", "optimizer._name=adam", "lr_scheduler._name=fixed"]  # it takes no other
+    bmuf = ["optimization.use_bmuf=true", "bmuf.global_sync_iter=10", "bmuf.warmup_iterations=5"]
+    rare = ["dataset.validate_interval_updates=0", "checkpoint.save_interval_updates=1000"]
+    config = ("distill", "tiny", [*LOGGED, *one_optimizer, *bmuf, *rare, "criterion.groups=[[0],[1,2],[3]]"])
+    run = Run(tmp_path, *data, "dataset.max_tokens=40000", world_size=2, config=config).start()
+    run.wait_for(lambda: run.last_update() >= 22)
+    run.signal(signal.SIGTERM, ranks=[1])
+    assert run.wait() == [REQUEUE_EXIT_CODE] * 2, run.log()[-3000:]
+    assert run.checkpoint()["optimizer_history"][-1]["num_updates"] % 10 == 0
 
 
 OWN_HANDLER = """

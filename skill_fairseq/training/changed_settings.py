@@ -1,0 +1,141 @@
+"""What has changed between the settings that a checkpoint was made with and those of the run that goes on from it."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Dict, Tuple
+
+logger = logging.getLogger(__name__)
+
+ORDINARY = (
+    "job_logging_cfg.*",
+    "common.log_*",
+    "common.no_progress_bar",
+    "common.tensorboard_logdir",
+    "common.user_dir",
+    "common.wandb_project",
+    "checkpoint.*",
+    "dataset.data_buffer_size",
+    "dataset.num_workers",
+    "dataset.validate_*",
+    "distributed_training.*",
+    "optimization.max_epoch",
+    "optimization.max_update",
+    "optimization.stop_time_hours",
+    "task.max_skipped_updates",
+    "task.max_unreadable_files",
+)
+"""Fields that change without a word: where, how often and on how many processes, how long, and what is borne."""
+
+NOT_SET = "not set"
+_MOST = 10  # fields that are named
+_LENGTH = 60  # of a value's text
+
+
+def warn_of_changes(checkpoint: Path, cfg: Mapping[str, Any]) -> None:
+    """Logs one warning that names the fields whose values differ from the checkpoint's; none if there are none.
+
+    Args:
+        checkpoint: fairseq's file; silence if it is missing or holds no config that can be compared.
+        cfg: config of the present run, plain.
+    """
+    changes = changed_settings(saved_settings(checkpoint), cfg)
+    if not changes:
+        return
+    named = [f"{name}: {_short(old)} -> {_short(new)}" for name, (old, new) in list(changes.items())[:_MOST]]
+    more = f", and {len(changes) - _MOST} more" if len(changes) > _MOST else ""
+    logger.warning(
+        f"settings have changed since {checkpoint} was written, and the run goes on from it: {', '.join(named)}{more}. "
+        "To start from the beginning, give it another hydra.run.dir"
+    )
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Dict[str, Tuple[Any, Any]]:
+    """Fields with other values now, by dotted name: old and new, :data:`NOT_SET` where one side has none.
+
+    :data:`ORDINARY` ones are left out, and those that follow ``optimization.max_update``, as schedules do.
+
+    Args:
+        before: plain nested config; empty if there is nothing to compare.
+        now: the same of the present run.
+    """
+    old, new = _leaves(before), _leaves(now)
+    if not old:
+        return {}
+    length = tuple(side.get("optimization.max_update") for side in (old, new))
+    changes = {}
+    for name in sorted({*old, *new}):
+        pair = (old.get(name, NOT_SET), new.get(name, NOT_SET))
+        ordinary = any(fnmatch.fnmatchcase(name, pattern) for pattern in ORDINARY) or pair == length
+        if pair[0] != pair[1] and not ordinary:
+            changes[name] = pair
+    return changes
+
+
+def saved_settings(checkpoint: Path) -> Dict[str, Any]:
+    """The config in fairseq's checkpoint, without reading a tensor or running code of the file.
+
+    Returns:
+        a nested dictionary; empty where the file is missing, of another format, or has no plain config.
+    """
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            (name,) = (name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
+            with archive.open(name) as file:
+                cfg = _WithoutObjects(file).load()["cfg"]
+    except Exception:  # damaged pickles raise nearly anything; whether the file is of use is fairseq's affair
+        return {}
+    return cfg if isinstance(cfg, dict) else {}
+
+
+class _Omitted(dict):
+    """Stands for an object, and is empty: takes every argument, item and state, and runs none of its code."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # it may have been a key
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+
+class _WithoutObjects(pickle.Unpickler):
+    """Reads dictionaries, lists, texts and numbers; all else is omitted."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Omitted
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A tensor's storage."""
+        return None
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Dict[str, Any]:
+    found: Dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found.update(_leaves(value, f"{prefix}{key}."))
+        elif value is None or isinstance(value, (str, int, float, list, tuple)):
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _short(value: Any) -> str:
+    text = value if value is NOT_SET else repr(value)
+    return text if len(text) <= _LENGTH else text[: _LENGTH - 3] + "..."
