@@ -150,11 +150,11 @@ class LayerSimilarity:
         }
         found["loss"] = found["l1"] + found["cosine"]
         if "cka" in self.measures:
-            found["cka"] = _cka_distance(self._exact_hsic())
+            found["cka"] = cka_distance(self._exact_hsic())
         if "cka_minibatch" in self.measures:
             rest = torch.cat(self._buffer, 1)[:, : self._buffered] if self._buffered else None
             hsic = self._hsic if rest is None else self._hsic + self._blocks(rest)
-            found["cka_minibatch"] = _cka_distance(hsic)
+            found["cka_minibatch"] = cka_distance(hsic)
         return {measure: _as_distances(found[measure]) for measure in self.measures}
 
     def _start(self, layers: int, features: int, device: torch.device) -> None:
@@ -231,7 +231,7 @@ def _square(pairs: Tensor) -> Tensor:
     return matrix + matrix.T
 
 
-def _cka_distance(hsic: Tensor) -> Tensor:
+def cka_distance(hsic: Tensor) -> Tensor:
     """1 - CKA from the HSIC of all pairs (L + 1, L + 1)."""
     own = hsic.diagonal()
     flat = [i for i, value in enumerate(own.tolist()) if not value > 0]

@@ -17,6 +17,8 @@ OVERALL = "all"
 """In place of a sparsity: the mean over all of them."""
 
 PROBE_VERDICTS = {1: "higher", 0: "no difference", -1: "lower"}
+SHOWN = {"l1_normalized": "L1", "cos": "1 - cos", "cka": "1 - CKA"}
+"""Distances that tables show, under which name."""
 DISTANCE_VERDICTS = {1: "farther", 0: "no difference", -1: "nearer"}
 
 
@@ -231,8 +233,9 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
         if row["sparsity"] in wanted and row["method"] != summary["baseline"] and row["difference"]:
             where = "over all sparsities" if row["sparsity"] == OVERALL else f"at sparsity {row['sparsity']:g}"
             said = [f"{task} {_points(d['estimate'])}: {d['verdict']}" for task, d in row["difference"].items()]
-            d = row["distance_difference"]["l1_normalized"]
-            said.append(f"distance to the teacher (L1) {_interval(d['estimate'], 1, 4, True)}: {d['verdict']}")
+            for kind in ("l1_normalized", "cka"):
+                d = row["distance_difference"][kind]
+                said.append(f"{SHOWN[kind]} to the teacher {_interval(d['estimate'], 1, 4, True)}: {d['verdict']}")
             seeds = f"{len(row['seeds'])} seed{'s' * (len(row['seeds']) > 1)}"
             of = f"- **{row['method']}** against {summary['baseline']}, {where}, {seeds}"
             lines.append(f"{of}: {'; '.join(said)}")
@@ -275,15 +278,17 @@ def _probe_table(rows: Sequence[Any], summary: Mapping[str, Any]) -> tuple[list[
 
 
 def _distance_table(rows: Sequence[Any], baseline: str) -> tuple[list[str], list[list[str]]]:
-    head = ["method", "L1", f"less {baseline}", "1 - cos", f"less {baseline}"]
-    head += ["L1, distilled layers", "other layers", "1 - cos, distilled layers", "other layers"]
-    table = []
+    head, table = ["method"], []
+    for name in SHOWN.values():
+        head += [name, f"less {baseline}"]
+    for name in SHOWN.values():
+        head += [f"{name}, distilled layers", "other layers"]
     for row in rows:
         line = [row["method"]]
-        for kind in ("l1_normalized", "cos"):
+        for kind in SHOWN:
             line.append(_interval(row["distance"][kind], 1, 3))
             line.append(_difference(row, row["distance_difference"].get(kind), baseline, 1, 3))
-        for kind in ("l1_normalized", "cos"):
+        for kind in SHOWN:
             line += [_number(row[part][kind]) for part in ("distilled", "not_distilled")]
         table.append(line)
     return head, table

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from skill_fairseq.comparison.table import OVERALL, introduction, sparsity_tables, verdicts
+from skill_fairseq.comparison.table import OVERALL, SHOWN, introduction, sparsity_tables, verdicts
 from skill_fairseq.reporting import page, pictures
 from skill_fairseq.reporting.run_folder import RunFolder
 from skill_fairseq.reporting.run_report import as_yaml, cluster_section
@@ -66,7 +66,8 @@ def _sparsity(rows: Sequence[Row], summary: Mapping[str, Any], sparsity: Any, ou
             if pictures.beyond(lines, 0.0):
                 caption += "; \u25c2 \u25b8: beyond the axis"
             shown.append(page.figure(path, alt, caption))
-    for kind, label in (("l1_normalized", "L1 to the teacher, normalised"), ("cos", "1 - cos to the teacher")):
+    for kind, name in SHOWN.items():
+        label = f"{name} to the teacher"
         curves = {row["method"]: (range(len(row["layers"][kind])), row["layers"][kind]) for row in rows}
         path = pictures.curves(out / f"distance_{kind}_{sparsity}.png", curves, label, xlabel="layer", log=True)
         shown.append(page.figure(path, f"{label} of each method, by layer"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from skill_fairseq.audio.manifest import check_manifest, read_manifest
-from skill_fairseq.comparison.layer_distance import LayerDistances, layer_distances
+from skill_fairseq.comparison.layer_distance import KINDS, LayerDistances, layer_distances
 from skill_fairseq.comparison.measure import SECONDS, costs
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -94,14 +94,15 @@ def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups
         seconds += size / rate
     found = {n: layer_distances(e, encoders["teacher"], files) for n, e in encoders.items() if n != "teacher"}
     shown = []
-    for kind, label in (("l1_normalized", "L1, states normalised"), ("cos", "1 - cos")):
+    for kind, label in (("l1_normalized", "L1, states normalised"), ("cos", "1 - cos"), ("cka", "1 - CKA")):
         lines = {name: (range(len(d.layers[kind])), d.layers[kind]) for name, d in found.items()}
         path = pictures.curves(out / f"distance_{kind}.png", lines, label, xlabel="layer")
         shown.append(page.figure(path, f"{label} between student and teacher, by layer"))
     text = (
         f"States of the same layer, on {len(files)} recordings of {valid.name} ({seconds:.1f} s, "
         f"{next(iter(found.values())).num_frames} frames), no projection in between. L1 is shown of states as they "
-        "are, and of states brought to zero mean and unit variance frame by frame. Layer 0 precedes the transformer."
+        "are, and of states brought to zero mean and unit variance frame by frame; 1 - CKA, of a recording's frames, "
+        "asks nothing of rotation and scale. Layer 0 precedes the transformer."
     )
     return page.paragraph(text) + page.figures(shown) + _distance_table(found, groups)
 
@@ -109,11 +110,11 @@ def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups
 def _distance_table(found: Mapping[str, LayerDistances], groups: Any) -> str:
     head = ["layer", "group"]
     for name in found:
-        head += [f"{name}: L1", f"{name}: L1 normalised", f"{name}: 1 - cos"]
+        head += [f"{name}: L1", f"{name}: L1 normalised", f"{name}: 1 - cos", f"{name}: 1 - CKA"]
     number = {layer: str(g) for g, group in enumerate(groups or []) for layer in group}
     rows = []
     for layer in range(len(next(iter(found.values())).layers["l1"])):
         rows.append([str(layer), number.get(layer, "-")])
         for distances in found.values():
-            rows[-1] += [f"{distances.layers[kind][layer]:.4f}" for kind in ("l1", "l1_normalized", "cos")]
+            rows[-1] += [f"{distances.layers[kind][layer]:.4f}" for kind in KINDS]
     return page.table(head, rows)

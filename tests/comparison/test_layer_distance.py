@@ -10,13 +10,14 @@ import pytest
 import soundfile
 import torch
 
+from skill_fairseq.clustering.similarity import LayerSimilarity
 from skill_fairseq.comparison.layer_distance import KINDS, layer_distances, mean_over, state_distances
 
 
 def test_distances_against_numbers_worked_out_by_hand() -> None:
-    teacher = [torch.tensor([[3.0, 4.0], [1.0, 0.0]])]
-    student = [torch.tensor([[4.0, 3.0], [0.0, 2.0]])]
-    l1, normalized, cos = state_distances(student, teacher)[:, 0].tolist()
+    teacher = [torch.tensor([[3.0, 4.0], [1.0, 0.0]] * 2)]
+    student = [torch.tensor([[4.0, 3.0], [0.0, 2.0]] * 2)]
+    l1, normalized, cos, _ = state_distances(student, teacher)[:, 0].tolist()
     assert l1 == pytest.approx((1 + 1 + 1 + 2) / 4)
     assert normalized == pytest.approx(2, abs=1e-3)  # two features in the other order: (1, -1) against (-1, 1)
     assert cos == pytest.approx(1 - (24 / 25 + 0) / 2)
@@ -26,6 +27,19 @@ def test_normalized_distance_ignores_scale_and_shift_of_a_frame() -> None:
     states = [torch.randn(7, 16, generator=torch.Generator().manual_seed(0))]
     distances = dict(zip(KINDS, state_distances([10 * states[0] + 3], states)[:, 0].tolist()))
     assert distances["l1"] > 5 and distances["l1_normalized"] < 1e-4
+
+
+def test_cka_ignores_rotation_and_scale_and_is_that_of_the_clustering() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, two = (torch.randn(40, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))[0]
+    distances = dict(zip(KINDS, state_distances([3 * one @ rotation + 1], [one])[:, 0].tolist()))
+    assert abs(distances["cka"]) < 1e-12 and distances["l1_normalized"] > 0.5
+    both = LayerSimilarity(["cka_minibatch"], block_frames=40, buffer_blocks=1)
+    both.update([one[None], (one + two)[None]])
+    expected = both.distances()["cka_minibatch"][0, 1]
+    assert dict(zip(KINDS, state_distances([one], [one + two])[:, 0].tolist()))["cka"] == pytest.approx(expected)
+    assert 0.2 < expected < 0.8
 
 
 def test_means_over_frames_and_over_recordings(tmp_path: Path, small: Any) -> None:
@@ -55,6 +69,12 @@ def test_means_over_frames_and_over_recordings(tmp_path: Path, small: Any) -> No
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"states \[\(3, 4\)\], teacher states \[\(3, 8\)\]: expected the same"):
         state_distances([torch.zeros(3, 4)], [torch.zeros(3, 8)])
+
+
+def test_a_recording_too_short_for_cka_is_named(tmp_path: Path, small: Any) -> None:
+    soundfile.write(str(tmp_path / "short.wav"), small.tone(0.065, 0), 16000)
+    with pytest.raises(ValueError, match="short.wav: [123] frames, expected at least 4; leave it out"):
+        layer_distances(small.random_encoder(), small.random_encoder(), [tmp_path / "short.wav"])
 
 
 def test_no_recordings_are_refused(small: Any) -> None:

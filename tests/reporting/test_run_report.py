@@ -102,7 +102,7 @@ def test_distances_are_those_of_the_states(made: tuple, run_folder: Path, teache
     groups = json.loads((run_folder / "clusters" / "clusters.json").read_text())["groups"]
     for layer in range(4):
         row = next(row for row in table if row[0] == str(layer))
-        assert row[5:] == [f"{found[kind][layer]:.4f}" for kind in ("l1", "l1_normalized", "cos")]
+        assert row[6:] == [f"{found[kind][layer]:.4f}" for kind in ("l1", "l1_normalized", "cos", "cka")]
         assert layer in groups[int(row[1])]
 
 
@@ -147,7 +147,7 @@ def test_the_page_is_self_contained_and_its_pictures_are_the_files(made: tuple) 
     assert "<script" not in html and "url(" not in html and "@import" not in html
     inside = {base64.b64decode(data) for data in re.findall(r"data:image/png;base64,([^\"]+)", html)}
     files = {file.read_bytes() for file in out.glob("*.png")}
-    assert inside == files and len(files) == 10 and all(data.startswith(b"\x89PNG") for data in files)
+    assert inside == files and len(files) == 11 and all(data.startswith(b"\x89PNG") for data in files)
     assert "Left out" not in html
 
 
