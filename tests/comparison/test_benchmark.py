@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def test_what_is_done_is_not_done_again(command: list[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*.json")}
     done = run(command)
     assert done.returncode == 0 and "0 of 3 runs are to be made" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*.json")} == before and len(before) == 3
+    assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*.json")} == before and len(before) == 6
 
 
 def test_other_settings_are_refused_in_the_same_folder(command: list[str], tmp_path: Path) -> None:
@@ -125,6 +126,26 @@ def test_other_settings_are_refused_in_the_same_folder(command: list[str], tmp_p
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grids))
     done = run([*command[:4], str(tmp_path / "grid.yaml"), *command[5:]])
     assert done.returncode == 2 and "settings.json: stage1 is" in done.stderr and "give another OUT" in done.stderr
+
+
+def test_a_method_that_now_means_something_else_is_refused(command: list[str], tmp_path: Path) -> None:
+    grids = yaml.safe_load(Path(command[4]).read_text())
+    folder = Path(command[2]) / "runs" / "few-0.5-1"
+    folder.mkdir()
+    begun = {"groups": [[0, 1, 2, 3]], "projection_sharing": "none", "stage1": ["a.b=2"], "stage2": []}
+    (folder / "target.json").write_text(json.dumps(begun))
+
+    def table(num_groups: int) -> subprocess.CompletedProcess:
+        variants = {"few": {"clustering": {"num_groups": num_groups}, "stage1": ["a.b=2"]}}
+        grids["small"].update(methods=["dphubert", "few"], variants=variants)
+        (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grids))
+        return run([*command[:4], str(tmp_path / "grid.yaml"), *command[5:], "--table"])
+
+    assert table(1).returncode == 0
+    refused = table(2)
+    assert refused.returncode == 2 and "few-0.5-1/target.json: {'groups': [[0, 1, 2, 3]]" in refused.stderr
+    assert "but few is now {'groups': [[" in refused.stderr and "rename the variant" in refused.stderr
+    shutil.rmtree(folder)
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_tabulated(command: list[str]) -> None:
