@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 PathLike = Union[str, "os.PathLike[str]"]
 
@@ -38,6 +39,22 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def write_json(path: PathLike, content: Any) -> None:
+    """Atomically.
+
+    Raises:
+        ValueError: a number in it is NaN or infinite, which JSON does not know.
+    """
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: PathLike) -> Any:
+    """The file's content."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 @contextlib.contextmanager

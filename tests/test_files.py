@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skill_fairseq.files import atomic_write, sha256
+from skill_fairseq.files import atomic_write, read_json, sha256, write_json
 
 
 def test_atomic_write_replaces_in_one_step(tmp_path: Path) -> None:
@@ -45,3 +45,12 @@ def test_sha256_of_several_pieces(tmp_path: Path) -> None:
     content = bytes(range(256)) * 9000  # 2.2 MiB
     (tmp_path / "file").write_bytes(content)
     assert sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_json(tmp_path / "new" / "a.json", {"b": [1, 2.5, None]})
+    assert read_json(tmp_path / "new" / "a.json") == {"b": [1, 2.5, None]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "new" / "a.json", {"b": float("nan")})
+    assert read_json(tmp_path / "new" / "a.json") == {"b": [1, 2.5, None]}
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.json"]

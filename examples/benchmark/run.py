@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,22 +19,21 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from threads, and waits for them
 
+from student import in_log, make_student  # beside this file
+
 from skill_fairseq import load_encoder
 from skill_fairseq.audio.manifest import check_manifest, read_manifest
-from skill_fairseq.checkpoints.export import save_encoder
-from skill_fairseq.checkpoints.load import read_source
-from skill_fairseq.cli import cluster, export, shrink
+from skill_fairseq.cli import cluster
 from skill_fairseq.cli._common import run as reporting_errors
-from skill_fairseq.clustering.config_file import format_groups
 from skill_fairseq.comparison.grid import Grid, Run, changed_setting, owner, read_grid, runs_of, settings_of
 from skill_fairseq.comparison.layer_distance import layer_distances
 from skill_fairseq.comparison.measure import costs, distilled_layers, probe_tasks
 from skill_fairseq.comparison.methods import METHODS
-from skill_fairseq.comparison.table import summarise, write_tables
-from skill_fairseq.files import atomic_write, sha256
+from skill_fairseq.comparison.summary import summarise
+from skill_fairseq.comparison.table import write_tables
+from skill_fairseq.files import atomic_write, read_json, sha256, write_json
 from skill_fairseq.probing.models import level_free_log_mel, resolve_model
 from skill_fairseq.probing.tasks import read_task
-from skill_fairseq.pruning.magnitude import prune_by_magnitude
 from skill_fairseq.versions import versions
 
 HERE = Path(__file__).resolve().parent
@@ -58,133 +56,6 @@ Needs skill_fairseq with its extra for probes: pip install '.[probe,plots]'.
 
 class Stopped(BaseException):
     """A signal asked us to end."""
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def call(command: Sequence[str], log: Path) -> int:
-    """Runs a command, its output appended to a log; ends it gently when we are ended. Returns its exit code."""
-    with open(log, "a", encoding="utf-8") as stream:
-        child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-        try:
-            return child.wait()
-        except BaseException:
-            child.terminate()
-            child.wait()
-            raise
-
-
-def in_log(main: Any, arguments: Sequence[str], log: Path) -> None:
-    """One of our own commands in this process, its output appended to a log.
-
-    Raises:
-        ValueError: it failed.
-    """
-    with (
-        open(log, "a", encoding="utf-8") as stream,
-        contextlib.redirect_stdout(stream),
-        contextlib.redirect_stderr(stream),
-    ):
-        code = main(list(arguments))
-    if code:
-        last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
-        raise ValueError(f"{' '.join(arguments)}: {last}; all output is in {log}")
-
-
-def train(folder: Path, config: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """One stage by fairseq-hydra-train, unless it is done; goes on from its last checkpoint.
-
-    Returns:
-        ``seconds`` of wall time, of all attempts together, and their number.
-
-    Raises:
-        ValueError: training failed; names the log.
-    """
-    done, spent = folder / "done", folder / "attempts.json"
-    if done.is_file():
-        return dict(read_json(done))
-    folder.mkdir(parents=True, exist_ok=True)
-    executable = Path(sys.executable).with_name("fairseq-hydra-train")
-    command = str(executable) if executable.is_file() else shutil.which("fairseq-hydra-train")
-    if command is None:
-        raise ValueError(
-            "fairseq-hydra-train: not found; install skill_fairseq into this Python: pip install '.[probe]'"
-        )
-    where, name = config.rsplit("/", 1)
-    seconds = read_json(spent) if spent.is_file() else []
-    began = time.monotonic()
-    try:
-        code = call(
-            [
-                *(command, "--config-dir", str(CONFIG / where), "--config-name", name),
-                *overrides,
-                f"hydra.run.dir={folder}",
-                f"checkpoint.save_dir={folder}",
-            ],
-            folder / "log",
-        )
-    finally:
-        seconds.append(time.monotonic() - began)
-        write_json(spent, seconds)
-    if code:
-        lines = (folder / "log").read_text(encoding="utf-8").splitlines()
-        why = next((line for line in reversed(lines) if "Error" in line), f"exit code {code}")
-        raise ValueError(f"{folder.name}: training failed: {why.strip()} (all output is in {folder / 'log'})")
-    record = {"seconds": sum(seconds), "attempts": len(seconds)}
-    write_json(done, record)
-    return record
-
-
-def make_student(run: Run, grid: Grid, folder: Path) -> dict[str, Any]:
-    """student.safetensors in the run's folder; returns wall times and sparsities."""
-    student, shrunk, log = folder / "student.safetensors", folder / "shrunk.safetensors", folder / "log"
-    teacher = load_encoder(grid.teacher)
-    normalize = f"task.normalize={str(bool(teacher.normalize)).lower()}"
-    if run.target.groups is None:
-        began = time.monotonic()
-        small = prune_by_magnitude(teacher, run.sparsity, ["conv", "heads", "ffn"])
-        actual = 1 - small.num_parameters() / teacher.num_parameters()
-        save_encoder(small, student, {"method": run.method, "source": grid.teacher.name})
-        return {
-            "sparsity": {"asked": run.sparsity, "expected": None, "actual": actual},
-            "seconds": {"prune": time.monotonic() - began},
-        }
-    common = [
-        f"task.data={grid.data}",
-        f"task.teacher={grid.teacher}",
-        normalize,
-        f"common.seed={run.seed}",
-        f"criterion.groups={format_groups(run.target.groups, ',')}",
-        f"criterion.projection_sharing={str(run.target.projection_sharing).replace(' ', '')}",
-    ]
-    stage1 = train(
-        folder / "stage1",
-        grid.stage1["config"],
-        [*grid.overrides("stage1"), *common, f"criterion.target_sparsity={run.sparsity}", *run.target.stage1],
-    )
-    checkpoint = folder / "stage1" / "checkpoint_last.pt"
-    if not shrunk.is_file():
-        in_log(shrink.main, [str(checkpoint), str(shrunk)], log)
-    stage2 = train(
-        folder / "stage2",
-        grid.stage2["config"],
-        [*grid.overrides("stage2"), *common, f"model.init_from={checkpoint}", *run.target.stage2],
-    )
-    if not student.is_file():
-        in_log(export.main, [str(folder / "stage2" / "checkpoint_last.pt"), str(student)], log)
-    return {
-        "sparsity": dict(read_source(shrunk).provenance["sparsity"]),
-        "seconds": {"stage1": stage1["seconds"], "stage2": stage2["seconds"]},
-        "attempts": {"stage1": stage1["attempts"], "stage2": stage2["attempts"]},
-    }
 
 
 def measure(encoder_file: Path, grid: Grid, groups: Any) -> dict[str, Any]:
@@ -211,7 +82,7 @@ def do_run(run: Run, grid: Grid, out: Path, keep_checkpoints: bool) -> None:
             return
         write_json(folder / "target.json", run.target._asdict())
         began = time.monotonic()
-        made = make_student(run, grid, folder)
+        made = make_student(run, grid, folder, CONFIG)
         measuring = time.monotonic()
         measured = measure(folder / "student.safetensors", grid, run.target.groups)
         made["seconds"]["measure"] = time.monotonic() - measuring

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import skill_fairseq
 from skill_fairseq.benchmarking.setup import ARCHITECTURES, PRECISIONS, Setup
 from skill_fairseq.cli._common import run
+from skill_fairseq.files import write_json
 
 RECIPE_UPDATES = 75_000
 RECIPE_SECONDS = 640.0  # of audio an update: 4 GPUs x 160 s
@@ -57,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is None:
         print(f"\n{json.dumps(record)}")
     else:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, record)
     return 0
 
 

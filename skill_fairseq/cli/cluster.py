@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from skill_fairseq.clustering.calibration import choose_utterances, layer_simila
 from skill_fairseq.clustering.config_file import format_groups, merge_groups, read_config, write_config
 from skill_fairseq.clustering.plot import plot_clusters
 from skill_fairseq.clustering.similarity import CHEAP_MEASURES, MEASURES
-from skill_fairseq.files import atomic_write, sha256
+from skill_fairseq.files import atomic_write, sha256, write_json
 from skill_fairseq.versions import versions
 
 EPILOG = """measures (distances between two layers, over all frames of the calibration set):
@@ -157,8 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "settings": _settings(args),
         "versions": versions("scipy"),
     }
-    with atomic_write(args.out / "clusters.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(args.out / "clusters.json", record)
     written = [args.out / "groups.yaml", args.out / "clusters.json"]
     picture = args.out / "clusters.png"
     try:

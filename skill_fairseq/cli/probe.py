@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from skill_fairseq.cli._common import run
-from skill_fairseq.files import atomic_write
+from skill_fairseq.files import atomic_write, write_json
 from skill_fairseq.probing.classify import probe
 from skill_fairseq.probing.models import ProbedModel, resolve_model
 from skill_fairseq.probing.pooling import pool_files
@@ -124,8 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     entries = [entry for model in models for entry in probe_model(model, tasks, args.seed)]
     print(format_table(entries, tasks))
     if args.json:
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps({"seed": args.seed, "results": entries}, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, {"seed": args.seed, "results": entries})
     if args.plot:
         plot_bars(entries, tasks, args.plot)
     return 0

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from skill_fairseq.comparison.table import OVERALL, SHOWN, introduction, sparsity_tables, verdicts
+from skill_fairseq.comparison.summary import OVERALL
+from skill_fairseq.comparison.table import SHOWN, introduction, sparsity_tables, verdicts
 from skill_fairseq.reporting import page, pictures
 from skill_fairseq.reporting.run_folder import RunFolder
 from skill_fairseq.reporting.run_report import as_yaml, cluster_section

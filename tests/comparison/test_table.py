@@ -9,7 +9,8 @@ import pytest
 
 from skill_fairseq.comparison.layer_distance import KINDS
 from skill_fairseq.comparison.statistics import crossed_mean, paired_difference
-from skill_fairseq.comparison.table import summarise, write_tables
+from skill_fairseq.comparison.summary import summarise
+from skill_fairseq.comparison.table import write_tables
 
 METHODS = {"skill": 0.9, "dphubert": 0.6, "no_distillation": 0.2}
 REFERENCES = {

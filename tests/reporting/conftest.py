@@ -13,7 +13,7 @@ import yaml
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.cli import cluster
 from skill_fairseq.comparison.layer_distance import KINDS
-from skill_fairseq.comparison.table import summarise
+from skill_fairseq.comparison.summary import summarise
 from skill_fairseq.pruning.magnitude import prune_by_magnitude
 
 STAGE_1 = [

@@ -1,0 +1,151 @@
+"""Makes one student of the benchmark, by the commands that a user would give."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from skill_fairseq import load_encoder
+from skill_fairseq.checkpoints.export import save_encoder
+from skill_fairseq.checkpoints.load import read_source
+from skill_fairseq.cli import export, shrink
+from skill_fairseq.clustering.config_file import format_groups
+from skill_fairseq.comparison.grid import Grid, Run
+from skill_fairseq.files import read_json, write_json
+from skill_fairseq.pruning.magnitude import prune_by_magnitude
+
+
+def call(command: Sequence[str], log: Path) -> int:
+    """Runs a command, its output appended to a log; ends it gently when we are ended. Returns its exit code."""
+    with open(log, "a", encoding="utf-8") as stream:
+        child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+        try:
+            return child.wait()
+        except BaseException:
+            child.terminate()
+            child.wait()
+            raise
+
+
+def in_log(main: Any, arguments: Sequence[str], log: Path) -> None:
+    """One of our own commands in this process, its output appended to a log.
+
+    Raises:
+        ValueError: it failed.
+    """
+    with (
+        open(log, "a", encoding="utf-8") as stream,
+        contextlib.redirect_stdout(stream),
+        contextlib.redirect_stderr(stream),
+    ):
+        code = main(list(arguments))
+    if code:
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+        raise ValueError(f"{' '.join(arguments)}: {last}; all output is in {log}")
+
+
+def train(folder: Path, config: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """One stage by fairseq-hydra-train, unless it is done; goes on from its last checkpoint.
+
+    Args:
+        folder: run directory of the stage.
+        config: YAML file without its suffix.
+        overrides: of the config's fields.
+
+    Returns:
+        ``seconds`` of wall time, of all attempts together, and their number.
+
+    Raises:
+        ValueError: training failed; names the log.
+    """
+    done, spent = folder / "done", folder / "attempts.json"
+    if done.is_file():
+        return dict(read_json(done))
+    folder.mkdir(parents=True, exist_ok=True)
+    executable = Path(sys.executable).with_name("fairseq-hydra-train")
+    command = str(executable) if executable.is_file() else shutil.which("fairseq-hydra-train")
+    if command is None:
+        raise ValueError(
+            "fairseq-hydra-train: not found; install skill_fairseq into this Python: pip install '.[probe]'"
+        )
+    seconds = read_json(spent) if spent.is_file() else []
+    began = time.monotonic()
+    try:
+        code = call(
+            [
+                *(command, "--config-dir", str(config.parent), "--config-name", config.name),
+                *overrides,
+                f"hydra.run.dir={folder}",
+                f"checkpoint.save_dir={folder}",
+            ],
+            folder / "log",
+        )
+    finally:
+        seconds.append(time.monotonic() - began)
+        write_json(spent, seconds)
+    if code:
+        lines = (folder / "log").read_text(encoding="utf-8").splitlines()
+        why = next((line for line in reversed(lines) if "Error" in line), f"exit code {code}")
+        raise ValueError(f"{folder.name}: training failed: {why.strip()} (all output is in {folder / 'log'})")
+    record = {"seconds": sum(seconds), "attempts": len(seconds)}
+    write_json(done, record)
+    return record
+
+
+def make_student(run: Run, grid: Grid, folder: Path, configs: Path) -> dict[str, Any]:
+    """student.safetensors in the run's folder: stage 1, shrink, stage 2, export; or pruned at once.
+
+    Args:
+        run, grid: what to make.
+        folder: of the run; what is done in it is not done again.
+        configs: folder that the stages' configs are relative to.
+
+    Returns:
+        wall times and sparsities.
+    """
+    student, shrunk, log = folder / "student.safetensors", folder / "shrunk.safetensors", folder / "log"
+    teacher = load_encoder(grid.teacher)
+    normalize = f"task.normalize={str(bool(teacher.normalize)).lower()}"
+    if run.target.groups is None:
+        began = time.monotonic()
+        small = prune_by_magnitude(teacher, run.sparsity, ["conv", "heads", "ffn"])
+        actual = 1 - small.num_parameters() / teacher.num_parameters()
+        save_encoder(small, student, {"method": run.method, "source": grid.teacher.name})
+        return {
+            "sparsity": {"asked": run.sparsity, "expected": None, "actual": actual},
+            "seconds": {"prune": time.monotonic() - began},
+        }
+    common = [
+        f"task.data={grid.data}",
+        f"task.teacher={grid.teacher}",
+        normalize,
+        f"common.seed={run.seed}",
+        f"criterion.groups={format_groups(run.target.groups, ',')}",
+        f"criterion.projection_sharing={str(run.target.projection_sharing).replace(' ', '')}",
+    ]
+    stage1 = train(
+        folder / "stage1",
+        configs / grid.stage1["config"],
+        [*grid.overrides("stage1"), *common, f"criterion.target_sparsity={run.sparsity}", *run.target.stage1],
+    )
+    checkpoint = folder / "stage1" / "checkpoint_last.pt"
+    if not shrunk.is_file():
+        in_log(shrink.main, [str(checkpoint), str(shrunk)], log)
+    stage2 = train(
+        folder / "stage2",
+        configs / grid.stage2["config"],
+        [*grid.overrides("stage2"), *common, f"model.init_from={checkpoint}", *run.target.stage2],
+    )
+    if not student.is_file():
+        in_log(export.main, [str(folder / "stage2" / "checkpoint_last.pt"), str(student)], log)
+    return {
+        "sparsity": dict(read_source(shrunk).provenance["sparsity"]),
+        "seconds": {"stage1": stage1["seconds"], "stage2": stage2["seconds"]},
+        "attempts": {"stage1": stage1["attempts"], "stage2": stage2["attempts"]},
+    }

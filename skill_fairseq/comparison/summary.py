@@ -1,0 +1,180 @@
+"""From the results of single runs to means, intervals and differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import numpy as np
+
+from skill_fairseq.comparison.layer_distance import KINDS, mean_over
+from skill_fairseq.comparison.measure import outcomes
+from skill_fairseq.comparison.statistics import Estimate, crossed_mean, paired_difference
+from skill_fairseq.probing.intervals import wilson
+
+Result = Mapping[str, Any]
+OVERALL = "all"
+"""In place of a sparsity: the mean over all of them."""
+
+PROBE_VERDICTS = {1: "higher", 0: "no difference", -1: "lower"}
+DISTANCE_VERDICTS = {1: "farther", 0: "no difference", -1: "nearer"}
+
+
+def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline: str) -> dict[str, Any]:
+    """Everything that the tables show.
+
+    Args:
+        results: one a method, sparsity and seed.
+        references: name -> probes and perhaps costs, of what is not distilled.
+        baseline: the method that differences are to.
+
+    Returns:
+        ``rows``: one a method and sparsity (the mean over sparsities under "all", where a method has been run
+        with the same seeds at all of them), for JSON.
+    """
+    methods = list(dict.fromkeys(result["method"] for result in results))
+    sparsities = sorted({result["sparsity"] for result in results})
+    cells = {
+        (method, sparsity): sorted(
+            (r for r in results if r["method"] == method and r["sparsity"] == sparsity), key=lambda r: r["seed"]
+        )
+        for method in methods
+        for sparsity in sparsities
+    }
+    tasks = list(results[0]["probes"])
+    rows = []
+    if len(sparsities) > 1:
+        for method in methods:
+            own = [cells[method, sparsity] for sparsity in sparsities]
+            if len({tuple(r["seed"] for r in cell) for cell in own}) == 1:
+                others = [cells.get((baseline, sparsity), []) for sparsity in sparsities]
+                rows.append(_row(method, OVERALL, own, others, tasks))
+    for sparsity in sparsities:
+        rows += [_row(m, sparsity, [cells[m, sparsity]], [cells.get((baseline, sparsity), [])], tasks) for m in methods]
+    rows = [row for row in rows if row]
+    return {
+        "baseline": baseline,
+        "tasks": {task: {key: results[0]["probes"][task][key] for key in ("metric", "samples")} for task in tasks},
+        "references": {name: _reference(found) for name, found in references.items()},
+        "rows": rows,
+        "versions": results[0]["versions"],
+    }
+
+
+def _reference(found: Mapping[str, Any]) -> dict[str, Any]:
+    probes = {}
+    for task, entry in found["probes"].items():
+        if entry["metric"] == "accuracy":
+            estimate = Estimate(entry["value"], *wilson(entry["correct"], entry["total"]))
+        else:
+            estimate = crossed_mean(outcomes(entry)[None])
+        probes[task] = _plain(_rate(estimate))
+    return {"probes": probes, "costs": found.get("costs")}
+
+
+def _row(
+    method: str, sparsity: Any, cells: list[list[Result]], base_cells: list[list[Result]], tasks: Sequence[str]
+) -> dict[str, Any]:
+    """One method at one sparsity, or over several: a cell each, of results by seed."""
+    if not all(cells):
+        return {}
+    seeds = [result["seed"] for result in cells[0]]
+    row: dict[str, Any] = {
+        "method": method,
+        "sparsity": sparsity,
+        "seeds": seeds,
+        "made_by": sorted({r.get("made_by", method) for cell in cells for r in cell}),
+        "groups": [result["groups"] for result in cells[0]],
+        "probes": {},
+        "difference": {},
+        "distance": {},
+        "distance_difference": {},
+    }
+    paired = _paired(cells, base_cells)
+    for task in tasks:
+        row["probes"][task] = _plain(_rate(crossed_mean(_outcomes(cells, task))))
+        if paired:
+            values, baseline = (_outcomes(side, task) for side in paired)
+            row["difference"][task] = _judged(paired_difference(values, baseline), PROBE_VERDICTS)
+    for kind in KINDS:
+        row["distance"][kind] = _plain(crossed_mean(_far(cells, kind)))
+        if paired:
+            values, baseline = (_far(side, kind) for side in paired)
+            row["distance_difference"][kind] = _judged(paired_difference(values, baseline), DISTANCE_VERDICTS)
+    row["layers"] = {
+        kind: np.mean([r["distances"]["layers"][kind] for cell in cells for r in cell], axis=0).round(6).tolist()
+        for kind in KINDS
+    }
+    row["distilled"], row["not_distilled"] = _by_part(cells)
+    flat = [result for cell in cells for result in cell]
+    row["parameters"] = _mean([r["costs"]["parameters"] for r in flat])
+    row["macs"] = _mean([r["costs"]["macs"] for r in flat])
+    row["cpu_seconds"] = _mean([r["costs"]["cpu_seconds"] for r in flat])
+    row["expected_sparsity"] = [r["made"]["sparsity"]["expected"] for r in flat]
+    row["actual_sparsity"] = _mean([r["made"]["sparsity"]["actual"] for r in flat])
+    row["seconds"] = {
+        step: _mean([r["made"]["seconds"][step] for r in flat if step in r["made"]["seconds"]])
+        for step in ("stage1", "stage2", "prune", "measure")
+    }
+    return row
+
+
+def _paired(cells: list[list[Result]], base_cells: list[list[Result]]) -> Optional[tuple[Any, Any]]:
+    """Both sides with the seeds that both have, the same in every cell; one lone row of an untrained side stays."""
+    if not all(base_cells):
+        return None
+    sides = [cells, base_cells]
+    trained = [side[0][0]["groups"] is not None for side in sides]
+    seeds = [set.intersection(*({r["seed"] for r in cell} for cell in side)) for side in sides]
+    common = set.intersection(*(s for s, is_trained in zip(seeds, trained) if is_trained)) if any(trained) else seeds[0]
+    if not common:
+        return None
+    chosen = [
+        [[r for r in cell if r["seed"] in common] for cell in side] if is_trained else side
+        for side, is_trained in zip(sides, trained)
+    ]
+    return chosen[0], chosen[1]
+
+
+def _outcomes(cells: list[list[Result]], task: str) -> np.ndarray:
+    """(seeds, samples of the task), the mean over the cells."""
+    return np.mean([[outcomes(result["probes"][task]) for result in cell] for cell in cells], axis=0)
+
+
+def _far(cells: list[list[Result]], kind: str) -> np.ndarray:
+    """(seeds, recordings) distance to the teacher, the mean over the cells."""
+    return np.mean([[result["distances"]["recordings"][kind] for result in cell] for cell in cells], axis=0)
+
+
+def _by_part(cells: list[list[Result]]) -> tuple[dict[str, Optional[float]], dict[str, Optional[float]]]:
+    """Mean distance over the layers that are distilled, and over those that are not."""
+    parts: list[dict[str, Optional[float]]] = [{}, {}]
+    for kind in KINDS:
+        means: list[list[float]] = [[], []]
+        for result in (result for cell in cells for result in cell):
+            values = result["distances"]["layers"][kind]
+            inside = set(result["distilled_layers"])
+            for part, layers in enumerate((inside, set(range(len(values))) - inside)):
+                mean = mean_over(values, layers)
+                if mean is not None:
+                    means[part].append(mean)
+        for part in (0, 1):
+            parts[part][kind] = _mean(means[part])
+    return parts[0], parts[1]
+
+
+def _mean(values: Sequence[float]) -> Optional[float]:
+    return float(np.mean(values)) if len(values) else None
+
+
+def _plain(estimate: Estimate) -> list[float]:
+    return [round(float(number), 6) for number in estimate]
+
+
+def _rate(estimate: Estimate) -> Estimate:
+    """Student's t knows no bounds, rates do."""
+    return Estimate(estimate.value, max(estimate.low, 0.0), min(estimate.high, 1.0))
+
+
+def _judged(estimate: Estimate, verdicts: Mapping[int, str]) -> dict[str, Any]:
+    return {"estimate": _plain(estimate), "verdict": verdicts[estimate.verdict]}
