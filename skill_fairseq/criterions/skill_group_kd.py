@@ -52,7 +52,7 @@ class SkillGroupKDConfig(FairseqDataclass):
         default="linear", metadata={"help": "map from the student's group mean to the teacher's"}
     )
     projection_sharing: Any = field(
-        default="none",
+        default="all",
         metadata={"help": "none, all, or the projection's index for each group; DPHuBERT is [0,1,1,1]"},
     )
     init_from: Optional[str] = field(

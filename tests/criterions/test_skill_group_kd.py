@@ -133,7 +133,8 @@ def test_projections(build: Any, small: Any) -> None:
     after = criterion(model, source)[2]
     assert after["l1_g0"] == before["l1_g0"]
     assert after["l1_g1"] != before["l1_g1"] and after["l1_g2"] != before["l1_g2"]
-    assert sum(p.numel() for p in build(projection_sharing="all")[2].parameters()) == 32 * 32 + 32
+    assert sum(p.numel() for p in build(projection_sharing="none")[2].parameters()) == 3 * (32 * 32 + 32)
+    assert sum(p.numel() for p in build()[2].parameters()) == 32 * 32 + 32
 
 
 def test_size_term_takes_part_in_training_alone(build: Any, small: Any) -> None:
@@ -246,7 +247,7 @@ def test_projections_of_stage_1_are_taken_over(build: Any, teacher_file: Path, t
     again = build(init_from=str(tmp_path / "stage1.pt"))[2]
     for name, tensor in again.projections.state_dict().items():
         assert torch.equal(tensor, stage1.projections.state_dict()[name])
-    other = build(init_from=str(tmp_path / "stage1.pt"), groups=[[0], [3]])[2]
+    other = build(init_from=str(tmp_path / "stage1.pt"), groups=[[0], [3]], projection_sharing="none")[2]
     assert torch.equal(other.projections.projections[0].weight, torch.eye(32))
     exported = build(init_from=str(teacher_file))[2]  # as model.init_from may be: it has no projections
     assert torch.equal(exported.projections.projections[0].weight, torch.eye(32))
