@@ -25,14 +25,16 @@ from skill_fairseq import load_encoder
 from skill_fairseq.audio.manifest import check_manifest, read_manifest
 from skill_fairseq.cli import cluster
 from skill_fairseq.cli._common import run as reporting_errors
+from skill_fairseq.comparison.costs import costs
 from skill_fairseq.comparison.grid import Grid, Run, changed_setting, owner, read_grid, runs_of, settings_of
 from skill_fairseq.comparison.layer_distance import layer_distances
-from skill_fairseq.comparison.measure import costs, distilled_layers, probe_tasks
 from skill_fairseq.comparison.methods import METHODS
 from skill_fairseq.comparison.summary import summarise
 from skill_fairseq.comparison.table import write_tables
 from skill_fairseq.files import atomic_write, read_json, sha256, write_json
-from skill_fairseq.probing.models import level_free_log_mel, resolve_model
+from skill_fairseq.probing.evaluate import evaluate
+from skill_fairseq.probing.models import level_free_log_mel
+from skill_fairseq.probing.pooling import EncoderFeatures
 from skill_fairseq.probing.tasks import read_task
 from skill_fairseq.versions import versions
 
@@ -58,7 +60,7 @@ class Stopped(BaseException):
     """A signal asked us to end."""
 
 
-def measure(encoder_file: Path, grid: Grid, groups: Any) -> dict[str, Any]:
+def measure(encoder_file: Path, grid: Grid) -> dict[str, Any]:
     """Everything but training: probes, distances to the teacher, costs."""
     encoder, teacher = load_encoder(encoder_file), load_encoder(grid.teacher)
     manifest = read_manifest(grid.data / "valid.tsv")
@@ -66,9 +68,8 @@ def measure(encoder_file: Path, grid: Grid, groups: Any) -> dict[str, Any]:
     distances = layer_distances(encoder, teacher, manifest.files)
     tasks = [read_task(folder) for folder in grid.tasks]
     return {
-        "probes": probe_tasks(resolve_model(str(encoder_file)).features, tasks, encoder_file.stem),
+        "probes": evaluate(EncoderFeatures(encoder), tasks, encoder_file.stem),
         "distances": {"layers": distances.layers, "recordings": distances.recordings, "frames": distances.num_frames},
-        "distilled_layers": distilled_layers(groups),
         "costs": costs(encoder),
     }
 
@@ -84,7 +85,7 @@ def do_run(run: Run, grid: Grid, out: Path, keep_checkpoints: bool) -> None:
         began = time.monotonic()
         made = make_student(run, grid, folder, CONFIG)
         measuring = time.monotonic()
-        measured = measure(folder / "student.safetensors", grid, run.target.groups)
+        measured = measure(folder / "student.safetensors", grid)
         made["seconds"]["measure"] = time.monotonic() - measuring
         write_json(
             folder / "result.json",
@@ -162,13 +163,13 @@ def measure_references(grid: Grid, out: Path) -> None:
     if (out / "references.json").is_file():
         return
     tasks = [read_task(folder) for folder in grid.tasks]
-    teacher, features = load_encoder(grid.teacher), resolve_model(str(grid.teacher)).features
+    teacher = load_encoder(grid.teacher)
     found = {
         "teacher": {
-            "probes": probe_tasks(features, tasks, "teacher"),
+            "probes": evaluate(EncoderFeatures(teacher), tasks, "teacher"),
             "costs": costs(teacher),
         },
-        "logmel": {"probes": probe_tasks(level_free_log_mel, tasks, "logmel")},
+        "logmel": {"probes": evaluate(level_free_log_mel, tasks, "logmel")},
     }
     write_json(out / "references.json", found)
 

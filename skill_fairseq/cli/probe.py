@@ -14,11 +14,9 @@ import torch
 
 from skill_fairseq.cli._common import run
 from skill_fairseq.files import atomic_write, write_json
-from skill_fairseq.probing.classify import probe
-from skill_fairseq.probing.models import ProbedModel, resolve_model
-from skill_fairseq.probing.pooling import pool_files
+from skill_fairseq.probing.evaluate import evaluate
+from skill_fairseq.probing.models import resolve_model
 from skill_fairseq.probing.tasks import Task, read_task
-from skill_fairseq.probing.verify import verify
 
 PICTURES = (".png", ".pdf", ".svg")
 EPILOG = """models:
@@ -31,36 +29,12 @@ tasks:
   a folder with {train,valid,test}.tsv and {train,valid,test}.labels.tsv: mean and standard deviation over
   time of every layer, a learnt weighted sum of the layers, logistic regression; accuracy with its 95 %
   interval (Wilson); a folder with test.tsv and trials.tsv: cosine of pairs; equal error rate with its 95 %
-  interval (bootstrap).
+  interval (over speakers, at least 3 of them).
 
 examples:
   skill-probe teacher.pt student.safetensors logmel --task tasks/digit --task tasks/speaker
   skill-probe teacher=wavlm.pt none=random:wavlm.pt --task tasks/digit --json probe.json --plot probe.png
 """
-
-
-def probe_model(model: ProbedModel, tasks: Sequence[Task], seed: int = 0) -> list[dict[str, Any]]:
-    """Probe one model on every task; recordings that tasks share are encoded once.
-
-    Returns:
-        one entry a task for the JSON: model, parameters, task, metric, value, interval (fractions) and
-        details.
-    """
-    pooled = pool_files(model.features, (file for task in tasks for file in task.files), model.name)
-    entries = []
-    for task in tasks:
-        features = {s: np.stack([pooled[file] for file in m.files]) for s, m in task.manifests.items()}
-        entry: dict[str, Any] = {"model": model.name, "parameters": model.parameters, "task": task.name}
-        if task.trials is not None:
-            checked = verify(features["test"], task.trials, seed=seed)
-            entry.update(metric="equal error rate", value=checked.eer, interval=checked.interval, trials=checked.trials)
-        else:
-            result = probe(features, task.labels)
-            entry.update(metric="accuracy", value=result.accuracy, interval=result.interval)
-            entry.update(correct=result.correct, total=result.total, classes=result.classes)
-            entry.update(C=result.strength, layer_weights=result.layer_weights)
-        entries.append(entry)
-    return entries
 
 
 def format_table(entries: Sequence[dict[str, Any]], tasks: Sequence[Task]) -> str:
@@ -99,7 +73,7 @@ def plot_bars(entries: Sequence[dict[str, Any]], tasks: Sequence[Task], path: Pa
         shown = [entry for entry in entries if entry["task"] == task.name]
         values = np.array([100 * entry["value"] for entry in shown])
         low, high = np.array([entry["interval"] for entry in shown]).T * 100
-        reach = np.maximum([values - low, high - values], 0)  # a bootstrap interval may exclude its value
+        reach = np.maximum([values - low, high - values], 0)
         panel.bar(models, values, yerr=reach, capsize=4, color="#4c72b0", ecolor="#333333")
         if "classes" in shown[0]:
             panel.axhline(100 / shown[0]["classes"], color="#999999", linestyle=":")
@@ -120,7 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _require_unique("--task", [task.name for task in tasks], "rename a folder")
     models = [resolve_model(word, args.device, args.seed) for word in args.model]
     _require_unique("MODEL", [model.name for model in models], "name it, as in NAME=MODEL")
-    entries = [entry for model in models for entry in probe_model(model, tasks, args.seed)]
+    entries = [
+        {"model": model.name, "parameters": model.parameters, "task": task, **entry}
+        for model in models
+        for task, entry in evaluate(model.features, tasks, model.name).items()
+    ]
     print(format_table(entries, tasks))
     if args.json:
         write_json(args.json, {"seed": args.seed, "results": entries})
@@ -168,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write all figures here")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also draw a bar chart here (needs matplotlib)")
     parser.add_argument("--device", default="cpu", help="where models run (default: cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and bootstrap (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
     return parser
 
 

@@ -8,9 +8,8 @@ from typing import Any, Optional
 import numpy as np
 
 from skill_fairseq.comparison.layer_distance import KINDS, mean_over
-from skill_fairseq.comparison.measure import outcomes
 from skill_fairseq.comparison.statistics import Estimate, crossed_mean, paired_difference
-from skill_fairseq.probing.intervals import wilson
+from skill_fairseq.probing.evaluate import outcomes
 
 Result = Mapping[str, Any]
 OVERALL = "all"
@@ -62,13 +61,7 @@ def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline
 
 
 def _reference(found: Mapping[str, Any]) -> dict[str, Any]:
-    probes = {}
-    for task, entry in found["probes"].items():
-        if entry["metric"] == "accuracy":
-            estimate = Estimate(entry["value"], *wilson(entry["correct"], entry["total"]))
-        else:
-            estimate = crossed_mean(outcomes(entry)[None])
-        probes[task] = _plain(_rate(estimate))
+    probes = {task: _plain(Estimate(entry["value"], *entry["interval"])) for task, entry in found["probes"].items()}
     return {"probes": probes, "costs": found.get("costs")}
 
 
@@ -153,7 +146,7 @@ def _by_part(cells: list[list[Result]]) -> tuple[dict[str, Optional[float]], dic
         means: list[list[float]] = [[], []]
         for result in (result for cell in cells for result in cell):
             values = result["distances"]["layers"][kind]
-            inside = set(result["distilled_layers"])
+            inside = {layer for group in result["groups"] or () for layer in group}
             for part, layers in enumerate((inside, set(range(len(values))) - inside)):
                 mean = mean_over(values, layers)
                 if mean is not None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from scipy.stats import t
 
 Trial = tuple[bool, int, int]
 """Same speaker, and the indices of two recordings."""
@@ -19,13 +20,16 @@ class VerificationResult:
 
     Attributes:
         eer: equal error rate, 0 to 1; lower is better, 0.5 is chance.
-        interval: 95 % bootstrap interval over trials.
+        interval: 95 % interval of it, over speakers.
         trials: number of pairs.
+        by_speaker: a pseudo-value a speaker; their mean is the rate, and the difference of two models' stands for the
+            difference of their rates.
     """
 
     eer: float
     interval: tuple[float, float]
     trials: int
+    by_speaker: list[float]
 
 
 def cosine_scores(features: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -79,37 +83,6 @@ def equal_error_rate(scores: np.ndarray, same: np.ndarray) -> float:
     return float(false_accept[after - 1] + share * (false_accept[after] - false_accept[after - 1]))
 
 
-def verify(features: np.ndarray, trials: Sequence[Trial], resamples: int = 1000, seed: int = 0) -> VerificationResult:
-    """Score trials and give the equal error rate with its interval.
-
-    The interval is the 2.5 % and 97.5 % percentile over resamples of the trials, pairs of one speaker and
-    pairs of two drawn apart. It takes trials as independent.
-
-    Args:
-        features: (N, layers, F) statistics.
-        trials: (same speaker, index, index).
-        resamples: bootstrap draws.
-        seed: of the draws.
-
-    Returns:
-        see `VerificationResult`.
-    """
-    same = np.array([trial[0] for trial in trials], dtype=bool)
-    scores = cosine_scores(features, [(first, second) for _, first, second in trials])
-    generator = np.random.default_rng(seed)
-    positive, negative = scores[same], scores[~same]
-    kinds = np.repeat([True, False], [positive.size, negative.size])
-    draws = [
-        equal_error_rate(
-            np.concatenate([generator.choice(positive, positive.size), generator.choice(negative, negative.size)]),
-            kinds,
-        )
-        for _ in range(resamples)
-    ]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return VerificationResult(equal_error_rate(scores, same), (float(low), float(high)), len(trials))
-
-
 def speakers_of(trials: Sequence[Trial]) -> np.ndarray:
     """Who speaks in each trial, by the trials alone: same-speaker trials join the recordings of a speaker.
 
@@ -124,20 +97,20 @@ def speakers_of(trials: Sequence[Trial]) -> np.ndarray:
     return np.unique(speakers[pairs], return_inverse=True)[1].reshape(pairs.shape)
 
 
-def error_rate_by_speaker(features: np.ndarray, trials: Sequence[Trial]) -> tuple[float, list[float]]:
-    """Equal error rate, and what each speaker contributes to its uncertainty.
+def verify(features: np.ndarray, trials: Sequence[Trial]) -> VerificationResult:
+    """Score trials and give the equal error rate with its interval.
 
     Trials that share a speaker are not independent; speakers are. So the rate is computed anew without each speaker
-    (delete-a-group jackknife, Shao and Wu 1989, consistent for quantiles too) and brought to centred pseudo-values:
-    their mean is the rate itself, their variance over the number of speakers is the rate's, and differences between two
-    models' pseudo-values stand for the difference of their rates in the same way.
+    (delete-a-group jackknife, Shao and Wu 1989, consistent for quantiles too) and brought to centred pseudo-values,
+    whose mean is the rate itself and whose variance over the number of speakers is the rate's; the interval is
+    Student's, cut off at 0 and 1.
 
     Args:
         features: (N, layers, F) statistics.
         trials: over at least 3 speakers.
 
     Returns:
-        the rate, 0 to 1, and one pseudo-value a speaker.
+        see `VerificationResult`.
 
     Raises:
         ValueError: fewer than 3 speakers, or without one of them only one kind of trials is left.
@@ -154,4 +127,6 @@ def error_rate_by_speaker(features: np.ndarray, trials: Sequence[Trial]) -> tupl
         rest = (speakers != speaker).all(1)
         without.append(equal_error_rate(scores[rest], same[rest]))
     pseudo = rate + (number - 1) * (np.mean(without) - np.array(without))
-    return rate, pseudo.tolist()
+    reach = float(t.ppf(0.975, number - 1) * pseudo.std(ddof=1) / np.sqrt(number))
+    interval = max(rate - reach, 0.0), min(rate + reach, 1.0)
+    return VerificationResult(rate, interval, len(trials), pseudo.tolist())

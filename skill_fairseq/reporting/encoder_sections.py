@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 from skill_fairseq.audio.manifest import check_manifest, read_manifest
+from skill_fairseq.comparison.costs import SECONDS, costs
 from skill_fairseq.comparison.layer_distance import KINDS, LayerDistances, layer_distances
-from skill_fairseq.comparison.measure import SECONDS, costs
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.shrink import describe_units

@@ -98,7 +98,7 @@ def probe_section(entries: list[dict[str, Any]], out: Path) -> str:
         caption = "dashed: the teacher's value; in colour: what has it outside its interval" if teacher else None
         shown.append(page.figure(path, f"{metric} on {task} with intervals", caption))
     head = ["model", "parameters", *(f"{task}: {metric}, %" for task, metric in tasks.items())]
-    about = "In brackets, and as bars, 95 % intervals over recordings, or over pairs of them."
+    about = "In brackets, and as bars, 95 % intervals over recordings, or, of error rates, over speakers."
     return page.paragraph(about) + page.table(head, rows) + page.figures(shown)
 
 

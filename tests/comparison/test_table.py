@@ -11,20 +11,21 @@ from skill_fairseq.comparison.layer_distance import KINDS
 from skill_fairseq.comparison.statistics import crossed_mean, paired_difference
 from skill_fairseq.comparison.summary import summarise
 from skill_fairseq.comparison.table import write_tables
+from skill_fairseq.probing.intervals import wilson
 
 METHODS = {"skill": 0.9, "dphubert": 0.6, "no_distillation": 0.2}
 REFERENCES = {
     "teacher": {
         "probes": {
-            "digit": {"metric": "accuracy", "value": 0.8, "correct": 80, "total": 100},
-            "pairs": {"metric": "equal error rate", "value": 0.1, "by_speaker": [0.05, 0.1, 0.15, 0.1]},
+            "digit": {"metric": "accuracy", "value": 0.8, "interval": wilson(80, 100)},
+            "pairs": {"metric": "equal error rate", "value": 0.1, "interval": (0.035, 0.165)},
         },
         "costs": {"parameters": 4321, "macs": 5e9, "cpu_seconds": 0.5},
     },
     "logmel": {
         "probes": {
-            "digit": {"metric": "accuracy", "value": 0.5, "correct": 50, "total": 100},
-            "pairs": {"metric": "equal error rate", "value": 0.02, "by_speaker": [0.0, 0.0, 0.0, 0.08]},
+            "digit": {"metric": "accuracy", "value": 0.5, "interval": wilson(50, 100)},
+            "pairs": {"metric": "equal error rate", "value": 0.02, "interval": (0.0, 0.084)},
         }
     },
 }
@@ -53,7 +54,6 @@ def result(method: str, sparsity: float, seed: int) -> dict[str, Any]:
             "layers": dict(zip(KINDS, table.tolist())),
             "recordings": {kind: rng.random(9).tolist() for kind in KINDS},
         },
-        "distilled_layers": sorted(sum(groups, [])) if groups else [],
         "costs": {"parameters": 1000 + seed, "macs": 2e9, "cpu_seconds": 0.25},
         "versions": {"torch": "1"},
     }
@@ -104,9 +104,12 @@ def test_error_rates_are_compared_by_speaker() -> None:
 
 
 def test_intervals_of_rates_end_at_0_and_1() -> None:
-    references = summarise(results(), REFERENCES, "dphubert")["references"]
-    assert references["logmel"]["probes"]["pairs"][:2] == [0.02, 0.0]  # t would reach down to -0.04
-    assert references["teacher"]["probes"]["pairs"] == pytest.approx([0.1, 0.035, 0.165], abs=1e-3)
+    few = [r for r in results((0.5,)) if r["method"] == "skill"]
+    for r in few:
+        r["probes"]["pairs"]["by_speaker"] = [0.0, 0.0, 0.0, 0.08]
+    assert crossed_mean(np.array([[0.0, 0.0, 0.0, 0.08]] * 3)).low < 0
+    row = rows(summarise(few, REFERENCES, "dphubert"))["skill", 0.5]
+    assert row["probes"]["pairs"][:2] == [0.02, 0.0]
 
 
 def test_over_all_sparsities_each_recording_counts_its_mean() -> None:

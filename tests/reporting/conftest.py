@@ -14,6 +14,7 @@ from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.cli import cluster
 from skill_fairseq.comparison.layer_distance import KINDS
 from skill_fairseq.comparison.summary import summarise
+from skill_fairseq.probing.intervals import wilson
 from skill_fairseq.pruning.magnitude import prune_by_magnitude
 
 STAGE_1 = [
@@ -104,7 +105,6 @@ def benchmark_results() -> list[dict[str, Any]]:
                             "layers": {kind: rng.random(13).tolist() for kind in KINDS},
                             "recordings": {kind: rng.random(20).tolist() for kind in KINDS},
                         },
-                        "distilled_layers": [0, 4],
                         "costs": {"parameters": 252_411, "macs": 368_387_399, "cpu_seconds": 0.0214},
                         "made": {
                             "sparsity": {"expected": sparsity, "actual": sparsity},
@@ -123,7 +123,7 @@ def benchmark_folder(tmp_path_factory: pytest.TempPathFactory, run_folder: Path)
     path.mkdir()
     (path / "clusters").symlink_to(run_folder / "clusters")
     teacher = {
-        "probes": {"digit": {"metric": "accuracy", "value": 0.8, "correct": 160, "total": 200}},
+        "probes": {"digit": {"metric": "accuracy", "value": 0.8, "interval": wilson(160, 200)}},
         "costs": {"parameters": 1_009_948, "macs": 1_117_000_000, "cpu_seconds": 0.052},
     }
     summary = summarise(benchmark_results(), {"teacher": teacher}, "dphubert")
