@@ -28,7 +28,7 @@ from torch import Tensor
 MEASURES = ("cka_minibatch", "cka", "cosine", "l1", "l2", "loss")
 CHEAP_MEASURES = ("cka_minibatch", "cosine", "l1", "l2", "loss")
 
-_MIN_BLOCK = 4  # the unbiased HSIC divides by n (n - 3)
+MIN_BLOCK = 4  # the unbiased HSIC divides by n (n - 3)
 
 
 def unbiased_hsic(states: Tensor) -> Tensor:
@@ -86,9 +86,9 @@ class LayerSimilarity:
         for measure in measures:
             if measure not in MEASURES:
                 raise ValueError(f"measure: {measure!r} is unknown; choose from {', '.join(MEASURES)}")
-        if block_frames < _MIN_BLOCK or buffer_blocks < 1:
+        if block_frames < MIN_BLOCK or buffer_blocks < 1:
             raise ValueError(
-                f"block_frames={block_frames}, buffer_blocks={buffer_blocks}: expected at least {_MIN_BLOCK} and 1"
+                f"block_frames={block_frames}, buffer_blocks={buffer_blocks}: expected at least {MIN_BLOCK} and 1"
             )
         self.measures = tuple(measures)
         self.block_frames = block_frames
@@ -140,8 +140,8 @@ class LayerSimilarity:
         Raises:
             ValueError: fewer than 4 frames so far, or a layer whose states are constant.
         """
-        if self.num_frames < _MIN_BLOCK:
-            raise ValueError(f"similarity: {self.num_frames} frames; at least {_MIN_BLOCK} are needed: add audio")
+        if self.num_frames < MIN_BLOCK:
+            raise ValueError(f"similarity: {self.num_frames} frames; at least {MIN_BLOCK} are needed: add audio")
         numbers = self.num_frames * self._shape[1]
         found = {
             "cosine": 1.0 - self._cosine / self.num_frames,
@@ -215,7 +215,7 @@ class LayerSimilarity:
 
     def _blocks(self, frames: Tensor) -> Tensor:
         """HSIC summed over interleaved blocks, weighted by frames: (L + 1, n, D) to (L + 1, L + 1)."""
-        if frames.size(1) < _MIN_BLOCK:  # 1 to 3 frames left at the very end of the stream
+        if frames.size(1) < MIN_BLOCK:  # 1 to 3 frames left at the very end of the stream
             return torch.zeros_like(self._hsic)
         blocks = max(1, frames.size(1) // self.block_frames)
         parts = [frames[:, b::blocks].double() for b in range(blocks)]

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skill_fairseq.audio.manifest import load_audio
-from skill_fairseq.clustering.similarity import cka_distance, unbiased_hsic
+from skill_fairseq.clustering.similarity import MIN_BLOCK, cka_distance, unbiased_hsic
 from skill_fairseq.modules.encoder import SpeechEncoder
 
 KINDS = ("l1", "l1_normalized", "cos", "cka")
 """Mean |s - t|; the same of states brought to zero mean and unit variance frame by frame; mean 1 - cos; and 1 - linear
 CKA over a recording's frames, unbiased: it alone asks nothing of rotation and scale, which a projection may change."""
-MIN_FRAMES = 4
-"""Of a recording: the unbiased estimate needs as many."""
+SHOWN = {"l1_normalized": "L1 normalised", "cos": "1 - cos", "cka": "1 - CKA"}
+"""Those that tables and pictures compare by, and what they call them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ def state_distances(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
     """Distances of the states of one recording.
 
     Args:
-        student, teacher: (T, D) a layer, as many layers each; T at least :data:`MIN_FRAMES`.
+        student, teacher: (T, D) a layer, as many layers each; T at least 4, for CKA.
 
     Returns:
         (kinds, layers) float64, in the order of :data:`KINDS`.
@@ -90,8 +90,8 @@ def layer_distances(student: SpeechEncoder, teacher: SpeechEncoder, files: Itera
         for encoder in (student, teacher):
             source = F.layer_norm(wave, wave.shape[-1:]) if encoder.normalize else wave
             states.append([state[0] for state in encoder(source).hidden_states])
-        if len(states[0][0]) < MIN_FRAMES:
-            raise ValueError(f"{file}: {len(states[0][0])} frames, expected at least {MIN_FRAMES}; leave it out")
+        if len(states[0][0]) < MIN_BLOCK:
+            raise ValueError(f"{file}: {len(states[0][0])} frames, expected at least {MIN_BLOCK}; leave it out")
         found.append(state_distances(*states))
         frames.append(len(states[0][0]))
     if not found:

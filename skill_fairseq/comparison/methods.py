@@ -17,7 +17,7 @@ Groups = list[list[int]]
 
 SKILL = "skill"
 METHODS = {
-    SKILL: "groups of skill-cluster, as they are by default",
+    SKILL: "groups of skill-cluster, as they are by default, a projection each",
     "dphubert": "single layers at 0, 1/3, 2/3 and 1 of the depth; all but the first share a projection",
     "single_layers": "the layers of dphubert, a projection each",
     "all_layers": "every layer by itself",

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
+from skill_fairseq.comparison.layer_distance import SHOWN
 from skill_fairseq.comparison.summary import OVERALL
-
-SHOWN = {"l1_normalized": "L1", "cos": "1 - cos", "cka": "1 - CKA"}
-"""Distances that tables show, under which name."""
 
 
 def introduction(summary: Mapping[str, Any]) -> str:
@@ -49,7 +47,7 @@ def sparsity_tables(rows: Sequence[Any], summary: Mapping[str, Any]) -> dict[str
         "references": _reference_table(summary),
     }
     if rows[0]["sparsity"] != OVERALL:
-        found["costs"] = _cost_table(rows)
+        found["costs"] = _cost_table(rows, summary)
     return found
 
 
@@ -84,9 +82,8 @@ def _in_percent(task: str, summary: Mapping[str, Any]) -> str:
 def _reference_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows, tasks = [], list(summary["tasks"])
     for name, found in summary["references"].items():
-        costs = found["costs"]
         rows.append([name, *(_interval(found["probes"][task], 100, 1) for task in tasks)])
-        rows[-1] += ["-"] * 3 if costs is None else _costs(costs["parameters"], costs["macs"], costs["cpu_seconds"])
+        rows[-1] += ["-"] * 3 if found["costs"] is None else _costs(found["costs"])
     return ["model", *(_in_percent(task, summary) for task in tasks), "parameters", "G MACs", "CPU s"], rows
 
 
@@ -123,13 +120,14 @@ def _distance_table(rows: Sequence[Any], baseline: str) -> tuple[list[str], list
     return head, table
 
 
-def _cost_table(rows: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
+def _cost_table(rows: Sequence[Any], summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     head = ["method", "parameters", "G MACs, 10 s", "CPU s, 10 s", "sparsity", "expected by the gates"]
     head += ["stage 1, s", "stage 2, s", "measuring, s"]
-    table = []
+    references = summary["references"].items()
+    table = [[name, *_costs(found["costs"]), *["-"] * 5] for name, found in references if found["costs"] is not None]
     for row in rows:
         expected = [value for value in row["expected_sparsity"] if value is not None]
-        line = [row["method"], *_costs(row["parameters"], row["macs"], row["cpu_seconds"])]
+        line = [row["method"], *_costs(row)]
         line += [f"{row['actual_sparsity']:.4f}", f"{min(expected):.4f} to {max(expected):.4f}" if expected else "-"]
         line += [_number(row["seconds"][step], 0) for step in ("stage1", "stage2", "measure")]
         table.append(line)
@@ -153,8 +151,8 @@ def _difference(row: Mapping[str, Any], found: Any, baseline: str, scale: float,
     return f"{_interval(found['estimate'], scale, digits, True)} {found['verdict']}"
 
 
-def _costs(parameters: float, macs: float, seconds: float) -> list[str]:
-    return [f"{parameters:,.0f}", f"{macs / 1e9:.3f}", f"{seconds:.3f}"]
+def _costs(of: Mapping[str, Any]) -> list[str]:
+    return [f"{of['parameters']:,.0f}", f"{of['macs'] / 1e9:.3f}", f"{of['cpu_seconds']:.3f}"]
 
 
 def _interval(estimate: Sequence[float], scale: float, digits: int, signed: bool = False) -> str:

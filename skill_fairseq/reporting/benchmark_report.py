@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from skill_fairseq.comparison.layer_distance import SHOWN
 from skill_fairseq.comparison.summary import OVERALL
-from skill_fairseq.comparison.table import SHOWN, introduction, sparsity_tables, verdicts
+from skill_fairseq.comparison.table import introduction, sparsity_tables, verdicts
 from skill_fairseq.reporting import page, pictures
 from skill_fairseq.reporting.run_folder import RunFolder
 from skill_fairseq.reporting.run_report import as_yaml, cluster_section
@@ -74,21 +75,12 @@ def _sparsity(rows: Sequence[Row], summary: Mapping[str, Any], sparsity: Any, ou
         path = pictures.curves(out / f"distance_{kind}_{sparsity}.png", curves, label, xlabel="layer", log=True)
         shown.append(page.figure(path, f"{label} of each method, by layer"))
     tables = sparsity_tables(rows, summary)
-    if "costs" in tables:
-        head, costs = tables["costs"]
-        tables["costs"] = head, [*_costs_of_references(tables["references"][1], len(head)), *costs]
     wanted = [("probes", "Probes"), ("distance", "Distance to the teacher"), ("costs", "Size and time")]
     parts = []
     for name, title in wanted:
         if name in tables:
             parts.append(f"<h3>{title}</h3>" + page.table(*tables[name], words_last=name == "probes"))
     return page.figures(shown) + "".join(parts)
-
-
-def _costs_of_references(lines: Sequence[Sequence[str]], columns: int) -> list[list[str]]:
-    """Lines of the table of costs for what is not distilled, as far as its costs are known."""
-    costs = [[line[0], *line[-3:]] for line in lines if line[-1] != "-"]
-    return [[*line, *["-"] * (columns - len(line))] for line in costs]
 
 
 def _repeat(rows: Sequence[Row]) -> str:

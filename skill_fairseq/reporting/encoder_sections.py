@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 from skill_fairseq.audio.manifest import check_manifest, read_manifest
 from skill_fairseq.comparison.costs import SECONDS, costs
-from skill_fairseq.comparison.layer_distance import KINDS, LayerDistances, layer_distances
+from skill_fairseq.comparison.layer_distance import KINDS, SHOWN, LayerDistances, layer_distances
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.shrink import describe_units
@@ -94,7 +94,7 @@ def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups
         seconds += size / rate
     found = {n: layer_distances(e, encoders["teacher"], files) for n, e in encoders.items() if n != "teacher"}
     shown = []
-    for kind, label in (("l1_normalized", "L1, states normalised"), ("cos", "1 - cos"), ("cka", "1 - CKA")):
+    for kind, label in SHOWN.items():
         lines = {name: (range(len(d.layers[kind])), d.layers[kind]) for name, d in found.items()}
         path = pictures.curves(out / f"distance_{kind}.png", lines, label, xlabel="layer")
         shown.append(page.figure(path, f"{label} between student and teacher, by layer"))

@@ -14,6 +14,7 @@ from skill_fairseq.checkpoints import save_encoder
 from skill_fairseq.cli.probe import main
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.probing.evaluate import outcomes
 
 TASKS = Path(__file__).resolve().parents[2] / "examples" / "tiny" / "data" / "tasks"
 
@@ -96,7 +97,9 @@ def test_several_models_and_tasks_make_one_table(tmp_path: Path, capsys: pytest.
             entry = found[line.split()[0], task]
             low, high = (100 * bound for bound in entry["interval"])
             assert f"{100 * entry['value']:.1f} [{low:.1f}, {high:.1f}]" in line
+            assert outcomes(entry).mean() == pytest.approx(entry["value"])
     assert len(found["student", "speaker"]["layer_weights"]) == 2
+    assert len(outcomes(found["student", "pairs"])) == 6 and len(outcomes(found["student", "speaker"])) == 15
     assert found["logmel", "pairs"]["trials"] == 153 and 0 < found["logmel", "pairs"]["value"] < 0.4
     assert found["student", "speaker"]["parameters"] == found["untrained", "speaker"]["parameters"]
     assert found["student", "speaker"]["layer_weights"] != found["untrained", "speaker"]["layer_weights"]

@@ -164,6 +164,7 @@ def test_tables_show_the_numbers() -> None:
     assert f"| skill | 3 | {shown}" in text
     assert "14 of 20 results are there" in text and "digit, accuracy in per cent, 200 recordings; pairs, equal" in text
     assert "| teacher | 80.0 [71.1, 86.7] | 10.0 [3.5, 16.5] | 4,321 | 5.000 | 0.500 |" in text
+    assert "| teacher | 4,321 | 5.000 | 0.500 | - | - | - | - | - |" in text
     assert "| logmel | 50.0 [40.4, 59.6] | 2.0 [0.0, 8.4] | - | - | - |" in text
     assert "| skill | 1,002 | 2.000 | 0.250 | 0.7500 | 0.7510 to 0.7530 | 20 | 5 | 3 |" in text
     assert "- **skill** against dphubert, over all sparsities, 3 seeds: digit +" in text
