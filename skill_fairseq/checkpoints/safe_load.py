@@ -158,6 +158,55 @@ def load_torch_file(path: Path, trust: bool = False) -> Any:
         ) from error
 
 
+def load_without_objects(path: Path) -> Any:
+    """The dictionaries, lists, texts and numbers that ``torch.save`` wrote, whatever else there is.
+
+    No tensor is read and no code of the file runs; tensors and objects are empty dictionaries.
+
+    Args:
+        path: a file in torch's zip format.
+
+    Raises:
+        Exception: nearly any, where the file is missing, damaged or of another format.
+    """
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
+        with archive.open(name) as file:
+            return _WithoutObjects(file).load()
+
+
+class _Omitted(dict):
+    """Stands for an object, and is empty: takes every argument, item and state, and runs none of its code."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]  # it may have been a key
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+
+class _WithoutObjects(pickle.Unpickler):
+    """Reads dictionaries, lists, texts and numbers; all else is omitted."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Omitted
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A tensor's storage."""
+        return None
+
+
 def _ends_with(path: Path, name: str) -> bool:
     """Whether a file ends with a name, or a byte after it: then the name itself was cut short."""
     return name.encode() in path.read_bytes()[-len(name) - 1 :]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-import pickle
-import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Dict, Tuple
+
+from skill_fairseq.checkpoints.safe_load import load_without_objects
 
 logger = logging.getLogger(__name__)
 
@@ -85,45 +84,10 @@ def saved_settings(checkpoint: Path) -> Dict[str, Any]:
         a nested dictionary; empty where the file is missing, of another format, or has no plain config.
     """
     try:
-        with zipfile.ZipFile(checkpoint) as archive:
-            (name,) = (name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl")
-            with archive.open(name) as file:
-                cfg = _WithoutObjects(file).load()["cfg"]
+        cfg = load_without_objects(checkpoint)["cfg"]
     except Exception:  # damaged pickles raise nearly anything; whether the file is of use is fairseq's affair
         return {}
     return cfg if isinstance(cfg, dict) else {}
-
-
-class _Omitted(dict):
-    """Stands for an object, and is empty: takes every argument, item and state, and runs none of its code."""
-
-    __hash__ = object.__hash__  # type: ignore[assignment]  # it may have been a key
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
-
-
-class _WithoutObjects(pickle.Unpickler):
-    """Reads dictionaries, lists, texts and numbers; all else is omitted."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Omitted
-
-    def persistent_load(self, pid: Any) -> Any:
-        """A tensor's storage."""
-        return None
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Dict[str, Any]:
