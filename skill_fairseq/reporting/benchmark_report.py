@@ -61,8 +61,7 @@ def _sparsity(rows: Sequence[Row], summary: Mapping[str, Any], sparsity: Any, ou
             if row["method"] != baseline and row["difference"]
         ]
         if lines:
-            error = " error" * (summary["tasks"][task]["metric"] != "accuracy")
-            label = f"{task}{error}: points above {baseline}"
+            label = f"{task}, {summary['tasks'][task]['metric']}: points above {baseline}"
             path = pictures.forest(out / f"difference_{task}_{sparsity}.png", lines, label, 0.0, zoom=True)
             alt = f"difference of each method to {baseline} on {task}, with intervals"
             caption = "in colour: intervals without 0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -26,6 +27,7 @@ MOST_MARKERS = 13
 MOST_INSIDE, LONGEST_BESIDE = 2, 19  # lines of a legend inside the axes; characters of two names side by side
 WIDTH = 4.4  # inches: on a phone 10 pt are then as many pixels
 DPI = 220
+MOST_IN_LINE = 44  # characters of that width
 
 
 def draw(path: Path, painter: Callable[[Any], None], size: tuple[float, float]) -> Path:
@@ -178,7 +180,7 @@ def forest(
             axes.plot([value], [place], "o", color=colour, ms=5)
         axes.set_yticks(range(len(rows)), [label for label, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel(xlabel)
+        axes.figure.supxlabel(textwrap.fill(xlabel, MOST_IN_LINE), fontsize="medium")  # wider than the axes may be
         axes.grid(visible=False, axis="y")
         if reference is not None:
             axes.axvline(reference, color="#222222", lw=1, ls=(0, (4, 3)), zorder=0)

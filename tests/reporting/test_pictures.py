@@ -134,6 +134,19 @@ def test_many_curves_are_named_below_the_axes(name: str, monkeypatch: pytest.Mon
     assert legend.y1 <= axes.get_tightbbox().y0 and legend.x0 >= 0 and legend.x1 <= figure.bbox.x1
 
 
+@pytest.mark.parametrize("label", ["verification, equal error rate: points above dphubert", "a word of many " * 8])
+def test_long_labels_stay_within_the_picture(label: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [("a_method_with_quite_a_long_name", interval) for _, interval in ROWS]
+    figure = drawn(monkeypatch, tmp_path / "a.png", lambda path: forest(path, rows, label, 0.0)).figure
+    figure.canvas.draw()
+    assert label.split() == figure.get_supxlabel().split()
+    words = [*figure.texts, *figure.axes[0].get_yticklabels()]
+    assert len(words) == 4
+    for text in words:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0 and box.y1 <= figure.bbox.y1, text
+
+
 ROWS = [("a", (0.5, -1.0, 2.0)), ("b", (-1.0, -3.0, 1.0)), ("c", (-30.0, -33.0, -27.0))]
 
 
