@@ -12,14 +12,16 @@ from typing import Any, Callable, Optional
 
 from torch.utils.data import DataLoader
 
-_CAN_WAIT = hasattr(signal, "sigwaitinfo")  # not on macOS
+_END: Optional[int] = getattr(signal, "SIGRTMIN", None)
+"""From the training process: end. No other process sends it, and none is lost: real-time signals queue, where the
+kernel makes one of two pending SIGTERMs. macOS has none; there workers are torch's."""
 
 
 class ShieldedLoader(DataLoader):
     """torch's, except that its workers stay when SIGTERM goes to every process of a job, as Slurm's does.
 
     torch's worker would die of it, and its parent, in the middle of an update, of "DataLoader worker is killed by
-    signal: Terminated". The parent's own SIGTERM still ends the worker, and so does the parent's end.
+    signal: Terminated". The parent still ends the worker, by ``terminate`` or by its own end.
     """
 
     def __init__(
@@ -28,15 +30,23 @@ class ShieldedLoader(DataLoader):
         super().__init__(dataset, worker_init_fn=functools.partial(_begin, worker_init_fn), **settings)
 
     def __iter__(self) -> Any:
-        """torch's; workers that it starts have SIGTERM blocked from their first moment."""
+        """torch's; workers that it starts have the signals blocked from their first moment."""
         with _blocked():
-            return super().__iter__()
+            iterator: Any = super().__iter__()
+        if self.num_workers > 0 and _END is not None:
+            for worker in iterator._workers:  # multiprocessing ends them by the _popen, at exit as in terminate()
+                worker._popen.terminate = functools.partial(worker._popen._send_signal, _END)
+        return iterator
+
+
+def _block() -> set[int]:
+    return signal.pthread_sigmask(signal.SIG_BLOCK, () if _END is None else {signal.SIGTERM, _END})
 
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """SIGTERM comes afterwards, in this thread and in processes that it starts meanwhile."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if _CAN_WAIT else ())
+    """The signals come afterwards, in this thread and in processes that it starts meanwhile."""
+    before = _block()
     try:
         yield
     finally:
@@ -45,22 +55,16 @@ def _blocked() -> Iterator[None]:
 
 def _begin(worker_init_fn: Optional[Callable[[int], None]], worker: int) -> None:
     """The first call of a worker."""
-    if _CAN_WAIT:
-        _wait_for_parent()
+    if _END is not None:
+        _block()  # not inherited by a forkserver's workers
+        threading.Thread(target=_wait_for, args=[_END], daemon=True).start()
     if worker_init_fn is not None:
         worker_init_fn(worker)
 
 
-def _wait_for_parent() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # not inherited by a forkserver's workers
-    parent = os.getppid()
-
-    def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
+def _wait_for(end: int) -> None:
+    signal.sigwait({end})
+    os._exit(0)
 
 
 class _View:
