@@ -115,12 +115,13 @@ def test_feature_grad_mult_scales_the_gradient_of_the_convolutions(pretraining: 
     for factor in (1.0, scale):
         torch.manual_seed(0)
         _, model, _, _ = pretraining(feature_grad_mult=factor)
-        features = model.forward_features(small.waves())
+        model.double()  # GroupNorm: small gradients of large terms, whose digits in float32 depend on the processor
+        features = model.forward_features(small.waves().double())
         if features.requires_grad:
             features.square().sum().backward()
         weight = model.speech_encoder.feature_extractor.layers[0].conv.weight
         gradients.append(torch.zeros_like(weight) if weight.grad is None else weight.grad)
-    assert torch.allclose(gradients[1], scale * gradients[0], rtol=1e-4)
+    assert torch.allclose(gradients[1], scale * gradients[0], rtol=1e-6)
 
 
 def test_features_are_the_encoders(pretraining: Any, small: Any) -> None:
