@@ -191,7 +191,7 @@ def test_ranks_share_their_gates_or_draw_their_own(build: Any) -> None:
     ranks = [context.Process(target=_draw, args=(rank, port, cfg, queue)) for rank in (0, 1)]
     for process in ranks:
         process.start()
-    drawn = dict(queue.get(timeout=300) for _ in ranks)
+    drawn = dict(queue.get(timeout=60) for _ in ranks)
     for process in ranks:
         process.join(60)
     assert drawn[0]["shared"] == drawn[1]["shared"]
