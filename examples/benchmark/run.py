@@ -40,6 +40,8 @@ from skill_fairseq.versions import versions
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parents[1] / "config"
+STOPPED = 130
+"""Exit code of a command, or of one of its runs, that a signal or Ctrl-C asked to end."""
 EPILOG = """examples:
   python examples/benchmark/run.py                               the reduced grid, two runs at a time
   python examples/benchmark/run.py out --name full               every method, examples/tiny's own numbers of updates
@@ -192,11 +194,9 @@ def do_all(runs: Sequence[Run], out: Path, jobs: int, own_command: Sequence[str]
         ended += 1
         if code:
             failed.append(run.name)
-        print(
-            f"[{ended}/{len(runs)}, {time.monotonic() - began:.0f} s] {run.name}: "
-            f"{'failed, see ' + str(folder / 'log') if code else 'done'} in {time.monotonic() - start:.0f} s",
-            flush=True,
-        )
+        outcome = {0: "done", STOPPED: "stopped"}.get(code, f"failed, see {folder / 'log'}")
+        now = time.monotonic()
+        print(f"[{ended}/{len(runs)}, {now - began:.0f} s] {run.name}: {outcome} in {now - start:.0f} s", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(one, run) for run in runs]
@@ -267,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed = do_all(to_do, out, args.jobs, [sys.executable, str(Path(__file__).resolve()), *rest])
     except (Stopped, KeyboardInterrupt):
         print("Stopped. What was finished stays; the same command goes on from there.", file=sys.stderr)
-        return 130
+        return STOPPED
     results = gather(grid, runs, out)
     if not results:
         raise ValueError(f"{out}: no run has finished; see {out / 'runs'}/*/log")

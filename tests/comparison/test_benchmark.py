@@ -79,13 +79,14 @@ def run(command: list[str], *more: str) -> subprocess.CompletedProcess:
 def test_interrupted_and_started_again_it_goes_on_and_compares(command: list[str]) -> None:
     out = Path(command[2])
     first = out / "runs" / "dphubert-0.5-1"
-    child = subprocess.Popen([*command, "--jobs", "1"], env=ENVIRONMENT)
+    child = subprocess.Popen([*command, "--jobs", "1"], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
     while not (first / "stage1" / "checkpoint_last.pt").is_file():
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
     child.send_signal(signal.SIGTERM)
-    assert child.wait(60) == 130
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode == 130 and "dphubert-0.5-1: stopped in" in said and "failed" not in said
     assert not (first / "stage1" / "done").exists() and not (out / "table.md").exists()
 
     done = run(command, "--jobs", "1")
