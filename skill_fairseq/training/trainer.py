@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -12,6 +13,7 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 
+from skill_fairseq.modules.host import to_host
 from skill_fairseq.pruning.reach import check_reach, log_sparsity
 from skill_fairseq.training.changed_settings import warn_of_changes
 from skill_fairseq.training.checkpoint_files import newest_whole_checkpoint, writing
@@ -53,6 +55,7 @@ class SkillTrainer(Trainer):
         self._not_finite = False  # a loss of any rank, in the update
         self._empty = False  # no rank could read a file, in the update
         self._logged: Dict[str, List[str]] = {}  # names of what a step logs
+        self._bad_files: Optional[List[str]] = None  # of the update; None: not looked at yet
         self._constraint = getattr(criterion, "constraint", None)
         if self._constraint is not None and self.data_parallel_rank == 0:
             check_reach(cfg, model.speech_encoder, criterion)
@@ -124,7 +127,8 @@ class SkillTrainer(Trainer):
             FloatingPointError: too many updates in a row were skipped.
         """
         self._not_finite = False
-        self.task.files_of_bad_losses = []
+        self.task.losses = []
+        self._bad_files = None
         samples = [self._readable(sample) for sample in samples]
         self._empty = not any(samples)
         samples = [sample for sample in samples if sample] or samples[:1]
@@ -156,7 +160,7 @@ class SkillTrainer(Trainer):
             UpdateSkipped: the gradients are of no use, and the task bears that.
         """
         if self.data_parallel_world_size == 1:
-            self._agree(self._unreadable_here, preemption.received is not None, self._loss_here_not_finite())
+            self._agree(self._unreadable_here, preemption.received is not None, bool(self._files_of_bad_losses()))
         if self._empty:
             raise UpdateSkipped("none of its files could be read")
         bears = self._limit("max_skipped_updates") > 0
@@ -179,13 +183,13 @@ class SkillTrainer(Trainer):
         self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
     ) -> Tuple[List[Dict[str, Any]], List[Any]]:
         """fairseq's sum over ranks, which carries four numbers more."""
+        split = "train" if self.model.training else "valid"
         mine = (
             self._unreadable_here,
             int(preemption.received is not None),
-            int(self._loss_here_not_finite()),
+            int(split == "train" and bool(self._files_of_bad_losses())),
             int(not self._empty),
         )
-        split = "train" if self.model.training else "valid"
         if logging_outputs:
             self._logged[split] = list(logging_outputs[0])
         elif split in self._logged:  # out of memory: what is summed over ranks must have one shape
@@ -245,11 +249,16 @@ class SkillTrainer(Trainer):
                 f"out of memory{where}: lower dataset.{name}, now {most}, for example to {int(most * 0.8)}{more}"
             )
 
-    def _loss_here_not_finite(self) -> bool:
-        return bool(getattr(self.task, "files_of_bad_losses", None))
+    def _files_of_bad_losses(self) -> List[str]:
+        """Files of this rank's batches whose loss is not finite. Asked for once an update, after the last backward."""
+        if self._bad_files is None:
+            losses = getattr(self.task, "losses", [])
+            values = to_host(torch.stack([loss for loss, _ in losses]), "losses").tolist() if losses else []
+            self._bad_files = [f for (_, files), v in zip(losses, values) if not math.isfinite(v) for f in files]
+        return self._bad_files
 
     def _files(self, samples: Sequence[Dict[str, Any]]) -> str:
-        bad = getattr(self.task, "files_of_bad_losses", None)
+        bad = self._files_of_bad_losses()
         if bad:
             return f"files of the batch: {', '.join(bad)}"
         if self._not_finite:

@@ -20,8 +20,9 @@ class Trainer(fairseq_cli.train.Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.updates, self.drawn = [], []
-        for _, gate in self.get_model().speech_encoder.named_gates():
-            gate.register_forward_hook(lambda gate, _, z: self.drawn.append(z.detach().clone()))
+        bank = self.get_model().speech_encoder.gates
+        draw = bank.draw
+        bank.draw = lambda **how: (drawn := draw(**how), self.drawn.append(drawn.z.detach().clone()))[0]
 
     def begin_epoch(self, epoch):
         self.epoch = epoch
@@ -33,7 +34,8 @@ class Trainer(fairseq_cli.train.Trainer):
         result = super().train_step(samples, raise_oom)
         state = {**self.get_model().state_dict(), **self.get_criterion().state_dict()}
         state = {name: tensor.clone() for name, tensor in state.items()}
-        gates = torch.cat(self.drawn).view(len(ids), -1)  # one row a forward
+        gates = torch.stack(self.drawn)
+        assert len(gates) == len(ids), 'one draw a forward'
         self.updates.append({"epoch": self.epoch, "ids": ids, "grads": self.grads, "state": state, "gates": gates})
         torch.save(self.updates, "rank" + os.environ["RANK"] + ".pt")
         return result
