@@ -208,7 +208,7 @@ class GateBank(Float32Module):
         on_device = _together([index for index in indices if index is not None], z.device)
         units = []
         for index, mask, value in zip(indices, masks, values):
-            any_open = bool(mask.any())
+            any_open = bool(mask.numpy().any())
             if index is None:
                 units.append(Units(None, value, any_open))
             else:

@@ -112,7 +112,7 @@ def open_units(is_open: Tensor, multiple: int = 1) -> Tensor | None:
         (k,) ascending indices, or None where slicing does not pay.
     """
     n = is_open.numel()
-    k = -(-max(int(is_open.sum()), 1) // multiple) * multiple
+    k = -(-max(int(is_open.numpy().sum()), 1) // multiple) * multiple
     if k > SLICE_BELOW * n:
         return None
     return torch.sort(is_open, descending=True, stable=True).indices[:k].sort().values
