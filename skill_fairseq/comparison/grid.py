@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -167,7 +168,7 @@ def owner(run: Run, runs: Sequence[Run]) -> Run:
 
 
 def composed(folder: Path, config: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """A training config with all that it takes over from others and its overrides, as hydra composes it.
+    """A training config as fairseq-hydra-train composes it: overrides, and what it leaves to defaults, included.
 
     Args:
         folder: that ``config`` is relative to.
@@ -177,20 +178,23 @@ def composed(folder: Path, config: str, overrides: Sequence[str]) -> dict[str, A
     Raises:
         ValueError: hydra cannot compose it; names the config.
     """
+    from fairseq.dataclass.initialize import add_defaults, hydra_init
     from hydra.errors import HydraException
     from hydra.experimental import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
     path = (folder / config).resolve()
+    hydra_init(path.name)
     try:
         with initialize_config_dir(str(path.parent)):
-            found = OmegaConf.to_container(compose(path.name, list(overrides)), resolve=False)
+            found = compose(path.name, list(overrides))
     except HydraException as error:
         raise ValueError(
             f"{path}.yaml with {' '.join(overrides)}: {error}; mend the grid's config or overrides"
         ) from error
-    assert isinstance(found, dict)
-    return {str(key): value for key, value in found.items()}
+    add_defaults(found)
+    plain = json.dumps(OmegaConf.to_container(found, resolve=False), default=str)  # fairseq's enumerations are no JSON
+    return dict(json.loads(plain))
 
 
 def settings_of(
