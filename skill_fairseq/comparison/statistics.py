@@ -8,7 +8,8 @@ Tukey 1956):
 
     var = (MS_seeds + MS_speakers - MS_residual) / (seeds * speakers)
 
-with Satterthwaite's degrees of freedom for Student's t. Few seeds that disagree give a wide interval, as they must;
+with Satterthwaite's degrees of freedom for Student's t; seeds or speakers whose mean square is no larger than the
+residual's do not count as a source of variation. Few seeds that disagree give a wide interval, as they must;
 resampling three seeds would give one too narrow. With one seed only the speakers count as a sample. With fewer than
 three speakers, or where nothing varies, there is no interval.
 """
@@ -67,18 +68,17 @@ def crossed_mean(values: np.ndarray, speakers: Sequence[str]) -> Estimate:
     rows, columns = values.mean(1), values.mean(0)
     ms_rows = items * float(rows.var(ddof=1)) if seeds > 1 else 0.0
     ms_columns = seeds * float(columns.var(ddof=1))
-    terms = [(ms_rows, seeds - 1), (ms_columns, items - 1)]
-    if seeds > 1:
-        residual = values - rows[:, None] - columns[None, :] + mean
-        freedom = (seeds - 1) * (items - 1)
-        terms.append((-float((residual**2).sum()) / freedom, freedom))
+    residual = values - rows[:, None] - columns[None, :] + mean
+    ms_rest = float((residual**2).sum()) / ((seeds - 1) * (items - 1)) if seeds > 1 else 0.0
+    terms = [(ms_rows, seeds - 1), (ms_columns, items - 1), (-ms_rest, (seeds - 1) * (items - 1))]
+    if ms_rows <= ms_rest:  # no more than by chance: seeds do not matter
+        terms = terms[1:2]
+    elif ms_columns <= ms_rest:
+        terms = terms[:1]
     square = sum(ms for ms, _ in terms)
-    # The estimate can fall below what seeds or speakers alone say, by chance: the larger of the two bounds it.
-    square = max(square, ms_rows, ms_columns)
     if square <= (1e-12 * largest) ** 2:  # rounding: nothing varies, so nothing is known of the spread
         return Estimate(mean, None, None)
-    freedom_of_sum = square**2 / sum(ms**2 / freedom for ms, freedom in terms if freedom)
-    reach = student_t(freedom_of_sum) * math.sqrt(square / (seeds * items))
+    reach = student_t(square**2 / sum(ms**2 / freedom for ms, freedom in terms)) * math.sqrt(square / (seeds * items))
     return Estimate(mean, mean - reach, mean + reach)
 
 

@@ -171,11 +171,13 @@ def _interval(estimate: Sequence[Optional[float]], scale: float, digits: int, si
 
 def _judged(found: Mapping[str, Any], scale: float, digits: int, unit: Optional[str] = None) -> str:
     """A difference, and what it says; in a sentence where there is a unit."""
-    said = _interval(found["estimate"], scale, digits, True)
+    said = _interval(found["estimate"], scale, digits, True) + (unit or "")
     if found["verdict"] == NO_INTERVAL:
-        return f"{said}{unit or ''}"
-    within = f" within \u00b1{scale * found['within']:.{digits}f}" if found["verdict"] == NOT_TOLD else ""
-    return f"{said} {found['verdict']}{within}" if unit is None else f"{said}{unit}: {found['verdict']}{within}"
+        return said
+    if unit is not None:
+        said += ":"
+    within = f" within \u00b1{scale * found['within']:.{digits}f}{unit or ''}" if found["verdict"] == NOT_TOLD else ""
+    return f"{said} {found['verdict']}{within}"
 
 
 def _number(value: Optional[float], digits: int = 3) -> str:
