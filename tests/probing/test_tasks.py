@@ -43,6 +43,21 @@ def test_tasks_of_the_example(task: str, classes: int, sizes: tuple[int, int, in
         assert len(counts) == classes and len(set(counts.values())) == 1
 
 
+def test_the_notice_names_the_speakers_of_each_split() -> None:
+    notice = (DATA / "NOTICE").read_text()
+    who = {}
+    for split in SPLITS:
+        rows = (DATA / "tasks" / "digit" / f"{split}.labels.tsv").read_text().splitlines()[1:]
+        who[split] = ", ".join(sorted({row.split("\t")[1].removeprefix("fsdd-") for row in rows}))
+    assert who["train"] == who["valid"]
+    assert f"train and valid: {who['train']}; test: {who['test']}\n" in notice
+    librispeech = [path for path in (DATA / "audio" / "librispeech").rglob("*.flac")]
+    speakers = {path.parent.name for path in librispeech}
+    assert f"{len(librispeech)} utterances of {len(speakers)} speakers" in notice
+    digits = list((DATA / "audio" / "fsdd").rglob("*.flac"))
+    assert f"{len(digits)} recordings of {len({path.parent.name for path in digits})} speakers" in notice
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
