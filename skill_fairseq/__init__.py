@@ -12,7 +12,7 @@ from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.pruning.shrink import shrink
 
 __all__ = ["load_encoder", "shrink"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if find_spec("fairseq") is not None:
     import skill_fairseq.criterions.skill_group_kd

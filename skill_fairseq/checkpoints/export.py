@@ -57,10 +57,9 @@ def finite_state(encoder: SpeechEncoder, dtype: str = "float32") -> State:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r}; expected one of {list(DTYPES)}")
-    gates = {f"{name}.{inner}" for name, gate in encoder.named_gates() for inner in gate.state_dict()}
     state: State = {}
     for name, tensor in encoder.state_dict().items():
-        stored = tensor if name in gates else tensor.to(DTYPES[dtype])
+        stored = tensor if name.startswith("gates.") else tensor.to(DTYPES[dtype])
         if not torch.isfinite(stored).all():
             whole = bool(torch.isfinite(tensor).all())
             reason = f"values too large for {dtype}; use bfloat16" if whole else "infinite or NaN values"

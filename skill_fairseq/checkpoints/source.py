@@ -68,6 +68,7 @@ def build_encoder(source: EncoderSource, path: Path) -> SpeechEncoder:
         ValueError: a weight is missing, left over, or of another shape than the config says; lists them.
     """
     encoder = SpeechEncoder(source.config)
+    encoder.gather_gates(source.state, source.foreign_name("gates.log_alpha")[: -len("gates.log_alpha")])
     state: State = {}
     missing, misshapen, used = [], [], set()
     for name, wanted in encoder.state_dict().items():

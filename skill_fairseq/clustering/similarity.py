@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from skill_fairseq.distillation.loss import without_padding
+
 MEASURES = ("cka_minibatch", "cka", "cosine", "l1", "l2", "loss")
 CHEAP_MEASURES = ("cka_minibatch", "cosine", "l1", "l2", "loss")
 
@@ -114,7 +116,7 @@ class LayerSimilarity:
         if padding_mask is None:
             frames = torch.stack([state.flatten(0, 1) for state in hidden_states])
         else:
-            frames = torch.stack([state[~padding_mask] for state in hidden_states])
+            frames = torch.stack(without_padding(hidden_states, padding_mask))
         layers, count, features = frames.shape
         if self.num_frames == 0:
             self._start(layers, features, frames.device)

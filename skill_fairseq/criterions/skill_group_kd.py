@@ -11,12 +11,12 @@ import yaml
 from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
 from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
 from skill_fairseq.distillation.groups import GroupProjections, Groups, map_groups, parse_groups
-from skill_fairseq.distillation.loss import LossParts, distillation_loss
+from skill_fairseq.distillation.loss import LossParts, distillation_loss, without_padding
 from skill_fairseq.distillation.teacher import averaged_states
 from skill_fairseq.modules.size import sparsity
 from skill_fairseq.pruning.expected import full_parameters
@@ -151,7 +151,7 @@ class SkillGroupKDCriterion(FairseqCriterion):
         else:
             logger.info(f"criterion.init_from: {path} has no projections for these groups; starting from the identity")
 
-    def forward(self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, int, Dict]:
+    def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, int, Dict]:
         """Loss of one batch.
 
         Args:
@@ -165,37 +165,44 @@ class SkillGroupKDCriterion(FairseqCriterion):
         net_input = dict(sample["net_input"])
         if "source_bits" in sample:
             net_input["source"] = sample["source_bits"].view(torch.float32)
-        # The teacher first: its memory is free again before the student's activations pile up.
+        # The gates before all else: the host waits for them, and the device shall have nothing left to do by then.
+        draw = model.draw_gates()
+        # Then the teacher: its memory is free again before the student's activations pile up.
         targets, _ = self.task.teacher.group_means(
             net_input["source"], net_input.get("padding_mask"), self.groups, self.cfg.normalize_states
         )
-        out = model(**net_input)
+        out = model(**net_input, draw=draw)
         means = averaged_states(out["hidden_states"], self.student_groups, self.cfg.normalize_states)
-        parts = self._group_losses(self.projections(means), targets, out["padding_mask"])
+        means = self.projections(means)
+        if out["padding_mask"] is not None:
+            frames = without_padding([*means, *targets], out["padding_mask"])
+            means, targets = frames[: len(means)], frames[len(means) :]
+        parts = self._group_losses(means, targets)
         distillation = torch.stack([w * p.total for w, p in zip(self.weights, parts)]).sum()
         loss = distillation
-        log: Dict[str, Any] = {
-            "distillation_loss": distillation.detach(),
-            **{f"l1_g{i}": p.l1.detach() for i, p in enumerate(parts)},
-            **{f"cos_g{i}": -p.cos.detach() for i, p in enumerate(parts)},
+        values = {
+            "distillation_loss": distillation,
+            **{f"l1_g{i}": p.l1 for i, p in enumerate(parts)},
+            **{f"cos_g{i}": -p.cos for i, p in enumerate(parts)},
         }
         if self.constraint is not None:
             expected = sparsity(out["expected_parameters"], self.full_parameters)
             update = self.task.num_updates
             if self.training:
                 loss = loss + self.constraint(expected, update)
-            log["expected_sparsity"] = expected.detach()
-            log["target_sparsity"] = self.constraint.target_at(update)
-            log["lambda1"] = self.constraint.lambda1.detach()
-            log["lambda2"] = self.constraint.lambda2.detach()
+            values["expected_sparsity"] = expected
+            values["lambda1"] = self.constraint.lambda1
+            values["lambda2"] = self.constraint.lambda2
         source = net_input["source"]
         padding = net_input.get("padding_mask")
-        samples = source.numel() - (0 if padding is None else int(padding.sum()))
-        log["loss"] = loss.detach()
-        # All at once: every number fetched from a GPU waits for it.
-        log = dict(
-            zip(log, torch.stack([torch.as_tensor(v, device=loss.device).double() for v in log.values()]).tolist())
+        samples = source.numel() - (0 if padding is None else padding.sum())
+        values["loss"] = loss
+        # They stay on the device: to fetch a number here would keep the backward pass waiting. Copies, as float64.
+        log: Dict[str, Any] = dict(
+            zip(values, torch.stack([v.detach().float() for v in values.values()]).double().unbind())
         )
+        if self.constraint is not None:
+            log["target_sparsity"] = self.constraint.target_at(update)
         log.update(
             sample_size=1,
             nsentences=source.size(0),
@@ -204,12 +211,10 @@ class SkillGroupKDCriterion(FairseqCriterion):
         )
         return loss, 1, log
 
-    def _group_losses(
-        self, student: List[Tensor], teacher: List[Tensor], padding_mask: Optional[Tensor]
-    ) -> List[LossParts]:
+    def _group_losses(self, student: List[Tensor], teacher: List[Tensor]) -> List[LossParts]:
         cos_type = str(getattr(self.cfg.cos_type, "name", self.cfg.cos_type))
         return [
-            distillation_loss(s, t, padding_mask, self.cfg.l1_weight, self.cfg.cos_weight, cos_type=cos_type)
+            distillation_loss(s, t, None, self.cfg.l1_weight, self.cfg.cos_weight, cos_type=cos_type)
             for s, t in zip(student, teacher)
         ]
 
@@ -228,7 +233,7 @@ class SkillGroupKDCriterion(FairseqCriterion):
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
-        """Yes: every value is a number."""
+        """Yes: every value is a number or a scalar tensor."""
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,9 @@ def distillation_loss(
         )
     student, teacher = _at_least_float32(student), _at_least_float32(teacher)
     if padding_mask is not None:
-        student, teacher = _without_padding(student, padding_mask), _without_padding(teacher, padding_mask)
+        if student.dim() == 4:
+            student, teacher = student.transpose(1, 2), teacher.transpose(1, 2)
+        student, teacher = without_padding([student, teacher], padding_mask)
 
     l1 = cos = l2 = student.new_zeros(())
     if l1_weight:
@@ -72,15 +75,26 @@ def _at_least_float32(states: Tensor) -> Tensor:
     return states.float() if states.dtype in (torch.float16, torch.bfloat16) else states
 
 
-def _without_padding(states: Tensor, padding_mask: Tensor) -> Tensor:
-    """Frames outside the padding, (N, D) or (N, L, D). Selecting, unlike weighting, also stops NaNs there."""
-    frames = states if states.dim() == 3 else states.transpose(1, 2)
-    if padding_mask.shape != frames.shape[:2]:
-        raise ValueError(
-            f"padding_mask has shape {tuple(padding_mask.shape)}, but must have {tuple(frames.shape[:2])}: "
-            "batch and frames (not samples)"
-        )
-    frames = frames[~padding_mask]
-    if not len(frames):
+def without_padding(states: Sequence[Tensor], padding_mask: Tensor) -> list[Tensor]:
+    """Frames outside the padding. Selecting, unlike weighting, also stops NaNs there.
+
+    Args:
+        states: (B, T, ...) each.
+        padding_mask: (B, T) bool, True for padding.
+
+    Returns:
+        (N, ...) each; the host waits for N once.
+
+    Raises:
+        ValueError: if shapes differ, or every frame is padding.
+    """
+    for frames in states:
+        if padding_mask.shape != frames.shape[:2]:
+            raise ValueError(
+                f"padding_mask has shape {tuple(padding_mask.shape)}, but must have {tuple(frames.shape[:2])}: "
+                "batch and frames (not samples)"
+            )
+    index = (~padding_mask).flatten().nonzero().flatten()
+    if not len(index):
         raise ValueError("padding_mask marks every frame of the batch as padding; leave such batches out")
-    return frames
+    return [frames.flatten(0, 1).index_select(0, index) for frames in states]

@@ -16,6 +16,7 @@ from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.source import build_encoder
 from skill_fairseq.models.wavlm import WavLMConfig, WavLMModel, avoid_wrong_gelu, dropouts, encoder_config
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.gate_bank import Draw
 from skill_fairseq.pruning.expected import expected_parameters
 from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.shrink import shrink
@@ -97,7 +98,7 @@ def initial_student(cfg: SkillStudentConfig) -> SpeechEncoder:
     original = encoder.config.original_parameters or encoder.num_parameters()
     gated = SpeechEncoder(encoder.config.replace(pruning_units=list(cfg.pruning_units), original_parameters=original))
     missing, unexpected = gated.load_state_dict(encoder.state_dict(), strict=False)
-    assert not unexpected and all(".gate." in name or ".output_gate." in name for name in missing)
+    assert not unexpected and all(name.startswith("gates.") for name in missing)
     return gated
 
 
@@ -143,7 +144,8 @@ class SkillStudentModel(WavLMModel):
         for name, gate in self.speech_encoder.named_gates():
             gate.drop_rate = rates[self.gate_kind(name)] if self.gate_kind(name) in rates else cfg.layer_drop_rate
             gate.reset_parameters()
-            gate.generator = self.generator
+        if self.speech_encoder.gates is not None:
+            self.speech_encoder.gates.generator = self.generator
 
     @staticmethod
     def gate_kind(name: str) -> str:
@@ -165,27 +167,34 @@ class SkillStudentModel(WavLMModel):
         super().set_num_updates(num_updates)
         self._update = num_updates
 
-    def _seed_gates(self) -> None:
-        """Before every forward: the batches that one update accumulates get the gates of one large batch."""
+    def draw_gates(self) -> Optional[Draw]:
+        """The gates of one forward, None without gates; call it before other work is launched, see ``forward``.
+
+        The batches that one update accumulates get the gates of one large batch.
+        """
         rank = 0
         if self.cfg.gate_sampling != "shared" and torch.distributed.is_initialized():
             rank = torch.distributed.get_rank()
         self.generator.manual_seed((self.cfg.seed * 1_000_003 + self._update) * 4096 + rank)
+        return self.speech_encoder.draw_gates()
 
-    def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None, **kwargs: Any) -> Dict[str, Any]:
+    def forward(
+        self, source: Tensor, padding_mask: Optional[Tensor] = None, draw: Optional[Draw] = None, **kwargs: Any
+    ) -> Dict[str, Any]:
         """One forward for distillation.
 
         Args:
             source: (B, N) samples.
             padding_mask: (B, N) bool, True = padding, or None.
+            draw: what :meth:`draw_gates` gave; None: the gates are drawn here, and the host waits for all that the
+                device has still to do.
 
         Returns:
             ``x`` (B, T, D), ``hidden_states`` (L + 1 tensors (B, T, D)), ``padding_mask`` (B, T) or None, and
             ``expected_parameters``, a scalar with gradient, None without gates.
         """
-        self._seed_gates()
-        out = self.speech_encoder(source, padding_mask)
-        gated = bool(self.speech_encoder.config.pruning_units)
+        out = self.speech_encoder(source, padding_mask, draw=draw or self.draw_gates())
+        gated = self.speech_encoder.gates is not None
         return {
             **out._asdict(),
             "expected_parameters": expected_parameters(self.speech_encoder) if gated else None,
@@ -212,8 +221,7 @@ class SkillStudentModel(WavLMModel):
             (B, T, D) features and (B, T) padding mask or None, to be unpacked or looked up by name.
         """
         transform = (lambda x, pad: HubertModel.apply_mask(self, x.clone(), pad, None)[0]) if mask else None
-        self._seed_gates()
-        out = self.speech_encoder(source, padding_mask, transform, output_layer)
+        out = self.speech_encoder(source, padding_mask, transform, output_layer, self.draw_gates())
         return Features(out.hidden_states[0] if ret_conv else out.x, out.padding_mask, out.hidden_states[1:])
 
     def remove_pretraining_modules(self) -> None:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skill_fairseq.modules.attention_core import attend
-from skill_fairseq.modules.hard_concrete import HardConcrete
+from skill_fairseq.modules.gate_bank import Draw, GateBank
+from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.output_bias import OutputBias
 from skill_fairseq.modules.plain import use_plain
 from skill_fairseq.modules.slicing import gated_output, take
@@ -58,8 +59,8 @@ class SelfAttention(nn.Module):
         full_heads: heads before pruning.
         dropout: attention dropout probability.
         relative_position: whether WavLM's gated relative position is used.
-        gate_heads: put a hard-concrete gate on every head.
-        gate_output: put one hard-concrete gate on the whole sublayer.
+        unit_gates: where to add a gate for every head; None: no such gates.
+        output_gates: where to add one gate for the whole sublayer; None: no such gate.
     """
 
     heads: Tensor
@@ -72,8 +73,8 @@ class SelfAttention(nn.Module):
         full_heads: int,
         dropout: float = 0.0,
         relative_position: bool = False,
-        gate_heads: bool = False,
-        gate_output: bool = False,
+        unit_gates: Optional[GateBank] = None,
+        output_gates: Optional[GateBank] = None,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
@@ -88,29 +89,38 @@ class SelfAttention(nn.Module):
         self.out_proj: Union[nn.Linear, OutputBias]
         self.out_proj = nn.Linear(width, embed_dim) if heads else OutputBias(embed_dim)
         self.position_gate = RelativePositionGate(head_dim, full_heads) if relative_position and heads else None
-        self.gate = HardConcrete(len(heads)) if gate_heads and heads else None
-        self.output_gate = HardConcrete(1) if gate_output else None
+        self.gate = unit_gates.add(len(heads)) if unit_gates is not None and heads else None
+        self.output_gate = None if output_gates is None else output_gates.add(1)
 
-    def forward(self, x: Tensor, by_offset: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        by_offset: Optional[Tensor] = None,
+        padding_mask: Optional[Tensor] = None,
+        draw: Optional[Draw] = None,
+    ) -> Tensor:
         """Args:
             x: (B, T, D) frames.
             by_offset: (full heads, 2T - 1) position bias as :class:`RelativePosition` gives it, or None.
             padding_mask: (B, T) bool, True = padding, or None where nothing is padded.
+            draw: the gates of this forward; None where there are none.
 
         Returns:
             (B, T, D).
         """
+        units, output = (None, None) if draw is None else (draw.of(self.gate), draw.of(self.output_gate))
         if use_plain():
-            y = self._plain(x, by_offset, padding_mask) if self.heads.numel() else self.out_proj(x)
-            return y if self.output_gate is None else y * self.output_gate().to(y.dtype)
+            y = self._plain(x, by_offset, padding_mask, units) if self.heads.numel() else self.out_proj(x)
+            return y if output is None else y * output.gate.to(y.dtype)
         if not self.heads.numel():
-            return gated_output(self, self.output_gate, [x], lambda: self.out_proj(x))
-        return gated_output(self, self.output_gate, [x, by_offset], lambda: self._attend(x, by_offset, padding_mask))
+            return gated_output(self, output, [x], lambda: self.out_proj(x))
+        return gated_output(self, output, [x, by_offset], lambda: self._attend(x, by_offset, padding_mask, units))
 
-    def _attend(self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor]) -> Tensor:
+    def _attend(
+        self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor], units: Optional[Units]
+    ) -> Tensor:
         """Only the heads whose gates are open."""
         assert isinstance(self.out_proj, nn.Linear)
-        units = None if self.gate is None else self.gate.units()
         rows = heads = None
         if units is not None and units.indices is not None:
             heads = units.indices
@@ -134,7 +144,9 @@ class SelfAttention(nn.Module):
             weight = weight * units.gate.to(weight.dtype).repeat_interleave(self.head_dim)
         return F.linear(y, weight, self.out_proj.bias)
 
-    def _plain(self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor]) -> Tensor:
+    def _plain(
+        self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor], units: Optional[Units]
+    ) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -147,6 +159,6 @@ class SelfAttention(nn.Module):
         if padding_mask is not None:
             scores = scores.masked_fill(padding_mask[:, None, None, :], torch.finfo(scores.dtype).min)
         y = (F.dropout(scores.softmax(-1), self.dropout, self.training) @ v).transpose(1, 2)  # (B, T, h, d)
-        if self.gate is not None:
-            y = y * self.gate().to(y.dtype).unsqueeze(-1)
+        if units is not None:
+            y = y * units.gate.to(y.dtype).unsqueeze(-1)
         return self.out_proj(y.flatten(2))

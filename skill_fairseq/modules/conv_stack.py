@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from skill_fairseq.modules.activated_conv import activated_conv, compute_dtype
 from skill_fairseq.modules.config import EncoderConfig
-from skill_fairseq.modules.hard_concrete import HardConcrete, Units
+from skill_fairseq.modules.gate_bank import Draw, GateBank
+from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.norms import ChannelLayerNorm, group_norm_of_linear
 from skill_fairseq.modules.plain import use_plain
 from skill_fairseq.modules.prepared import Prepared
@@ -29,7 +30,7 @@ class ConvLayer(nn.Module):
         kernel_size, stride: in samples of this layer's input.
         bias: whether the convolution has a bias.
         norm: "group" (one group a channel), "layer" (over channels) or None.
-        gated: put a hard-concrete gate on every output channel.
+        gates: where to add a gate for every output channel; None: no gates.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ConvLayer(nn.Module):
         stride: int,
         bias: bool,
         norm: Optional[str],
-        gated: bool,
+        gates: Optional[GateBank],
     ) -> None:
         super().__init__()
         self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride, bias=bias)
@@ -51,27 +52,25 @@ class ConvLayer(nn.Module):
             self.norm = nn.GroupNorm(out_channels, out_channels)
         elif norm == "layer":
             self.norm = ChannelLayerNorm(out_channels, full_channels)
-        self.gate = HardConcrete(out_channels) if gated else None
-        if self.gate is not None:
-            self.gate.multiple = 8
+        self.gate = None if gates is None else gates.add(out_channels, multiple=8)
 
-    def forward(self, x: Tensor) -> Tuple[Tensor, Optional[Units]]:
+    def forward(self, x: Tensor, units: Optional[Units] = None) -> Tensor:
         """The plain path.
 
         Args:
             x: (B, C_in, T_in).
+            units: the output channels with their gates, or None without gates.
 
         Returns:
-            (B, C_out, T_out), and the channels with their gates, or None without gates.
+            (B, C_out, T_out).
         """
         x = self.conv(x)
-        units = None if self.gate is None else Units(None, self.gate())
         if isinstance(self.norm, ChannelLayerNorm):
             x = self.norm(x.transpose(1, 2), units).transpose(1, 2)
         elif self.norm is not None:
             x = self.norm(x)
         x = F.gelu(x)
-        return (x if units is None else x * units.gate.to(x.dtype)[:, None]), units
+        return x if units is None else x * units.gate.to(x.dtype)[:, None]
 
     def kernel(self, inputs: Optional[Units], outputs: Optional[Units]) -> Tensor:
         """(k, C_in, C_out) weights of the units that are computed, the input's gates multiplied in."""
@@ -91,9 +90,10 @@ class ConvStack(Prepared):
 
     Args:
         config: shape; uses the conv fields and ``extractor_mode``.
+        gates: where to add gates for the channels; None: no gates.
     """
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, gates: Optional[GateBank] = None) -> None:
         super().__init__()
         assert config.conv_channels is not None
         layers = []
@@ -112,28 +112,29 @@ class ConvStack(Prepared):
                     stride,
                     config.conv_bias,
                     norm,
-                    "conv" in config.pruning_units,
+                    gates,
                 )
             )
             in_channels = config.conv_channels[i]
         self.layers: Sequence[ConvLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.config = config
-        self.gated = "conv" in config.pruning_units
+        self.gated = gates is not None
         # A kept channel's soft gate folds into the next convolution. After the last one comes a LayerNorm, which it
         # cannot pass, so that gate stays: as a constant, not as a parameter.
         self.register_buffer("scale", torch.ones(in_channels))
         self.scale: Tensor
 
-    def forward(self, source: Tensor) -> Tuple[Tensor, Optional[Units]]:
+    def forward(self, source: Tensor, draw: Optional[Draw] = None) -> Tuple[Tensor, Optional[Units]]:
         """Args:
             source: (B, N) samples, float32 for best results at any precision of the weights.
+            draw: the gates of this forward; None where there are none.
 
         Returns:
             (B, T, C) frames, and which channels these are, with their gates; None without gates.
         """
+        units = [None if draw is None else draw.of(layer.gate) for layer in self.layers]
         if use_plain():
-            return self._plain(source)
-        units = [None if layer.gate is None else layer.gate.units() for layer in self.layers]
+            return self._plain(source, units)
         kernels = self._kernels(units) if self.gated else self.prepared()
         samples = source.size(1)
         first = self.layers[0].conv
@@ -157,11 +158,11 @@ class ConvStack(Prepared):
         """Kernels (k, C_in, C_out) of a stack without gates."""
         return self._kernels([None] * len(self.layers))
 
-    def _plain(self, source: Tensor) -> Tuple[Tensor, Optional[Units]]:
-        x, units = source.to(self.layers[0].conv.weight.dtype).unsqueeze(1), None
-        for layer in self.layers:
-            x, units = layer(x)
-        return x.transpose(1, 2) * self.scale.to(x.dtype), units
+    def _plain(self, source: Tensor, units: Sequence[Optional[Units]]) -> Tuple[Tensor, Optional[Units]]:
+        x = source.to(self.layers[0].conv.weight.dtype).unsqueeze(1)
+        for layer, channels in zip(self.layers, units):
+            x = layer(x, channels)
+        return x.transpose(1, 2) * self.scale.to(x.dtype), units[-1]
 
     def _kernels(self, units: Sequence[Optional[Units]]) -> List[Tensor]:
         inputs = [None, *units[:-1]]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.conv_stack import ConvStack
 from skill_fairseq.modules.feed_forward import FeedForward
-from skill_fairseq.modules.hard_concrete import HardConcrete, Units, draw_together
+from skill_fairseq.modules.gate_bank import Draw, GateBank, HardConcrete
+from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.layer import EncoderLayer
 from skill_fairseq.modules.norms import ChannelLayerNorm
 from skill_fairseq.modules.plain import exporting, use_plain
@@ -23,7 +23,7 @@ from skill_fairseq.modules.positional_conv import PositionalConv
 from skill_fairseq.modules.positional_conv_stack import PositionalConvStack
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.relative_position import RelativePosition
-from skill_fairseq.modules.size import count_macs, static_shape, widths_of
+from skill_fairseq.modules.size import count_macs, gate_names, static_shape, widths_of
 from skill_fairseq.modules.slicing import take
 
 FrameTransform = Callable[[Tensor, Optional[Tensor]], Tensor]
@@ -106,9 +106,10 @@ class Transformer(nn.Module):
     Args:
         config: shape.
         dropouts: dropout probabilities.
+        gates: where to add the gates that ``config.pruning_units`` names; None: no gates.
     """
 
-    def __init__(self, config: EncoderConfig, dropouts: Dropouts) -> None:
+    def __init__(self, config: EncoderConfig, dropouts: Dropouts, gates: Optional[GateBank] = None) -> None:
         super().__init__()
         dim = config.encoder_embed_dim
         self.layer_norm_first = config.layer_norm_first
@@ -126,7 +127,7 @@ class Transformer(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropouts.hidden)
-        units = config.pruning_units
+        where = {unit: gates for unit in config.pruning_units}
         layers = []
         assert config.heads is not None and config.ffn_dims is not None
         for heads, ffn_dim in zip(config.heads, config.ffn_dims):
@@ -139,8 +140,8 @@ class Transformer(nn.Module):
                     config.encoder_attention_heads,
                     dropouts.attention,
                     config.relative_position,
-                    "heads" in units,
-                    "attention_layers" in units,
+                    where.get("heads"),
+                    where.get("attention_layers"),
                 )
             if ffn_dim is not None:
                 ffn = FeedForward(
@@ -148,25 +149,27 @@ class Transformer(nn.Module):
                     ffn_dim,
                     config.activation_fn,
                     dropouts.activation,
-                    "ffn" in units,
-                    "ffn_layers" in units,
+                    where.get("ffn"),
+                    where.get("ffn_layers"),
                 )
             layers.append(EncoderLayer(dim, attention, ffn, config.layer_norm_first, dropouts.hidden))
         self.layers: Sequence[EncoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.apply(_init_like_bert)
 
-    def states(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Iterator[Tensor]:
+    def states(self, x: Tensor, padding_mask: Optional[Tensor] = None, draw: Optional[Draw] = None) -> Iterator[Tensor]:
         """The output of every layer, each computed when it is asked for.
 
         Args:
             x: (B, T, D) projected features.
             padding_mask: (B, T) bool, True = padding, or None.
+            draw: the gates of this forward; None where there are none.
 
         Yields:
             (B, T, D) a layer, before a final LayerNorm.
         """
         if padding_mask is not None:
-            if exporting() or padding_mask.any():
+            # A mask of nothing is asked for on the CPU alone: on a GPU the host would wait for the answer.
+            if exporting() or padding_mask.device.type != "cpu" or padding_mask.any():
                 x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
             else:
                 padding_mask = None
@@ -177,21 +180,26 @@ class Transformer(nn.Module):
         by_offset = None if self.relative_position is None else self.relative_position(x.size(1))
         for block in self.layers:
             if not (self.training and self.layerdrop > 0 and np.random.random() < self.layerdrop):
-                x = block(x, by_offset, padding_mask)
+                x = block(x, by_offset, padding_mask, draw)
             yield x
 
     def forward(
-        self, x: Tensor, padding_mask: Optional[Tensor] = None, layer: Optional[int] = None
+        self,
+        x: Tensor,
+        padding_mask: Optional[Tensor] = None,
+        layer: Optional[int] = None,
+        draw: Optional[Draw] = None,
     ) -> Tuple[Tensor, List[Tensor]]:
         """Args:
             x: (B, T, D) projected features.
             padding_mask: (B, T) bool, True = padding, or None.
             layer: 0-based index of the layer to stop after; None runs all and the final LayerNorm.
+            draw: the gates of this forward; None where there are none.
 
         Returns:
             (B, T, D) output, and the output (B, T, D) of every layer that ran.
         """
-        states = list(itertools.islice(self.states(x, padding_mask), None if layer is None else layer + 1))
+        states = list(itertools.islice(self.states(x, padding_mask, draw), None if layer is None else layer + 1))
         x = states[-1]
         return (self.layer_norm(x) if self.layer_norm_first and layer is None else x), states
 
@@ -223,9 +231,16 @@ class SpeechEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.dropouts = dropouts
-        self.feature_extractor = ConvStack(config)
+        gates = GateBank() if config.pruning_units else None
+        self.feature_extractor = ConvStack(config, gates if "conv" in config.pruning_units else None)
         self.feature_projection = FeatureProjection(config, dropouts.input)
-        self.transformer = Transformer(config, dropouts)
+        self.transformer = Transformer(config, dropouts, gates)
+        self.gates = gates
+        if gates is not None:
+            widths = widths_of(config)
+            named = dict(self.named_gates())
+            positions = {name: place for place, name in enumerate(gate_names(len(widths.conv), len(widths.heads)))}
+            gates.bind_widths(widths.flat(), [positions[name] for name in named])
 
     @property
     def normalize(self) -> bool:
@@ -238,6 +253,7 @@ class SpeechEncoder(nn.Module):
         padding_mask: Optional[Tensor] = None,
         transform: Optional[FrameTransform] = None,
         last_layer: Optional[int] = None,
+        draw: Optional[Draw] = None,
     ) -> EncoderOutput:
         """Encodes a batch.
 
@@ -247,6 +263,7 @@ class SpeechEncoder(nn.Module):
             transform: called with the projected features (B, T, D) and the frames' padding mask, returns features
                 (B, T, D) for the transformer: time masking in pre-training and fine-tuning.
             last_layer: stop after this layer (1-based; 0 runs none); None runs all.
+            draw: gates of :meth:`draw_gates`; None: they are drawn here.
 
         Returns:
             output, hidden states, padding mask of the frames.
@@ -254,12 +271,12 @@ class SpeechEncoder(nn.Module):
         Raises:
             ValueError: the source is not (B, N), or too short for one frame.
         """
-        with self._gates_drawn():
-            projected, padding_mask = self._project(source, padding_mask)
-            x = projected if transform is None else transform(projected, padding_mask)
-            if last_layer == 0:
-                return EncoderOutput(projected, [projected], padding_mask)
-            x, states = self.transformer(x, padding_mask, None if last_layer is None else last_layer - 1)
+        draw = self.draw_gates() if draw is None else draw
+        projected, padding_mask = self._project(source, padding_mask, draw)
+        x = projected if transform is None else transform(projected, padding_mask)
+        if last_layer == 0:
+            return EncoderOutput(projected, [projected], padding_mask)
+        x, states = self.transformer(x, padding_mask, None if last_layer is None else last_layer - 1, draw)
         return EncoderOutput(x, [projected, *states], padding_mask)
 
     def states(
@@ -274,8 +291,9 @@ class SpeechEncoder(nn.Module):
             iterator over ``hidden_states``, each (B, T, D) and computed when it is asked for; and the (B, T) padding
             mask of the frames or None.
         """
-        projected, padding_mask = self._project(source, padding_mask)
-        return itertools.chain([projected], self.transformer.states(projected, padding_mask)), padding_mask
+        draw = self.draw_gates()
+        projected, padding_mask = self._project(source, padding_mask, draw)
+        return itertools.chain([projected], self.transformer.states(projected, padding_mask, draw)), padding_mask
 
     def prepare(self) -> SpeechEncoder:
         """Makes ready for inference: evaluation mode, and weights laid out once instead of in every forward.
@@ -292,12 +310,13 @@ class SpeechEncoder(nn.Module):
                 module.prepare()
         return self
 
-    def _gates_drawn(self) -> contextlib.AbstractContextManager[None]:
-        if use_plain() or not self.config.pruning_units:
-            return contextlib.nullcontext()
-        return draw_together([gate for _, gate in self.named_gates()])
+    def draw_gates(self) -> Optional[Draw]:
+        """The gates of one forward; None without gates. Drawn before other work is launched, they cost no wait."""
+        return None if self.gates is None else self.gates.draw(slicing=not use_plain())
 
-    def _project(self, source: Tensor, padding_mask: Optional[Tensor]) -> Tuple[Tensor, Optional[Tensor]]:
+    def _project(
+        self, source: Tensor, padding_mask: Optional[Tensor], draw: Optional[Draw]
+    ) -> Tuple[Tensor, Optional[Tensor]]:
         """(B, N) samples to (B, T, D) projected features, and the frames' padding mask."""
         if source.dim() != 2:
             raise ValueError(f"source: shape {tuple(source.shape)}; expected (batch, samples)")
@@ -306,20 +325,38 @@ class SpeechEncoder(nn.Module):
                 f"source: {source.size(1)} samples are too short for one frame; at least "
                 f"{self.config.receptive_field} are needed: drop or pad shorter audio"
             )
-        features, units = self.feature_extractor(source)
+        features, units = self.feature_extractor(source, draw)
         if padding_mask is not None:
             padding_mask = frame_padding_mask(padding_mask, features.size(1), self.config)
         return self.feature_projection(features, units), padding_mask
 
     def named_gates(self) -> Iterator[Tuple[str, HardConcrete]]:
-        """Every gate with its path in the module."""
+        """Every vector of gates with the path of the attribute that holds it, in the bank's order."""
         for name, module in self.named_modules():
-            if isinstance(module, HardConcrete):
-                yield name, module
+            for attribute in ("gate", "output_gate"):
+                gate = vars(module).get(attribute)
+                if isinstance(gate, HardConcrete):
+                    yield f"{name}.{attribute}", gate
+
+    def gather_gates(self, state: Dict[str, Any], prefix: str = "") -> None:
+        """Changes a state dict of version 0.1, where every vector of gates was a parameter of its own, to the bank's.
+
+        Args:
+            state: changed in place.
+            prefix: of the encoder's names in it.
+        """
+        for name in ("log_alpha", "kept_override"):
+            parts = [f"{prefix}{gate}.{name}" for gate, _ in self.named_gates()]
+            if parts and all(part in state for part in parts):
+                state[f"{prefix}gates.{name}"] = torch.cat([state.pop(part) for part in parts])
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *arguments: Any) -> None:
+        self.gather_gates(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def num_parameters(self) -> int:
         """Parameters of the encoder itself, gates not counted."""
-        gates = sum(p.numel() for _, gate in self.named_gates() for p in gate.parameters())
+        gates = 0 if self.gates is None else self.gates.log_alpha.numel()
         return sum(p.numel() for p in self.parameters()) - gates
 
     def macs(self, seconds: float) -> int:

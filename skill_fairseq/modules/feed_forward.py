@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Union
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skill_fairseq.modules.activated_conv import activated_conv
-from skill_fairseq.modules.hard_concrete import HardConcrete
+from skill_fairseq.modules.gate_bank import Draw, GateBank
+from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.output_bias import OutputBias
 from skill_fairseq.modules.plain import use_plain
 from skill_fairseq.modules.slicing import gated_output, take
@@ -23,8 +24,8 @@ class FeedForward(nn.Module):
         width: units that are left.
         activation: "gelu" or "relu".
         activation_dropout: dropout probability after the activation.
-        gate_units: put a hard-concrete gate on every unit.
-        gate_output: put one hard-concrete gate on the whole sublayer.
+        unit_gates: where to add a gate for every unit; None: no such gates.
+        output_gates: where to add one gate for the whole sublayer; None: no such gate.
     """
 
     def __init__(
@@ -33,8 +34,8 @@ class FeedForward(nn.Module):
         width: int,
         activation: str = "gelu",
         activation_dropout: float = 0.0,
-        gate_units: bool = False,
-        gate_output: bool = False,
+        unit_gates: Optional[GateBank] = None,
+        output_gates: Optional[GateBank] = None,
     ) -> None:
         super().__init__()
         self.width = width
@@ -44,36 +45,41 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(width, embed_dim) if width else OutputBias(embed_dim)
         self.activation = activation
         self.dropout = nn.Dropout(activation_dropout)
-        self.gate = HardConcrete(width) if gate_units and width else None
-        if self.gate is not None:
-            self.gate.multiple = 16
-        self.output_gate = HardConcrete(1) if gate_output else None
+        self.gate = unit_gates.add(width, multiple=16) if unit_gates is not None and width else None
+        self.output_gate = None if output_gates is None else output_gates.add(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
+    def forward(self, x: Tensor, draw: Optional[Draw] = None) -> Tensor:
+        """Args:
+            x: (B, T, D) frames.
+            draw: the gates of this forward; None where there are none.
+
+        Returns:
+            (B, T, D).
+        """
+        units, output = (None, None) if draw is None else (draw.of(self.gate), draw.of(self.output_gate))
         if use_plain():
             y = x
             if self.width:
                 y = self.dropout(self._activate(self.fc1(x)))
-                if self.gate is not None:
-                    y = y * self.gate().to(y.dtype)
+                if units is not None:
+                    y = y * units.gate.to(y.dtype)
             y = self.fc2(y)
-            return y if self.output_gate is None else y * self.output_gate().to(y.dtype)
+            return y if output is None else y * output.gate.to(y.dtype)
         if not self.width:
-            return gated_output(self, self.output_gate, [x], lambda: self.fc2(x))
-        return gated_output(self, self.output_gate, [x], lambda: self._open_units(x))
+            return gated_output(self, output, [x], lambda: self.fc2(x))
+        return gated_output(self, output, [x], lambda: self._open_units(x, units))
 
     def _activate(self, x: Tensor) -> Tensor:
         return F.gelu(x) if self.activation == "gelu" else F.relu(x)
 
-    def _open_units(self, x: Tensor) -> Tensor:
+    def _open_units(self, x: Tensor, units: Optional[Units]) -> Tensor:
         """Only the units whose gates are open."""
         assert isinstance(self.fc2, nn.Linear)
         weight = self.fc2.weight
         index = None
-        if self.gate is not None:
-            index, gate, _ = self.gate.units()
-            weight = take(weight, 1, index) * gate.to(weight.dtype)
+        if units is not None:
+            index = units.indices
+            weight = take(weight, 1, index) * units.gate.to(weight.dtype)
         x = F.linear(x, take(self.fc1.weight, 0, index), take(self.fc1.bias, 0, index))
         if self.training and self.dropout.p or not torch.is_grad_enabled():
             return F.linear(self.dropout(self._activate(x)), weight, self.fc2.bias)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.feed_forward import FeedForward
+from skill_fairseq.modules.gate_bank import Draw
 
 
 class EncoderLayer(nn.Module):
@@ -38,18 +39,22 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, position_bias: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
+        self,
+        x: Tensor,
+        position_bias: Optional[Tensor] = None,
+        padding_mask: Optional[Tensor] = None,
+        draw: Optional[Draw] = None,
     ) -> Tensor:
         """(B, T, D) to (B, T, D); the other arguments as in :class:`SelfAttention`."""
         if self.layer_norm_first:
             if self.attention is not None:
-                x = x + self.dropout(self.attention(self.attention_norm(x), position_bias, padding_mask))
+                x = x + self.dropout(self.attention(self.attention_norm(x), position_bias, padding_mask, draw))
             if self.ffn is not None:
-                x = x + self.dropout(self.ffn(self.ffn_norm(x)))
+                x = x + self.dropout(self.ffn(self.ffn_norm(x), draw))
             return x
         if self.attention is not None:
-            x = x + self.dropout(self.attention(x, position_bias, padding_mask))
+            x = x + self.dropout(self.attention(x, position_bias, padding_mask, draw))
         x = self.attention_norm(x)
         if self.ffn is not None:
-            x = x + self.dropout(self.ffn(x))
+            x = x + self.dropout(self.ffn(x, draw))
         return self.ffn_norm(x)

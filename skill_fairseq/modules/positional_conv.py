@@ -18,7 +18,8 @@ class PositionalConv(Prepared):
 
     The weight norm is kept as two plain parameters, ``weight_g`` (1, 1, K) and ``weight_v`` (D, D / groups, K), the
     names of published checkpoints, so that it reads the same in every torch version. It is never pruned. On a CPU it
-    is computed by Fourier transforms, which agree with the plain convolution to float rounding.
+    is computed by Fourier transforms, which agree with the plain convolution to float rounding; float32 also serves
+    lower precision there, as oneDNN's grouped convolution is wrong in bfloat16 on processors with AMX (torch 2.13).
 
     Args:
         embed_dim: D, features.
@@ -45,9 +46,11 @@ class PositionalConv(Prepared):
 
     def layout(self) -> Tensor:
         """Where Fourier transforms serve, the kernel's spectrum; elsewhere the effective kernel."""
-        by_fft = self.weight_v.device.type == "cpu" and self.weight_v.dtype in (torch.float32, torch.float64)
         with torch.autocast(self.weight_v.device.type, enabled=False):
-            return kernel_spectrum(self.weight(), self.groups) if by_fft else self.weight()
+            weight = self.weight()
+            if self.weight_v.device.type != "cpu":
+                return weight
+            return kernel_spectrum(weight.to(torch.promote_types(weight.dtype, torch.float32)), self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) frames to (B, T, D) position embeddings."""
@@ -55,8 +58,9 @@ class PositionalConv(Prepared):
         kernel = self.weight() if use_plain() else self.prepared()
         if kernel.is_complex():
             with torch.autocast(x.device.type, enabled=False):
-                y = fft_conv(x.to(self.bias.dtype), kernel, kernel_size) + self.bias
-            return F.gelu(y)
+                wide = torch.promote_types(self.bias.dtype, torch.float32)
+                y = F.gelu(fft_conv(x.to(wide), kernel, kernel_size) + self.bias)
+            return y.to(self.bias.dtype)
         y = F.conv1d(x.transpose(1, 2), kernel, self.bias, padding=kernel_size // 2, groups=self.groups)
         if kernel_size % 2 == 0:  # an even kernel makes one frame too many
             y = y[..., :-1]

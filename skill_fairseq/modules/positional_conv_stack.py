@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -28,7 +29,12 @@ class PositionalConvLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, T) frames to (B, D, T)."""
         kernel_size = self.weight.size(-1)
-        y = F.conv1d(x, self.weight, self.bias, padding=kernel_size // 2, groups=self.groups)
+        on_cpu = x.device.type == "cpu"
+        # On CPUs in float32: oneDNN's grouped convolution is wrong in bfloat16 on processors with AMX (torch 2.13).
+        dtype = torch.promote_types(self.weight.dtype, torch.float32) if on_cpu else self.weight.dtype
+        with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
+            weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+            y = F.conv1d(x.to(dtype), weight, bias, padding=kernel_size // 2, groups=self.groups).to(x.dtype)
         if kernel_size % 2 == 0:  # an even kernel makes one frame too many
             y = y[..., :-1]
         y = F.layer_norm(y.transpose(1, 2), y.shape[1:2])

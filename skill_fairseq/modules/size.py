@@ -17,6 +17,9 @@ from skill_fairseq.modules.config import EncoderConfig
 Number = Union[int, float, Tensor]
 """A width: an integer, or its expectation as a scalar tensor."""
 
+Column = Union[Sequence[Number], Tensor]
+"""Widths of one kind: numbers, or a 1-D tensor."""
+
 _N = TypeVar("_N", float, Tensor)
 
 RELATIVE_GATE_OUTPUTS = 8
@@ -59,7 +62,7 @@ class StaticShape:
 
 @dataclass(frozen=True)
 class Widths:
-    """What pruning changes; integers for an encoder that exists, scalar tensors for expectations under gates.
+    """What pruning changes; integers for an encoder that exists, tensors for expectations under gates.
 
     A sublayer that lost all units but is present keeps its output bias, and nothing else. One that is not
     present adds nothing.
@@ -70,21 +73,47 @@ class Widths:
         ffn: feed-forward units of each layer.
         attention_present: 1 or 0 for each layer, or the probability of presence; None: all present.
         ffn_present: the same for the feed-forward sublayers.
+        relative_gates: layers that have a gate of relative position; None: those whose attention has heads.
     """
 
-    conv: Sequence[Number]
-    heads: Sequence[Number]
-    ffn: Sequence[Number]
-    attention_present: Sequence[Number] | None = None
-    ffn_present: Sequence[Number] | None = None
+    conv: Column
+    heads: Column
+    ffn: Column
+    attention_present: Column | None = None
+    ffn_present: Column | None = None
+    relative_gates: int | None = None
+
+    @classmethod
+    def from_flat(cls, flat: Column, num_convs: int, num_layers: int, relative_gates: int | None = None) -> Widths:
+        """The inverse of :meth:`flat`; a tensor's columns are views of it."""
+        starts = range(num_convs, num_convs + 4 * num_layers, num_layers)
+        heads, ffn, attention_present, ffn_present = (flat[start : start + num_layers] for start in starts)
+        return cls(flat[:num_convs], heads, ffn, attention_present, ffn_present, relative_gates)
+
+    def flat(self) -> list[Number]:
+        """All widths one after another: conv, heads, ffn, attention_present, ffn_present."""
+        present = *_or_ones(self.attention_present, self.heads), *_or_ones(self.ffn_present, self.ffn)
+        return [*self.conv, *self.heads, *self.ffn, *present]
 
     def attention(self) -> list[tuple[Number, Number]]:
         """(heads, presence) of each layer."""
-        return list(zip(self.heads, self.attention_present or [1] * len(self.heads)))
+        return list(zip(self.heads, _or_ones(self.attention_present, self.heads)))
 
     def feed_forward(self) -> list[tuple[Number, Number]]:
         """(units, presence) of each layer."""
-        return list(zip(self.ffn, self.ffn_present or [1] * len(self.ffn)))
+        return list(zip(self.ffn, _or_ones(self.ffn_present, self.ffn)))
+
+
+def gate_names(num_convs: int, num_layers: int) -> list[str]:
+    """Path of the gate that decides each of the widths of :meth:`Widths.flat` in an encoder that has all of them."""
+    layers = range(num_layers)
+    columns = ("attention.gate", "ffn.gate", "attention.output_gate", "ffn.output_gate")
+    names = [f"feature_extractor.layers.{i}.gate" for i in range(num_convs)]
+    return names + [f"transformer.layers.{i}.{column}" for column in columns for i in layers]
+
+
+def _or_ones(column: Column | None, like: Column) -> Column:
+    return [1] * len(like) if column is None else column
 
 
 def static_shape(config: EncoderConfig) -> StaticShape:
@@ -143,15 +172,22 @@ def count_parameters(static: StaticShape, widths: Widths) -> Number:
         total += static.num_buckets * static.full_heads
 
     head_parameters = 3 * (dim + 1) * head_dim + head_dim * dim  # query, key, value with bias; output columns
-    relative_gate = head_dim * RELATIVE_GATE_OUTPUTS + RELATIVE_GATE_OUTPUTS + static.full_heads
-    for heads, present in widths.attention():
-        total += present * (heads * head_parameters + dim)
-        if static.relative_position and not (_is_none(heads) or _is_none(present)):
-            total += relative_gate
+    total += _count_sublayers(widths.heads, widths.attention_present, head_parameters, dim)
+    if static.relative_position:
+        gates = widths.relative_gates
+        if gates is None:
+            gates = sum(not (_is_none(heads) or _is_none(present)) for heads, present in widths.attention())
+        total += gates * (head_dim * RELATIVE_GATE_OUTPUTS + RELATIVE_GATE_OUTPUTS + static.full_heads)
     unit_parameters = (dim + 1) + dim  # input row with bias; output column
-    for units, present in widths.feed_forward():
-        total += present * (units * unit_parameters + dim)
+    total += _count_sublayers(widths.ffn, widths.ffn_present, unit_parameters, dim)
     return total
+
+
+def _count_sublayers(units: Column, present: Column | None, per_unit: int, bias: int) -> Number:
+    if isinstance(units, Tensor):  # a few operations for all layers
+        each = units * per_unit + bias
+        return (each if present is None else present * each).sum()  # type: ignore[operator]
+    return sum(p * (u * per_unit + bias) for u, p in zip(units, _or_ones(present, units)))
 
 
 def sparsity(expected: _N, full: int) -> _N:
@@ -202,7 +238,7 @@ def count_macs(static: StaticShape, widths: Widths, num_samples: int) -> int:
     return macs
 
 
-def _count_conv_stack(static: StaticShape, channels: Sequence[Number]) -> Number:
+def _count_conv_stack(static: StaticShape, channels: Column) -> Number:
     total: Number = 0
     in_channels: Number = 1
     for i, (out_channels, kernel) in enumerate(zip(channels, static.conv_kernels)):
@@ -228,8 +264,8 @@ def _check(static: StaticShape, widths: Widths) -> None:
         "conv_strides": (len(static.conv_strides), len(static.conv_kernels)),
         "conv": (len(widths.conv), len(static.conv_kernels)),
         "ffn": (len(widths.ffn), layers),
-        "attention_present": (len(widths.attention_present or widths.heads), layers),
-        "ffn_present": (len(widths.ffn_present or widths.heads), layers),
+        "attention_present": (len(_or_ones(widths.attention_present, widths.heads)), layers),
+        "ffn_present": (len(_or_ones(widths.ffn_present, widths.heads)), layers),
     }
     for name, (found, wanted) in expected.items():
         if found != wanted:

@@ -7,7 +7,7 @@ from typing import Any, Callable, Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
-from skill_fairseq.modules.hard_concrete import HardConcrete
+from skill_fairseq.modules.hard_concrete import Units
 
 
 class _Take(torch.autograd.Function):
@@ -55,19 +55,18 @@ class _Nothing(torch.autograd.Function):
 
 
 def gated_output(
-    sublayer: nn.Module, gate: Optional[HardConcrete], inputs: Sequence[Optional[Tensor]], compute: Callable[[], Tensor]
+    sublayer: nn.Module, units: Optional[Units], inputs: Sequence[Optional[Tensor]], compute: Callable[[], Tensor]
 ) -> Tensor:
     """The output of a whole sublayer times its gate; it is not computed where the gate is closed.
 
     Args:
         sublayer: the module whose parameters get gradient 0 in that case.
-        gate: of one unit, or None.
+        units: the draw of its gate, or None without one.
         inputs: of the sublayer, which get gradient 0 too; the first, (B, T, D), has the shape of its output.
         compute: makes its output (B, T, D).
     """
-    if gate is None:
+    if units is None:
         return compute()
-    units = gate.units()
     if not units.any_open:
         return _Nothing.apply(*(x for x in inputs if x is not None), *sublayer.parameters())
     y = compute()

@@ -18,12 +18,14 @@ TOLERANCE = 1e-5
 @torch.no_grad()
 def shared_quantities(encoder: SpeechEncoder, constraint: Optional[SizeConstraint] = None) -> Dict[str, Tensor]:
     """What must be equal on every rank, by name, each (n,) float64 on the CPU; empty without gates and constraint."""
-    gates = dict(encoder.named_gates())
-    found: Dict[str, Tensor] = {f"log_alpha of {name}": gate.log_alpha for name, gate in gates.items()}
+    found: Dict[str, Tensor] = {}
+    if encoder.gates is not None:
+        values = encoder.gates.log_alpha.detach().cpu()
+        found.update({f"log_alpha of {name}": values[gate.part] for name, gate in encoder.named_gates()})
     if constraint is not None:
         found["lambda1"] = constraint.lambda1
         found["lambda2"] = constraint.lambda2
-    if gates:  # follows from the above, but is what one wants to know
+    if encoder.gates is not None:  # follows from the above, but is what one wants to know
         found["expected sparsity"] = torch.tensor(expected_sparsity(encoder))
     return {name: value.detach().reshape(-1).cpu().double() for name, value in found.items()}
 

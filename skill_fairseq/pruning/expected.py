@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import List
-
 import torch
 from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.modules.hard_concrete import HardConcrete, keep_probability
-from skill_fairseq.modules.size import Number, Widths, count_parameters, static_shape, widths_of
+from skill_fairseq.modules.size import Widths, count_parameters, static_shape, widths_of
 
 
 def full_parameters(config: EncoderConfig) -> int:
@@ -28,27 +25,11 @@ def expected_widths(encoder: SpeechEncoder, shift: float = 0.0) -> Widths:
         encoder: with or without gates.
         shift: added to every ``log_alpha``, to see what would be if the gates moved so far.
     """
-
-    def kept(gate: HardConcrete) -> Tensor:
-        return keep_probability(gate.log_alpha + shift).sum() if shift else gate.expected_kept()
-
     exact = widths_of(encoder.config)
-    conv: List[Number] = [
-        width if layer.gate is None else kept(layer.gate)
-        for width, layer in zip(exact.conv, encoder.feature_extractor.layers)
-    ]
-    columns: dict[str, List[Number]] = {"heads": [], "attention": [], "units": [], "ffn": []}
-    for i, layer in enumerate(encoder.transformer.layers):
-        for sublayer, width, of_units, of_sublayer in (
-            (layer.attention, exact.heads[i], "heads", "attention"),
-            (layer.ffn, exact.ffn[i], "units", "ffn"),
-        ):
-            unit_gate = None if sublayer is None else sublayer.gate
-            output_gate = None if sublayer is None else sublayer.output_gate
-            columns[of_units].append(width if unit_gate is None else kept(unit_gate))
-            present: Number = int(sublayer is not None)
-            columns[of_sublayer].append(present if output_gate is None else kept(output_gate))
-    return Widths(conv, columns["heads"], columns["units"], columns["attention"], columns["ffn"])
+    if encoder.gates is None:
+        return exact
+    with_heads = sum(bool(heads) and bool(present) for heads, present in exact.attention())
+    return Widths.from_flat(encoder.gates.expected_widths(shift), len(exact.conv), len(exact.heads), with_heads)
 
 
 def expected_parameters(encoder: SpeechEncoder, shift: float = 0.0) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.feed_forward import FeedForward
-from skill_fairseq.modules.hard_concrete import HardConcrete
+from skill_fairseq.modules.gate_bank import HardConcrete
 from skill_fairseq.pruning.shrink import shrink
 
 _OPEN = 30.0  # sigmoid(0.8 * 30 / beta) is 1 in float32: gates scale nothing

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.modules.size import Number, Widths, count_parameters, static_shape, widths_of
+from skill_fairseq.modules.size import Widths, count_parameters, gate_names, static_shape, widths_of
 from skill_fairseq.pruning.expected import full_parameters, smallest_parameters
 
 Selection = Dict[str, Tensor]
@@ -126,17 +126,5 @@ def _size_with(encoder: SpeechEncoder, kept: Dict[str, int]) -> int:
 def kept_widths(encoder: SpeechEncoder, kept: Dict[str, int]) -> Widths:
     """Widths of the encoder with so many units kept by each gate (gate name -> count)."""
     exact = widths_of(encoder.config)
-
-    def of(name: str, width: Number) -> Number:
-        return kept.get(name, width)
-
-    layers = range(len(exact.heads))
-    path = "transformer.layers.{}.{}.{}".format
-    assert exact.attention_present is not None and exact.ffn_present is not None
-    return Widths(
-        conv=[of(f"feature_extractor.layers.{i}.gate", width) for i, width in enumerate(exact.conv)],
-        heads=[of(path(i, "attention", "gate"), exact.heads[i]) for i in layers],
-        ffn=[of(path(i, "ffn", "gate"), exact.ffn[i]) for i in layers],
-        attention_present=[of(path(i, "attention", "output_gate"), exact.attention_present[i]) for i in layers],
-        ffn_present=[of(path(i, "ffn", "output_gate"), exact.ffn_present[i]) for i in layers],
-    )
+    sizes = len(exact.conv), len(exact.heads)
+    return Widths.from_flat([kept.get(name, width) for name, width in zip(gate_names(*sizes), exact.flat())], *sizes)

@@ -10,7 +10,8 @@ from torch import Tensor
 from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.feed_forward import FeedForward
-from skill_fairseq.modules.hard_concrete import HardConcrete, deterministic_gate
+from skill_fairseq.modules.gate_bank import HardConcrete
+from skill_fairseq.modules.hard_concrete import deterministic_gate
 from skill_fairseq.modules.output_bias import OutputBias
 from skill_fairseq.pruning.expected import full_parameters
 from skill_fairseq.pruning.selection import Selection, select_units

@@ -1,15 +1,15 @@
 """The distillation task: speech without labels, and the teacher's answer to it."""
 
 import logging
-import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_pretraining import AudioPretrainingConfig, AudioPretrainingTask
 from omegaconf import OmegaConf, open_dict
+from torch import Tensor
 
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.safe_load import plain
@@ -68,7 +68,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         self._teacher: Optional[FrozenTeacher] = None
         self.student_config: Optional[EncoderConfig] = None
         self.num_updates = 0
-        self.files_of_bad_losses: List[str] = []  # of the present update
+        self.losses: List[Tuple[Tensor, List[str]]] = []  # of the present update, with the files of each batch
         self._constraint: Optional[SizeConstraint] = None
 
     @property
@@ -130,7 +130,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         model = super().build_model(cfg, from_checkpoint)
         if encoder is not None:
             # Gates keep the start that the model's config gave them.
-            state = {k: v for k, v in encoder.state_dict().items() if not k.endswith(("log_alpha", "kept_override"))}
+            state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("gates.")}
             model.speech_encoder.load_state_dict(state, strict=False)
         if not from_checkpoint:
             _update(cfg, dict(OmegaConf.to_container(model.cfg, resolve=True, enum_to_str=True)))  # type: ignore
@@ -157,11 +157,11 @@ class SkillDistillationTask(AudioPretrainingTask):
     def train_step(
         self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False
     ) -> Any:
-        """fairseq's, remembering the update for the sparsity target, and the files of a loss that is not finite."""
+        """fairseq's, remembering the update for the sparsity target, and each loss with its files."""
         self.num_updates = update_num
         loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
-        if not ignore_grad and not math.isfinite(log["loss"]):
-            self.files_of_bad_losses += sample["files"]
+        if not ignore_grad:
+            self.losses.append((log["loss"], sample["files"]))
         return loss, sample_size, log
 
 

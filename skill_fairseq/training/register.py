@@ -10,9 +10,11 @@ from typing import Any, List, Optional, Tuple
 import torch
 from fairseq import checkpoint_utils
 from fairseq.data import iterators
+from fairseq.models import distributed_fairseq_model
 from fairseq.trainer import Trainer
 
 from skill_fairseq.training.checkpoint_files import WholeCopies
+from skill_fairseq.training.data_parallel import DistributedByType
 from skill_fairseq.training.loading import shield_workers
 from skill_fairseq.training.preemption import preemption
 from skill_fairseq.training.trainer import SkillTrainer
@@ -30,6 +32,7 @@ def register_trainer() -> None:
     program.Trainer = SkillTrainer
     program.validate_and_save = _stopping(program.validate_and_save)
     checkpoint_utils.PathManager = WholeCopies
+    distributed_fairseq_model.LegacyDistributedDataParallel = DistributedByType
     shield_workers(iterators)
 
 

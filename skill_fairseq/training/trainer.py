@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -11,7 +12,9 @@ from fairseq import metrics
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
+from torch import Tensor
 
+from skill_fairseq.modules.host import numbers, to_host
 from skill_fairseq.pruning.reach import check_reach, log_sparsity
 from skill_fairseq.training.changed_settings import warn_of_changes
 from skill_fairseq.training.checkpoint_files import newest_whole_checkpoint, writing
@@ -87,7 +90,16 @@ class SkillTrainer(Trainer):
             )
         if found[1] is not None:
             raise ValueError(found[1])
-        return self._unless_finished(super().load_checkpoint(found[0], *args, **kwargs))
+        try:
+            return self._unless_finished(super().load_checkpoint(found[0], *args, **kwargs))
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise ValueError(
+                f"{found[0]}: its optimizer state does not fit ({error}). Up to version 0.1 of skill_fairseq every "
+                "vector of gates was a parameter of its own; now all of them are one. Finish the run with the version "
+                "that began it, or go on with fresh moments: checkpoint.reset_optimizer=true"
+            ) from error
 
     def _unless_finished(self, extra_state: Optional[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
         """Keeps fairseq, which looks at max_update after an update only, from making one too many."""
@@ -124,7 +136,7 @@ class SkillTrainer(Trainer):
             FloatingPointError: too many updates in a row were skipped.
         """
         self._not_finite = False
-        self.task.files_of_bad_losses = []
+        self.task.losses = []
         samples = [self._readable(sample) for sample in samples]
         self._empty = not any(samples)
         samples = [sample for sample in samples if sample] or samples[:1]
@@ -156,7 +168,8 @@ class SkillTrainer(Trainer):
             UpdateSkipped: the gradients are of no use, and the task bears that.
         """
         if self.data_parallel_world_size == 1:
-            self._agree(self._unreadable_here, preemption.received is not None, self._loss_here_not_finite())
+            not_finite = float(to_host(self._loss_here_not_finite(), "losses"))
+            self._agree(self._unreadable_here, preemption.received is not None, not_finite)
         if self._empty:
             raise UpdateSkipped("none of its files could be read")
         bears = self._limit("max_skipped_updates") > 0
@@ -164,7 +177,7 @@ class SkillTrainer(Trainer):
             raise UpdateSkipped("a loss is NaN or infinite")
         norm = super().clip_grad_norm(clip_norm)
         scaled = self.cfg.common.fp16 or self.cfg.common.amp  # there it is the loss scale's affair
-        if bears and not scaled and not torch.isfinite(torch.as_tensor(norm)).all():
+        if bears and not scaled and not to_host(torch.isfinite(torch.as_tensor(norm)).all(), "norm"):
             raise UpdateSkipped("gradients are NaN or infinite, though the losses are not")
         return norm
 
@@ -179,23 +192,32 @@ class SkillTrainer(Trainer):
         self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
     ) -> Tuple[List[Dict[str, Any]], List[Any]]:
         """fairseq's sum over ranks, which carries four numbers more."""
+        split = "train" if self.model.training else "valid"
         mine = (
             self._unreadable_here,
             int(preemption.received is not None),
-            int(self._loss_here_not_finite()),
+            self._loss_here_not_finite() if split == "train" else 0,
             int(not self._empty),
         )
-        split = "train" if self.model.training else "valid"
         if logging_outputs:
             self._logged[split] = list(logging_outputs[0])
         elif split in self._logged:  # out of memory: what is summed over ranks must have one shape
             logging_outputs, ignore = [dict.fromkeys(self._logged[split], 0)], True
         outputs, sums = super()._aggregate_logging_outputs(logging_outputs, *extra_stats_to_sum, *mine, ignore=ignore)
         theirs, ours = sums[: -len(mine)], sums[-len(mine) :]
-        unreadable, preempted, not_finite, readable = torch.stack([torch.as_tensor(s) for s in ours]).tolist()
+        stacked = torch.stack([torch.as_tensor(s, device=self.device) for s in ours])
+        unreadable, preempted, not_finite, readable = to_host(stacked, "losses").tolist()
         self._empty = readable == 0
         self._agree(unreadable, preempted, not_finite)
         return outputs, theirs
+
+    def _reduce_and_log_stats(
+        self, logging_outputs: List[Dict[str, Any]], sample_size: Any, grad_norm: Any = None
+    ) -> Any:
+        """fairseq's, with all numbers fetched at once."""
+        *outputs, own = numbers([*logging_outputs, {"size": sample_size, "norm": grad_norm}], "statistics")
+        norm = None if own["norm"] is None else torch.tensor(own["norm"])  # fairseq asks a tensor
+        return super()._reduce_and_log_stats(outputs, own["size"], norm)
 
     def _agree(self, unreadable: float, preempted: float, not_finite: float) -> None:
         """Takes over what all ranks have seen, in the same step on every rank."""
@@ -245,11 +267,15 @@ class SkillTrainer(Trainer):
                 f"out of memory{where}: lower dataset.{name}, now {most}, for example to {int(most * 0.8)}{more}"
             )
 
-    def _loss_here_not_finite(self) -> bool:
-        return bool(getattr(self.task, "files_of_bad_losses", None))
+    def _loss_here_not_finite(self) -> Tensor:
+        """Whether a loss of this rank in this update is not finite: 0 or 1, float64, on the losses' device."""
+        losses = [loss for loss, _ in getattr(self.task, "losses", [])]
+        bad = ~torch.isfinite(torch.stack(losses)).all() if losses else torch.zeros((), device=self.device)
+        return bad.double()
 
     def _files(self, samples: Sequence[Dict[str, Any]]) -> str:
-        bad = getattr(self.task, "files_of_bad_losses", None)
+        losses = getattr(self.task, "losses", [])
+        bad = [name for loss, files in losses if not math.isfinite(loss) for name in files]
         if bad:
             return f"files of the batch: {', '.join(bad)}"
         if self._not_finite:

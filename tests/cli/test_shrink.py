@@ -27,7 +27,7 @@ def gated(small: Any) -> SpeechEncoder:
     encoder = small.random_encoder(pruning_units=list(UNITS))
     generator = torch.Generator().manual_seed(5)
     for name, gate in encoder.named_gates():
-        gate.log_alpha.data = torch.randn(gate.num_units, generator=generator) * 2
+        gate.log_alpha.data.copy_(torch.randn(gate.num_units, generator=generator) * 2)
         if name.endswith("output_gate"):
             gate.log_alpha.data.fill_(-9.0 if name.endswith("0.attention.output_gate") else 3.0)
     gates = dict(encoder.named_gates())

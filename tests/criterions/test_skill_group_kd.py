@@ -57,10 +57,10 @@ def test_value_by_hand(build: Any, small: Any) -> None:
         t = sum(teacher[i].double() for i in group) / len(group)
         l1 = (s - t).abs().mean()
         cos = ((s * t).sum(-1) / (s.norm(dim=-1) * t.norm(dim=-1))).mean()
-        assert log[f"l1_g{index}"] == pytest.approx(l1.item(), rel=1e-5)
-        assert log[f"cos_g{index}"] == pytest.approx(cos.item(), rel=1e-5)
+        assert float(log[f"l1_g{index}"]) == pytest.approx(l1.item(), rel=1e-5)
+        assert float(log[f"cos_g{index}"]) == pytest.approx(cos.item(), rel=1e-5)
         expected += (l1 - cos).item() / len(GROUPS)
-    assert loss.item() == log["loss"] == log["distillation_loss"] == pytest.approx(expected, rel=1e-5)
+    assert loss.item() == log["loss"].item() == log["distillation_loss"].item() == pytest.approx(expected, rel=1e-5)
     assert sample_size == log["sample_size"] == 1
     assert (log["nsentences"], log["ntokens"], log["audio_seconds"]) == (3, 12000, 0.75)
 
@@ -75,7 +75,7 @@ def test_weights_and_kinds_of_the_loss(build: Any, small: Any) -> None:
     source = small.waves()
     _, model, plain = build()
     log = plain(model.eval(), batch(source))[2]
-    l1, cos = ([log[f"{part}_g{i}"] for i in range(3)] for part in ("l1", "cos"))
+    l1, cos = ([float(log[f"{part}_g{i}"]) for i in range(3)] for part in ("l1", "cos"))
     weights = [0.5, 2.0, 0.0]
     _, model, weighted = build(group_weights=weights, l1_weight=0.3, cos_weight=0.7)
     loss = weighted(model.eval(), batch(source))[0].item()
@@ -128,7 +128,7 @@ def test_projections(build: Any, small: Any) -> None:
     assert not list(start.parameters())
     assert sum(p.numel() for p in criterion.parameters()) == 2 * (32 * 32 + 32)
     before = start(model.eval(), source)[2]
-    assert criterion(model, source)[2]["loss"] == pytest.approx(before["loss"], rel=1e-6)
+    assert float(criterion(model, source)[2]["loss"]) == pytest.approx(float(before["loss"]), rel=1e-6)
     criterion.projections.projections[1].bias.data += 0.5
     after = criterion(model, source)[2]
     assert after["l1_g0"] == before["l1_g0"]
@@ -149,11 +149,11 @@ def test_size_term_takes_part_in_training_alone(build: Any, small: Any) -> None:
     encoder = model.speech_encoder
     sparsity = 1 - expected_parameters(encoder).item() / encoder.num_parameters()
     assert 0 < sparsity < 0.2
-    assert log["expected_sparsity"] == pytest.approx(sparsity, rel=1e-4)
+    assert float(log["expected_sparsity"]) == pytest.approx(sparsity, rel=1e-4)
     assert log["target_sparsity"] == pytest.approx(0.3)
-    assert (log["lambda1"], log["lambda2"]) == (pytest.approx(0.4), 3.0)
+    assert (float(log["lambda1"]), float(log["lambda2"])) == (pytest.approx(0.4), 3.0)
     excess = sparsity - 0.3
-    assert loss.item() - log["distillation_loss"] == pytest.approx(0.4 * excess + 3 * excess**2, rel=1e-3)
+    assert loss.item() - float(log["distillation_loss"]) == pytest.approx(0.4 * excess + 3 * excess**2, rel=1e-3)
     criterion.eval()
     loss, _, log = criterion(model, source)
     assert loss.item() == log["distillation_loss"] and "expected_sparsity" in log
@@ -176,7 +176,7 @@ def test_multipliers_ascend_and_gates_follow(build: Any, small: Any) -> None:
     expected = expected_parameters(model.speech_encoder)
     (criterion.constraint.lambda1 * (1 - expected / criterion.full_parameters - 0.6)).backward()
     for _, gate in model.speech_encoder.named_gates():  # a descent step lowers log_alpha
-        assert (gate.log_alpha.grad > 0).all()
+        assert (gate.grad > 0).all()
 
 
 @pytest.mark.parametrize("rule", ["chunks", "convolution"])
@@ -203,7 +203,7 @@ def test_a_padded_batch_is_the_mean_over_the_frames_of_its_utterances(
         for row, count in enumerate(frames.tolist()):
             # Frames at the end that only the rule "chunks" counts see zeros of the padding: give them those.
             needed = max(lengths[row], 400 + 320 * (count - 1))
-            alone = criterion(model, batch(source[row : row + 1, :needed]))[2]["loss"]
+            alone = criterion(model, batch(source[row : row + 1, :needed]))[2]["loss"].item()
             assert model(source[row : row + 1, :needed])["x"].size(1) == count
             expected += alone * count / frames.sum().item()
     assert loss.item() == pytest.approx(expected, rel=1e-4)

@@ -112,7 +112,7 @@ def test_gates_normalisation_and_type_go_along(exporting, small, tmp_path):
     assert json.loads((tmp_path / "a" / "preprocessor_config.json").read_text())["do_normalize"] is True
     tensors = load_file(tmp_path / "a" / "model.safetensors")
     assert tensors["encoder.transformer.layers.0.ffn.fc1.weight"].dtype == torch.bfloat16
-    assert tensors["encoder.transformer.layers.0.ffn.gate.log_alpha"].dtype == torch.float32
+    assert tensors["encoder.gates.log_alpha"].dtype == torch.float32
     found = describe(tmp_path / "a")
     assert found.config == encoder.config and found.provenance == {"a": 1}
     assert found.types == ["bfloat16", "float32"]

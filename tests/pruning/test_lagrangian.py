@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from skill_fairseq.modules.hard_concrete import HardConcrete
+from skill_fairseq.modules.gate_bank import GateBank
 from skill_fairseq.modules.size import sparsity
 from skill_fairseq.pruning.lagrangian import (
     SizeConstraint,
@@ -60,10 +60,10 @@ def test_learning_rate_schedule(case: dict) -> None:
 def test_trajectory() -> None:
     """Thirty updates of gates and multipliers by one descending AdamW, as training makes them."""
     setting = ORACLE["trajectory"]
-    gate = HardConcrete(setting["n_gates"])
-    gate.log_alpha.data = torch.tensor(setting["loga0"], dtype=torch.float64)
+    gate = GateBank().add(setting["n_gates"])
+    gate.log_alpha.data.copy_(torch.tensor(setting["loga0"], dtype=torch.float64))
     constraint = SizeConstraint(setting["target"], setting["sparsity_warmup"])
-    parameters = [gate.log_alpha, *constraint.parameters()]
+    parameters = [gate.bank.log_alpha, *constraint.parameters()]
     for parameter in parameters:
         parameter.data = parameter.data.double()  # as the oracle: multipliers pass near zero
     optimizer = torch.optim.AdamW(
@@ -94,9 +94,9 @@ def test_trajectory() -> None:
 
 def test_constraint_reaches_its_target() -> None:
     torch.manual_seed(0)
-    gate = HardConcrete(200)
+    gate = GateBank().add(200)
     constraint = SizeConstraint(target=0.75, warmup=100)
-    optimizer = torch.optim.AdamW([gate.log_alpha, *constraint.parameters()], lr=0.05, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([gate.bank.log_alpha, *constraint.parameters()], lr=0.05, weight_decay=0.0)
     for update in range(1500):
         current = sparsity(gate.expected_kept(), 200)
         optimizer.zero_grad()

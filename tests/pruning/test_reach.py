@@ -180,7 +180,7 @@ def test_no_constraint_nothing_to_warn_of(gated: SpeechEncoder) -> None:
 def test_report_says_what_shrinking_then_gives(gated: SpeechEncoder) -> None:
     generator = torch.Generator().manual_seed(0)
     for _, gate in gated.named_gates():
-        gate.log_alpha.data = torch.randn(gate.num_units, generator=generator) * 2
+        gate.log_alpha.data.copy_(torch.randn(gate.num_units, generator=generator) * 2)
     full = gated.num_parameters()
     numbers = [float(n) for n in re.findall(r"0\.\d{4}", sparsity_report(gated, 0.62))]
     rounded, shrunk = (1 - shrink(gated, s).num_parameters() / full for s in (None, 0.62))

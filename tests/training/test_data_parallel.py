@@ -20,8 +20,9 @@ class Trainer(fairseq_cli.train.Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.updates, self.drawn = [], []
-        for _, gate in self.get_model().speech_encoder.named_gates():
-            gate.register_forward_hook(lambda gate, _, z: self.drawn.append(z.detach().clone()))
+        bank = self.get_model().speech_encoder.gates
+        draw = bank.draw
+        bank.draw = lambda **how: (drawn := draw(**how), self.drawn.append(drawn.z.detach().clone()))[0]
 
     def begin_epoch(self, epoch):
         self.epoch = epoch
@@ -33,7 +34,8 @@ class Trainer(fairseq_cli.train.Trainer):
         result = super().train_step(samples, raise_oom)
         state = {**self.get_model().state_dict(), **self.get_criterion().state_dict()}
         state = {name: tensor.clone() for name, tensor in state.items()}
-        gates = torch.cat(self.drawn).view(len(ids), -1)  # one row a forward
+        gates = torch.stack(self.drawn)
+        assert len(gates) == len(ids), 'one draw a forward'
         self.updates.append({"epoch": self.epoch, "ids": ids, "grads": self.grads, "state": state, "gates": gates})
         torch.save(self.updates, "rank" + os.environ["RANK"] + ".pt")
         return result
@@ -87,7 +89,10 @@ WAYS = {  # processes, update_freq, what else
     "two, accumulated": (2, 2, ()),
     "two, no_c10d": (2, 1, ("distributed_training.ddp_backend=no_c10d",)),
     "two, per rank": (2, 1, ("model.gate_sampling=per_rank",)),
+    "one, bf16": (1, 1, ("common.bf16=true", "common.fp16_no_flatten_grads=true")),
+    "two, bf16": (2, 1, ("common.bf16=true", "common.fp16_no_flatten_grads=true")),
 }
+EXACT = [way for way in WAYS if way not in ("one", "two, per rank") and "bf16" not in way]
 Update = dict[str, Any]
 
 
@@ -122,7 +127,7 @@ def ways(equal: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return found
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("one", "two, per rank")])
+@pytest.mark.parametrize("way", EXACT)
 def test_gradients_are_those_of_one_process_with_the_whole_batch(ways: dict, way: str) -> None:
     (whole,), _ = ways["one"]
     processes, accumulated, _ = WAYS[way]
@@ -143,12 +148,28 @@ def test_gates_are_those_of_the_update_on_every_rank_and_in_every_batch(ways: di
     (whole,), _ = ways["one"]
     assert not torch.equal(whole[0]["gates"], whole[1]["gates"])
     assert 0.1 < (whole[0]["gates"] == 0).float().mean() < 0.6
-    for way in set(WAYS) - {"two, per rank"}:
+    for way in ("one", *EXACT):
         for updates in ways[way][0]:
             for update, expected in zip(updates, whole):
                 for row in update["gates"]:
                     # log_alpha itself differs by rounding.
                     assert torch.allclose(row, expected["gates"][0], atol=1e-5)
+
+
+def test_gradients_of_gates_and_multipliers_are_summed_in_float32_in_a_half_precision_run(ways: dict) -> None:
+    """The multipliers' gradient is the excess of sparsity: known to float32, and to three digits of it in bfloat16."""
+    (whole,), _ = ways["one, bf16"]
+    for updates in ways["two, bf16"][0]:
+        for update, expected in zip(updates, whole):
+            for name in ("constraint.lambda1", "constraint.lambda2"):
+                grad = expected["grads"][name]
+                assert grad.dtype == update["grads"][name].dtype == torch.float32
+                assert (update["grads"][name] - grad).abs() <= 1e-6 * grad.abs(), name
+            gates = [entry["grads"]["speech_encoder.gates.log_alpha"] for entry in (update, expected)]
+            assert gates[0].dtype == torch.float32
+            # Not three digits alone: those that bfloat16 would round away are there.
+            assert (gates[0] != gates[0].bfloat16().float()).float().mean() > 0.3
+            assert (gates[0] - gates[1]).norm() < 0.05 * gates[1].norm()
 
 
 def test_ranks_may_draw_gates_of_their_own(ways: dict) -> None:

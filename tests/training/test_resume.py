@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from disturbed import Run, same_outcome
+
+from skill_fairseq.checkpoints import load_encoder
 
 pytestmark = pytest.mark.slow
 
@@ -48,3 +51,34 @@ def test_kills_in_the_middle_of_an_epoch_with_loading_workers(data: list[str], s
     run.kill()
     run.finish()
     same_outcome(run, straight(1))
+
+
+def test_a_run_of_an_earlier_version_says_why_it_cannot_go_on_and_what_can(
+    speech: Path, teacher_file: Path, tmp_path: Path
+) -> None:
+    """Up to version 0.1 every vector of gates was a parameter of its own."""
+    overrides = (f"task.data={speech}", f"task.teacher={teacher_file}", "optimization.max_update=6")
+    run = Run(tmp_path, *overrides).finish()
+    state = torch.load(tmp_path / "checkpoint_last.pt", weights_only=False)
+    encoder = load_encoder(tmp_path / "checkpoint_last.pt")
+    parts = [(name, gate.part) for name, gate in encoder.named_gates()]
+    model = state["model"]
+    for kind in ("log_alpha", "kept_override"):
+        flat = model.pop(f"speech_encoder.gates.{kind}")
+        model.update({f"speech_encoder.{name}.{kind}": flat[part].clone() for name, part in parts})
+    saved = state["last_optimizer_state"]["gates"]
+    moments = saved["state"].pop(0)
+    for index, (_, part) in enumerate(parts):
+        saved["state"][index] = {
+            k: v[part].clone() if torch.is_tensor(v) and v.dim() else v for k, v in moments.items()
+        }
+    saved["param_groups"][0]["params"] = list(range(len(parts)))
+    torch.save(state, tmp_path / "checkpoint_last.pt")
+
+    old = load_encoder(tmp_path / "checkpoint_last.pt")
+    assert torch.equal(old.gates.log_alpha, encoder.gates.log_alpha)  # type: ignore[union-attr]
+    assert run.start().wait() != [0]
+    said = run.log()[-4000:]
+    assert all(word in said for word in ("version 0.1", "checkpoint.reset_optimizer=true", "gates"))
+    longer = Run(tmp_path, *overrides[:2], "optimization.max_update=8", "checkpoint.reset_optimizer=true").finish()
+    assert longer.last_update() == 8
