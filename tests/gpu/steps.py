@@ -24,7 +24,7 @@ from tests.conftest import random_encoder
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 GROUPS = "criterion.groups=[[0],[1,2,3],[4,5,6,7,8],[9,10,11,12]]"
 MODES = {
-    "fp32": [],
+    "fp32": [],  # first: the others are held against it
     "bf16": ["common.bf16=true", "common.fp16_no_flatten_grads=true"],
     "fp16": ["common.fp16=true", "common.fp16_no_flatten_grads=true"],
     "amp": ["common.amp=true"],
@@ -45,13 +45,13 @@ class Steps:
         self.gpu = device.startswith("cuda")
 
     def training(self, name: str, *overrides: str) -> Run:
-        """A stage-1 run on the small teacher, 40 updates on a GPU, 10 on a CPU."""
+        """A stage-1 run on the small teacher, 40 updates on a GPU, 6 on a CPU."""
         settings = [
             f"common.cpu={str(not self.gpu).lower()}",
             f"task.data={TINY / 'data'}",
             f"task.teacher={TINY / 'teacher' / 'teacher.safetensors'}",
             GROUPS,
-            f"optimization.max_update={40 if self.gpu else 10}",
+            f"optimization.max_update={40 if self.gpu else 6}",
             "dataset.max_tokens=192000" if self.gpu else "dataset.max_tokens=32000",
             *overrides,
         ]
@@ -65,8 +65,8 @@ class Steps:
         """Losses of whole runs beside the one in float32."""
         losses = {}
         for mode, overrides in MODES.items():
-            if mode == "amp" and not self.gpu:
-                continue  # on a CPU fairseq's amp does nothing
+            if mode in ("fp16", "amp") and not self.gpu:
+                continue  # on a CPU the one is in tests/test_mixed_precision.py, and fairseq's amp does nothing
             run = self.training(f"run_{mode}", *overrides).finish()
             losses[mode] = [update["distillation_loss"] for update in run.updates().values()]
         exact = torch.tensor(losses["fp32"])
@@ -74,11 +74,11 @@ class Steps:
         return {"mean relative distance of the loss from fp32": off, "ok": all(value < 0.03 for value in off.values())}
 
     def kills(self) -> dict[str, Any]:
-        """A run in bfloat16 that is killed twice ends as the one that is not."""
+        """A run in bfloat16 that is killed (on a GPU twice) ends as the one that is not."""
         straight = self.training("straight", *MODES["bf16"]).finish()
         disturbed = self.training("killed", *MODES["bf16"])
         last = straight.last_update()
-        for stop in (last // 3, 2 * last // 3):
+        for stop in (last // 3, 2 * last // 3) if self.gpu else (last // 2,):
             disturbed.start()
             disturbed.wait_for(lambda stop=stop: disturbed.last_update() >= stop)  # type: ignore[misc]
             disturbed.kill()
@@ -158,7 +158,7 @@ def table(results: dict[str, Any]) -> str:
     off = results.get("precisions", {}).get("mean relative distance of the loss from fp32", {})
     lines += ["", *(f"- loss of a run in {mode}: {value:.2%} from that in fp32" for mode, value in off.items())]
     kills = results.get("kills", {})
-    lines.append(f"- a run killed twice has the same bits as one that is not: {kills.get('identical bits')}")
+    lines.append(f"- a run that was killed has the same bits as one that is not: {kills.get('identical bits')}")
     for name, event in results.get("waits", {}).get("events", {}).items():
         lines.append(f"- {name}: {event['calls']} a step, {event['host ms']} ms of the host")
     lines += ["", *(f"- {step}: {seconds:.0f} s" for step, seconds in results["seconds"].items())]
