@@ -43,6 +43,10 @@ class SkillDistillationConfig(AudioPretrainingConfig):
         default=1,
         metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
     )
+    check_all_files: bool = field(
+        default=False,
+        metadata={"help": "look for every file of the manifests before training; false: for 1,000 of each"},
+    )
     max_unreadable_files: int = field(
         default=100,
         metadata={"help": "files of an epoch that may turn out unreadable: they are skipped; one more ends the run"},
@@ -98,6 +102,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         self.datasets[split] = SpeechDataset(
             os.path.join(self.cfg.data, f"{split}.tsv"),
             crop_multiple=self.cfg.crop_multiple if train else 1,
+            check_all_files=self.cfg.check_all_files,
             sample_rate=self.cfg.sample_rate,
             max_sample_size=self.cfg.max_sample_size if train else None,
             min_sample_size=self.cfg.min_sample_size if train else 0,
