@@ -137,6 +137,7 @@ class SkillTrainer(Trainer):
         """
         self._not_finite = False
         self.task.losses = []
+        self.task.frames_of_weight_1 = None
         samples = [self._readable(sample) for sample in samples]
         self._empty = not any(samples)
         samples = [sample for sample in samples if sample] or samples[:1]
