@@ -1,5 +1,6 @@
 """fairseq's manifest dataset, with checked audio and batches that differ from epoch to epoch."""
 
+import logging
 import os
 import random
 from itertools import groupby
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from skill_fairseq.audio.batching import split_batches
 from skill_fairseq.audio.manifest import Manifest, check_manifest, load_audio, read_manifest
+
+logger = logging.getLogger(__name__)
 
 SAMPLE = 1000  # files that are looked for at the start: one in 300 missing is found with a probability of 96 %
 
@@ -83,6 +86,7 @@ class SpeechDataset(FileAudioDataset):
         self.sizes = sizes[kept]
         self.fnames = [manifest.paths[i] for i in kept]
         self.skipped_indices = set(range(len(sizes))).difference(kept.tolist())
+        logger.info(f"{manifest_path}: {len(kept)} utterances, {len(sizes) - len(kept)} more are too short")
         self.root_dir = str(manifest.root)
         self.set_bucket_info(num_buckets)
         self.crop_multiple = crop_multiple

@@ -308,6 +308,35 @@ def test_unequal_batches_have_the_gradients_of_one_large_batch(build: Any, small
         assert all(grad.abs().max() > 0 for name, grad in expected.items() if name.endswith(part)), part
 
 
+def test_validation_does_not_depend_on_the_batch_size(
+    build: Any, small: Any, teacher_file: Path, tmp_path: Path
+) -> None:
+    """With an extractor whose statistics run over time, padding too, and utterances of very different lengths."""
+    from fairseq import metrics
+
+    lengths = [0.5, 0.1, 1.5, 0.5, 0.1, 0.1, 0.3]
+    _, model, criterion = build(UNITS, target_sparsity=0.5)
+    task = small.make_task(small.write_speech(tmp_path, {"valid": lengths}), teacher_file)
+    task.load_dataset("valid")
+    found = []
+    for max_tokens in (8000, 30000, 200000):
+        batches = list(task.get_batch_iterator(task.dataset("valid"), max_tokens=max_tokens).next_epoch_itr(False))
+        with metrics.aggregate() as aggregator:
+            for each in batches:
+                criterion.reduce_metrics([task.valid_step(each, model, criterion.eval())[2]])
+        found.append((len(batches), dict(aggregator.get_smoothed_values())))
+    assert [number for number, _ in found] == [5, 4, 4]
+    alone = [
+        means(criterion(model, batch(task.dataset("valid")[i]["source"][None])))["loss"] for i in range(len(lengths))
+    ]
+    frames = [model.speech_encoder.config.num_frames(round(16000 * seconds)) for seconds in lengths]
+    expected = sum(loss * count for loss, count in zip(alone, frames)) / sum(frames)
+    for _, values in found:
+        assert values["loss"] == pytest.approx(expected, abs=1e-4)
+        for name in ("l1_g0", "cos_g2", "expected_sparsity"):
+            assert values[name] == pytest.approx(found[0][1][name], abs=1e-4), name
+
+
 def test_one_batch_an_update_has_the_weight_1_whatever_came_before(build: Any, small: Any) -> None:
     task, model, criterion = build()
     criterion.train()
