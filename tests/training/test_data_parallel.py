@@ -224,7 +224,7 @@ def test_gradients_of_unequal_batches_are_weighed_by_their_frames(
         for name, grad in found.items():
             expected = share * long[name] + (1 - share) * short[name]
             assert (grad - expected).abs().max() < 1e-5 * largest, name
-        assert found["constraint.lambda1"] == pytest.approx(long["constraint.lambda1"], rel=1e-5)
+        assert found["constraint.lambda1"].item() == pytest.approx(long["constraint.lambda1"].item(), rel=1e-5)
 
 
 def test_pytorch_ddp_bears_parameters_that_no_loss_reaches(small: Any, tmp_path: Path) -> None:
