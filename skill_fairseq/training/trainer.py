@@ -99,8 +99,8 @@ class SkillTrainer(Trainer):
                 raise
             raise ValueError(
                 f"{found[0]}: its optimizer state does not fit ({error}). Up to version 0.1 of skill_fairseq every "
-                "vector of gates was a parameter of its own, and so were weights that no loss reaches. Finish the run with the version "
-                "that began it, or go on with fresh moments: checkpoint.reset_optimizer=true"
+                "vector of gates was a parameter of its own, and weights that no loss reaches were trained. Finish the "
+                "run with the version that began it, or go on with fresh moments: checkpoint.reset_optimizer=true"
             ) from error
 
     def _unless_finished(self, extra_state: Optional[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
