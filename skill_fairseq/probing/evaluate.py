@@ -27,7 +27,8 @@ def evaluate(features: Features, tasks: Sequence[Task], name: str) -> dict[str, 
     Returns:
         an entry a task, for JSON: ``metric`` ("accuracy" or "equal error rate"), ``value`` and ``interval`` (0 to 1;
         None where there is none, and ``no_interval`` says why), ``samples`` (what the task consists of, in words),
-        ``skipped`` (recordings that cannot be read; the log names them) and details, with what each sample got, so that any statistic can be computed anew; see :func:`outcomes`.
+        ``skipped`` (recordings that cannot be read; the log names them) and details, with what each sample got, so
+        that any statistic can be computed anew; see :func:`outcomes`.
     """
     pooled = pool_files(features, (file for task in tasks for file in task.files), name)
     found = {}
