@@ -101,15 +101,10 @@ class SpeechDataset(FileAudioDataset):
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
         """One utterance: ``id``, ``file``, and ``source`` (N,) samples; None, and a message ``unreadable``, where the
-        file cannot be read or holds much less than the manifest says: its whole batch would be cropped to that."""
+        file cannot be read."""
         file = self.file_name(index)
         try:
             wave = load_audio(file, self.sample_rate)
-            if len(wave) < 0.9 * self.sizes[index]:
-                raise ValueError(
-                    f"{file}: {len(wave)} samples, but the manifest says {self.sizes[index]}; replace the file if it "
-                    "was cut off, or write the manifest anew with skill-manifest"
-                )
         except (OSError, ValueError) as error:
             return {"id": index, "file": file, "source": None, "unreadable": str(error)}
         return {"id": index, "file": file, "source": self.postprocess(wave, self.sample_rate)}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from runs import run, script
 
 from skill_fairseq.audio.manifest import write_manifest
 from skill_fairseq.checkpoints import save_encoder
@@ -181,14 +182,6 @@ def test_missing_files_are_an_error_before_training(tmp_path: Path, small: Any) 
         small.make_task(data).load_dataset("valid")
 
 
-def test_a_file_that_was_cut_off_does_not_crop_its_batch(tmp_path: Path, small: Any) -> None:
-    dataset = broken(tmp_path, small, small.tone(0.3, 0))
-    batch = dataset.collater([dataset[0], dataset[1]])
-    assert batch["net_input"]["source"].shape == (1, 8000)
-    assert "1.wav: 4800 samples, but the manifest says 8000" in batch["unreadable"][0]
-    assert len(broken(tmp_path / "nearly", small, small.tone(0.46, 0))[1]["source"]) == 7360
-
-
 def test_a_sample_of_the_files_is_looked_for_or_all(
     tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +205,37 @@ def test_a_sample_of_the_files_is_looked_for_or_all(
     missing.update(names)
     with pytest.raises(FileNotFoundError, match=r"1000 of 1000 files .*of 5000 in all,.* /corpus"):
         small.make_task(tmp_path).load_dataset("train")
+
+
+LOOK = """
+import os, torch
+from skill_fairseq.audio import manifest
+from skill_fairseq.tasks.speech_dataset import check_once
+
+torch.distributed.init_process_group("gloo")
+looked, isfile = [], os.path.isfile
+manifest.os.path.isfile = lambda path: looked.append(path) or isfile(path)
+for name in ("whole", "short"):
+    found = manifest.read_manifest(name + ".tsv")
+    looked.clear()
+    try:
+        check_once(found)
+        error = "nothing"
+    except FileNotFoundError as missing:
+        error = str(missing)
+    print(f"{name}, rank {torch.distributed.get_rank()}: looked for {sum('.wav' in str(p) for p in looked)}: {error}")
+"""
+
+
+def test_the_first_rank_looks_for_files_and_every_rank_hears_of_it(tmp_path: Path) -> None:
+    for name in ("0.wav", "1.wav"):
+        (tmp_path / name).touch()
+    write_manifest(tmp_path / "whole.tsv", ".", ["0.wav", "1.wav"], [8000, 8000])
+    write_manifest(tmp_path / "short.tsv", ".", ["0.wav", "1.wav", "2.wav"], [8000] * 3)
+    log = run([*script(tmp_path, LOOK, 2)], tmp_path)
+    for rank in (0, 1):
+        assert f"whole, rank {rank}: looked for {(2, 0)[rank]}: nothing" in log
+        assert f"short, rank {rank}: looked for {(3, 0)[rank]}: short.tsv: 1 of 3 files are missing" in log
 
 
 def test_nothing_long_enough_is_an_error(speech: Path, small: Any) -> None:
