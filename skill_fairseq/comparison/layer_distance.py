@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skill_fairseq.audio.manifest import load_audio
+from skill_fairseq.audio.manifest import readable
 from skill_fairseq.clustering.similarity import MIN_BLOCK, cka_distance, unbiased_hsic
 from skill_fairseq.modules.encoder import SpeechEncoder
 
@@ -76,16 +76,16 @@ def layer_distances(student: SpeechEncoder, teacher: SpeechEncoder, files: Itera
 
     Args:
         student, teacher: of equal depth and width; are put in eval mode.
-        files: audio, 16 kHz mono.
+        files: audio, 16 kHz mono; those that cannot be read are skipped, and the log names them.
 
     Raises:
-        ValueError: depth or width differ, or a recording is not usable.
+        ValueError: depth or width differ, no recording can be read, or one is too short for CKA.
     """
     student.eval()
     teacher.eval()
     found, frames = [], []
-    for file in files:
-        wave = load_audio(file)[None]
+    for file, samples in readable(files, []):
+        wave = samples[None]
         states = []
         for encoder in (student, teacher):
             source = F.layer_norm(wave, wave.shape[-1:]) if encoder.normalize else wave

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from skill_fairseq.audio.manifest import load_audio
+from skill_fairseq.audio.manifest import readable
 
 Features = Callable[[Tensor], Sequence[Tensor]]
 """(N,) samples to one (T, D) tensor a layer."""
@@ -62,14 +62,14 @@ def pool_files(features: Features, files: Iterable[Path], description: str = "po
         description: beside the progress bar.
 
     Returns:
-        (layers, 2 D) float32 of each file.
+        (layers, 2 D) float32 of each file that can be read; the log names the others.
 
     Raises:
-        ValueError: a recording is not usable (`load_audio`), or its features are not finite.
+        ValueError: no recording can be read, or features are not finite.
     """
     pooled: dict[Path, np.ndarray] = {}
-    for file in tqdm(list(dict.fromkeys(files)), desc=description, unit="file", disable=None):
-        statistics = temporal_statistics(features(load_audio(file))).numpy()
+    for file, wave in readable(tqdm(list(dict.fromkeys(files)), desc=description, unit="file", disable=None), []):
+        statistics = temporal_statistics(features(wave)).numpy()
         if not np.isfinite(statistics).all():
             raise ValueError(
                 f"{file}: the model ({description}) gives features that are NaN or infinite, expected "

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
+import torch
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_pretraining import AudioPretrainingConfig, AudioPretrainingTask
@@ -43,6 +44,10 @@ class SkillDistillationConfig(AudioPretrainingConfig):
         default=1,
         metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
     )
+    check_all_files: bool = field(
+        default=False,
+        metadata={"help": "look for every file of the manifests before training; false: for 1,000 of each"},
+    )
     max_unreadable_files: int = field(
         default=100,
         metadata={"help": "files of an epoch that may turn out unreadable: they are skipped; one more ends the run"},
@@ -69,7 +74,10 @@ class SkillDistillationTask(AudioPretrainingTask):
         self.student_config: Optional[EncoderConfig] = None
         self.num_updates = 0
         self.losses: List[Tuple[Tensor, List[str]]] = []  # of the present update, with the files of each batch
+        self.frames_of_weight_1: Optional[float] = None  # in the present update
         self._constraint: Optional[SizeConstraint] = None
+        self._model: Any = None
+        self._training_data: Optional[SpeechDataset] = None
 
     @property
     def teacher(self) -> FrozenTeacher:
@@ -98,6 +106,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         self.datasets[split] = SpeechDataset(
             os.path.join(self.cfg.data, f"{split}.tsv"),
             crop_multiple=self.cfg.crop_multiple if train else 1,
+            check_all_files=self.cfg.check_all_files,
             sample_rate=self.cfg.sample_rate,
             max_sample_size=self.cfg.max_sample_size if train else None,
             min_sample_size=self.cfg.min_sample_size if train else 0,
@@ -114,6 +123,8 @@ class SkillDistillationTask(AudioPretrainingTask):
         """
         if isinstance(dataset, SpeechDataset):
             dataset.num_shards = num_shards
+            if not dataset.pad:
+                self._training_data = dataset
         return super().get_batch_iterator(dataset, *args, num_shards=num_shards, **kwargs)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
@@ -135,6 +146,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         if not from_checkpoint:
             _update(cfg, dict(OmegaConf.to_container(model.cfg, resolve=True, enum_to_str=True)))  # type: ignore
         self.student_config = model.speech_encoder.config
+        self._model = model
         return model
 
     def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
@@ -143,6 +155,8 @@ class SkillDistillationTask(AudioPretrainingTask):
             _update(cfg, {"groups": plain(read_groups(cfg)), "groups_file": None})
         criterion = super().build_criterion(cfg, *args, **kwargs)
         self._constraint = getattr(criterion, "constraint", None)
+        if self._model is not None and hasattr(criterion, "deepest_layer"):
+            self._model.train_up_to(criterion.deepest_layer)
         return criterion
 
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
@@ -153,6 +167,22 @@ class SkillDistillationTask(AudioPretrainingTask):
         """
         super().begin_valid_epoch(epoch, model)
         check_ranks(model.speech_encoder, self._constraint)
+
+    def batch_weight(self, frames: int) -> float:
+        """The weight of a training batch among those of an update: in proportion to its frames, so that any way of
+        dividing audio over batches and ranks gives the gradients of one large batch.
+
+        What counts as 1 is the same for all of an update, and otherwise free. It keeps weights near 1, for half
+        precision: with one process the update's first batch (one batch an update has the weight 1), with several the
+        mean batch of the epoch, which all know.
+        """
+        if self.frames_of_weight_1 is None:
+            several = torch.distributed.is_available() and torch.distributed.is_initialized()
+            self.frames_of_weight_1 = frames
+            if several and torch.distributed.get_world_size() > 1:
+                assert self._training_data is not None and self.student_config is not None
+                self.frames_of_weight_1 = self.student_config.num_frames(int(self._training_data.batch_samples))
+        return frames / self.frames_of_weight_1
 
     def train_step(
         self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False

@@ -110,11 +110,22 @@ def test_progress_adds_up(files):
     assert seconds == [0.5, 0.25, 5111 / 16000, 0.75]
 
 
-def test_broken_audio_and_broken_teachers_are_named(files, tmp_path):
-    short = tmp_path / "short.wav"
-    soundfile.write(str(short), np.zeros(399, dtype=np.float32), 16000)
-    with pytest.raises(ValueError, match="short.wav: 399 samples, expected at least 400"):
-        layer_similarity(encoder(), [*files, short])
+def test_broken_audio_is_skipped_and_named(files, tmp_path, caplog):
+    (tmp_path / "text.flac").write_text("no audio at all")
+    soundfile.write(str(tmp_path / "short.wav"), np.zeros(399, dtype=np.float32), 16000)
+    broken = [tmp_path / name for name in ("gone.wav", "short.wav", "text.flac")]
+    skipped = []
+    found = layer_similarity(encoder(), [broken[0], *files[:3], *broken[1:], *files[3:]], MEASURES, 2, skipped=skipped)
+    expected = layer_similarity(encoder(), files, MEASURES, 2)
+    assert skipped == broken and found.num_frames == expected.num_frames
+    for measure, matrix in expected.distances().items():
+        np.testing.assert_array_equal(found.distances()[measure], matrix)
+    assert [next(f for f in broken if str(f) in record.message) for record in caplog.records] == broken
+    with pytest.raises(ValueError, match="none of the 3 recordings .*gone.wav"):
+        layer_similarity(encoder(), broken)
+
+
+def test_broken_teachers_are_named(files):
     model = encoder()
     torch.nn.init.constant_(model.transformer.layers[1].ffn_norm.bias, float("inf"))
     with pytest.raises(ValueError, match=r"0.wav: hidden_states: NaN or infinity in layers \[2, 3\]"):

@@ -79,6 +79,17 @@ def test_every_recording_is_computed_once_whatever_its_company(tmp_path: Path) -
     assert pooled[files[1]].shape == (1, 2) and pooled[files[1]].dtype == np.float32
 
 
+def test_recordings_that_cannot_be_read_are_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [write(tmp_path, "a.flac", 500), tmp_path / "b.raw", write(tmp_path, "c.flac", 900)]
+    files[1].write_bytes(bytes(32000))
+    pooled = pool_files(lambda wave: [wave[:, None]], files)
+    assert list(pooled) == [files[0], files[2]] and str(files[1]) in caplog.text
+    with pytest.raises(ValueError, match=r"none of the 1 recordings .*b\.raw"):
+        pool_files(lambda wave: [wave[:, None]], files[1:2])
+
+
 def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path, "a.flac", 500)
     with pytest.raises(ValueError, match="a.flac: the model .broken. gives features that are NaN"):
