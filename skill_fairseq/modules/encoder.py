@@ -6,8 +6,10 @@ import itertools
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.config import EncoderConfig
@@ -88,10 +90,15 @@ class Transformer(nn.Module):
         config: shape.
         dropouts: dropout probabilities.
         gates: where to add the gates that ``config.pruning_units`` names; None: no gates.
+
+    Attributes:
+        checkpoint_activations: keep of each layer its input alone for the backward pass, which computes the layer once
+            more, with the same dropout and the same gates (Chen et al. 2016, arXiv:1604.06174).
     """
 
     def __init__(self, config: EncoderConfig, dropouts: Dropouts, gates: Optional[GateBank] = None) -> None:
         super().__init__()
+        self.checkpoint_activations = False
         dim = config.encoder_embed_dim
         self.layer_norm_first = config.layer_norm_first
         self.layerdrop = dropouts.layerdrop
@@ -164,7 +171,9 @@ class Transformer(nn.Module):
         by_offset = None if self.relative_position is None else self.relative_position(x.size(1))
         for block in self.layers:
             if not (self.training and self.layerdrop > 0 and np.random.random() < self.layerdrop):
-                x = block(x, by_offset, padding_mask, draw)
+                inputs = (x, by_offset, padding_mask, draw)
+                again = self.checkpoint_activations and torch.is_grad_enabled()
+                x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
             yield x
 
     def forward(
