@@ -39,6 +39,13 @@ class SkillDistillationConfig(AudioPretrainingConfig):
     teacher_compile: bool = field(
         default=False, metadata={"help": "run the teacher's layers through torch.compile (minutes at the start)"}
     )
+    tf32: bool = field(
+        default=True,
+        metadata={
+            "help": "float32 matrix products in TF32 (11 bits) on GPUs from Ampere on, as torch does convolutions; the "
+            "first convolution, gates, sizes and losses stay float32; no effect on CPUs, in bf16 or fp16"
+        },
+    )
     crop_multiple: int = field(
         default=1,
         metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
