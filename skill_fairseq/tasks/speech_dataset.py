@@ -1,5 +1,6 @@
 """fairseq's manifest dataset, with checked audio and batches that differ from epoch to epoch."""
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, Dict, Optional
@@ -12,6 +13,8 @@ from torch import Tensor
 from skill_fairseq.audio.batching import split_batches
 from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest
 
+logger = logging.getLogger(__name__)
+
 
 class SpeechDataset(FileAudioDataset):
     """fairseq's manifest dataset with checked audio and batches that differ from epoch to epoch.
@@ -22,13 +25,18 @@ class SpeechDataset(FileAudioDataset):
     Args:
         manifest_path: fairseq manifest.
         crop_multiple: crop training batches to a multiple of so many samples.
+        most_samples: hear so many samples of a recording, from its beginning; None: all.
         kwargs: of :class:`FileAudioDataset`.
 
     Raises:
         FileNotFoundError, ValueError: the manifest or files in it are missing, or no utterance is long enough.
     """
 
-    def __init__(self, manifest_path: str, crop_multiple: int = 1, **kwargs: Any) -> None:
+    sizes: Any
+
+    def __init__(
+        self, manifest_path: str, crop_multiple: int = 1, most_samples: Optional[int] = None, **kwargs: Any
+    ) -> None:
         manifest = read_manifest(manifest_path)
         check_manifest(manifest)
         super().__init__(manifest_path=manifest_path, **kwargs)
@@ -38,10 +46,26 @@ class SpeechDataset(FileAudioDataset):
                 f"has {max(manifest.sizes)}. Lower task.min_sample_size"
             )
         self.root_dir = str(manifest.root)
+        self.most_samples = most_samples
+        if most_samples is not None:
+            self._shorten(most_samples)
         self.crop_multiple = crop_multiple
         self.seed = 0
         self.epoch = 1
         self.num_shards = 1  # ranks that share the batches, set by the task
+
+    def _shorten(self, most: int) -> None:
+        """Cuts lengths down, and says whose."""
+        sizes = np.asarray(self.sizes)
+        longer = np.flatnonzero(sizes > most)
+        if len(longer):
+            first = ", ".join(f"{self.file_name(i)} ({sizes[i] / self.sample_rate:.0f} s)" for i in longer[:3])
+            logger.warning(
+                f"{len(longer)} recordings are longer than {most / self.sample_rate:g} s, and the rest of them is not "
+                f"heard: {first}{', ...' if len(longer) > 3 else ''}; raise task.max_valid_sample_size={most} to hear "
+                "more (attention takes time by the square of the length)"
+            )
+        self.sizes = np.minimum(sizes, most)
 
     def file_name(self, index: int) -> str:
         """Absolute path of an utterance."""
@@ -54,7 +78,7 @@ class SpeechDataset(FileAudioDataset):
         file cannot be read."""
         file = self.file_name(index)
         try:
-            wave = load_audio(file, self.sample_rate)
+            wave = load_audio(file, self.sample_rate)[: self.most_samples]
         except (OSError, ValueError) as error:
             return {"id": index, "file": file, "source": None, "unreadable": str(error)}
         return {"id": index, "file": file, "source": self.postprocess(wave, self.sample_rate)}

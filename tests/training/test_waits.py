@@ -117,4 +117,8 @@ def test_waits_of_a_step(processes: int, speech: Path, teacher_file: Path, tmp_p
             assert step["operators"] == theirs
         for step in counted["valid"]:
             assert step["named"] == {"open gates": 2, "statistics": 1, **({"losses": 1} if processes > 1 else {})}
-            assert step["operators"] == {"loss.py without_padding: nonzero": 1}
+            # Masks are checked where they come in, the teacher's and the student's.
+            assert step["operators"] == {
+                "loss.py without_padding: nonzero": 1,
+                "padding.py check_padding_mask: _local_scalar_dense": 2,
+            }
