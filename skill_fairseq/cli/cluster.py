@@ -39,6 +39,7 @@ examples:
 writes OUT/groups.yaml (for criterion.groups_file), OUT/clusters.json (all distances, the tree, the settings)
 and OUT/clusters.png (needs matplotlib). With --config the groups go into that training config too; its
 comments stay. The same audio gives the same groups, whatever the manifest's order and the batch size.
+Recordings of more than a minute are encoded in pieces of equal length.
 """
 
 DEFAULT_GROUPS = 4  # as many as DPHuBERT has target layers

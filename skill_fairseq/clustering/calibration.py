@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from skill_fairseq.audio.manifest import Manifest, readable
+from skill_fairseq.audio.pieces import pieces
 from skill_fairseq.clustering.similarity import CHEAP_MEASURES, LayerSimilarity
 from skill_fairseq.files import PathLike
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -77,7 +78,8 @@ def layer_similarity(
 
     Neighbours in the list that have the same length share a batch. Nothing is ever padded, because padding
     changes the features of real frames where the extractor normalises over time (Base): so the batch size
-    changes nothing but the rounding of the encoder's own float32.
+    changes nothing but the rounding of the encoder's own float32. Recordings of more than a minute are encoded in
+    pieces (:mod:`skill_fairseq.audio.pieces`), in memory that does not depend on their length.
 
     Args:
         encoder: in eval mode; its device is used.
@@ -94,7 +96,8 @@ def layer_similarity(
     device = next(encoder.parameters()).device
     for names, source in _batches(encoder, files, batch_size, [] if skipped is None else skipped):
         try:
-            similarity.update(encoder(source.to(device)).hidden_states)
+            for piece in pieces(source, encoder.config.sample_rate):
+                similarity.update(encoder(piece.to(device)).hidden_states)
         except ValueError as error:
             raise ValueError(f"{', '.join(names)}: {error}") from error
         progress(source.numel() / encoder.config.sample_rate)

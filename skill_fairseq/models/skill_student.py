@@ -134,6 +134,7 @@ class SkillStudentModel(WavLMModel):
         avoid_wrong_gelu()
         self.cfg = cfg
         self.speech_encoder = SpeechEncoder(encoder_config(cfg), dropouts(cfg))
+        self.speech_encoder.transformer.checkpoint_activations = cfg.checkpoint_activations
         self._init_masking(cfg)
         # Used by fine-tuning alone: in distillation it would be a parameter without gradient.
         self.mask_emb.requires_grad_(False)

@@ -35,14 +35,14 @@ class ProbedModel:
     sha256: str | None
 
 
-def level_free_log_mel(wave: Tensor) -> list[Tensor]:
-    """(N,) samples to [(T, 80)] log-mel features less their mean over the recording: its gain has no effect.
+def level_free_log_mel(wave: Tensor) -> list[list[Tensor]]:
+    """(N,) samples to [[(T, 80)]], log-mel features less their mean over the recording: its gain has no effect.
 
     Encoders whose first convolution is normalised over time ignore gain as well; without this the baseline
     mostly measures how loud a speaker was recorded.
     """
     energies = log_mel(wave)
-    return [energies - energies.mean()]
+    return [[energies - energies.mean()]]
 
 
 def resolve_model(word: str, device: str = "cpu", seed: int = 0) -> ProbedModel:

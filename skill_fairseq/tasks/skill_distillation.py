@@ -40,6 +40,20 @@ class SkillDistillationConfig(AudioPretrainingConfig):
     teacher_compile: bool = field(
         default=False, metadata={"help": "run the teacher's layers through torch.compile (minutes at the start)"}
     )
+    max_valid_sample_size: Optional[int] = field(
+        default=960000,
+        metadata={
+            "help": "validation hears so many samples of a recording, from its beginning (960000: 60 s at 16 kHz); the "
+            "log names longer ones; null: all of every recording"
+        },
+    )
+    tf32: bool = field(
+        default=True,
+        metadata={
+            "help": "float32 matrix products in TF32 (11 bits) on GPUs from Ampere on, as torch does convolutions; the "
+            "first convolution, gates, sizes and losses stay float32; no effect on CPUs, in bf16 or fp16"
+        },
+    )
     crop_multiple: int = field(
         default=1,
         metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
@@ -101,7 +115,16 @@ class SkillDistillationTask(AudioPretrainingTask):
         return self._teacher
 
     def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
-        """Reads ``<data>/<split>.tsv``. Validation sees whole utterances: its loss is comparable between epochs."""
+        """Reads ``<data>/<split>.tsv``. Validation hears the same every time: its loss is comparable between epochs.
+
+        Raises:
+            ValueError: ``task.max_valid_sample_size`` is not positive.
+        """
+        if self.cfg.max_valid_sample_size is not None and self.cfg.max_valid_sample_size < 1:
+            raise ValueError(
+                f"task.max_valid_sample_size: {self.cfg.max_valid_sample_size}; expected a positive number of samples, "
+                "or null for no limit"
+            )
         train = split == "train"
         self.datasets[split] = SpeechDataset(
             os.path.join(self.cfg.data, f"{split}.tsv"),
@@ -110,6 +133,7 @@ class SkillDistillationTask(AudioPretrainingTask):
             sample_rate=self.cfg.sample_rate,
             max_sample_size=self.cfg.max_sample_size if train else None,
             min_sample_size=self.cfg.min_sample_size if train else 0,
+            most_samples=None if train else self.cfg.max_valid_sample_size,
             shuffle=train,
             pad=not train,
             normalize=self.cfg.normalize,

@@ -59,6 +59,7 @@ class SpeechDataset(FileAudioDataset):
         crop_multiple: crop training batches to a multiple of so many samples.
         check_all_files: look for every file of the manifest, not for a sample of them.
         num_buckets: of :class:`FileAudioDataset`.
+        most_samples: hear so many samples of a recording, from its beginning; None: all.
         kwargs: of :class:`RawAudioDataset`.
 
     Raises:
@@ -71,6 +72,7 @@ class SpeechDataset(FileAudioDataset):
         crop_multiple: int = 1,
         check_all_files: bool = False,
         num_buckets: int = 0,
+        most_samples: Optional[int] = None,
         **kwargs: Any,
     ) -> None:
         RawAudioDataset.__init__(self, **kwargs)  # FileAudioDataset's would read the manifest once more
@@ -88,12 +90,28 @@ class SpeechDataset(FileAudioDataset):
         self.skipped_indices = set(range(len(sizes))).difference(kept.tolist())
         logger.info(f"{manifest_path}: {len(kept)} utterances, {len(sizes) - len(kept)} more are too short")
         self.root_dir = str(manifest.root)
+        self.most_samples = most_samples
+        if most_samples is not None:
+            self._shorten(most_samples)
         self.set_bucket_info(num_buckets)
         self.crop_multiple = crop_multiple
         self.seed = 0
         self.epoch = 1
         self.num_shards = 1  # ranks that share the batches, set by the task
         self.batch_samples = 0.0  # of a training batch of this epoch, on average
+
+    def _shorten(self, most: int) -> None:
+        """Cuts lengths down, and says whose."""
+        sizes = np.asarray(self.sizes)
+        longer = np.flatnonzero(sizes > most)
+        if len(longer):
+            first = ", ".join(f"{self.file_name(i)} ({sizes[i] / self.sample_rate:.0f} s)" for i in longer[:3])
+            logger.warning(
+                f"{len(longer)} recordings are longer than {most / self.sample_rate:g} s, and the rest of them is not "
+                f"heard: {first}{', ...' if len(longer) > 3 else ''}; raise task.max_valid_sample_size={most} to hear "
+                "more (attention takes time by the square of the length)"
+            )
+        self.sizes = np.minimum(sizes, most)
 
     def file_name(self, index: int) -> str:
         """Absolute path of an utterance."""
@@ -104,7 +122,7 @@ class SpeechDataset(FileAudioDataset):
         file cannot be read."""
         file = self.file_name(index)
         try:
-            wave = load_audio(file, self.sample_rate)
+            wave = load_audio(file, self.sample_rate)[: self.most_samples]
         except (OSError, ValueError) as error:
             return {"id": index, "file": file, "source": None, "unreadable": str(error)}
         return {"id": index, "file": file, "source": self.postprocess(wave, self.sample_rate)}

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from skill_fairseq.modules.host import numbers, to_host
+from skill_fairseq.modules.tf32 import allow_tf32
 from skill_fairseq.pruning.reach import check_reach, log_sparsity
 from skill_fairseq.training.changed_settings import warn_of_changes
 from skill_fairseq.training.checkpoint_files import newest_whole_checkpoint, writing
@@ -51,6 +52,8 @@ class SkillTrainer(Trainer):
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None) -> None:
         check_backend(cfg.distributed_training, cfg.optimization.use_bmuf)
         super().__init__(cfg, task, model, criterion, quantizer)
+        if self.cuda and getattr(cfg.task, "tf32", None) is not None:
+            allow_tf32(bool(cfg.task.tf32))
         self.preempted = False
         self._skipped_in_a_row = 0
         self._unreadable = {"train": 0, "valid": 0}  # of all ranks, in the epoch

@@ -1,5 +1,6 @@
 """Which utterances are chosen, and that batches change nothing."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from skill_fairseq.audio.manifest import Manifest, load_audio
+from skill_fairseq.audio.pieces import pieces
+from skill_fairseq.clustering import calibration
 from skill_fairseq.clustering.calibration import choose_utterances, layer_similarity
 from skill_fairseq.clustering.similarity import MEASURES, LayerSimilarity
 from skill_fairseq.modules.config import EncoderConfig
@@ -102,6 +105,22 @@ def test_equals_utterances_encoded_one_by_one(files, normalize):
         assert found.num_frames == expected.num_frames == 3 * 12 + 15 + 2 * 18
         for measure, matrix in found.distances().items():
             np.testing.assert_allclose(matrix, expected.distances()[measure], rtol=2e-5, atol=1e-6)
+
+
+def test_long_recordings_are_encoded_in_pieces(files, monkeypatch):
+    monkeypatch.setattr(calibration, "pieces", functools.partial(pieces, seconds=0.2))
+    model = encoder()
+    lengths = []
+    model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].size(1)))
+    found = layer_similarity(model, files[2:5], MEASURES)
+    assert lengths == [2000, 2000, 2556, 2555, 3000, 3000]
+    expected = LayerSimilarity(MEASURES)
+    with torch.no_grad():
+        for file in files[2:5]:
+            for piece in load_audio(file)[None].tensor_split(2, 1):
+                expected.update(model(piece).hidden_states)
+    for measure, matrix in found.distances().items():
+        np.testing.assert_array_equal(matrix, expected.distances()[measure])
 
 
 def test_progress_adds_up(files):

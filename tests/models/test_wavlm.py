@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fairseq.criterions import build_criterion
@@ -12,6 +13,7 @@ from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig, HubertPret
 from omegaconf import OmegaConf
 
 from skill_fairseq.models.wavlm import WavLMModel
+from skill_fairseq.modules import encoder as encoder_module
 
 CLASSES = 7
 
@@ -145,3 +147,22 @@ def test_without_relative_position_it_is_hubert(pretraining: Any) -> None:
     extra = set(wavlm.state_dict()) - set(hubert.state_dict())
     assert extra and all("relative_position" in name or "position_gate" in name for name in extra)
     assert set(hubert.state_dict()) < set(wavlm.state_dict())
+
+
+def test_checkpoint_activations(pretraining: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    again: list[int] = []
+    checkpoint = encoder_module.checkpoint
+    monkeypatch.setattr(encoder_module, "checkpoint", lambda *a, **k: (again.append(1), checkpoint(*a, **k))[1])
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        _, model, criterion, batch = pretraining(checkpoint_activations=on, dropout=0.1, attention_dropout=0.1)
+        torch.manual_seed(1)
+        np.random.seed(1)
+        loss, _, _ = criterion(model.train(), batch)
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert len(again) == 3  # layers
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name

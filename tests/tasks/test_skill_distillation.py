@@ -307,3 +307,41 @@ def test_examples_manifests_have_their_audio(small: Any) -> None:
         dataset = task.dataset(split)
         longest = int(np.argmax(dataset.sizes))
         assert len(dataset[longest]["source"]) == dataset.sizes[longest]
+
+
+def test_long_recordings_are_cut_in_validation_and_named(
+    small: Any, speech: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def valid(limit: Any) -> Any:
+        task = small.make_task(speech, max_valid_sample_size=limit)
+        task.load_dataset("valid")
+        return task
+
+    whole = valid(None).dataset("valid")
+    lengths = [len(whole[i]["source"]) for i in range(len(whole))]
+    limit = sorted(lengths)[3]  # two are longer
+
+    def warnings() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert not warnings()
+    task = valid(limit)
+    (warning,) = warnings()
+    longer = [i for i, length in enumerate(lengths) if length > limit]
+    assert len(longer) == 2 and warning.startswith("2 recordings are longer than")
+    assert all(str(speech / "valid" / f"{i}.wav") in warning for i in longer)
+    assert f"task.max_valid_sample_size={limit}" in warning
+    cut = task.dataset("valid")
+    for i, length in enumerate(lengths):
+        assert cut.size(i) == min(length, limit)
+        assert torch.equal(cut[i]["source"], whole[i]["source"][:limit])  # the beginning, every time
+    heard = [batch["net_input"]["source"].size(1) for batch in batches(task, "valid", shuffle=False)]
+    assert max(heard) == limit
+    task.load_dataset("train")
+    assert max(task.dataset("train").sizes) > limit and len(warnings()) == 1  # training has its own limit
+    with pytest.raises(ValueError, match="task.max_valid_sample_size: 0; expected a positive"):
+        valid(0)
+
+
+def test_validation_has_a_limit_unless_it_is_lifted(small: Any, speech: Path) -> None:
+    assert small.make_task(speech).cfg.max_valid_sample_size == 60 * 16000
