@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from skill_fairseq.clustering.calibration import choose_utterances, layer_simila
 from skill_fairseq.clustering.config_file import format_groups, merge_groups, read_config, write_config
 from skill_fairseq.clustering.plot import plot_clusters
 from skill_fairseq.clustering.similarity import CHEAP_MEASURES, MEASURES
-from skill_fairseq.files import atomic_write, sha256, write_json
+from skill_fairseq.files import atomic_write, content_sha256, write_json
 from skill_fairseq.versions import versions
 
 EPILOG = """measures (distances between two layers, over all frames of the calibration set):
@@ -58,14 +57,6 @@ def make_groups(distances: np.ndarray, args: argparse.Namespace) -> tuple[np.nda
         groups = linkage.cut_to_number(tree, args.num_groups)
     cut["height"] = linkage.cut_height(tree, len(groups))
     return tree, groups, cut
-
-
-def hash_teacher(path: Path) -> str:
-    """SHA-256 of a file; of a folder, that of the lines ``<sha256>  <name>`` of its files, sorted by name."""
-    if path.is_file():
-        return sha256(path)
-    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(path.iterdir()) if file.is_file()]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def format_table(distances: np.ndarray, groups: Sequence[Sequence[int]], layers: Sequence[int]) -> str:
@@ -152,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "linkage": tree.tolist(),
         "cut": cut,
         "matrices": {measure: matrix.tolist() for measure, matrix in matrices.items()},
-        "teacher": {"name": args.teacher.name, "sha256": hash_teacher(args.teacher)},
+        "teacher": {"name": args.teacher.name, "sha256": content_sha256(args.teacher)},
         "calibration": {
             "manifest": args.manifest.name,
             "utterances": [manifest.paths[i] for i in chosen],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
 from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
-from skill_fairseq.distillation.groups import GroupProjections, Groups, map_groups, parse_groups
+from skill_fairseq.distillation.groups import GroupProjections, Groups, map_groups, parse_groups, parse_sharing
 from skill_fairseq.distillation.loss import LossParts, distillation_loss, without_padding
 from skill_fairseq.distillation.teacher import averaged_states
 from skill_fairseq.modules.size import sparsity
@@ -145,14 +145,43 @@ class SkillGroupKDCriterion(FairseqCriterion):
         return cls(cfg, task)
 
     def _init_projections(self, path: str) -> None:
-        """Takes over another run's projections; those of a run without the same ones stay as they are."""
-        state = _saved_criterion(Path(path))
-        found = {k[len("projections.") :]: v for k, v in state.items() if k.startswith("projections.")}
+        """Takes over the projections of a run with the same groups, sharing and ``normalize_states``.
+
+        Raises:
+            ValueError: the run had others; names the field and both values.
+        """
         own = self.projections.state_dict()
-        if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}:
-            self.projections.load_state_dict(found)
-        else:
-            logger.info(f"criterion.init_from: {path} has no projections for these groups; starting from the identity")
+        if not own:  # criterion.projection=identity
+            return
+        checkpoint = _saved_run(Path(path))
+        state = checkpoint.get("criterion") or {}
+        found = {k[len("projections.") :]: v for k, v in state.items() if k.startswith("projections.")}
+        if not found:
+            logger.warning(
+                f"criterion.init_from: {path} holds no projections, they start as the identity; give stage 1's "
+                "checkpoint, or null"
+            )
+            return
+        before = (plain(checkpoint.get("cfg")) or {}).get("criterion") or {}
+        mine = {
+            "groups": [sorted(group) for group in self.groups],
+            "projection_sharing": list(self.projections.sharing),
+            "normalize_states": self.cfg.normalize_states,
+        }
+        theirs = {name: before[name] for name in mine if before.get(name) is not None}
+        if "groups" in theirs:
+            theirs["groups"] = [sorted(group) for group in theirs["groups"]]
+            if "projection_sharing" in theirs:
+                theirs["projection_sharing"] = list(parse_sharing(theirs["projection_sharing"], len(theirs["groups"])))
+        shapes = [{k: list(v.shape) for k, v in side.items()} for side in (found, own)]
+        compared = [(f"criterion.{name}", theirs[name], mine[name]) for name in theirs]
+        for name, other, value in [*compared, ("shapes of projections", *shapes)]:
+            if other != value:
+                raise ValueError(
+                    f"criterion.init_from: {path}: its projections were trained with {name} = {other}, here it is "
+                    f"{value}; give both runs the same, or start from the identity with criterion.init_from=null"
+                )
+        self.projections.load_state_dict(found)
 
     def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, float, Dict]:
         """Loss of one batch.
@@ -244,8 +273,8 @@ class SkillGroupKDCriterion(FairseqCriterion):
         return True
 
 
-def _saved_criterion(path: Path) -> Dict[str, Tensor]:
-    """State of the criterion in a fairseq checkpoint; empty for exported files and folders, which have none."""
+def _saved_run(path: Path) -> Dict[str, Any]:
+    """A fairseq checkpoint; empty for exported files and folders, which have no criterion."""
     if not path.exists():
         raise FileNotFoundError(f"criterion.init_from: {path} does not exist; give stage 1's checkpoint, or null")
     if path.is_dir():
@@ -253,7 +282,7 @@ def _saved_criterion(path: Path) -> Dict[str, Tensor]:
     with open(path, "rb") as file:
         if looks_like_safetensors(file.read(64)):
             return {}
-    return load_torch_file(path).get("criterion") or {}
+    return load_torch_file(path)
 
 
 def _unsupervised(deepest: int, layers: int, pruned: bool) -> str:

@@ -16,7 +16,7 @@ from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.safe_load import plain
 from skill_fairseq.criterions.skill_group_kd import read_groups
 from skill_fairseq.distillation.teacher import FrozenTeacher
-from skill_fairseq.files import named
+from skill_fairseq.files import content_sha256, named
 from skill_fairseq.models.skill_student import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules.config import EncoderConfig
@@ -113,6 +113,10 @@ class SkillDistillationTask(AudioPretrainingTask):
             dtype = str(getattr(self.cfg.teacher_dtype, "name", self.cfg.teacher_dtype))
             self._teacher = FrozenTeacher(encoder, dtype, self.cfg.teacher_compile)
         return self._teacher
+
+    def teacher_sha256(self) -> str:
+        """Hash of the teacher's file or folder, by which a run that goes on knows it again."""
+        return content_sha256(self.cfg.teacher or "")
 
     def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
         """Reads ``<data>/<split>.tsv``. Validation hears the same every time: its loss is comparable between epochs.

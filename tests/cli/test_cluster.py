@@ -12,7 +12,7 @@ import yaml
 
 from skill_fairseq.audio.manifest import read_manifest, write_manifest
 from skill_fairseq.checkpoints import load_encoder, save_encoder
-from skill_fairseq.cli.cluster import hash_teacher, main
+from skill_fairseq.cli.cluster import main
 from skill_fairseq.clustering import linkage
 from skill_fairseq.clustering.calibration import choose_utterances, layer_similarity
 from skill_fairseq.clustering.similarity import CHEAP_MEASURES, MEASURES
@@ -217,16 +217,6 @@ def test_without_matplotlib_there_is_no_picture_but_all_else(command, tmp_path, 
     assert code == 0
     assert len(err.strip().splitlines()) == 1 and "pip install matplotlib" in err
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clusters.json", "groups.yaml"]
-
-
-def test_hash_of_a_folder(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "a.bin").write_bytes(b"abc")
-    lines = "".join(
-        f"{hashlib.sha256(content).hexdigest()}  {name}\n"
-        for name, content in [("a.bin", b"abc"), ("config.json", b"{}")]
-    )
-    assert hash_teacher(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from skill_fairseq.checkpoints import save_encoder
@@ -251,20 +252,49 @@ def test_another_width_needs_a_projection(build: Any, small: Any, tmp_path: Path
         build(student=path, projection="identity")
 
 
-def test_projections_of_stage_1_are_taken_over(build: Any, teacher_file: Path, tmp_path: Path) -> None:
+def save_run(criterion: Any, path: Path) -> None:
+    """The parts of fairseq's checkpoint that projections are taken from."""
+    cfg = {"criterion": OmegaConf.to_container(criterion.cfg, enum_to_str=True)}
+    torch.save({"model": {}, "criterion": criterion.state_dict(), "cfg": cfg}, path)
+
+
+def test_projections_of_stage_1_are_taken_over(build: Any, tmp_path: Path) -> None:
     _, _, stage1 = build(UNITS, target_sparsity=0.5)
     for parameter in stage1.projections.parameters():
         torch.nn.init.normal_(parameter)
-    torch.save({"model": {}, "criterion": stage1.state_dict()}, tmp_path / "stage1.pt")
+    save_run(stage1, tmp_path / "stage1.pt")
     again = build(init_from=str(tmp_path / "stage1.pt"))[2]
     for name, tensor in again.projections.state_dict().items():
         assert torch.equal(tensor, stage1.projections.state_dict()[name])
-    other = build(init_from=str(tmp_path / "stage1.pt"), groups=[[0], [3]], projection_sharing="none")[2]
-    assert torch.equal(other.projections.projections[0].weight, torch.eye(32))
-    exported = build(init_from=str(teacher_file))[2]  # as model.init_from may be: it has no projections
-    assert torch.equal(exported.projections.projections[0].weight, torch.eye(32))
     with pytest.raises(FileNotFoundError, match=r"criterion\.init_from: .*gone\.pt does not exist"):
         build(init_from=str(tmp_path / "gone.pt"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "before"),
+    [
+        ("groups", [[0], [1, 3], [2]], "[[0], [1, 2], [3]]"),
+        ("projection_sharing", [0, 1, 1], "[0, 0, 0]"),
+        ("normalize_states", True, "False"),
+    ],
+)
+def test_projections_of_another_run_are_refused(
+    build: Any, tmp_path: Path, field: str, value: Any, before: str
+) -> None:
+    """They would fit by shape, but for the second."""
+    save_run(build(UNITS, target_sparsity=0.5)[2], tmp_path / "stage1.pt")
+    with pytest.raises(ValueError) as error:
+        build(init_from=str(tmp_path / "stage1.pt"), **{field: value})
+    for part in ("criterion.init_from", f"criterion.{field} = {before}", str(value), "criterion.init_from=null"):
+        assert part in str(error.value)
+
+
+def test_a_file_without_projections_is_named(build: Any, teacher_file: Path, caplog: Any) -> None:
+    """As ``model.init_from``, which ``criterion.init_from`` follows, may be one."""
+    exported = build(init_from=str(teacher_file))[2]
+    assert torch.equal(exported.projections.projections[0].weight, torch.eye(32))
+    warning = next(record for record in caplog.records if record.levelname == "WARNING").getMessage()
+    assert "criterion.init_from" in warning and str(teacher_file) in warning and "identity" in warning
 
 
 def test_unequal_batches_have_the_gradients_of_one_large_batch(build: Any, small: Any, tmp_path: Path) -> None:

@@ -90,10 +90,10 @@ def test_recordings_that_cannot_be_read_are_left_out_and_named(
 ) -> None:
     files = [write(tmp_path, "a.flac", 500), tmp_path / "b.raw", write(tmp_path, "c.flac", 900)]
     files[1].write_bytes(bytes(32000))
-    pooled = pool_files(lambda wave: [wave[:, None]], files)
+    pooled = pool_files(lambda wave: [[wave[:, None]]], files)
     assert list(pooled) == [files[0], files[2]] and str(files[1]) in caplog.text
     with pytest.raises(ValueError, match=r"none of the 1 recordings .*b\.raw"):
-        pool_files(lambda wave: [wave[:, None]], files[1:2])
+        pool_files(lambda wave: [[wave[:, None]]], files[1:2])
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
