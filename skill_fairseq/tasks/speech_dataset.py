@@ -1,6 +1,7 @@
 """fairseq's manifest dataset, with checked audio and batches that differ from epoch to epoch."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, Dict, Optional
 
 import numpy as np
@@ -69,8 +70,7 @@ class SpeechDataset(FileAudioDataset):
         unreadable = [s["unreadable"] for s in samples if "unreadable" in s]
         samples = [s for s in samples if s["source"] is not None]
         if not self.pad and samples:
-            shortest = min(min(len(s["source"]) for s in samples), self.max_sample_size)
-            length = max(shortest - shortest % self.crop_multiple, min(shortest, self.crop_multiple))
+            length = self.crop_length([len(s["source"]) for s in samples])
             samples = [{**s, "source": self._crop(s["source"], length, s["id"])} for s in samples]
         batch = super().collater(samples)
         if batch:
@@ -81,6 +81,11 @@ class SpeechDataset(FileAudioDataset):
         if unreadable:
             batch["unreadable"] = unreadable
         return batch
+
+    def crop_length(self, sizes: Sequence[int]) -> int:
+        """Samples to which a training batch of utterances with these numbers of samples is cropped."""
+        shortest = min(min(sizes), self.max_sample_size)
+        return max(shortest - shortest % self.crop_multiple, min(shortest, self.crop_multiple))
 
     def _crop(self, wave: Tensor, length: int, index: int) -> Tensor:
         start = np.random.default_rng([self.seed, self.epoch, index]).integers(len(wave) - length + 1)
@@ -103,7 +108,10 @@ class SpeechDataset(FileAudioDataset):
         # fairseq seeds numpy with the same number in every epoch.
         self.seed = np.random.randint(2**31)
         random = np.random.default_rng([self.seed, self.epoch])
-        sizes = np.minimum(self.sizes, self.max_sample_size) * random.uniform(0.95, 1.05, len(self))
+        # How far an utterance may move, as a part of its length: the more there are, the nearer its new neighbours,
+        # and the less is cropped off a batch (at 5 % a batch of LibriSpeech holds 6 % less audio than at 0.5 %).
+        reach = min(0.05, max(0.005, 50 / len(self)))
+        sizes = np.minimum(self.sizes, self.max_sample_size) * random.uniform(1 - reach, 1 + reach, len(self))
         return np.argsort(-sizes, kind="stable")
 
     def batch_by_size(self, indices: np.ndarray, max_tokens: Optional[int] = None, **limits: Any) -> Any:
