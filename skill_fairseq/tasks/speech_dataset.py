@@ -1,5 +1,6 @@
 """fairseq's manifest dataset, with checked audio and batches that differ from epoch to epoch."""
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any, Dict, Optional
@@ -12,16 +13,20 @@ from torch import Tensor
 from skill_fairseq.audio.batching import split_batches
 from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest
 
+logger = logging.getLogger(__name__)
+
 
 class SpeechDataset(FileAudioDataset):
     """fairseq's manifest dataset with checked audio and batches that differ from epoch to epoch.
 
-    A relative root in the manifest is relative to the manifest's folder. Training batches (``pad=False``) are
-    cropped to their shortest utterance.
+    A relative root in the manifest is relative to the manifest's folder. Training batches (``shuffle=True``) are
+    cropped to their shortest utterance, or with ``pad=True`` padded to their longest; validation's are padded.
 
     Args:
         manifest_path: fairseq manifest.
         crop_multiple: crop training batches to a multiple of so many samples.
+        num_buckets: crop (or pad) batches to one of so many lengths, which split the utterances into equal parts;
+            0: to any. Utterances of one bucket share batches.
         kwargs: of :class:`FileAudioDataset`.
 
     Raises:
@@ -72,6 +77,9 @@ class SpeechDataset(FileAudioDataset):
         if not self.pad and samples:
             length = self.crop_length([len(s["source"]) for s in samples])
             samples = [{**s, "source": self._crop(s["source"], length, s["id"])} for s in samples]
+        elif self.shuffle:
+            most = self.max_sample_size
+            samples = [{**s, "source": self._crop(s["source"], min(len(s["source"]), most), s["id"])} for s in samples]
         batch = super().collater(samples)
         if batch:
             if self.pad and not batch["net_input"]["padding_mask"].any():
@@ -85,11 +93,43 @@ class SpeechDataset(FileAudioDataset):
     def crop_length(self, sizes: Sequence[int]) -> int:
         """Samples to which a training batch of utterances with these numbers of samples is cropped."""
         shortest = min(min(sizes), self.max_sample_size)
+        if self._buckets is not None:
+            shortest = int(self._to_bucket(np.array([shortest]))[0])
         return max(shortest - shortest % self.crop_multiple, min(shortest, self.crop_multiple))
 
     def _crop(self, wave: Tensor, length: int, index: int) -> Tensor:
         start = np.random.default_rng([self.seed, self.epoch, index]).integers(len(wave) - length + 1)
         return wave[start : start + length]
+
+    def set_bucket_info(self, num_buckets: int) -> None:
+        """Chooses the lengths of batches; fairseq's own asks for padding, and for an older numpy.
+
+        Cropping rounds down to a length, padding up. Called by fairseq's constructor.
+        """
+        self._buckets: Optional[np.ndarray] = None
+        self.num_buckets = 0  # fairseq's collater pads to them where there are any
+        if num_buckets and len(self.sizes):
+            lengths = np.sort(np.minimum(self.sizes, self.max_sample_size))
+            ranks = np.linspace(0, len(lengths) - 1, num_buckets + 1).astype(int)
+            self._buckets = np.unique(lengths[ranks[1:] if self.pad else ranks[:-1]])
+            if self.pad:
+                self.num_buckets = len(self._buckets)
+                self._bucketed_sizes = self._to_bucket(np.minimum(self.sizes, self.max_sample_size))
+            logger.info(f"task.num_batch_buckets: batches have one of the lengths {self._buckets.tolist()}")
+
+    def _to_bucket(self, lengths: np.ndarray) -> np.ndarray:
+        """Lengths in batches, by :meth:`set_bucket_info`; those beyond all buckets stay as they are."""
+        assert self._buckets is not None
+        if self.pad:
+            found = np.searchsorted(self._buckets, lengths)
+            return np.where(found < len(self._buckets), self._buckets[found.clip(max=len(self._buckets) - 1)], lengths)
+        found = np.searchsorted(self._buckets, lengths, side="right") - 1
+        return np.where(found >= 0, self._buckets[found.clip(min=0)], lengths)
+
+    def size(self, index: int) -> int:
+        """Samples of an utterance in a batch."""
+        length = min(self.sizes[index], self.max_sample_size)
+        return int(length if self._buckets is None else self._to_bucket(np.array([length]))[0])
 
     @property
     def can_reuse_epoch_itr_across_epochs(self) -> bool:
@@ -111,8 +151,11 @@ class SpeechDataset(FileAudioDataset):
         # How far an utterance may move, as a part of its length: the more there are, the nearer its new neighbours,
         # and the less is cropped off a batch (at 5 % a batch of LibriSpeech holds 6 % less audio than at 0.5 %).
         reach = min(0.05, max(0.005, 50 / len(self)))
-        sizes = np.minimum(self.sizes, self.max_sample_size) * random.uniform(1 - reach, 1 + reach, len(self))
-        return np.argsort(-sizes, kind="stable")
+        sizes = np.minimum(self.sizes, self.max_sample_size)
+        noise = random.uniform(1 - reach, 1 + reach, len(self))
+        if self._buckets is not None:
+            return np.lexsort((noise, -self._to_bucket(sizes)))
+        return np.argsort(-(sizes * noise), kind="stable")
 
     def batch_by_size(self, indices: np.ndarray, max_tokens: Optional[int] = None, **limits: Any) -> Any:
         """fairseq's, which stops at an utterance above ``max_tokens``; whole ones in validation get through.
@@ -121,9 +164,17 @@ class SpeechDataset(FileAudioDataset):
         empty batches, on which ranks idle. Validation's are left alone: its loss does not depend on the ranks.
 
         Raises:
-            ValueError: there are too few utterances for the number of ranks.
+            ValueError: ``max_tokens`` is below every utterance, or there are too few for the number of ranks.
         """
-        if self.pad and max_tokens is not None and len(indices):
+        if not len(indices):
+            shortest = min(self.size(index) for index in range(len(self)))
+            raise ValueError(
+                f"dataset.max_tokens: {max_tokens}; the shortest of {len(self)} utterances has {shortest} samples in a "
+                "batch, so that no batch holds one. Raise it, or lower task.max_sample_size"
+            )
+        if not self.shuffle and max_tokens is not None:
             max_tokens = max(max_tokens, max(int(self.num_tokens(index)) for index in indices))
         batches = super().batch_by_size(indices, max_tokens, **limits)
-        return batches if self.pad else split_batches([[int(i) for i in batch] for batch in batches], self.num_shards)
+        if not self.shuffle:
+            return batches
+        return split_batches([[int(i) for i in batch] for batch in batches], self.num_shards)

@@ -19,6 +19,7 @@ from skill_fairseq.pruning.reach import check_reach, log_sparsity
 from skill_fairseq.training.changed_settings import warn_of_changes
 from skill_fairseq.training.checkpoint_files import newest_whole_checkpoint, writing
 from skill_fairseq.training.preemption import preemption
+from skill_fairseq.training.values import check_values
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,13 @@ class SkillTrainer(Trainer):
     _dummy_batch: Any
 
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None) -> None:
+        if OmegaConf.is_config(cfg):
+            plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+            check_values(plain)
+            for name in ("data", "teacher"):  # absolute, where the task made them so: the config is saved
+                found = getattr(getattr(task, "cfg", None), name, None)
+                if isinstance(cfg.task.get(name), str) and isinstance(found, str):
+                    cfg.task[name] = found
         super().__init__(cfg, task, model, criterion, quantizer)
         self.preempted = False
         self._skipped_in_a_row = 0

@@ -296,7 +296,14 @@ def test_logs_are_averaged_and_audio_is_counted_per_second(build: Any) -> None:
         ({"target_sparsity": -0.1, "units": UNITS}, r"criterion\.target_sparsity: -0\.1"),
         ({"target_sparsity": 0.99, "units": UNITS}, r"criterion\.target_sparsity: 0\.99 cannot be reached"),
         ({"target_sparsity": 0.5, "units": ["heads"]}, r"0\.5 cannot be reached: gates on \['heads'\]"),
-        ({"target_sparsity": 0.5, "units": UNITS, "sparsity_warmup": -1}, r"warmup is -1"),
+        ({"target_sparsity": 0.5, "units": UNITS, "sparsity_warmup": -1}, r"criterion\.sparsity_warmup: -1.*updates"),
+        ({"target_sparsity": None, "units": UNITS}, r"criterion\.target_sparsity: null.*model\.pruning_units"),
+        ({"target_sparsity": float("nan"), "units": UNITS}, r"criterion\.target_sparsity: nan"),
+        ({"l1_weight": -1.0}, r"criterion\.l1_weight: -1"),
+        ({"cos_weight": float("inf")}, r"criterion\.cos_weight: inf"),
+        ({"l1_weight": float("nan")}, r"criterion\.l1_weight: nan"),
+        ({"l1_weight": 0.0, "cos_weight": 0.0}, r"criterion\.l1_weight: 0.*criterion\.cos_weight"),
+        ({"target_sparsity": 0.5, "units": UNITS, "sparsity_warmup": 1.5}, r"criterion\.sparsity_warmup: 1\.5"),
     ],
 )
 def test_what_is_refused(build: Any, fields: dict, message: str) -> None:

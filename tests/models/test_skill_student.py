@@ -282,7 +282,14 @@ def test_extract_features(build: Any, small: Any, teacher_file: Path) -> None:
         assert model.extract_features(source)[1] is None
 
 
-def test_masking_for_fine_tuning(build: Any, small: Any) -> None:
+def test_masking_for_fine_tuning(small: Any, speech: Path) -> None:
+    shape = fairseq_fields(small.random_encoder().config)
+
+    def build(**changes: Any) -> SkillStudentModel:
+        """As fairseq's fine-tuning builds it, from a checkpoint's config."""
+        torch.manual_seed(0)
+        return small.make_task(speech).build_model(small.student_config("gone.pt", **shape, **changes), True)
+
     model = build(mask_prob=0.8, mask_length=3, mask_channel_prob=0.0)
     model.remove_pretraining_modules()
     source = small.waves(8000)

@@ -187,7 +187,7 @@ def test_teacher_is_loaded_when_first_asked_for(speech: Path, small: Any, teache
 def test_teacher_is_frozen_and_outside_of_everything(speech: Path, small: Any, teacher_file: Path) -> None:
     task = small.make_task(speech, teacher_file)
     model = task.build_model(small.student_config(teacher_file, pruning_units=["ffn"]))
-    criterion = small.make_criterion(task, groups=[[0], [1, 2, 3]])
+    criterion = small.make_criterion(task, groups=[[0], [1, 2, 3]], target_sparsity=0.1)
     model.train()
     criterion.train()
     teacher = task.teacher.encoder
@@ -200,7 +200,8 @@ def test_teacher_is_frozen_and_outside_of_everything(speech: Path, small: Any, t
     held = {id(p) for module in (model, criterion) for p in module.parameters()}
     assert held.isdisjoint(id(p) for p in teacher.parameters())
     assert not any(m is teacher for module in (model, criterion) for m in module.modules())
-    assert set(criterion.state_dict()) == {f"projections.projections.0.{n}" for n in ("weight", "bias")}
+    projection = {f"projections.projections.0.{n}" for n in ("weight", "bias")}
+    assert set(criterion.state_dict()) == projection | {"constraint.lambda1", "constraint.lambda2"}
     assert not task.state_dict()
 
 
