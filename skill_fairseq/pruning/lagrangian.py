@@ -54,7 +54,7 @@ def updates_of(value: float, total: int, field: str) -> int:
     if 0 < value < 1:
         if total <= 0:
             raise ValueError(f"{field}: {value} is a fraction of optimization.max_update, which is {total}; set it")
-        return max(1, round(value * total))
+        return min(max(1, round(value * total)), total - 1)
     if not 0 <= value < math.inf or value != int(value):
         raise ValueError(
             f"{field}: {value}; expected a whole number of updates, or a fraction of the run between 0 and 1"
