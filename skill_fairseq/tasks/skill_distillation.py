@@ -68,9 +68,12 @@ class SkillDistillationTask(AudioPretrainingTask):
 
     def __init__(self, cfg: SkillDistillationConfig) -> None:
         super().__init__(cfg)
+        whole = cfg._get_parent()  # fairseq reads task.data there too, and saves it; this is a copy of its task
         for name in ("data", "teacher"):
             if cfg.get(name):
                 cfg[name] = from_shell(cfg[name])
+                if whole is not None and "task" in whole:
+                    whole.task[name] = cfg[name]
         self._teacher: Optional[FrozenTeacher] = None
         self.student_config: Optional[EncoderConfig] = None
         self.num_updates = 0

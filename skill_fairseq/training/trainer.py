@@ -52,10 +52,6 @@ class SkillTrainer(Trainer):
         if OmegaConf.is_config(cfg):
             plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
             check_values(plain)
-            for name in ("data", "teacher"):  # absolute, where the task made them so: the config is saved
-                found = getattr(getattr(task, "cfg", None), name, None)
-                if isinstance(cfg.task.get(name), str) and isinstance(found, str):
-                    cfg.task[name] = found
         super().__init__(cfg, task, model, criterion, quantizer)
         self.preempted = False
         self._skipped_in_a_row = 0

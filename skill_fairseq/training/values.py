@@ -42,14 +42,16 @@ def check_rate(cfg: Mapping[str, Any]) -> None:
     Raises:
         ValueError: says which rates there are.
     """
-    groups, given = (cfg.get("optimizer") or {}).get("groups"), list(cfg["optimization"]["lr"])
-    if not groups or given == FAIRSEQS_RATE:
-        return
+    groups, given = (cfg.get("optimizer") or {}).get("groups") or {}, list(cfg["optimization"]["lr"])
+    for name, group in groups.items():  # which fairseq does not type
+        rate = group.get("lr_float")
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float))):
+            raise ValueError(f"optimizer.groups.{name}.lr_float: {rate!r}; expected a number")
     rates = {
         name: list(group.get("lr") or given) if group.get("lr_float") is None else [group["lr_float"]]
         for name, group in groups.items()
     }
-    if given not in rates.values():
+    if groups and given != FAIRSEQS_RATE and given not in rates.values():
         shown = ", ".join(f"{name} {rate[0]:g}" for name, rate in rates.items())
         raise ValueError(
             f"optimization.lr: {given} is the rate of no group of the optimizer ({shown}), and would do nothing; set "

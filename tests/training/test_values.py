@@ -51,6 +51,11 @@ def test_numbers_that_are_not_finite_are_named(field: str, value: float) -> None
         ("optimization__lr", [-0.1], r"optimization\.lr\[0\]: -0\.1; expected at least 0"),
         ("optimization__update_freq", [0], r"optimization\.update_freq\[0\]: 0; expected at least 1"),
         ("optimization__clip_norm", -1.0, r"optimization\.clip_norm: -1\.0; expected at least 0"),
+        (
+            "optimizer__groups__gates__lr_float",
+            ".nan",
+            r"optimizer\.groups\.gates\.lr_float: '\.nan'; expected a number",
+        ),
         ("optimization__max_update", -1, r"optimization\.max_update: -1; expected at least 0"),
     ],
 )
