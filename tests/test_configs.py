@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,6 +205,20 @@ def test_one_knob_for_the_length_one_for_the_warm_up_one_for_the_rate(name: str)
         assert updates_of(cfg.criterion.sparsity_warmup, cfg.criterion.max_update, "") == round(share * 1000)
     older = composed(name, f"{knob}=7")
     assert schedule_of((older.optimizer.groups.gates if stage1 else older).lr_scheduler)[0] == 7
+
+
+def test_readme_lists_every_config_and_four_fields_that_it_has() -> None:
+    text = (CONFIG / "README.md").read_text(encoding="utf-8")
+    rows = {
+        name: re.findall(r"`([a-z0-9_.]+)`", last)
+        for name, last in re.findall(r"^\| `(\S+)` \|.*\| (.*) \|$", text, re.M)
+    }
+    rows = {name: fields for name, fields in rows.items() if "*" not in name}
+    assert {f"{name}.yaml" for name in rows} == set(FILES)
+    for name, fields in rows.items():
+        assert len(fields) == 4
+        for block, field in (dotted.split(".") for dotted in fields):
+            assert field in read(f"{name}.yaml")[block], f"{name}: {block}.{field}"
 
 
 @pytest.mark.parametrize("name", FILES)
