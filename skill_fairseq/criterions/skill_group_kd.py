@@ -120,7 +120,7 @@ class SkillGroupKDCriterion(FairseqCriterion):
         super().__init__(task)
         self.cfg = cfg
         student, teacher = task.student_config, task.teacher.config
-        self.normalize_states = normalize_states(cfg, teacher)
+        cfg.normalize_states = normalizes(cfg, teacher)
         _check_weights(cfg)
         self.groups: Groups = parse_groups(read_groups(cfg), teacher.encoder_layers)
         self.student_groups = map_groups(self.groups, teacher.encoder_layers, student.encoder_layers)
@@ -189,10 +189,10 @@ class SkillGroupKDCriterion(FairseqCriterion):
         draw = model.draw_gates()
         # Then the teacher: its memory is free again before the student's activations pile up.
         targets, _ = self.task.teacher.group_means(
-            net_input["source"], net_input.get("padding_mask"), self.groups, self.normalize_states
+            net_input["source"], net_input.get("padding_mask"), self.groups, self.cfg.normalize_states
         )
         out = model(**net_input, draw=draw)
-        means = averaged_states(out["hidden_states"], self.student_groups, self.normalize_states)
+        means = averaged_states(out["hidden_states"], self.student_groups, self.cfg.normalize_states)
         means = self.projections(means)
         if out["padding_mask"] is not None:
             frames = without_padding([*means, *targets], out["padding_mask"])
@@ -269,7 +269,7 @@ def _saved_criterion(path: Path) -> Dict[str, Tensor]:
     return load_torch_file(path).get("criterion") or {}
 
 
-def normalize_states(cfg: SkillGroupKDConfig, teacher: EncoderConfig) -> bool:
+def normalizes(cfg: SkillGroupKDConfig, teacher: EncoderConfig) -> bool:
     """Whether states are normalised before they are averaged: as ``cfg`` says, or as suits the teacher.
 
     Where layers begin with their LayerNorm (pre-LayerNorm: HuBERT and WavLM Large), nothing bounds what they add up,

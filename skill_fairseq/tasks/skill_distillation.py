@@ -188,8 +188,9 @@ class SkillDistillationTask(AudioPretrainingTask):
         if getattr(cfg, "groups_file", None):
             _update(cfg, {"groups": plain(read_groups(cfg)), "groups_file": None})
         criterion = super().build_criterion(cfg, *args, **kwargs)
-        if hasattr(criterion, "normalize_states"):
-            _update(cfg, {"normalize_states": criterion.normalize_states})
+        chosen = getattr(getattr(criterion, "cfg", None), "normalize_states", None)
+        if chosen is not None:  # null until the teacher is known
+            _update(cfg, {"normalize_states": chosen})
         self._constraint = getattr(criterion, "constraint", None)
         return criterion
 

@@ -323,3 +323,21 @@ def test_group_files_that_are_refused(build: Any, tmp_path: Path) -> None:
     broken.write_text("groups: [[0], [1")
     with pytest.raises(ValueError, match=r"criterion\.groups_file: .*broken\.yaml is no YAML"):
         build(groups=None, groups_file=str(broken))
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_states_are_normalised_where_the_teacher_needs_it(
+    build: Any, small: Any, tmp_path: Path, pre_norm: bool, asked: Any
+) -> None:
+    """Where layers begin with their LayerNorm, unless the config says otherwise; what was chosen is in the config."""
+    path = tmp_path / "teacher.safetensors"
+    save_encoder(small.random_encoder(layer_norm_first=pre_norm), path)
+    criterion = build(student=path, teacher=path, **({} if asked is None else {"normalize_states": asked}))[2]
+    assert criterion.cfg.normalize_states is (pre_norm if asked is None else asked)
+
+
+def test_the_target_rises_over_a_fraction_of_the_run(build: Any) -> None:
+    for warmup, updates in ((0.25, 50), (7, 7)):
+        criterion = build(UNITS, target_sparsity=0.5, sparsity_warmup=warmup, max_update=200)[2]
+        assert criterion.constraint.warmup == updates
