@@ -192,7 +192,7 @@ class SkillGroupKDCriterion(FairseqCriterion):
             net_input["source"], net_input.get("padding_mask"), self.groups, self.cfg.normalize_states
         )
         out = model(**net_input, draw=draw)
-        means = averaged_states(out["hidden_states"], self.student_groups, self.cfg.normalize_states)
+        means = averaged_states(out["hidden_states"], self.student_groups, bool(self.cfg.normalize_states))
         means = self.projections(means)
         if out["padding_mask"] is not None:
             frames = without_padding([*means, *targets], out["padding_mask"])
