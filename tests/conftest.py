@@ -101,10 +101,9 @@ def student_config(init_from: Any, **changes: Any) -> Any:
 
 def make_criterion(task: Any, **fields: Any) -> Any:
     """The group criterion for a task whose model has been built."""
-    from fairseq.criterions import build_criterion
     from omegaconf import OmegaConf
 
-    return build_criterion(OmegaConf.create({"_name": "skill_group_kd", **fields}), task)
+    return task.build_criterion(OmegaConf.create({"_name": "skill_group_kd", **fields}))
 
 
 def waves(samples: int = 4000, batch: int = 2, seed: int = 0) -> Tensor:

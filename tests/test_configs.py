@@ -226,6 +226,8 @@ def test_precision_and_batch_multiple_stand_in_every_config(name: str) -> None:
     fields = read(name)
     assert {"fp16", "bf16"} & set(fields["common"])
     assert "required_batch_size_multiple" in fields["dataset"]
+    if name.startswith(("distill/", "final/")):
+        assert fields["task"]["tf32"] is True
     if name.startswith("distill/"):  # so that common.bf16=true is all it takes
         assert fields["common"]["fp16_no_flatten_grads"] is True
 

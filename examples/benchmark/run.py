@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -26,16 +27,27 @@ from skill_fairseq.audio.manifest import check_manifest, read_manifest
 from skill_fairseq.cli import cluster
 from skill_fairseq.cli._common import run as reporting_errors
 from skill_fairseq.comparison.costs import costs
-from skill_fairseq.comparison.grid import Grid, Run, changed_setting, owner, read_grid, runs_of, settings_of
+from skill_fairseq.comparison.grid import (
+    STAGES,
+    Grid,
+    Run,
+    changed_setting,
+    composed,
+    owner,
+    read_grid,
+    runs_of,
+    settings_of,
+)
 from skill_fairseq.comparison.layer_distance import layer_distances
 from skill_fairseq.comparison.methods import METHODS
+from skill_fairseq.comparison.runs_table import write_runs
 from skill_fairseq.comparison.summary import summarise
 from skill_fairseq.comparison.table import write_tables
 from skill_fairseq.files import atomic_write, read_json, sha256, write_json
-from skill_fairseq.probing.evaluate import evaluate
+from skill_fairseq.probing.evaluate import evaluate, require_scikit_learn
 from skill_fairseq.probing.models import level_free_log_mel
 from skill_fairseq.probing.pooling import EncoderFeatures
-from skill_fairseq.probing.tasks import read_task
+from skill_fairseq.probing.tasks import read_speakers, read_task
 from skill_fairseq.versions import versions
 
 HERE = Path(__file__).resolve().parent
@@ -53,7 +65,8 @@ EPILOG = """examples:
   python examples/benchmark/run.py out --grid mine.yaml --name wavlm_base_plus --teacher WavLM-Base+.pt --data manifests
 
 What is finished stays: the same command goes on where it stopped, inside a run too. OUT gets clusters/,
-references.json, runs/METHOD-SPARSITY-SEED/ (logs, student.safetensors, result.json), results.json and table.md.
+references.json, runs/METHOD-SPARSITY-SEED/ (logs, student.safetensors, result.json), results.json, runs.csv and
+table.md.
 Needs skill_fairseq with its extra for probes: pip install '.[probe,plots]'.
 """
 
@@ -68,10 +81,16 @@ def measure(encoder_file: Path, grid: Grid) -> dict[str, Any]:
     manifest = read_manifest(grid.data / "valid.tsv")
     check_manifest(manifest)
     distances = layer_distances(encoder, teacher, manifest.files)
+    speakers = read_speakers(manifest)
     tasks = [read_task(folder) for folder in grid.tasks]
     return {
         "probes": evaluate(EncoderFeatures(encoder), tasks, encoder_file.stem),
-        "distances": {"layers": distances.layers, "recordings": distances.recordings, "frames": distances.num_frames},
+        "distances": {
+            "layers": distances.layers,
+            "recordings": distances.recordings,
+            "speakers": speakers,
+            "frames": distances.num_frames,
+        },
         "costs": costs(encoder),
     }
 
@@ -99,7 +118,9 @@ def do_run(run: Run, grid: Grid, out: Path, keep_checkpoints: bool) -> None:
                 "made": made,
                 "wall_seconds_of_last_attempt": time.monotonic() - began,
                 **measured,
-                "versions": versions("scikit-learn"),
+                "versions": versions("scikit-learn", "fairseq"),
+                "cpu": cpu_model(),
+                "commit": commit(),
             },
         )
         if not keep_checkpoints:
@@ -123,20 +144,47 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
+def cpu_model() -> str:
+    """As /proc/cpuinfo names it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """Of the repository, "+" added where files have been changed since; None outside of git."""
+    try:
+        found = [
+            subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found[0] + "+" * bool(found[1])
+
+
 def prepare(grid: Grid, out: Path) -> dict[str, Any]:
     """Checks that OUT belongs to these settings, clusters the teacher; returns clusters.json."""
-    hashes = {"teacher": cluster.hash_teacher(grid.teacher)}
-    for split in ("train", "valid"):
-        hashes[split] = sha256(grid.data / f"{split}.tsv")
-    for task in grid.tasks:
-        hashes[str(task)] = sha256(task / "test.tsv")
-    settings, file = settings_of(grid, hashes), out / "settings.json"
+    tasks = [read_task(folder) for folder in grid.tasks]
+    require_scikit_learn(tasks)
+    names = ["train.tsv", "valid.tsv", "valid.speakers.tsv"]
+    hashes = {
+        "teacher": cluster.hash_teacher(grid.teacher),
+        "data": {name: sha256(grid.data / name) for name in names if (grid.data / name).is_file()},
+        "tasks": {task.name: task.hashes for task in tasks},
+    }
+    configs = {stage: composed(CONFIG, getattr(grid, stage)["config"], grid.overrides(stage)) for stage in STAGES}
+    package = {name: found for name, found in versions("fairseq").items() if name in ("skill_fairseq", "fairseq")}
+    settings, file = settings_of(grid, hashes, configs, package), out / "settings.json"
     if file.is_file():
         changed = changed_setting(read_json(file), settings)
         if changed:
+            name, before, now = changed
             raise ValueError(
-                f"{file}: {changed} is {read_json(file).get(changed)!r}, now {settings[changed]!r}; runs with "
-                "different settings cannot be compared: give another OUT, or the former settings"
+                f"{file}: {name} is {before!r}, now {now!r}; runs with different settings cannot be compared: give "
+                "another OUT, or the former settings"
             )
     else:
         write_json(file, settings)
@@ -274,6 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary = summarise(results, read_json(out / "references.json"), grid.baseline)
     summary.update(wanted=len(runs), found=len(results), failed=failed, settings=read_json(out / "settings.json"))
     write_json(out / "results.json", summary)
+    write_runs(out / "runs.csv", results)
     with atomic_write(out / "table.md") as temporary:
         temporary.write_text(write_tables(summary), encoding="utf-8")
     print((out / "table.md").read_text(encoding="utf-8"))

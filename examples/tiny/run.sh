@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SKILL in miniature, from a bare machine to a probed student: installs, clusters the small teacher's layers, distils and
-# prunes (75 %), shrinks, distils again, exports, probes. Five to seven minutes on 2 cores.
+# prunes (75 %), shrinks, distils again, exports, probes. The README's Results say how long it takes.
 #
 #   bash examples/tiny/run.sh [OUT]        results go to OUT, by default examples/tiny/out
 #

@@ -39,6 +39,7 @@ examples:
 writes OUT/groups.yaml (for criterion.groups_file), OUT/clusters.json (all distances, the tree, the settings)
 and OUT/clusters.png (needs matplotlib). With --config the groups go into that training config too; its
 comments stay. The same audio gives the same groups, whatever the manifest's order and the batch size.
+Recordings of more than a minute are encoded in pieces of equal length.
 """
 
 DEFAULT_GROUPS = 4  # as many as DPHuBERT has target layers
@@ -110,18 +111,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.teacher = args.teacher.absolute()  # a folder may be given as "."
     _check_options(args)
     manifest = read_manifest(args.manifest)
-    check_manifest(manifest)
     encoder = load_encoder(args.teacher, args.device)
     layers = list(range(1 if args.no_layer_0 else 0, encoder.config.encoder_layers + 1))
     make_groups(1.0 - np.eye(len(layers)), args)  # options out of range fail before the work
 
     rate = encoder.config.sample_rate
     chosen = choose_utterances(manifest, args.max_seconds, args.max_utterances, args.seed, rate)
+    check_manifest(manifest, chosen)
     files = [manifest.files[i] for i in chosen]
     seconds = sum(manifest.sizes[i] for i in chosen) / rate
+    skipped: list[Path] = []
     measures = MEASURES if args.compare else tuple(dict.fromkeys([*CHEAP_MEASURES, args.measure]))
     with tqdm(total=round(seconds, 1), desc="encoding", unit="s audio", disable=None) as bar:
-        similarity = layer_similarity(encoder, files, measures, args.batch_size, bar.update)
+        similarity = layer_similarity(encoder, files, measures, args.batch_size, bar.update, skipped)
+    unusable = [i for i, file in zip(chosen, files) if file in skipped]
+    if unusable:
+        print(f"skipped {len(unusable)} of {len(chosen)} recordings, see above", file=sys.stderr)
+        chosen = [i for i in chosen if i not in unusable]
+        seconds = sum(manifest.sizes[i] for i in chosen) / rate
     everything = similarity.distances()
     matrices = {measure: matrix[layers[0] :, layers[0] :] for measure, matrix in everything.items()}
 
@@ -152,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "num_utterances": len(chosen),
             "num_frames": similarity.num_frames,
             "seconds": seconds,
+            "skipped": [manifest.paths[i] for i in unusable],
         },
         "settings": _settings(args),
         "versions": versions("scipy"),

@@ -14,9 +14,10 @@ import torch
 
 from skill_fairseq.cli._common import run
 from skill_fairseq.files import atomic_write, write_json
-from skill_fairseq.probing.evaluate import evaluate
+from skill_fairseq.probing.evaluate import evaluate, require_scikit_learn
 from skill_fairseq.probing.models import resolve_model
 from skill_fairseq.probing.tasks import Task, read_task
+from skill_fairseq.versions import versions
 
 PICTURES = (".png", ".pdf", ".svg")
 EPILOG = """models:
@@ -24,12 +25,14 @@ EPILOG = """models:
   random:FILE   the shape of FILE with fresh random weights
   logmel        log-mel features, no model at all
   NAME=MODEL    any of these under a name of your own
+  Recordings of more than a minute are encoded in pieces of equal length.
 
 tasks:
   a folder with {train,valid,test}.tsv and {train,valid,test}.labels.tsv: mean and standard deviation over
-  time of every layer, a learnt weighted sum of the layers, logistic regression; accuracy with its 95 %
-  interval (Wilson); a folder with test.tsv and trials.tsv: cosine of pairs; equal error rate with its 95 %
-  interval (over speakers, at least 3 of them).
+  time of every layer, a learnt weighted sum of the layers, logistic regression; accuracy
+  a folder with test.tsv and trials.tsv: cosine of pairs; equal error rate
+  Both with a 95 % interval over the test speakers, where there are 3 or more: by the labels' column, or, for
+  trials, by test.speakers.tsv (header: utterance TAB speaker).
 
 examples:
   skill-probe teacher.pt student.safetensors logmel --task tasks/digit --task tasks/speaker
@@ -44,18 +47,30 @@ def format_table(entries: Sequence[dict[str, Any]], tasks: Sequence[Task]) -> st
     for entry in entries:
         if entry["task"] == tasks[0].name:
             rows.append([entry["model"], "-" if entry["parameters"] is None else f"{entry['parameters']:,}"])
-        low, high = entry["interval"]
-        rows[-1].append(f"{100 * entry['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]")
+        bounds = ", ".join(f"{100 * bound:.1f}" for bound in entry["interval"] or ())
+        rows[-1].append(f"{100 * entry['value']:.1f}" + (f" [{bounds}]" if bounds else ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
         lines.append("  ".join(cells).rstrip())
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join([*lines, *_without_interval(entries, tasks)])
+
+
+def _without_interval(entries: Sequence[dict[str, Any]], tasks: Sequence[Task]) -> list[str]:
+    """A line a task, and where models differ a model: why there is no interval."""
+    lines = []
+    for task in tasks:
+        whys = {entry["model"]: entry["no_interval"] for entry in entries if entry["task"] == task.name}
+        if len(set(whys.values())) == 1:
+            whys = {"": next(iter(whys.values()))}
+        lines += [f"{task.name}{', ' * bool(m)}{m}: no interval: {why}" for m, why in whys.items() if why]
+    return lines
 
 
 def plot_bars(entries: Sequence[dict[str, Any]], tasks: Sequence[Task], path: Path) -> None:
-    """Bar chart, one panel a task, with intervals."""
+    """Bar chart, one panel a task, with intervals where there are any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,7 +87,8 @@ def plot_bars(entries: Sequence[dict[str, Any]], tasks: Sequence[Task], path: Pa
     for panel, task in zip(panels[0], tasks):
         shown = [entry for entry in entries if entry["task"] == task.name]
         values = np.array([100 * entry["value"] for entry in shown])
-        low, high = np.array([entry["interval"] for entry in shown]).T * 100
+        bounds = [entry["interval"] or (entry["value"], entry["value"]) for entry in shown]
+        low, high = np.array(bounds).T * 100
         reach = np.maximum([values - low, high - values], 0)
         panel.bar(models, values, yerr=reach, capsize=4, color="#4c72b0", ecolor="#333333")
         if "classes" in shown[0]:
@@ -92,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_options(args)
     tasks = [read_task(folder) for folder in args.task]
     _require_unique("--task", [task.name for task in tasks], "rename a folder")
+    require_scikit_learn(tasks)
     models = [resolve_model(word, args.device, args.seed) for word in args.model]
     _require_unique("MODEL", [model.name for model in models], "name it, as in NAME=MODEL")
     entries = [
@@ -101,7 +118,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     print(format_table(entries, tasks))
     if args.json:
-        write_json(args.json, {"seed": args.seed, "results": entries})
+        packages = ["scikit-learn"] if any(task.trials is None for task in tasks) else []
+        about = {
+            "versions": versions(*packages),
+            "seed": args.seed,
+            "models": {model.name: {"kind": model.kind, "sha256": model.sha256} for model in models},
+            "tasks": {task.name: task.hashes for task in tasks},
+        }
+        write_json(args.json, {**about, "results": entries})
     if args.plot:
         plot_bars(entries, tasks, args.plot)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -122,6 +123,9 @@ def _check(grid: Grid, where: str) -> None:
             raise ValueError(f"{where}: {name} is {values!r}; expected a list of at least one, none twice")
     if not isinstance(grid.variants, dict):
         raise ValueError(f"{where}: variants is {grid.variants!r}; expected a mapping from names to variants")
+    names = [task.name for task in grid.tasks]
+    if len(set(names)) != len(names):
+        raise ValueError(f"{where}: tasks has folders of the same name, {names}; rename one: results go by name")
     check_methods(grid.methods, grid.variants)
     if grid.baseline not in grid.methods:
         raise ValueError(f"{where}: baseline {grid.baseline!r} is not among the methods; add it there")
@@ -163,18 +167,56 @@ def owner(run: Run, runs: Sequence[Run]) -> Run:
     return next(o for o in runs if (o.sparsity, o.seed, o.target) == (run.sparsity, run.seed, run.target))
 
 
-def settings_of(grid: Grid, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """What must stay the same in a folder of results; the grid's own lists may grow."""
-    return {
-        "teacher": hashes["teacher"],
-        "train": hashes["train"],
-        "valid": hashes["valid"],
-        "tasks": {task.name: hashes[str(task)] for task in grid.tasks},
-        "cluster": grid.cluster,
-        **{stage: {"config": getattr(grid, stage)["config"], "overrides": grid.overrides(stage)} for stage in STAGES},
-    }
+def composed(folder: Path, config: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """A training config as fairseq-hydra-train composes it: overrides, and what it leaves to defaults, included.
+
+    Args:
+        folder: that ``config`` is relative to.
+        config: YAML file without its suffix.
+        overrides: of fairseq-hydra-train.
+
+    Raises:
+        ValueError: hydra cannot compose it; names the config.
+    """
+    from fairseq.dataclass.initialize import add_defaults, hydra_init
+    from hydra.errors import HydraException
+    from hydra.experimental import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    path = (folder / config).resolve()
+    hydra_init(path.name)
+    try:
+        with initialize_config_dir(str(path.parent)):
+            found = compose(path.name, list(overrides))
+    except HydraException as error:
+        raise ValueError(
+            f"{path}.yaml with {' '.join(overrides)}: {error}; mend the grid's config or overrides"
+        ) from error
+    add_defaults(found)
+    plain = json.dumps(OmegaConf.to_container(found, resolve=False), default=str)  # fairseq's enumerations are no JSON
+    return dict(json.loads(plain))
 
 
-def changed_setting(before: Mapping[str, Any], now: Mapping[str, Any]) -> Optional[str]:
-    """The first setting that differs, or None."""
-    return next((name for name in now if before.get(name) != now[name]), None)
+def settings_of(
+    grid: Grid, hashes: Mapping[str, Any], configs: Mapping[str, Any], package: Mapping[str, str]
+) -> dict[str, Any]:
+    """What must stay the same in a folder of results; the grid's own lists may grow.
+
+    Args:
+        grid: the comparison.
+        hashes: ``teacher``, ``data`` and ``tasks``: SHA-256 of the teacher and of each file that is read, by name.
+        configs: of each stage, the whole config that is trained with, but for what the runs differ in.
+        package: name -> version of what trains.
+    """
+    return {**hashes, "cluster": grid.cluster, **{stage: configs[stage] for stage in STAGES}, "package": dict(package)}
+
+
+def changed_setting(before: Any, now: Any, name: str = "") -> Optional[tuple[str, Any, Any]]:
+    """The first setting that differs: its dotted name, its value before and now (None: it is not there)."""
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return None if before == now else (name, before, now)
+    for key in dict.fromkeys([*now, *before]):
+        found = changed_setting(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+        if found:
+            return found
+    return None

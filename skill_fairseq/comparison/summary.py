@@ -10,13 +10,15 @@ import numpy as np
 from skill_fairseq.comparison.layer_distance import KINDS, mean_over
 from skill_fairseq.comparison.statistics import Estimate, crossed_mean, paired_difference
 from skill_fairseq.probing.evaluate import outcomes
+from skill_fairseq.probing.intervals import MIN_SPEAKERS, why_none
 
 Result = Mapping[str, Any]
 OVERALL = "all"
 """In place of a sparsity: the mean over all of them."""
 
-PROBE_VERDICTS = {1: "higher", 0: "no difference", -1: "lower"}
-DISTANCE_VERDICTS = {1: "farther", 0: "no difference", -1: "nearer"}
+NOT_TOLD, NO_INTERVAL = "not distinguishable", "no interval"
+PROBE_VERDICTS = {1: "higher", 0: NOT_TOLD, -1: "lower", None: NO_INTERVAL}
+DISTANCE_VERDICTS = {1: "farther", 0: NOT_TOLD, -1: "nearer", None: NO_INTERVAL}
 
 
 def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline: str) -> dict[str, Any]:
@@ -53,15 +55,30 @@ def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline
     rows = [row for row in rows if row]
     return {
         "baseline": baseline,
-        "tasks": {task: {key: results[0]["probes"][task][key] for key in ("metric", "samples")} for task in tasks},
+        "tasks": {task: _about([result["probes"][task] for result in results]) for task in tasks},
+        "distances": _about_distances(results[0]["distances"]),
         "references": {name: _reference(found) for name, found in references.items()},
         "rows": rows,
         "versions": results[0]["versions"],
     }
 
 
+def _about(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of a task: metric, samples, and why nothing of it has an interval, or None."""
+    why = entries[0]["no_interval"] if all(entry["interval"] is None for entry in entries) else None
+    return {"metric": entries[0]["metric"], "samples": entries[0]["samples"], "no_interval": why}
+
+
+def _about_distances(found: Mapping[str, Any]) -> dict[str, Any]:
+    number = len(set(found["speakers"] or ()))
+    return {"speakers": number, "no_interval": None if number >= MIN_SPEAKERS else why_none(number)}
+
+
 def _reference(found: Mapping[str, Any]) -> dict[str, Any]:
-    probes = {task: _plain(Estimate(entry["value"], *entry["interval"])) for task, entry in found["probes"].items()}
+    probes = {
+        task: _plain(Estimate(entry["value"], *(entry["interval"] or (None, None))))
+        for task, entry in found["probes"].items()
+    }
     return {"probes": probes, "costs": found.get("costs")}
 
 
@@ -85,15 +102,18 @@ def _row(
     }
     paired = _paired(cells, base_cells)
     for task in tasks:
-        row["probes"][task] = _plain(_rate(crossed_mean(_outcomes(cells, task))))
+        speakers = outcomes(cells[0][0]["probes"][task])[1]
+        row["probes"][task] = _plain(_rate(crossed_mean(_outcomes(cells, task), speakers)))
         if paired:
             values, baseline = (_outcomes(side, task) for side in paired)
-            row["difference"][task] = _judged(paired_difference(values, baseline), PROBE_VERDICTS)
+            row["difference"][task] = _judged(paired_difference(values, baseline, speakers), PROBE_VERDICTS)
     for kind in KINDS:
-        row["distance"][kind] = _plain(crossed_mean(_far(cells, kind)))
+        far, said = _far(cells, kind), cells[0][0]["distances"]["speakers"]
+        speakers = said or ["unknown"] * far.shape[1]
+        row["distance"][kind] = _plain(crossed_mean(far, speakers))
         if paired:
             values, baseline = (_far(side, kind) for side in paired)
-            row["distance_difference"][kind] = _judged(paired_difference(values, baseline), DISTANCE_VERDICTS)
+            row["distance_difference"][kind] = _judged(paired_difference(values, baseline, speakers), DISTANCE_VERDICTS)
     row["layers"] = {
         kind: np.mean([r["distances"]["layers"][kind] for cell in cells for r in cell], axis=0).round(6).tolist()
         for kind in KINDS
@@ -131,7 +151,7 @@ def _paired(cells: list[list[Result]], base_cells: list[list[Result]]) -> Option
 
 def _outcomes(cells: list[list[Result]], task: str) -> np.ndarray:
     """(seeds, samples of the task), the mean over the cells."""
-    return np.mean([[outcomes(result["probes"][task]) for result in cell] for cell in cells], axis=0)
+    return np.mean([[outcomes(result["probes"][task])[0] for result in cell] for cell in cells], axis=0)
 
 
 def _far(cells: list[list[Result]], kind: str) -> np.ndarray:
@@ -160,14 +180,17 @@ def _mean(values: Sequence[float]) -> Optional[float]:
     return float(np.mean(values)) if len(values) else None
 
 
-def _plain(estimate: Estimate) -> list[float]:
-    return [round(float(number), 6) for number in estimate]
+def _plain(estimate: Estimate) -> list[Optional[float]]:
+    return [None if number is None else round(float(number), 6) for number in estimate]
 
 
 def _rate(estimate: Estimate) -> Estimate:
     """Student's t knows no bounds, rates do."""
+    if estimate.low is None or estimate.high is None:
+        return estimate
     return Estimate(estimate.value, max(estimate.low, 0.0), min(estimate.high, 1.0))
 
 
-def _judged(estimate: Estimate, verdicts: Mapping[int, str]) -> dict[str, Any]:
-    return {"estimate": _plain(estimate), "verdict": verdicts[estimate.verdict]}
+def _judged(estimate: Estimate, verdicts: Mapping[Optional[int], str]) -> dict[str, Any]:
+    within = None if estimate.within is None else round(estimate.within, 6)
+    return {"estimate": _plain(estimate), "verdict": verdicts[estimate.verdict], "within": within}

@@ -6,18 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from skill_fairseq.comparison.layer_distance import SHOWN
-from skill_fairseq.comparison.summary import OVERALL
+from skill_fairseq.comparison.summary import NO_INTERVAL, NOT_TOLD, OVERALL
 
 
 def introduction(summary: Mapping[str, Any]) -> str:
     """How many results there are, and how their intervals and differences are meant: plain text."""
     return (
         f"{summary.get('found')} of {summary.get('wanted')} results are there. Probes: {about_tasks(summary)}. "
-        "Intervals are of 95 %, over seeds and recordings together (two-way random effects; error rates: over seeds "
-        "and speakers, by jackknife); of what is not distilled, over recordings (Wilson) or speakers. "
-        f"A difference to {summary['baseline']} is paired by seed and recording or speaker, and counts as none where "
-        "its interval holds 0. Each interval stands for itself: of twenty, one misses by chance."
+        "Intervals are of 95 %, over seeds and speakers together (two-way random effects; error rates by jackknife); "
+        f"of what is not distilled, over speakers.{_left_out(summary)} "
+        f"A difference to {summary['baseline']} is paired by seed and recording. Where its interval holds 0 the two "
+        "are not distinguishable: the data allow differences up to the bound that is given. "
+        "Each interval stands for itself: of twenty, one misses by chance."
     )
+
+
+def _left_out(summary: Mapping[str, Any]) -> str:
+    """What has no interval, and why."""
+    what = {**summary["tasks"], "distances to the teacher": summary["distances"]}
+    found = [f"{name} ({about['no_interval']})" for name, about in what.items() if about["no_interval"]]
+    return f" Without an interval: {'; '.join(found)}." if found else ""
 
 
 def write_tables(summary: Mapping[str, Any]) -> str:
@@ -59,10 +67,9 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
     for row in summary["rows"]:
         if row["sparsity"] in wanted and row["method"] != summary["baseline"] and row["difference"]:
             where = "over all sparsities" if row["sparsity"] == OVERALL else f"at sparsity {row['sparsity']:g}"
-            said = [f"{task} {_points(d['estimate'])}: {d['verdict']}" for task, d in row["difference"].items()]
+            said = [f"{task} {_judged(d, 100, 1, ' points')}" for task, d in row["difference"].items()]
             for kind in ("l1_normalized", "cka"):
-                d = row["distance_difference"][kind]
-                said.append(f"{SHOWN[kind]} to the teacher {_interval(d['estimate'], 1, 4, True)}: {d['verdict']}")
+                said.append(f"{SHOWN[kind]} to the teacher {_judged(row['distance_difference'][kind], 1, 4, '')}")
             seeds = f"{len(row['seeds'])} seed{'s' * (len(row['seeds']) > 1)}"
             of = f"- **{row['method']}** against {summary['baseline']}, {where}, {seeds}"
             lines.append(f"{of}: {'; '.join(said)}")
@@ -148,20 +155,29 @@ def _groups(row: Mapping[str, Any]) -> str:
 def _difference(row: Mapping[str, Any], found: Any, baseline: str, scale: float, digits: int) -> str:
     if row["method"] == baseline or not found:
         return "-"
-    return f"{_interval(found['estimate'], scale, digits, True)} {found['verdict']}"
+    return _judged(found, scale, digits)
 
 
 def _costs(of: Mapping[str, Any]) -> list[str]:
     return [f"{of['parameters']:,.0f}", f"{of['macs'] / 1e9:.3f}", f"{of['cpu_seconds']:.3f}"]
 
 
-def _interval(estimate: Sequence[float], scale: float, digits: int, signed: bool = False) -> str:
-    value, low, high = (f"{scale * number:{'+' if signed else ''}.{digits}f}" for number in estimate)
-    return f"{value} [{low}, {high}]"
+def _interval(estimate: Sequence[Optional[float]], scale: float, digits: int, signed: bool = False) -> str:
+    value, *bounds = (
+        "" if number is None else f"{scale * number:{'+' if signed else ''}.{digits}f}" for number in estimate
+    )
+    return f"{value} [{', '.join(bounds)}]" if all(bounds) else f"{value} ({NO_INTERVAL})"
 
 
-def _points(estimate: Sequence[float]) -> str:
-    return f"{_interval(estimate, 100, 1, True)} points"
+def _judged(found: Mapping[str, Any], scale: float, digits: int, unit: Optional[str] = None) -> str:
+    """A difference, and what it says; in a sentence where there is a unit."""
+    said = _interval(found["estimate"], scale, digits, True) + (unit or "")
+    if found["verdict"] == NO_INTERVAL:
+        return said
+    if unit is not None:
+        said += ":"
+    within = f" within \u00b1{scale * found['within']:.{digits}f}{unit or ''}" if found["verdict"] == NOT_TOLD else ""
+    return f"{said} {found['verdict']}{within}"
 
 
 def _number(value: Optional[float], digits: int = 3) -> str:

@@ -124,9 +124,12 @@ class SkillGroupKDCriterion(FairseqCriterion):
         _check_weights(cfg)
         self.groups: Groups = parse_groups(read_groups(cfg), teacher.encoder_layers)
         self.student_groups = map_groups(self.groups, teacher.encoder_layers, student.encoder_layers)
+        self.deepest_layer = max(layer for group in self.student_groups for layer in group)
         if self.student_groups != self.groups:
             logger.info(f"student has {student.encoder_layers} layers: groups {self.groups} -> {self.student_groups}")
         self.weights = _weights(cfg.group_weights, len(self.groups))
+        if self.deepest_layer < student.encoder_layers:
+            logger.warning(_unsupervised(self.deepest_layer, student.encoder_layers, cfg.target_sparsity is not None))
         self.projections = GroupProjections(
             self.groups,
             student.encoder_embed_dim,
@@ -171,7 +174,7 @@ class SkillGroupKDCriterion(FairseqCriterion):
         else:
             logger.info(f"criterion.init_from: {path} has no projections for these groups; starting from the identity")
 
-    def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, int, Dict]:
+    def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, float, Dict]:
         """Loss of one batch.
 
         Args:
@@ -180,7 +183,8 @@ class SkillGroupKDCriterion(FairseqCriterion):
                 the source before it was rounded, see :meth:`SpeechDataset.collater`.
 
         Returns:
-            scalar loss, sample size 1 (the loss is a mean already), values to log.
+            scalar loss, its weight in the update (see :meth:`SkillDistillationTask.batch_weight`; fairseq divides the
+            summed gradients by the summed weights), sums over frames to log.
         """
         net_input = dict(sample["net_input"])
         if "source_bits" in sample:
@@ -191,7 +195,7 @@ class SkillGroupKDCriterion(FairseqCriterion):
         targets, _ = self.task.teacher.group_means(
             net_input["source"], net_input.get("padding_mask"), self.groups, self.cfg.normalize_states
         )
-        out = model(**net_input, draw=draw)
+        out = model(**net_input, draw=draw, last_layer=self.deepest_layer)
         means = averaged_states(out["hidden_states"], self.student_groups, bool(self.cfg.normalize_states))
         means = self.projections(means)
         if out["padding_mask"] is not None:
@@ -217,19 +221,22 @@ class SkillGroupKDCriterion(FairseqCriterion):
         padding = net_input.get("padding_mask")
         samples = source.numel() - (0 if padding is None else padding.sum())
         values["loss"] = loss
+        count = means[0][..., 0].numel()  # of frames
         # They stay on the device: to fetch a number here would keep the backward pass waiting. Copies, as float64.
         log: Dict[str, Any] = dict(
-            zip(values, torch.stack([v.detach().float() for v in values.values()]).double().unbind())
+            zip(values, (torch.stack([v.detach().float() for v in values.values()]).double() * count).unbind())
         )
         if self.constraint is not None:
-            log["target_sparsity"] = self.constraint.target_at(update)
+            log["target_sparsity"] = self.constraint.target_at(update) * count
         log.update(
-            sample_size=1,
+            frames=count,
             nsentences=source.size(0),
             ntokens=samples,
             audio_seconds=samples / self.task.cfg.sample_rate,
         )
-        return loss, 1, log
+        # The size term is the same in every batch of an update, so that it counts once there.
+        weight = self.task.batch_weight(count) if self.training else 1.0
+        return loss * weight, weight, log
 
     def _group_losses(self, student: List[Tensor], teacher: List[Tensor]) -> List[LossParts]:
         cos_type = str(getattr(self.cfg.cos_type, "name", self.cfg.cos_type))
@@ -240,15 +247,15 @@ class SkillGroupKDCriterion(FairseqCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
-        """Averages over batches; audio per second of training."""
-        count = sum(log.get("sample_size", 0) for log in logging_outputs)
-        if not count:
+        """Means over all frames; audio per second of training."""
+        frames = sum(log.get("frames", 0) for log in logging_outputs)
+        if not frames:
             return
-        counted = {"sample_size", "nsentences", "ntokens", "audio_seconds"}
+        counted = {"frames", "nsentences", "ntokens", "audio_seconds"}
         for name in logging_outputs[0]:
             if name not in counted:
-                mean = sum(log.get(name, 0.0) for log in logging_outputs) / count
-                metrics.log_scalar(name, mean, count, round=4)
+                mean = sum(log.get(name, 0.0) for log in logging_outputs) / frames
+                metrics.log_scalar(name, mean, frames, round=4)
         metrics.log_speed("audio_s_per_s", sum(log.get("audio_seconds", 0.0) for log in logging_outputs), round=1)
 
     @staticmethod
@@ -267,6 +274,16 @@ def _saved_criterion(path: Path) -> Dict[str, Tensor]:
         if looks_like_safetensors(file.read(64)):
             return {}
     return load_torch_file(path).get("criterion") or {}
+
+
+def _unsupervised(deepest: int, layers: int, pruned: bool) -> str:
+    """What becomes of the student's layers above the deepest group, 1-based."""
+    above = f"layer {layers}" if deepest + 1 == layers else f"layers {deepest + 1} to {layers}"
+    fate = "only the size constraint moves their gates, and it closes them first" if pruned else "they stay as they are"
+    return (
+        f"criterion.groups: no group supervises the student's {above}: they are not computed, no loss reaches them, "
+        f"{fate}. Add their layers to a group, or fine-tune and probe the student up to layer {deepest}"
+    )
 
 
 def normalizes(cfg: SkillGroupKDConfig, teacher: EncoderConfig) -> bool:

@@ -112,9 +112,7 @@ def read_units(folder: PathLike) -> Units:
     lines = found[0].read_text(encoding="utf-8").split("\n")
     labels = found[0].name.split(".")[1]
     if labels == "spm" and not (Path(folder) / MODEL).is_file():
-        raise FileNotFoundError(
-            f"{folder}: has {found[0].name} but no {MODEL}; copy both from the same folder"
-        )
+        raise FileNotFoundError(f"{folder}: has {found[0].name} but no {MODEL}; copy both from the same folder")
     model = (Path(folder) / MODEL).read_bytes() if labels == "spm" else None
     return Units(labels, [line.rpartition(" ")[0] for line in lines if line], model)
 

@@ -216,6 +216,7 @@ class SkillStudentModel(WavLMModel):
         avoid_wrong_gelu()
         self.cfg = cfg
         self.speech_encoder = SpeechEncoder(encoder_config(cfg), dropouts(cfg))
+        self.speech_encoder.transformer.checkpoint_activations = cfg.checkpoint_activations
         self._init_masking(cfg)
         # Used by fine-tuning alone: in distillation it would be a parameter without gradient.
         self.mask_emb.requires_grad_(False)
@@ -260,8 +261,25 @@ class SkillStudentModel(WavLMModel):
         self.generator.manual_seed((self.cfg.seed * 1_000_003 + self._update) * 4096 + rank)
         return self.speech_encoder.draw_gates()
 
+    def train_up_to(self, last_layer: int) -> None:
+        """Takes weights out of the training that a loss on the states up to a layer (1-based) cannot reach: ranks would
+        send zeros for them, or wait for gradients that never come. Gates stay: the size constraint moves them."""
+        transformer = self.speech_encoder.transformer
+        unreached: List[torch.nn.Module] = [*transformer.layers[last_layer:]] if last_layer else [transformer]
+        if transformer.layer_norm_first:
+            unreached.append(transformer.layer_norm)
+            unreached += [layer.attention_norm for layer in transformer.layers if layer.attention is None]
+            unreached += [layer.ffn_norm for layer in transformer.layers if layer.ffn is None]
+        for module in unreached:
+            module.requires_grad_(False)
+
     def forward(
-        self, source: Tensor, padding_mask: Optional[Tensor] = None, draw: Optional[Draw] = None, **kwargs: Any
+        self,
+        source: Tensor,
+        padding_mask: Optional[Tensor] = None,
+        draw: Optional[Draw] = None,
+        last_layer: Optional[int] = None,
+        **kwargs: Any,
     ) -> Dict[str, Any]:
         """One forward for distillation.
 
@@ -270,12 +288,13 @@ class SkillStudentModel(WavLMModel):
             padding_mask: (B, N) bool, True = padding, or None.
             draw: what :meth:`draw_gates` gave; None: the gates are drawn here, and the host waits for all that the
                 device has still to do.
+            last_layer: stop after this layer, 1-based; None: run all, and the final LayerNorm where there is one.
 
         Returns:
-            ``x`` (B, T, D), ``hidden_states`` (L + 1 tensors (B, T, D)), ``padding_mask`` (B, T) or None, and
-            ``expected_parameters``, a scalar with gradient, None without gates.
+            ``x`` (B, T, D), ``hidden_states`` (a tensor (B, T, D) for layer 0 and for each that ran), ``padding_mask``
+            (B, T) or None, and ``expected_parameters``, a scalar with gradient, None without gates.
         """
-        out = self.speech_encoder(source, padding_mask, draw=draw or self.draw_gates())
+        out = self.speech_encoder(source, padding_mask, last_layer=last_layer, draw=draw or self.draw_gates())
         gated = self.speech_encoder.gates is not None
         return {
             **out._asdict(),

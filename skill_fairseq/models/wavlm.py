@@ -114,6 +114,7 @@ class WavLMModel(HubertModel):
         config = encoder_config(cfg).replace(sample_rate=getattr(task_cfg, "sample_rate", 16000))
         self.cfg = cfg
         self.speech_encoder = SpeechEncoder(config, dropouts(cfg))
+        self.speech_encoder.transformer.checkpoint_activations = cfg.checkpoint_activations
         self.feat2tar_ratio = cfg.label_rate * config.downsampling / config.sample_rate
         self._init_masking(cfg)
 

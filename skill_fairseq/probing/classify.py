@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Optional
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from skill_fairseq.probing.intervals import wilson
+from skill_fairseq.probing.intervals import accuracy_interval
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(-5, 3))
 """Values of C (inverse regularisation) that the valid set chooses from."""
@@ -21,7 +22,7 @@ class ProbeResult:
 
     Attributes:
         accuracy: share of test recordings classified right.
-        interval: Wilson 95 % interval of it.
+        interval: 95 % interval of it over speakers; None with fewer than three.
         correct, total: test recordings.
         classes: number of classes.
         strength: C chosen on the valid set.
@@ -30,7 +31,7 @@ class ProbeResult:
     """
 
     accuracy: float
-    interval: tuple[float, float]
+    interval: Optional[tuple[float, float]]
     correct: int
     total: int
     classes: int
@@ -77,7 +78,9 @@ def learn_layer_weights(
     return logits.detach().softmax(0).numpy()
 
 
-def probe(features: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]]) -> ProbeResult:
+def probe(
+    features: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]], speakers: Sequence[str]
+) -> ProbeResult:
     """Train a probe on frozen features and test it.
 
     Layer weights are learnt on the training set. The weighted sum, standardised by the training set, goes to
@@ -87,6 +90,7 @@ def probe(features: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]
     Args:
         features: (N, layers, F) of the splits `train`, `valid` and `test`.
         labels: N labels of each split; every label must occur in `train`.
+        speakers: who speaks in each test recording.
 
     Returns:
         see `ProbeResult`.
@@ -117,7 +121,7 @@ def probe(features: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]
     correct, total = int(right.sum()), len(right)
     return ProbeResult(
         accuracy=correct / total,
-        interval=wilson(correct, total),
+        interval=accuracy_interval(right.tolist(), speakers),
         correct=correct,
         total=total,
         classes=len(classes),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from skill_fairseq.probing.classify import probe
+from skill_fairseq.probing.intervals import why_none
 from skill_fairseq.probing.pooling import Features, pool_files
+from skill_fairseq.probing.readable import readable_part
 from skill_fairseq.probing.tasks import Task
-from skill_fairseq.probing.verify import Trial, verify
+from skill_fairseq.probing.verify import verify
 
 
 def evaluate(features: Features, tasks: Sequence[Task], name: str) -> dict[str, dict[str, Any]]:
@@ -22,51 +25,81 @@ def evaluate(features: Features, tasks: Sequence[Task], name: str) -> dict[str, 
         name: beside the progress bar.
 
     Returns:
-        an entry a task, for JSON: ``metric`` ("accuracy" or "equal error rate"), ``value`` and ``interval`` (0 to 1),
-        ``samples`` (what the task consists of, in words) and details; see :func:`outcomes`.
+        an entry a task, for JSON: ``metric`` ("accuracy" or "equal error rate"), ``value`` and ``interval`` (0 to 1;
+        None where there is none, and ``no_interval`` says why), ``samples`` (what the task consists of, in words),
+        ``skipped`` (recordings that cannot be read; the log names them) and details, with what each sample got, so
+        that any statistic can be computed anew; see :func:`outcomes`.
     """
     pooled = pool_files(features, (file for task in tasks for file in task.files), name)
     found = {}
-    for task in tasks:
+    for whole in tasks:
+        task = readable_part(whole, pooled)
         split = {s: np.stack([pooled[file] for file in m.files]) for s, m in task.manifests.items()}
-        found[task.name] = _classify(split, task) if task.trials is None else _verify(split["test"], task.trials)
+        found[task.name] = _classify(split, task) if task.trials is None else _verify(split["test"], task)
+        found[task.name]["skipped"] = len(whole.files) - len(task.files)
     return found
 
 
 def _classify(split: Mapping[str, np.ndarray], task: Task) -> dict[str, Any]:
-    result = probe(split, task.labels)
+    speakers = task.speakers or []
+    result = probe(split, task.labels, speakers)
+    number = len(set(speakers))
     return {
         "metric": "accuracy",
         "value": result.accuracy,
         "interval": result.interval,
-        "samples": f"{result.total:,} recordings, {result.classes} classes",
+        "no_interval": why_none(number) if result.interval is None else None,
+        "samples": f"{result.total:,} recordings of {number} speakers, {result.classes} classes",
         "correct": result.correct,
         "total": result.total,
         "classes": result.classes,
         "C": result.strength,
         "layer_weights": result.layer_weights,
         "right": "".join(str(int(right)) for right in result.right),
+        "speakers": speakers,
     }
 
 
-def _verify(features: np.ndarray, trials: Sequence[Trial]) -> dict[str, Any]:
-    result = verify(features, trials)
+def _verify(features: np.ndarray, task: Task) -> dict[str, Any]:
+    trials = task.trials or []
+    result = verify(features, trials, task.speakers)
+    heard = {index for _, *pair in trials for index in pair}
+    number = len({task.speakers[index] for index in heard}) if task.speakers else "unknown"
     return {
         "metric": "equal error rate",
         "value": result.eer,
         "interval": result.interval,
-        "samples": f"{result.trials:,} pairs of recordings of {len(result.by_speaker)} speakers",
-        "trials": result.trials,
+        "no_interval": result.no_interval,
+        "samples": f"{len(trials):,} pairs of {len(heard):,} recordings of {number} speakers",
+        "trials": len(trials),
         "by_speaker": result.by_speaker,
+        "scores": result.scores,
+        "speakers": result.speakers,
     }
 
 
-def outcomes(entry: Mapping[str, Any]) -> np.ndarray:
-    """(N,) numbers whose mean is the entry's value and whose spread is that of the task's samples.
+def outcomes(entry: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
+    """Numbers whose mean is the entry's value, and the speaker of each.
 
     Accuracy: 0 or 1 a test recording. Equal error rate: a pseudo-value a speaker
-    (:class:`skill_fairseq.probing.verify.VerificationResult`).
+    (:class:`skill_fairseq.probing.verify.VerificationResult`); without speakers the rate alone.
     """
     if "right" in entry:
-        return np.array([int(digit) for digit in entry["right"]], dtype=float)
-    return np.array(entry["by_speaker"], dtype=float)
+        return np.array([int(digit) for digit in entry["right"]], dtype=float), list(entry["speakers"])
+    if not entry["by_speaker"]:
+        return np.array([entry["value"]]), ["unknown"]
+    return np.array(entry["by_speaker"], dtype=float), list(entry["speakers"])
+
+
+def require_scikit_learn(tasks: Sequence[Task]) -> None:
+    """Before any work.
+
+    Raises:
+        ValueError: a task needs scikit-learn, which is not installed.
+    """
+    names = [task.name for task in tasks if task.trials is None]
+    if names and find_spec("sklearn") is None:
+        raise ValueError(
+            f"task {names[0]!r}: classification needs scikit-learn, which is not installed; in the repository run "
+            "pip install '.[probe]'"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,21 +24,25 @@ class ProbedModel:
         name: for table, JSON and plot.
         features: samples to hidden states.
         parameters: number of parameters; None for log-mel, which has none.
+        kind: "encoder", "random" (weights) or "logmel".
+        sha256: of the file or folder; None for log-mel.
     """
 
     name: str
     features: Features
     parameters: int | None
+    kind: str
+    sha256: str | None
 
 
-def level_free_log_mel(wave: Tensor) -> list[Tensor]:
-    """(N,) samples to [(T, 80)] log-mel features less their mean over the recording: its gain has no effect.
+def level_free_log_mel(wave: Tensor) -> list[list[Tensor]]:
+    """(N,) samples to [[(T, 80)]], log-mel features less their mean over the recording: its gain has no effect.
 
     Encoders whose first convolution is normalised over time ignore gain as well; without this the baseline
     mostly measures how loud a speaker was recorded.
     """
     energies = log_mel(wave)
-    return [energies - energies.mean()]
+    return [[energies - energies.mean()]]
 
 
 def resolve_model(word: str, device: str = "cpu", seed: int = 0) -> ProbedModel:
@@ -59,16 +64,18 @@ def resolve_model(word: str, device: str = "cpu", seed: int = 0) -> ProbedModel:
     if "=" in word and not os.path.exists(word.partition(RANDOM)[2] if word.startswith(RANDOM) else word):
         name, _, what = word.partition("=")
     if what == LOG_MEL:
-        return ProbedModel(name, level_free_log_mel, None)
+        return ProbedModel(name, level_free_log_mel, None, LOG_MEL, None)
     path = what[len(RANDOM) :] if what.startswith(RANDOM) else what
     if not os.path.exists(path):
         raise FileNotFoundError(
             f"{path}: no such model file; expected a file or folder that load_encoder reads, {RANDOM}FILE, or {LOG_MEL}"
         )
     from skill_fairseq import load_encoder
+    from skill_fairseq.cli.cluster import hash_teacher
 
     encoder = load_encoder(path, device=device)
     if what.startswith(RANDOM):
         torch.manual_seed(seed)
         encoder = type(encoder)(encoder.config).to(device)
-    return ProbedModel(name, EncoderFeatures(encoder), encoder.num_parameters())
+    kind = "random" if what.startswith(RANDOM) else "encoder"
+    return ProbedModel(name, EncoderFeatures(encoder), encoder.num_parameters(), kind, hash_teacher(Path(path)))

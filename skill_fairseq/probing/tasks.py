@@ -1,21 +1,26 @@
 """Probe tasks on disk: a folder with manifests and labels, or with verification trials.
 
 Classification: `{train,valid,test}.tsv` and beside each a `.labels.tsv` (header `utterance TAB speaker TAB
-label`, one row a recording in the manifest's order). Verification: `test.tsv` and `trials.tsv` (header `same
-TAB utterance_a TAB utterance_b`, same = 1 for the same speaker). An utterance's name is its file name without
-the ending.
+label`). Verification: `test.tsv`, `trials.tsv` (header `same TAB utterance_a TAB utterance_b`, same = 1 for the
+same speaker) and, for intervals, `test.speakers.tsv` (header `utterance TAB speaker`).
+
+Labels and speakers have one row a recording in the manifest's order; there an utterance is its path in the manifest or
+its file name, with or without the ending. Trials name recordings by path in the manifest, with or without the ending.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Optional
 
 from skill_fairseq.audio.manifest import Manifest, check_manifest, read_manifest
-from skill_fairseq.files import PathLike
+from skill_fairseq.files import PathLike, sha256
 
 SPLITS = ("train", "valid", "test")
 LABEL_HEADER = ["utterance", "speaker", "label"]
+SPEAKER_HEADER = ["utterance", "speaker"]
 TRIAL_HEADER = ["same", "utterance_a", "utterance_b"]
 
 
@@ -27,13 +32,17 @@ class Task:
         name: name of its folder.
         manifests: by split; verification has `test` only.
         labels: by split, one a recording; empty for verification.
+        speakers: of each test recording; None where a verification task does not say.
+        hashes: SHA-256 of each file of the folder that was read, by name.
         trials: (same speaker, index, index) into the test manifest; None for classification.
     """
 
     name: str
     manifests: dict[str, Manifest]
     labels: dict[str, list[str]]
-    trials: list[tuple[bool, int, int]] | None = None
+    speakers: Optional[list[str]]
+    hashes: dict[str, str]
+    trials: Optional[list[tuple[bool, int, int]]] = None
 
     @property
     def files(self) -> list[Path]:
@@ -46,8 +55,8 @@ def read_task(folder: PathLike) -> Task:
 
     Raises:
         FileNotFoundError: folder, manifest, labels or audio missing.
-        ValueError: labels or trials do not fit the manifest, a test label never occurs in training, fewer
-            than 2 classes.
+        ValueError: labels or trials do not fit the manifest, a recording stands twice, a test label never occurs in
+            training, fewer than 2 classes.
     """
     where = Path(folder)
     if not where.is_dir():
@@ -55,9 +64,15 @@ def read_task(folder: PathLike) -> Task:
     name = where.resolve().name
     if (where / "trials.tsv").is_file():
         manifest = _read_audio(where / "test.tsv")
-        return Task(name, {"test": manifest}, {}, _read_trials(where / "trials.tsv", manifest))
+        _refuse_twice([manifest])
+        speakers = read_speakers(manifest)
+        trials = _read_trials(where / "trials.tsv", manifest, speakers)
+        names = ["test.tsv", "trials.tsv", *(["test.speakers.tsv"] if speakers else [])]
+        return Task(name, {"test": manifest}, {}, speakers, _hashes(where, names), trials)
     manifests = {split: _read_audio(where / f"{split}.tsv") for split in SPLITS}
-    labels = {split: _read_labels(where / f"{split}.labels.tsv", manifests[split]) for split in SPLITS}
+    _refuse_twice(list(manifests.values()))
+    rows = {split: _read_rows(where / f"{split}.labels.tsv", LABEL_HEADER, manifests[split]) for split in SPLITS}
+    labels = {split: [row[2] for row in rows[split]] for split in SPLITS}
     known = set(labels["train"])
     if len(known) < 2:
         raise ValueError(f"{where / 'train.labels.tsv'}: {len(known)} class, expected 2 or more; add labels")
@@ -68,7 +83,22 @@ def read_task(folder: PathLike) -> Task:
                 f"{where / f'{split}.labels.tsv'}: label {strange[0]!r} never occurs in train.labels.tsv, "
                 "expected one of its labels; add training recordings of that class or leave these out"
             )
-    return Task(name, manifests, labels)
+    hashes = _hashes(where, [f"{split}{ending}" for split in SPLITS for ending in (".tsv", ".labels.tsv")])
+    return Task(name, manifests, labels, [row[1] for row in rows["test"]], hashes)
+
+
+def read_speakers(manifest: Manifest) -> Optional[list[str]]:
+    """Who speaks in each recording, by the `.speakers.tsv` beside the manifest; None where there is none.
+
+    Raises:
+        ValueError: it does not fit the manifest, or a speaker has no name.
+    """
+    path = manifest.source.with_suffix(".speakers.tsv")
+    return [row[1] for row in _read_rows(path, SPEAKER_HEADER, manifest)] if path.is_file() else None
+
+
+def _hashes(where: Path, names: Sequence[str]) -> dict[str, str]:
+    return {name: sha256(where / name) for name in names}
 
 
 def _read_audio(path: Path) -> Manifest:
@@ -77,11 +107,22 @@ def _read_audio(path: Path) -> Manifest:
     return manifest
 
 
-def _read_table(path: Path, header: list[str]) -> list[list[str]]:
+def _refuse_twice(manifests: Sequence[Manifest]) -> None:
+    """A recording that stands twice counts twice, or is tested on after training on it."""
+    seen: dict[Path, str] = {}
+    for manifest in manifests:
+        for number, file in enumerate(manifest.files, start=2):
+            place = f"{manifest.source}, line {number}"
+            if file in seen:
+                raise ValueError(f"{place}: {file} stands in {seen[file]} too, expected once; remove one line")
+            seen[file] = place
+
+
+def _read_table(path: Path, header: Sequence[str]) -> list[list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; write one with the header {' TAB '.join(header)}")
     found, *rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()] or [[]]
-    if found != header:
+    if found != list(header):
         raise ValueError(f"{path}, line 1: found {found}, expected the header {header} with tabs between; add it")
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
@@ -89,31 +130,65 @@ def _read_table(path: Path, header: list[str]) -> list[list[str]]:
     return rows
 
 
-def _read_labels(path: Path, manifest: Manifest) -> list[str]:
-    rows = _read_table(path, LABEL_HEADER)
+def _read_rows(path: Path, header: Sequence[str], manifest: Manifest) -> list[list[str]]:
+    """Rows of a table that goes with a manifest, an utterance and its speaker first."""
+    rows = _read_table(path, header)
     if len(rows) != len(manifest):
         raise ValueError(
-            f"{path}: {len(rows)} labels for the {len(manifest)} recordings of {manifest.source}; give one label a line"
+            f"{path}: {len(rows)} rows for the {len(manifest)} recordings of {manifest.source}; give one a recording"
         )
-    for number, (row, file) in enumerate(zip(rows, manifest.files), start=2):
-        if row[0] != file.stem:
+    for number, (row, recording) in enumerate(zip(rows, manifest.paths), start=2):
+        file = PurePosixPath(recording)
+        if row[0] not in (file.stem, file.name, *_names(recording)):
             raise ValueError(
                 f"{path}, line {number}: utterance {row[0]!r}, expected {file.stem!r}; keep the order of "
                 f"{manifest.source}"
             )
-    return [label for _, _, label in rows]
+        if not row[1].strip():
+            raise ValueError(f"{path}, line {number}: no speaker, expected a name; intervals go by speakers")
+    return rows
 
 
-def _read_trials(path: Path, manifest: Manifest) -> list[tuple[bool, int, int]]:
-    place = {file.stem: index for index, file in enumerate(manifest.files)}
-    trials = []
-    for number, (same, first, second) in enumerate(_read_table(path, TRIAL_HEADER), start=2):
+def _names(recording: str) -> tuple[str, str]:
+    """A recording's path in the manifest, and the same without its ending."""
+    return recording, str(PurePosixPath(recording).with_suffix(""))
+
+
+def _read_trials(path: Path, manifest: Manifest, speakers: Optional[Sequence[str]]) -> list[tuple[bool, int, int]]:
+    places: dict[str, list[int]] = {}
+    for index, recording in enumerate(manifest.paths):
+        for name in dict.fromkeys(_names(recording)):
+            places.setdefault(name, []).append(index)
+    trials, seen = [], dict[tuple[int, int], int]()
+    for number, (same, *pair) in enumerate(_read_table(path, TRIAL_HEADER), start=2):
+        where = f"{path}, line {number}"
         if same not in ("0", "1"):
-            raise ValueError(f"{path}, line {number}: same is {same!r}, expected 0 or 1; mend the line")
-        for utterance in (first, second):
-            if utterance not in place:
-                raise ValueError(f"{path}, line {number}: {utterance!r} is not in {manifest.source}; add it there")
-        trials.append((same == "1", place[first], place[second]))
+            raise ValueError(f"{where}: same is {same!r}, expected 0 or 1; mend the line")
+        first, second = (_place(name, places, manifest, where) for name in pair)
+        if first == second:
+            raise ValueError(f"{where}: {pair[0]!r} is paired with itself, expected two recordings; remove the line")
+        before = seen.setdefault((min(first, second), max(first, second)), number)
+        if before != number:
+            raise ValueError(f"{where}: the same pair as line {before}, expected each pair once; remove one of them")
+        if speakers and (speakers[first] == speakers[second]) != (same == "1"):
+            raise ValueError(
+                f"{where}: same is {same}, but the speakers are {speakers[first]!r} and {speakers[second]!r} by "
+                f"{manifest.source.with_suffix('.speakers.tsv').name}; mend one of the files"
+            )
+        trials.append((same == "1", first, second))
     if len({same for same, _, _ in trials}) != 2:
         raise ValueError(f"{path}: {len(trials)} trials of one kind, expected both same = 1 and same = 0; add trials")
     return trials
+
+
+def _place(name: str, places: dict[str, list[int]], manifest: Manifest, where: str) -> int:
+    found = places.get(name, [])
+    if len(found) > 1:
+        both = " and ".join(repr(manifest.paths[index]) for index in found[:2])
+        raise ValueError(f"{where}: {name!r} may be {both} of {manifest.source}; write the path with its ending")
+    if not found:
+        raise ValueError(
+            f"{where}: {name!r} is not in {manifest.source}, expected a path as it stands there, such as "
+            f"{manifest.paths[0]!r}, with or without its ending"
+        )
+    return found[0]

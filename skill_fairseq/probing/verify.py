@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
+from typing import Optional, Union
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from scipy.stats import t
+
+from skill_fairseq.probing.intervals import MIN_SPEAKERS, student_t, why_none
 
 Trial = tuple[bool, int, int]
 """Same speaker, and the indices of two recordings."""
@@ -20,19 +21,23 @@ class VerificationResult:
 
     Attributes:
         eer: equal error rate, 0 to 1; lower is better, 0.5 is chance.
-        interval: 95 % interval of it, over speakers.
-        trials: number of pairs.
+        interval: 95 % interval of it, over speakers, or None.
+        scores: of each pair.
+        speakers: sorted by name; empty where there are no pseudo-values.
         by_speaker: a pseudo-value a speaker; their mean is the rate, and the difference of two models' stands for the
             difference of their rates.
+        no_interval: why there is none.
     """
 
     eer: float
-    interval: tuple[float, float]
-    trials: int
+    interval: Optional[tuple[float, float]]
+    scores: list[float]
+    speakers: list[str]
     by_speaker: list[float]
+    no_interval: Optional[str]
 
 
-def cosine_scores(features: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+def cosine_scores(features: np.ndarray, pairs: Union[np.ndarray, Sequence[tuple[int, int]]]) -> np.ndarray:
     """Cosine similarity of pairs of recordings.
 
     Every dimension of every layer is standardised over all recordings given (no labels are used), then the
@@ -40,7 +45,7 @@ def cosine_scores(features: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.
 
     Args:
         features: (N, layers, F) statistics.
-        pairs: indices of two recordings each.
+        pairs: (pairs, 2) indices of two recordings each.
 
     Returns:
         (pairs,) in [-1, 1].
@@ -83,50 +88,43 @@ def equal_error_rate(scores: np.ndarray, same: np.ndarray) -> float:
     return float(false_accept[after - 1] + share * (false_accept[after] - false_accept[after - 1]))
 
 
-def speakers_of(trials: Sequence[Trial]) -> np.ndarray:
-    """Who speaks in each trial, by the trials alone: same-speaker trials join the recordings of a speaker.
-
-    Returns:
-        (trials, 2) numbers of speakers, from 0 without gaps.
-    """
-    pairs = np.array([trial[1:] for trial in trials])
-    joined = pairs[[trial[0] for trial in trials]]
-    size = int(pairs.max()) + 1
-    graph = coo_array((np.ones(len(joined)), (joined[:, 0], joined[:, 1])), shape=(size, size))
-    _, speakers = connected_components(graph, directed=False)
-    return np.unique(speakers[pairs], return_inverse=True)[1].reshape(pairs.shape)
-
-
-def verify(features: np.ndarray, trials: Sequence[Trial]) -> VerificationResult:
+def verify(features: np.ndarray, trials: Sequence[Trial], speakers: Optional[Sequence[str]]) -> VerificationResult:
     """Score trials and give the equal error rate with its interval.
 
     Trials that share a speaker are not independent; speakers are. So the rate is computed anew without each speaker
-    (delete-a-group jackknife, Shao and Wu 1989, consistent for quantiles too) and brought to centred pseudo-values,
-    whose mean is the rate itself and whose variance over the number of speakers is the rate's; the interval is
-    Student's, cut off at 0 and 1.
+    (delete-a-group jackknife, Shao and Wu 1989) and brought to centred pseudo-values, whose mean is the rate itself
+    and whose variance over the number of speakers is the rate's; the interval is Student's, cut off at 0 and 1. An
+    equal error rate is no smooth function of the scores, so this is an approximation: in the simulations of
+    tests/probing/test_verify.py it errs to the wide side.
 
     Args:
         features: (N, layers, F) statistics.
-        trials: over at least 3 speakers.
+        trials: pairs of recordings.
+        speakers: of each recording; None: unknown, and no interval.
 
     Returns:
         see `VerificationResult`.
-
-    Raises:
-        ValueError: fewer than 3 speakers, or without one of them only one kind of trials is left.
     """
     same = np.array([trial[0] for trial in trials], dtype=bool)
-    scores = cosine_scores(features, [trial[1:] for trial in trials])
-    speakers = speakers_of(trials)
-    number = int(speakers.max()) + 1
-    if number < 3:
-        raise ValueError(f"trials: {number} speakers, expected at least 3 for an interval; add trials")
+    pairs = np.array([trial[1:] for trial in trials])
+    scores = cosine_scores(features, pairs)
     rate = equal_error_rate(scores, same)
+    result = VerificationResult(rate, None, scores.round(6).tolist(), [], [], None)
+    who = np.unique([]) if speakers is None else np.asarray(speakers, dtype=str)[pairs]
+    names = np.unique(who)
+    number = len(names)
+    if number < MIN_SPEAKERS:
+        return dataclasses.replace(result, no_interval=why_none(number))
     without = []
-    for speaker in range(number):
-        rest = (speakers != speaker).all(1)
+    for name in names:
+        rest = (who != name).all(1)
+        if same[rest].all() or not same[rest].any():
+            why = f"without speaker {name} both kinds of pairs are not left"
+            return dataclasses.replace(result, no_interval=why)
         without.append(equal_error_rate(scores[rest], same[rest]))
     pseudo = rate + (number - 1) * (np.mean(without) - np.array(without))
-    reach = float(t.ppf(0.975, number - 1) * pseudo.std(ddof=1) / np.sqrt(number))
-    interval = max(rate - reach, 0.0), min(rate + reach, 1.0)
-    return VerificationResult(rate, interval, len(trials), pseudo.tolist())
+    result = dataclasses.replace(result, speakers=names.tolist(), by_speaker=pseudo.tolist())
+    if np.ptp(without) == 0:
+        return dataclasses.replace(result, no_interval="leaving out any speaker changes nothing")
+    reach = student_t(number - 1) * float(pseudo.std(ddof=1)) / math.sqrt(number)
+    return dataclasses.replace(result, interval=(max(rate - reach, 0.0), min(rate + reach, 1.0)))

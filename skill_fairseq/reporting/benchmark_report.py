@@ -56,15 +56,16 @@ def _sparsity(rows: Sequence[Row], summary: Mapping[str, Any], sparsity: Any, ou
     baseline, shown = summary["baseline"], []
     for task in summary["tasks"]:
         lines = [
-            (row["method"], [100 * number for number in row["difference"][task]["estimate"]])
+            (row["method"], pictures.in_percent(*row["difference"][task]["estimate"]))
             for row in rows
             if row["method"] != baseline and row["difference"]
         ]
         if lines:
             label = f"{task}, {summary['tasks'][task]['metric']}: points above {baseline}"
             path = pictures.forest(out / f"difference_{task}_{sparsity}.png", lines, label, 0.0, zoom=True)
-            alt = f"difference of each method to {baseline} on {task}, with intervals"
-            caption = "in colour: intervals without 0"
+            alt = f"difference of each method to {baseline} on {task}"
+            why = summary["tasks"][task]["no_interval"]
+            caption = f"no interval: {why}" if why else "in colour: intervals without 0"
             if pictures.beyond(lines, 0.0):
                 caption += "; \u25c2 \u25b8: beyond the axis"
             shown.append(page.figure(path, alt, caption))

@@ -14,6 +14,8 @@ from skill_fairseq.clustering.plot import COLOURS, GREY
 from skill_fairseq.files import atomic_write
 
 Curve = tuple[Sequence[float], Sequence[float]]
+Bounded = tuple[float, Optional[float], Optional[float]]
+"""A value, and the low and high end of its interval; None where it has none."""
 
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)))
 MARKERS = "os^Dv<>P"
@@ -141,7 +143,7 @@ def kept_units(path: Path, shares: Mapping[str, Sequence[Optional[float]]]) -> P
 
 def forest(
     path: Path,
-    rows: Sequence[tuple[str, Sequence[float]]],
+    rows: Sequence[tuple[str, Bounded]],
     xlabel: str,
     reference: Optional[float],
     zoom: bool = False,
@@ -150,7 +152,7 @@ def forest(
 
     Args:
         path: PNG file to write.
-        rows: label, and value, low and high.
+        rows: label, and what is drawn; without an interval the value alone, in grey.
         xlabel: of the axis.
         reference: where a vertical line stands: 0 for differences, a teacher's value; None: no line.
         zoom: what lies so far from the reference that the others could not be told apart is written at the edge.
@@ -159,11 +161,12 @@ def forest(
     def paint(axes: Any) -> None:
         far = beyond(rows, reference) if zoom and reference is not None else []
         for place, (_, (value, low, high)) in enumerate(rows):
-            outside = reference is not None and not low <= reference <= high
+            bare = low is None or high is None
+            outside = reference is not None and low is not None and high is not None and not low <= reference <= high
             colour = (COLOURS[1] if value < reference else COLOURS[0]) if outside and reference is not None else GREY
             if place in far:
                 left = reference is not None and value < reference
-                said = f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+                said = f"{value:+.1f}" if bare else f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
                 axes.annotate(
                     f"\u25c2 {said}" if left else f"{said} \u25b8",
                     (0.0 if left else 1.0, place),
@@ -176,7 +179,8 @@ def forest(
                     bbox={"fc": "white", "ec": "none", "pad": 1},
                 )
                 continue
-            axes.plot([low, high], [place, place], color=colour, lw=2, solid_capstyle="round")
+            if not bare:
+                axes.plot([low, high], [place, place], color=colour, lw=2, solid_capstyle="round")
             axes.plot([value], [place], "o", color=colour, ms=5)
         axes.set_yticks(range(len(rows)), [label for label, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -188,10 +192,15 @@ def forest(
     return draw(path, paint, (WIDTH, 0.7 + 0.27 * len(rows)))
 
 
-def beyond(rows: Sequence[tuple[str, Sequence[float]]], reference: float) -> list[int]:
-    """Which rows would squeeze the others: those whose intervals go more than three times as far from the reference
-    as all others; always fewer than half of them."""
-    reaches = [max(abs(low - reference), abs(high - reference)) for _, (_, low, high) in rows]
+def in_percent(value: float, low: Optional[float], high: Optional[float]) -> Bounded:
+    """A rate of 0 to 1 as :func:`forest` draws it."""
+    return 100 * value, None if low is None else 100 * low, None if high is None else 100 * high
+
+
+def beyond(rows: Sequence[tuple[str, Bounded]], reference: float) -> list[int]:
+    """Which rows would squeeze the others: those whose intervals (or values, without one) go more than three times as
+    far from the reference as all others; always fewer than half of them."""
+    reaches = [max(abs(n - reference) for n in numbers if n is not None) for _, numbers in rows]
     order = sorted(range(len(rows)), key=reaches.__getitem__)
     for i in range(len(order) - 1, 0, -1):
         if 2 * i > len(order) and reaches[order[i]] > 3 * reaches[order[i - 1]] > 0:

@@ -84,13 +84,11 @@ def probe_section(entries: list[dict[str, Any]], out: Path) -> str:
         row = [model, "-" if parameters is None else f"{parameters:,}"]
         for task in tasks:
             entry = cells.get((model, task))
-            row.append("-" if entry is None else _interval(entry["value"], entry["interval"], _count(entry)))
+            row.append("-" if entry is None else _interval(*_estimate(entry)) + _count(entry))
         rows.append(row)
     for task, metric in tasks.items():
         lines = [
-            (model, [100 * v for v in (cells[model, task]["value"], *cells[model, task]["interval"])])
-            for model in models
-            if (model, task) in cells
+            (model, pictures.in_percent(*_estimate(cells[model, task]))) for model in models if (model, task) in cells
         ]
         teacher = cells.get(("teacher", task))
         reference = None if teacher is None else 100 * teacher["value"]
@@ -98,7 +96,9 @@ def probe_section(entries: list[dict[str, Any]], out: Path) -> str:
         caption = "dashed: the teacher's value; in colour: what has it outside its interval" if teacher else None
         shown.append(page.figure(path, f"{metric} on {task} with intervals", caption))
     head = ["model", "parameters", *(f"{task}: {metric}, %" for task, metric in tasks.items())]
-    about = "In brackets, and as bars, 95 % intervals over recordings, or, of error rates, over speakers."
+    about = "In brackets, and as bars, 95 % intervals over speakers."
+    whys = {(entry["task"], entry["no_interval"]) for entry in entries if entry.get("no_interval")}
+    about += "".join(f" {task}: no interval: {why}." for task, why in sorted(whys))
     return page.paragraph(about) + page.table(head, rows) + page.figures(shown)
 
 
@@ -106,8 +106,14 @@ def _count(entry: Mapping[str, Any]) -> str:
     return f", {entry['correct']} of {entry['total']}" if "correct" in entry else ""
 
 
-def _interval(value: float, interval: list[float], more: str) -> str:
-    return f"{100 * value:.1f} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]{more}"
+def _estimate(entry: Mapping[str, Any]) -> tuple[float, Optional[float], Optional[float]]:
+    low, high = entry["interval"] or (None, None)
+    return entry["value"], low, high
+
+
+def _interval(value: float, low: Optional[float], high: Optional[float]) -> str:
+    bounds = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * value:.1f}{bounds}"
 
 
 def cluster_section(clusters: Mapping[str, Any], out: Path) -> str:

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
-from fairseq.data.text_compressor import TextCompressionLevel
+import torch
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_pretraining import AudioPretrainingConfig, AudioPretrainingTask
@@ -42,9 +42,27 @@ class SkillDistillationConfig(AudioPretrainingConfig):
     teacher_compile: bool = field(
         default=False, metadata={"help": "run the teacher's layers through torch.compile (minutes at the start)"}
     )
+    max_valid_sample_size: Optional[int] = field(
+        default=960000,
+        metadata={
+            "help": "validation hears so many samples of a recording, from its beginning (960000: 60 s at 16 kHz); the "
+            "log names longer ones; null: all of every recording"
+        },
+    )
+    tf32: bool = field(
+        default=True,
+        metadata={
+            "help": "float32 matrix products in TF32 (11 bits) on GPUs from Ampere on, as torch does convolutions; the "
+            "first convolution, gates, sizes and losses stay float32; no effect on CPUs, in bf16 or fp16"
+        },
+    )
     crop_multiple: int = field(
         default=1,
         metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
+    )
+    check_all_files: bool = field(
+        default=False,
+        metadata={"help": "look for every file of the manifests before training; false: for 1,000 of each"},
     )
     max_unreadable_files: int = field(
         default=100,
@@ -78,7 +96,10 @@ class SkillDistillationTask(AudioPretrainingTask):
         self.student_config: Optional[EncoderConfig] = None
         self.num_updates = 0
         self.losses: List[Tuple[Tensor, List[str]]] = []  # of the present update, with the files of each batch
+        self.frames_of_weight_1: Optional[float] = None  # in the present update
         self._constraint: Optional[SizeConstraint] = None
+        self._model: Any = None
+        self._training_data: Optional[SpeechDataset] = None
 
     @property
     def teacher(self) -> FrozenTeacher:
@@ -116,26 +137,26 @@ class SkillDistillationTask(AudioPretrainingTask):
             )
 
     def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
-        """Reads ``<data>/<split>.tsv``. Validation sees whole utterances: its loss is comparable between epochs.
+        """Reads ``<data>/<split>.tsv``. Validation hears the same every time: its loss is comparable between epochs.
 
         Raises:
             FileNotFoundError, ValueError: the manifest cannot be used, or a field of the task; names the field.
         """
         check_task_fields(self.cfg)
         train = split == "train" or "data_selector" in kwargs  # which fairseq gives with dataset.train_subset alone
-        pad = not train or self.cfg.enable_padding
         with named("dataset.train_subset" if train else "dataset.valid_subset"):
             self.datasets[split] = SpeechDataset(
                 os.path.join(self.cfg.data, f"{split}.tsv"),
                 crop_multiple=self.cfg.crop_multiple if train else 1,
+                check_all_files=self.cfg.check_all_files,
                 sample_rate=self.cfg.sample_rate,
                 max_sample_size=self.cfg.max_sample_size if train else None,
-                min_sample_size=(self.cfg.min_sample_size or 0) if train else 0,
+                min_sample_size=self.cfg.min_sample_size if train else 0,
+                most_samples=None if train else self.cfg.max_valid_sample_size,
                 num_buckets=self.cfg.num_batch_buckets if train else 0,
                 shuffle=train,
-                pad=pad,
+                pad=not train or self.cfg.enable_padding,
                 normalize=self.cfg.normalize,
-                text_compression_level=TextCompressionLevel[str(self.cfg.text_compression_level)],
             )
 
     def get_batch_iterator(self, dataset: Any, *args: Any, num_shards: int = 1, **kwargs: Any) -> Any:
@@ -146,6 +167,8 @@ class SkillDistillationTask(AudioPretrainingTask):
         """
         if isinstance(dataset, SpeechDataset):
             dataset.num_shards = num_shards
+            if not dataset.pad:
+                self._training_data = dataset
         return super().get_batch_iterator(dataset, *args, num_shards=num_shards, **kwargs)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
@@ -178,6 +201,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         if not from_checkpoint:
             _update(cfg, dict(OmegaConf.to_container(model.cfg, resolve=True, enum_to_str=True)))  # type: ignore
             _update(cfg, fairseq_fields(self.student_config))
+        self._model = model
         return model
 
     def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
@@ -192,6 +216,8 @@ class SkillDistillationTask(AudioPretrainingTask):
         if chosen is not None:  # null until the teacher is known
             _update(cfg, {"normalize_states": chosen})
         self._constraint = getattr(criterion, "constraint", None)
+        if self._model is not None and hasattr(criterion, "deepest_layer"):
+            self._model.train_up_to(criterion.deepest_layer)
         return criterion
 
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
@@ -202,6 +228,22 @@ class SkillDistillationTask(AudioPretrainingTask):
         """
         super().begin_valid_epoch(epoch, model)
         check_ranks(model.speech_encoder, self._constraint)
+
+    def batch_weight(self, frames: int) -> float:
+        """The weight of a training batch among those of an update: in proportion to its frames, so that any way of
+        dividing audio over batches and ranks gives the gradients of one large batch.
+
+        What counts as 1 is the same for all of an update, and otherwise free. It keeps weights near 1, for half
+        precision: with one process the update's first batch (one batch an update has the weight 1), with several the
+        mean batch of the epoch, which all know.
+        """
+        if self.frames_of_weight_1 is None:
+            several = torch.distributed.is_available() and torch.distributed.is_initialized()
+            self.frames_of_weight_1 = frames
+            if several and torch.distributed.get_world_size() > 1:
+                assert self._training_data is not None and self.student_config is not None
+                self.frames_of_weight_1 = self.student_config.num_frames(int(self._training_data.batch_samples))
+        return frames / self.frames_of_weight_1
 
     def train_step(
         self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False
@@ -214,7 +256,10 @@ class SkillDistillationTask(AudioPretrainingTask):
         return loss, sample_size, log
 
 
-NOT_HERE = ("labels", "binarized_dataset", "precompute_mask_indices", "inferred_w2v_config", "tpu")
+NOT_HERE = (
+    *("labels", "binarized_dataset", "precompute_mask_indices", "inferred_w2v_config", "tpu"),
+    "text_compression_level",
+)
 """Fields of fairseq's audio task that distillation does not have: a value is refused."""
 
 
@@ -225,10 +270,11 @@ def check_task_fields(cfg: SkillDistillationConfig) -> None:
         ValueError: names the field, its value and what is expected.
     """
     for name in NOT_HERE:
-        if getattr(cfg, name, None):
+        if getattr(cfg, name, None) not in (None, False, "none"):
             raise ValueError(f"task.{name}: {cfg[name]} does nothing in distillation; leave it out")
     for name, least in (
         *(("sample_rate", 1), ("max_sample_size", 1), ("min_sample_size", 0), ("crop_multiple", 1)),
+        ("max_valid_sample_size", 1),
         *(("num_batch_buckets", 0), ("max_unreadable_files", 0), ("max_skipped_updates", 0)),
     ):
         value = getattr(cfg, name, None)

@@ -15,9 +15,11 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from skill_fairseq.modules.host import numbers, to_host
+from skill_fairseq.modules.tf32 import allow_tf32
 from skill_fairseq.pruning.reach import check_reach, log_sparsity
 from skill_fairseq.training.changed_settings import warn_of_changes
 from skill_fairseq.training.checkpoint_files import newest_whole_checkpoint, writing
+from skill_fairseq.training.data_parallel import check_backend
 from skill_fairseq.training.preemption import preemption
 from skill_fairseq.training.values import check_values
 
@@ -52,7 +54,10 @@ class SkillTrainer(Trainer):
         if OmegaConf.is_config(cfg):
             plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
             check_values(plain)
+        check_backend(cfg.distributed_training, cfg.optimization.use_bmuf)
         super().__init__(cfg, task, model, criterion, quantizer)
+        if self.cuda and getattr(cfg.task, "tf32", None) is not None:
+            allow_tf32(bool(cfg.task.tf32))
         self.preempted = False
         self._skipped_in_a_row = 0
         self._unreadable = {"train": 0, "valid": 0}  # of all ranks, in the epoch
@@ -101,8 +106,8 @@ class SkillTrainer(Trainer):
                 raise
             raise ValueError(
                 f"{found[0]}: its optimizer state does not fit ({error}). Up to version 0.1 of skill_fairseq every "
-                "vector of gates was a parameter of its own; now all of them are one. Finish the run with the version "
-                "that began it, or go on with fresh moments: checkpoint.reset_optimizer=true"
+                "vector of gates was a parameter of its own, and weights that no loss reaches were trained. Finish the "
+                "run with the version that began it, or go on with fresh moments: checkpoint.reset_optimizer=true"
             ) from error
 
     def _unless_finished(self, extra_state: Optional[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
@@ -141,6 +146,7 @@ class SkillTrainer(Trainer):
         """
         self._not_finite = False
         self.task.losses = []
+        self.task.frames_of_weight_1 = None
         samples = [self._readable(sample) for sample in samples]
         self._empty = not any(samples)
         samples = [sample for sample in samples if sample] or samples[:1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from skill_fairseq.audio.manifest import read_manifest, write_manifest
 from skill_fairseq.checkpoints import save_encoder
 from skill_fairseq.cli.probe import main
+from skill_fairseq.files import sha256
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.probing.evaluate import outcomes
+from skill_fairseq.versions import versions
 
 TASKS = Path(__file__).resolve().parents[2] / "examples" / "tiny" / "data" / "tasks"
 
@@ -33,16 +36,18 @@ def small_task(folder: Path, source: str = "digit", every: int = 8) -> Path:
 
 
 def verification_task(folder: Path) -> Path:
-    """All pairs of three recordings of each speaker."""
+    """All pairs of three recordings of each of six speakers."""
     manifest = read_manifest(TASKS / "speaker" / "test.tsv")
     chosen = [i for i in range(len(manifest)) if i % 20 in (0, 7, 14)]
     target = folder / "pairs"
     paths = [manifest.paths[i] for i in chosen]
     write_manifest(target / "test.tsv", manifest.root, paths, [manifest.sizes[i] for i in chosen])
-    names = [Path(path).stem for path in paths]
+    who = [Path(path).stem.split("-")[1] for path in paths]
     rows = ["same\tutterance_a\tutterance_b"]
-    for i, first in enumerate(names):
-        rows += [f"{int(first.split('-')[1] == other.split('-')[1])}\t{first}\t{other}" for other in names[:i]]
+    for i, first in enumerate(paths):
+        rows += [f"{int(who[i] == who[j])}\t{first}\t{paths[j]}" for j in range(i)]
+    said = [f"{path}\t{name}" for path, name in zip(paths, who)]
+    (target / "test.speakers.tsv").write_text("\n".join(["utterance\tspeaker", *said]) + "\n")
     (target / "trials.tsv").write_text("\n".join(rows) + "\n")
     return target
 
@@ -67,7 +72,29 @@ def results(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(entry["model"], entry["task"]): entry for entry in entries}
 
 
-def test_log_mel_knows_speakers_and_some_digits_of_unseen_speakers(tmp_path: Path) -> None:
+def test_recordings_that_cannot_be_read_are_left_out_named_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target, report = small_task(tmp_path), tmp_path / "probe.json"
+
+    def run() -> dict[str, Any]:
+        assert main(["logmel", "--task", str(target), "--json", str(report)]) == 0
+        return results(report)["logmel", "digit"]
+
+    whole = run()
+    root, first, second, *rest = (target / "test.tsv").read_text().splitlines()
+    broken = tmp_path / Path(second.split("\t")[0]).name
+    broken.write_bytes(b"fLaC" + bytes(1000))
+    (target / "test.tsv").write_text("\n".join([root, first, f"{broken}\t8000", *rest, ""]))
+    part = run()
+    assert (whole["skipped"], part["skipped"]) == (0, 1) and str(broken) in caplog.text
+    assert part["total"] == whole["total"] - 1
+    assert part["right"] == whole["right"][:1] + whole["right"][2:]
+
+
+def test_log_mel_knows_speakers_and_some_digits_of_unseen_speakers(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     report = tmp_path / "probe.json"
     tasks = ["--task", str(TASKS / "digit"), "--task", str(TASKS / "speaker")]
     assert main(["logmel", *tasks, "--json", str(report)]) == 0
@@ -76,7 +103,13 @@ def test_log_mel_knows_speakers_and_some_digits_of_unseen_speakers(tmp_path: Pat
     assert 0.4 < digit["value"] < 0.6 and speaker["value"] > 0.9
     for entry in (digit, speaker):
         assert entry["value"] == entry["correct"] / entry["total"] and entry["layer_weights"] == [1.0]
-        assert 0 <= entry["interval"][0] < entry["value"] <= entry["interval"][1] <= 1
+        assert len(entry["right"]) == len(entry["speakers"]) == entry["total"]
+    low, high = speaker["interval"]
+    assert 0 <= low < speaker["value"] <= high <= 1 and speaker["no_interval"] is None
+    assert digit["interval"] is None and digit["no_interval"].startswith("2 speakers,")
+    said = capsys.readouterr().out.splitlines()
+    assert f"{100 * speaker['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in said[2]
+    assert f"  {100 * digit['value']:.1f}  " in said[2] and said[3] == f"digit: no interval: {digit['no_interval']}"
 
 
 def test_several_models_and_tasks_make_one_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -97,13 +130,39 @@ def test_several_models_and_tasks_make_one_table(tmp_path: Path, capsys: pytest.
             entry = found[line.split()[0], task]
             low, high = (100 * bound for bound in entry["interval"])
             assert f"{100 * entry['value']:.1f} [{low:.1f}, {high:.1f}]" in line
-            assert outcomes(entry).mean() == pytest.approx(entry["value"])
+            assert outcomes(entry)[0].mean() == pytest.approx(entry["value"])
     assert len(found["student", "speaker"]["layer_weights"]) == 2
-    assert len(outcomes(found["student", "pairs"])) == 6 and len(outcomes(found["student", "speaker"])) == 15
+    for task, samples in (("pairs", 6), ("speaker", 15)):
+        values, speakers = outcomes(found["student", task])
+        assert len(values) == len(speakers) == samples and len(set(speakers)) == 6
     assert found["logmel", "pairs"]["trials"] == 153 and 0 < found["logmel", "pairs"]["value"] < 0.4
     assert found["student", "speaker"]["parameters"] == found["untrained", "speaker"]["parameters"]
     assert found["student", "speaker"]["layer_weights"] != found["untrained", "speaker"]["layer_weights"]
     assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_says_what_was_probed_with_what(tmp_path: Path) -> None:
+    encoder, report = saved_encoder(tmp_path / "student.safetensors"), tmp_path / "probe.json"
+    task = small_task(tmp_path)
+    words = [f"one={encoder}", f"none=random:{encoder}", "logmel", "--task", str(task), "--json", str(report)]
+    assert main([*words, "--seed", "7"]) == 0
+    said = json.loads(report.read_text())
+    assert said["versions"] == versions("scikit-learn") and said["seed"] == 7
+    content = sha256(encoder)
+    assert said["models"]["one"] == {"kind": "encoder", "sha256": content}
+    assert said["models"]["none"] == {"kind": "random", "sha256": content}
+    assert said["models"]["logmel"] == {"kind": "logmel", "sha256": None}
+    assert said["tasks"] == {"digit": {file.name: sha256(file) for file in task.iterdir()}}
+    assert str(tmp_path) not in report.read_text()
+
+
+def test_without_scikit_learn_it_says_so_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # what is not installed
+    message = fails(capsys, "gone.pt", "--task", TASKS / "digit")  # not even the model has been looked for
+    assert "'digit'" in message and "scikit-learn" in message and "'.[probe]'" in message
+    assert main(["logmel", "--task", str(verification_task(tmp_path)), "--json", str(tmp_path / "probe.json")]) == 0
 
 
 def test_a_second_run_gives_the_same_figures(tmp_path: Path) -> None:

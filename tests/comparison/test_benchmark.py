@@ -42,7 +42,7 @@ def write_task(folder: Path, small: Any) -> Path:
             name = f"{split}-{i}"
             soundfile.write(str(folder / split / f"{name}.wav"), wave[:: 1 + i % 2], 16000)
             names.append((f"{split}/{name}.wav", len(wave[:: 1 + i % 2])))
-            rows.append(f"{name}\ts\t{i % 2}")
+            rows.append(f"{name}\ts{i % 4}\t{i % 2}")
         write_manifest(folder / f"{split}.tsv", ".", *zip(*names))
         (folder / f"{split}.labels.tsv").write_text("\n".join(rows) + "\n")
     return folder
@@ -108,6 +108,9 @@ def test_interrupted_and_started_again_it_goes_on_and_compares(command: list[str
         probe = result["probes"]["voice"]
         assert probe["total"] == len(probe["right"]) == 10 and probe["correct"] == probe["right"].count("1")
         assert len(result["distances"]["layers"]["cos"]) == 4 and len(result["distances"]["recordings"]["cos"]) == 6
+        assert probe["speakers"] == [f"s{i % 4}" for i in range(10)] and result["distances"]["speakers"] is None
+        assert result["cpu"] and {"skill_fairseq", "fairseq", "scikit-learn"} <= set(result["versions"])
+    assert len((out / "runs.csv").read_text().splitlines()) == 4 and "voice, s3" in (out / "runs.csv").read_text()
     near, far = (found[f"{m}-0.5-1"]["distances"]["layers"]["cos"][0] for m in ("dphubert", "no_distillation"))
     assert near < far  # trained for 50 updates, layer 0 is nearer to the teacher than pruned and left alone
     assert not list(out.glob("runs/*/stage*/checkpoint*.pt"))
@@ -126,7 +129,17 @@ def test_other_settings_are_refused_in_the_same_folder(command: list[str], tmp_p
     grids["small"]["updates"] = {"stage1": 41, "stage2": 10}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grids))
     done = run([*command[:4], str(tmp_path / "grid.yaml"), *command[5:]])
-    assert done.returncode == 2 and "settings.json: stage1 is" in done.stderr and "give another OUT" in done.stderr
+    assert done.returncode == 2 and "give another OUT" in done.stderr
+    assert "settings.json: stage1.optimization.max_update is 40, now 41;" in done.stderr
+
+
+def test_another_training_label_is_another_recipe(command: list[str]) -> None:
+    labels = Path(command[4]).parent / "voice" / "train.labels.tsv"
+    text = labels.read_text()
+    labels.write_text(text.replace("train-0\ts0\t0", "train-0\ts0\t1"))
+    done = run(command, "--table")
+    labels.write_text(text)
+    assert done.returncode == 2 and "settings.json: tasks.voice.train.labels.tsv is" in done.stderr
 
 
 def test_a_method_that_now_means_something_else_is_refused(command: list[str], tmp_path: Path) -> None:

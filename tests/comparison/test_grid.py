@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import yaml
 
 from skill_fairseq.clustering.similarity import MEASURES
-from skill_fairseq.comparison.grid import changed_setting, owner, read_grid, runs_of, settings_of
+from skill_fairseq.comparison.grid import changed_setting, composed, owner, read_grid, runs_of, settings_of
 
 SHIPPED = Path(__file__).resolve().parents[2] / "examples" / "benchmark" / "grid.yaml"
 STAGE = {"config": "distill/tiny", "overrides": ["a=1"]}
@@ -123,10 +125,47 @@ def test_missing_files_and_grids_are_named(tmp_path: Path) -> None:
         read_grid(written(tmp_path, one=FIELDS), "two")
 
 
-def test_what_trains_differently_is_another_setting_but_more_seeds_are_not(tmp_path: Path) -> None:
-    path = written(tmp_path, one=FIELDS, two={"base": "one", "updates": {"stage1": 20, "stage2": 10}})
-    hashes = {"teacher": "t", "train": "a", "valid": "b", str(tmp_path / "tasks" / "digit"): "d"}
-    before = settings_of(read_grid(path, "one"), hashes)
-    assert changed_setting(before, settings_of(read_grid(path, "one", seeds=[1, 2, 3]), hashes)) is None
-    assert changed_setting(before, settings_of(read_grid(path, "two"), hashes)) == "stage1"
-    assert changed_setting(before, settings_of(read_grid(path, "one"), {**hashes, "valid": "c"})) == "valid"
+def test_tasks_of_the_same_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tasks has folders of the same name, \['digit', 'digit'\]"):
+        read_grid(written(tmp_path, one={**FIELDS, "tasks": ["a/digit", "b/digit"]}), "one")
+
+
+SHIPPED_OVERRIDES = ["dataset.disable_validation=true"]
+
+
+def settings(hashes: dict[str, Any], package: str = "1.0", stage1: Any = None) -> dict[str, Any]:
+    """As the command compares them: from JSON."""
+    grid = read_grid(SHIPPED, "trial")
+    configs = {"stage1": stage1 or {"model": {"ffn": 0.5}}, "stage2": {"model": {"ffn": 0.5}}}
+    return json.loads(json.dumps(settings_of(grid, hashes, configs, {"skill_fairseq": package})))
+
+
+def test_another_recipe_is_named_by_what_differs() -> None:
+    hashes = {"teacher": "t", "data": {"train.tsv": "a"}, "tasks": {"digit": {"train.labels.tsv": "b"}}}
+    before = settings(hashes)
+    assert changed_setting(before, settings(hashes)) is None
+    assert changed_setting(before, settings(hashes, "1.1")) == ("package.skill_fairseq", "1.0", "1.1")
+    labels = {**hashes, "tasks": {"digit": {"train.labels.tsv": "c"}}}
+    assert changed_setting(before, settings(labels)) == ("tasks.digit.train.labels.tsv", "b", "c")
+    more = {**hashes, "data": {"train.tsv": "a", "valid.tsv": "v"}}
+    assert changed_setting(before, settings(more)) == ("data.valid.tsv", None, "v")
+    assert changed_setting(settings(more), before) == ("data.valid.tsv", "v", None)
+    gates = settings(hashes, stage1={"model": {"ffn": 0.01}})
+    assert changed_setting(before, gates) == ("stage1.model.ffn", 0.5, 0.01)
+
+
+def test_a_config_is_composed_with_overrides_and_what_it_leaves_to_defaults(tmp_path: Path) -> None:
+    """So that a changed file, a changed override and a changed default are each another recipe."""
+    shutil.copytree(SHIPPED.parents[2] / "config" / "distill", tmp_path / "distill")
+    before = composed(tmp_path, "distill/tiny", SHIPPED_OVERRIDES)
+    assert before["dataset"]["disable_validation"] is True and before["optimization"]["max_update"] == 400
+    assert before["optimization"]["sentence_avg"] is False and before["model"]["ffn_drop_rate"] == 0.01
+    assert str(tmp_path) not in json.dumps(before)
+    changed = composed(tmp_path, "distill/tiny", [*SHIPPED_OVERRIDES, "optimization.max_update=7"])
+    assert changed_setting(before, changed) == ("optimization.max_update", 400, 7)
+    file = tmp_path / "distill" / "tiny.yaml"
+    file.write_text(file.read_text().replace("clip_norm: 10.0", "clip_norm: 5.0"))
+    found = composed(tmp_path, "distill/tiny", SHIPPED_OVERRIDES)
+    assert changed_setting(before, found) == ("optimization.clip_norm", 10.0, 5.0)
+    with pytest.raises(ValueError, match="distill/tiny.yaml with no.such=1"):
+        composed(tmp_path, "distill/tiny", ["no.such=1"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 import pytest
 
 from skill_fairseq.comparison.layer_distance import KINDS
+from skill_fairseq.comparison.runs_table import write_runs
 from skill_fairseq.comparison.statistics import crossed_mean, paired_difference
 from skill_fairseq.comparison.summary import summarise
 from skill_fairseq.comparison.table import write_tables
@@ -19,6 +22,7 @@ REFERENCES = {
         "probes": {
             "digit": {"metric": "accuracy", "value": 0.8, "interval": wilson(80, 100)},
             "pairs": {"metric": "equal error rate", "value": 0.1, "interval": (0.035, 0.165)},
+            "two": {"metric": "accuracy", "value": 0.7, "interval": None},
         },
         "costs": {"parameters": 4321, "macs": 5e9, "cpu_seconds": 0.5},
     },
@@ -26,9 +30,13 @@ REFERENCES = {
         "probes": {
             "digit": {"metric": "accuracy", "value": 0.5, "interval": wilson(50, 100)},
             "pairs": {"metric": "equal error rate", "value": 0.02, "interval": (0.0, 0.084)},
+            "two": {"metric": "accuracy", "value": 0.4, "interval": None},
         }
     },
 }
+SPEAKERS = [f"s{i // 20}" for i in range(200)]
+VALID_SPEAKERS = list("aabbbcccc")
+WHY = "2 speakers, an interval needs 3 or more"
 
 
 def result(method: str, sparsity: float, seed: int) -> dict[str, Any]:
@@ -47,15 +55,27 @@ def result(method: str, sparsity: float, seed: int) -> dict[str, Any]:
             "seconds": {"stage1": 10.0 * seed, "stage2": 5.0, "measure": 3.0},
         },
         "probes": {
-            "digit": {"metric": "accuracy", "samples": "200 recordings", "right": "".join(map(str, right))},
-            "pairs": {"metric": "equal error rate", "samples": "9 pairs", "by_speaker": pairs.tolist()},
+            "digit": {
+                **{"metric": "accuracy", "samples": "200 recordings", "right": "".join(map(str, right))},
+                **{"speakers": SPEAKERS, "value": right.mean(), "interval": (0, 1), "no_interval": None},
+            },
+            "pairs": {
+                **{"metric": "equal error rate", "samples": "9 pairs", "by_speaker": pairs.tolist()},
+                **{"speakers": list("wxyz"), "value": pairs.mean(), "interval": (0, 1), "no_interval": None},
+            },
+            "two": {
+                **{"metric": "accuracy", "samples": "4 recordings", "right": "1011", "speakers": list("aabb")},
+                **{"value": 0.75, "interval": None, "no_interval": WHY},
+            },
         },
         "distances": {
             "layers": dict(zip(KINDS, table.tolist())),
             "recordings": {kind: rng.random(9).tolist() for kind in KINDS},
+            "speakers": VALID_SPEAKERS,
         },
         "costs": {"parameters": 1000 + seed, "macs": 2e9, "cpu_seconds": 0.25},
         "versions": {"torch": "1"},
+        **{"cpu": "a processor", "commit": "0123abc"},
     }
 
 
@@ -81,12 +101,12 @@ def right(method: str, sparsity: float) -> np.ndarray:
 def test_accuracies_and_differences_are_those_of_the_outcomes() -> None:
     found = rows(summarise(results(), REFERENCES, "dphubert"))
     row = found["skill", 0.75]
-    assert row["probes"]["digit"] == pytest.approx(crossed_mean(right("skill", 0.75)), abs=1e-6)
-    wanted = paired_difference(right("skill", 0.75), right("dphubert", 0.75))
+    assert row["probes"]["digit"] == pytest.approx(crossed_mean(right("skill", 0.75), SPEAKERS), abs=1e-6)
+    wanted = paired_difference(right("skill", 0.75), right("dphubert", 0.75), SPEAKERS)
     assert row["difference"]["digit"]["estimate"] == pytest.approx(wanted, abs=1e-6)
     assert row["difference"]["digit"]["verdict"] == "higher" and row["seeds"] == [1, 2, 3]
     untrained = found["no_distillation", 0.5]
-    wanted = paired_difference(right("no_distillation", 0.5), right("dphubert", 0.5))
+    wanted = paired_difference(right("no_distillation", 0.5), right("dphubert", 0.5), SPEAKERS)
     assert untrained["difference"]["digit"]["estimate"] == pytest.approx(wanted, abs=1e-6)
     assert untrained["difference"]["digit"]["verdict"] == "lower" and untrained["seeds"] == [1]
 
@@ -98,8 +118,8 @@ def test_error_rates_are_compared_by_speaker() -> None:
         for method in ("skill", "dphubert")
     }
     row = found["skill", 0.75]
-    assert row["probes"]["pairs"] == pytest.approx(crossed_mean(values["skill"]), abs=1e-6)
-    wanted = paired_difference(values["skill"], values["dphubert"])
+    assert row["probes"]["pairs"] == pytest.approx(crossed_mean(values["skill"], list("wxyz")), abs=1e-6)
+    wanted = paired_difference(values["skill"], values["dphubert"], list("wxyz"))
     assert row["difference"]["pairs"]["estimate"] == pytest.approx(wanted, abs=1e-6)
 
 
@@ -107,7 +127,7 @@ def test_intervals_of_rates_end_at_0_and_1() -> None:
     few = [r for r in results((0.5,)) if r["method"] == "skill"]
     for r in few:
         r["probes"]["pairs"]["by_speaker"] = [0.0, 0.0, 0.0, 0.08]
-    assert crossed_mean(np.array([[0.0, 0.0, 0.0, 0.08]] * 3)).low < 0
+    assert (crossed_mean(np.array([[0.0, 0.0, 0.0, 0.08]] * 3), list("wxyz")).low or 0) < 0
     row = rows(summarise(few, REFERENCES, "dphubert"))["skill", 0.5]
     assert row["probes"]["pairs"][:2] == [0.02, 0.0]
 
@@ -115,8 +135,8 @@ def test_intervals_of_rates_end_at_0_and_1() -> None:
 def test_over_all_sparsities_each_recording_counts_its_mean() -> None:
     row = rows(summarise(results(), REFERENCES, "dphubert"))["skill", "all"]
     mean = {m: (right(m, 0.5) + right(m, 0.75)) / 2 for m in ("skill", "dphubert")}
-    assert row["probes"]["digit"] == pytest.approx(crossed_mean(mean["skill"]), abs=1e-6)
-    wanted = paired_difference(mean["skill"], mean["dphubert"])
+    assert row["probes"]["digit"] == pytest.approx(crossed_mean(mean["skill"], SPEAKERS), abs=1e-6)
+    wanted = paired_difference(mean["skill"], mean["dphubert"], SPEAKERS)
     assert row["difference"]["digit"]["estimate"] == pytest.approx(wanted, abs=1e-6)
 
 
@@ -133,7 +153,7 @@ def test_distances_of_distilled_layers_and_of_others() -> None:
 def test_only_seeds_that_both_have_are_paired() -> None:
     some = [r for r in results((0.5,)) if (r["method"], r["seed"]) != ("dphubert", 2)]
     row = rows(summarise(some, REFERENCES, "dphubert"))["skill", 0.5]
-    wanted = paired_difference(right("skill", 0.5)[[0, 2]], right("dphubert", 0.5)[[0, 2]])
+    wanted = paired_difference(right("skill", 0.5)[[0, 2]], right("dphubert", 0.5)[[0, 2]], SPEAKERS)
     assert row["difference"]["digit"]["estimate"] == pytest.approx(wanted, abs=1e-6) and row["seeds"] == [1, 2, 3]
 
 
@@ -149,6 +169,43 @@ def test_a_method_that_lacks_a_sparsity_has_no_overall_row() -> None:
     assert ("skill", "all") not in rows(summarise(some, REFERENCES, "dphubert"))
 
 
+def test_distances_go_by_the_speakers_of_the_valid_recordings() -> None:
+    row = rows(summarise(results(), REFERENCES, "dphubert"))["skill", 0.75]
+    far = {
+        m: np.array([result(m, 0.75, seed)["distances"]["recordings"]["cka"] for seed in (1, 2, 3)])
+        for m in ("skill", "dphubert")
+    }
+    assert row["distance"]["cka"] == pytest.approx(crossed_mean(far["skill"], VALID_SPEAKERS), abs=1e-6)
+    wanted = paired_difference(far["skill"], far["dphubert"], VALID_SPEAKERS)
+    assert row["distance_difference"]["cka"]["estimate"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_where_speakers_are_few_or_unknown_there_are_values_and_it_is_said_why_no_intervals() -> None:
+    unknown = [{**r, "distances": {**r["distances"], "speakers": None}} for r in results((0.5,))]
+    summary = summarise(unknown, REFERENCES, "dphubert")
+    row = rows(summary)["skill", 0.5]
+    assert row["probes"]["two"] == [0.75, None, None] and row["distance"]["cka"][1:] == [None, None]
+    assert row["difference"]["two"] == {"estimate": [0.0, None, None], "verdict": "no interval", "within": None}
+    text = write_tables({**summary, "found": 7, "wanted": 7})
+    assert f"Without an interval: two ({WHY}); distances to the teacher (speakers unknown, an interval needs" in text
+    assert "| 75.0 (no interval) | +0.0 (no interval) |" in text
+
+
+def test_no_evidence_of_a_difference_is_never_called_no_difference() -> None:
+    """A method with the baseline's own rate: what the interval allows stands beside it."""
+    same = [r for r in results((0.5,)) if r["method"] == "dphubert"]
+    twin = [{**r, "method": "skill", "probes": result("dphubert", 0.501, r["seed"])["probes"]} for r in same]
+    summary = summarise([*same, *twin], REFERENCES, "dphubert")
+    difference = rows(summary)["skill", 0.5]["difference"]["digit"]
+    _, low, high = difference["estimate"]
+    assert low < 0 < high and difference["verdict"] == "not distinguishable"
+    assert difference["within"] == max(-low, high)
+    text = write_tables({**summary, "found": 6, "wanted": 6})
+    assert f"not distinguishable within \u00b1{100 * difference['within']:.1f} |" in text
+    assert f"points: not distinguishable within \u00b1{100 * difference['within']:.1f} points;" in text
+    assert "no difference" not in text
+
+
 def test_tables_show_the_numbers() -> None:
     summary = summarise(results(), REFERENCES, "dphubert")
     text = write_tables({**summary, "found": 14, "wanted": 20})
@@ -158,14 +215,15 @@ def test_tables_show_the_numbers() -> None:
     both = (*accuracy, *difference, *row["probes"]["pairs"], *row["difference"]["pairs"]["estimate"])
     shown = (
         "{:.1f} [{:.1f}, {:.1f}] | {:+.1f} [{:+.1f}, {:+.1f}] higher | "
-        "{:.1f} [{:.1f}, {:.1f}] | {:+.1f} [{:+.1f}, {:+.1f}] lower | {{0}} {{1,2}} |"
+        "{:.1f} [{:.1f}, {:.1f}] | {:+.1f} [{:+.1f}, {:+.1f}] lower | "
+        "75.0 (no interval) | +0.0 (no interval) | {{0}} {{1,2}} |"
     ).format(*(100 * number for number in both))
-    assert "| method | seeds | digit % | less dphubert, points | pairs error % | less dphubert, points |" in text
+    assert "| method | seeds | digit % | less dphubert, points | pairs error % | less dphubert, points | two %" in text
     assert f"| skill | 3 | {shown}" in text
     assert "14 of 20 results are there" in text and "digit, accuracy in per cent, 200 recordings; pairs, equal" in text
-    assert "| teacher | 80.0 [71.1, 86.7] | 10.0 [3.5, 16.5] | 4,321 | 5.000 | 0.500 |" in text
+    assert "| teacher | 80.0 [71.1, 86.7] | 10.0 [3.5, 16.5] | 70.0 (no interval) | 4,321 | 5.000 | 0.500 |" in text
     assert "| teacher | 4,321 | 5.000 | 0.500 | - | - | - | - | - |" in text
-    assert "| logmel | 50.0 [40.4, 59.6] | 2.0 [0.0, 8.4] | - | - | - |" in text
+    assert "| logmel | 50.0 [40.4, 59.6] | 2.0 [0.0, 8.4] | 40.0 (no interval) | - | - | - |" in text
     assert "| skill | 1,002 | 2.000 | 0.250 | 0.7500 | 0.7510 to 0.7530 | 20 | 5 | 3 |" in text
     assert "- **skill** against dphubert, over all sparsities, 3 seeds: digit +" in text
     widths = {}
@@ -180,6 +238,30 @@ def test_groups_that_change_with_the_seed_and_shared_runs_are_told() -> None:
         {**r, "groups": [[0], [r["seed"]]], "made_by": "dphubert"} if r["method"] == "skill" else r
         for r in results((0.5,))
     ]
-    assert "lower | by seed |\n" in write_tables(summarise(changed, REFERENCES, "dphubert"))
+    assert "(no interval) | by seed |\n" in write_tables(summarise(changed, REFERENCES, "dphubert"))
     shared = [{**r, "made_by": "dphubert"} if r["method"] == "skill" else r for r in results((0.5,))]
-    assert "lower | {0} {1,2} (runs of dphubert) |\n" in write_tables(summarise(shared, REFERENCES, "dphubert"))
+    assert "(no interval) | {0} {1,2} (runs of dphubert) |\n" in write_tables(summarise(shared, REFERENCES, "dphubert"))
+
+
+def test_the_table_of_runs_holds_what_every_interval_is_made_of(tmp_path: Path) -> None:
+    made = [r for r in results((0.75,)) if r["method"] != "no_distillation"]
+    write_runs(tmp_path / "runs.csv", made)
+    with open(tmp_path / "runs.csv", encoding="utf-8", newline="") as stream:
+        table = list(csv.DictReader(stream))
+    assert [(row["method"], row["seed"]) for row in table] == [(r["method"], str(r["seed"])) for r in made]
+    assert table[0]["commit"] == "0123abc" and table[0]["cpu"] == "a processor"
+    assert {row["groups"] for row in table} == {"{0} {1,2}", "{0} {2}"}
+    row = rows(summarise(made, REFERENCES, "dphubert"))["skill", 0.75]
+    for task, speakers in (("digit", sorted(set(SPEAKERS))), ("pairs", list("wxyz"))):  # equally many samples each
+        sides = [
+            np.array(
+                [
+                    [float(r[f"{task}, {s}"]) for s in speakers]
+                    for r in sorted(table, key=lambda r: r["seed"])
+                    if r["method"] == m
+                ]
+            )
+            for m in ("skill", "dphubert")
+        ]
+        wanted = row["difference"][task]["estimate"]
+        assert paired_difference(*sides, speakers) == pytest.approx(wanted, abs=2e-6)

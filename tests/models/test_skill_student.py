@@ -16,6 +16,7 @@ from torch import Tensor
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.models.skill_student import SkillStudentModel, initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
+from skill_fairseq.modules import encoder as encoder_module
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.pruning.expected import expected_sparsity
 from skill_fairseq.pruning.shrink import shrink
@@ -357,3 +358,31 @@ def test_the_student_has_no_fields_of_other_models(build: Any, small: Any, speec
     shape = fairseq_fields(small.random_encoder().config)
     old = small.student_config("gone.pt", **shape, **{field: value})
     assert small.make_task(speech).build_model(old, True).speech_encoder.config == small.random_encoder().config
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_checkpoint_activations_in_either_stage(
+    build: Any, small: Any, tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, units = None, UNITS
+    if stage == 2:
+        start, units = tmp_path / "shrunk.safetensors", []
+        save_encoder(small.random_encoder(heads=[[0, 2], [], [1]], ffn_dims=[5, 48, 0]), start, {})
+    drop = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1}
+    again: list[int] = []
+    checkpoint = encoder_module.checkpoint
+    monkeypatch.setattr(encoder_module, "checkpoint", lambda *a, **k: (again.append(1), checkpoint(*a, **k))[1])
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = build(start, pruning_units=units, checkpoint_activations=on, ffn_drop_rate=0.5, **drop).train()
+        assert len(again) == 0
+        torch.manual_seed(1)
+        model.set_num_updates(3)
+        out = model(small.waves())
+        sum(state.square().mean() for state in out["hidden_states"]).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert len(again) == 3  # layers
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name

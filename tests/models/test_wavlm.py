@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fairseq.criterions import build_criterion
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
 from skill_fairseq.models.wavlm import WavLMModel
+from skill_fairseq.modules import encoder as encoder_module
 
 CLASSES = 7
 
@@ -165,3 +167,22 @@ def test_the_sample_rate_is_the_tasks(pretraining: Any) -> None:
     telephone = type(model)(cfg, task_cfg, [None])
     assert telephone.speech_encoder.config.sample_rate == 8000
     assert telephone.feat2tar_ratio == 2 * model.feat2tar_ratio
+
+
+def test_checkpoint_activations(pretraining: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    again: list[int] = []
+    checkpoint = encoder_module.checkpoint
+    monkeypatch.setattr(encoder_module, "checkpoint", lambda *a, **k: (again.append(1), checkpoint(*a, **k))[1])
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        _, model, criterion, batch = pretraining(checkpoint_activations=on, dropout=0.1, attention_dropout=0.1)
+        torch.manual_seed(1)
+        np.random.seed(1)
+        loss, _, _ = criterion(model.train(), batch)
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert len(again) == 3  # layers
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from skill_fairseq.probing.classify import STRENGTHS, learn_layer_weights, probe
+from skill_fairseq.probing.classify import STRENGTHS, ProbeResult, learn_layer_weights
+from skill_fairseq.probing.classify import probe as probe_of_speakers
+from skill_fairseq.probing.intervals import accuracy_interval
 
 CLASSES = ["one", "two", "three", "four"]
 
@@ -26,6 +28,11 @@ def made_up(seed: int = 0, signal: float = 2.0) -> tuple[dict[str, np.ndarray], 
     return features, labels
 
 
+def probe(features: dict[str, np.ndarray], labels: dict[str, list[str]], speakers: int = 8) -> ProbeResult:
+    """Test recordings of so many speakers, in turn."""
+    return probe_of_speakers(features, labels, [str(i % speakers) for i in range(len(labels["test"]))])
+
+
 def standardised(x: np.ndarray) -> np.ndarray:
     return ((x - x.mean(0)) / x.std(0)).astype(np.float32)
 
@@ -37,7 +44,8 @@ def test_the_layer_that_knows_gets_the_weight() -> None:
     assert sum(result.layer_weights) == pytest.approx(1, abs=1e-5)
     assert result.accuracy > 0.97 and (result.total, result.classes) == (200, 4)
     assert result.accuracy == result.correct / result.total
-    assert result.interval[0] < result.accuracy <= result.interval[1] and result.strength in STRENGTHS
+    assert result.interval == accuracy_interval(result.right, [str(i % 8) for i in range(200)])
+    assert probe(features, labels, speakers=2).interval is None and result.strength in STRENGTHS
 
 
 def test_it_says_which_recordings_were_right() -> None:
@@ -88,7 +96,7 @@ def test_scale_of_a_dimension_does_not_matter() -> None:
 def test_no_knowledge_gives_chance() -> None:
     features, labels = made_up(signal=0.0)
     result = probe(features, labels)
-    assert result.interval[0] < 0.25 < result.interval[1]
+    assert result.interval and result.interval[0] < 0.25 < result.interval[1]
 
 
 def test_test_labels_are_used_for_counting_only() -> None:

@@ -12,7 +12,6 @@ from skill_fairseq.probing.verify import (
     VerificationResult,
     cosine_scores,
     equal_error_rate,
-    speakers_of,
     verify,
 )
 
@@ -73,25 +72,26 @@ def test_verify_separates_speakers_and_is_reproducible() -> None:
 
     def result(noise: float) -> VerificationResult:
         draw = np.random.default_rng(2).normal(size=(30, 2, 20))
-        return verify(centres[speakers] + noise * draw, trials)
+        return verify(centres[speakers] + noise * draw, trials, [str(s) for s in speakers])
 
     clear, noisy = result(0.1), result(3.0)
-    assert clear.eer == 0 and clear.interval == (0.0, 0.0) and clear.trials == 435
-    assert 0.2 < noisy.eer < 0.5
+    assert clear.eer == 0 and len(clear.scores) == 435
+    assert clear.interval is None and "changes nothing" in str(clear.no_interval)  # no certainty: nothing varies
+    assert 0.2 < noisy.eer < 0.5 and noisy.interval and noisy.no_interval is None
     low, high = noisy.interval
     assert low < noisy.eer < high and 0.05 < high - low < 0.25
     assert result(3.0) == noisy
 
 
-def test_speakers_follow_from_the_trials() -> None:
-    trials = [(True, 5, 2), (True, 2, 7), (False, 2, 1), (True, 1, 3), (False, 7, 9)]
-    assert speakers_of(trials).tolist() == [[1, 1], [1, 1], [1, 0], [0, 0], [1, 2]]
+WHO = [str(k) for k in range(8) for _ in range(6)]
 
 
-def draw(rng: np.random.Generator, speakers: int = 8, each: int = 6) -> tuple[np.ndarray, list[Trial]]:
-    """Recordings scattered around their speaker's place: all pairs of one speaker, twice as many of two."""
-    who = np.repeat(np.arange(speakers), each)
-    vectors = rng.normal(size=(speakers, 12))[who] + 1.2 * rng.normal(size=(len(who), 12))
+def draw(rng: np.random.Generator, spread: float = 0.0) -> tuple[np.ndarray, list[Trial]]:
+    """Recordings scattered around their speaker's place, by some speakers' more than by others': all pairs of one
+    speaker, twice as many of two."""
+    who = np.repeat(np.arange(8), 6)
+    noise = 1.2 * np.exp(spread * rng.normal(size=8))[who, None]
+    vectors = rng.normal(size=(8, 12))[who] + noise * rng.normal(size=(len(who), 12))
     pairs = list(combinations(range(len(who)), 2))
     same: list[Trial] = [(True, a, b) for a, b in pairs if who[a] == who[b]]
     other: list[Trial] = [(False, a, b) for a, b in pairs if who[a] != who[b]]
@@ -100,7 +100,7 @@ def draw(rng: np.random.Generator, speakers: int = 8, each: int = 6) -> tuple[np
 
 def test_pseudo_values_have_the_rate_as_mean_and_come_of_leaving_a_speaker_out() -> None:
     features, trials = draw(np.random.default_rng(0))
-    result = verify(features, trials)
+    result = verify(features, trials, WHO)
     scores = cosine_scores(features, [trial[1:] for trial in trials])
     assert result.eer == equal_error_rate(scores, np.array([trial[0] for trial in trials]))
     assert result.eer == pytest.approx(np.mean(result.by_speaker))
@@ -109,23 +109,36 @@ def test_pseudo_values_have_the_rate_as_mean_and_come_of_leaving_a_speaker_out()
         rest = [i for i, (_, a, b) in enumerate(trials) if speaker not in (a // 6, b // 6)]
         without.append(equal_error_rate(scores[rest], np.array([trials[i][0] for i in rest])))
     np.testing.assert_allclose(np.diff(result.by_speaker), -7 * np.diff(without), atol=1e-12)
+    np.testing.assert_allclose(result.scores, scores, atol=1e-6)
+    assert result.speakers == sorted(set(WHO))
 
 
-def test_their_interval_holds_the_true_rate_as_often_as_it_says() -> None:
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_their_interval_holds_the_true_rate_as_often_as_it_says(spread: float) -> None:
     rng = np.random.default_rng(1)
-    results = [verify(*draw(rng)) for _ in range(200)]
+    results = [verify(*draw(rng, spread), WHO) for _ in range(200)]
     rates = [result.eer for result in results]
-    held = np.mean([result.interval[0] <= np.mean(rates) <= result.interval[1] for result in results])
+    intervals = [result.interval or (1.0, 0.0) for result in results]
+    held = np.mean([low <= np.mean(rates) <= high for low, high in intervals])
     assert 0.92 <= held <= 0.995
-    error = np.mean([(result.interval[1] - result.eer) / 2.365 for result in results])  # t of 7 degrees of freedom
+    error = np.mean([(high - rate) / 2.365 for rate, (_, high) in zip(rates, intervals)])  # t of 7 degrees of freedom
     assert np.std(rates) < error < 1.35 * np.std(rates)  # jackknives err to the safe side
 
 
-def test_two_speakers_have_no_interval() -> None:
+def test_without_three_known_speakers_there_is_a_rate_but_no_interval() -> None:
     trials = [(True, 0, 1), (False, 0, 2), (True, 2, 3)]
-    features = np.random.default_rng(0).normal(size=(4, 1, 3))
-    with pytest.raises(ValueError, match="trials: 2 speakers, expected at least 3 for an interval; add trials"):
-        verify(features, trials)
+    features = np.random.default_rng(0).normal(size=(5, 1, 3))
+    two = verify(features, trials, ["a", "a", "b", "b", "c"])  # nobody hears c
+    assert two.interval is None and two.by_speaker == [] and str(two.no_interval).startswith("2 speakers,")
+    unknown = verify(features, trials, None)
+    assert unknown.interval is None and "speakers unknown" in str(unknown.no_interval)
+    assert unknown.eer == two.eer == equal_error_rate(np.array(unknown.scores), np.array([True, False, True]))
+
+
+def test_pairs_of_one_kind_without_a_speaker_leave_no_interval() -> None:
+    trials = [(True, 0, 1), (False, 0, 2), (False, 2, 3)]
+    result = verify(np.random.default_rng(0).normal(size=(4, 1, 3)), trials, ["a", "a", "b", "c"])
+    assert result.interval is None and "without speaker a" in str(result.no_interval)
 
 
 def test_an_interval_ends_where_rates_do() -> None:
@@ -136,5 +149,5 @@ def test_an_interval_ends_where_rates_do() -> None:
     places[7] = places[6] + 0.05
     features = (places[who] + rng.normal(size=(32, 12)))[:, None]
     trials: list[Trial] = [(bool(who[a] == who[b]), a, b) for a, b in combinations(range(32), 2)]
-    result = verify(features, trials)
-    assert 0 < result.eer < 0.2 and result.interval[0] == 0.0 < result.interval[1] < 1
+    result = verify(features, trials, [str(k) for k in who])
+    assert 0 < result.eer < 0.2 and result.interval and result.interval[0] == 0.0 < result.interval[1] < 1

@@ -30,6 +30,7 @@ PROBES = [
     ("student", 12105, "digit", 0.8367, (0.791, 0.874), 251, 300),
     ("logmel", None, "digit", 0.4933, (0.437, 0.55), 148, 300),
 ]
+SPEAKERS = [f"s{i // 25}" for i in range(200)]
 
 
 def write_log(folder: Path, points: list, valid: list, form: str) -> None:
@@ -100,10 +101,16 @@ def benchmark_results() -> list[dict[str, Any]]:
                 found.append(
                     {
                         **{"method": method, "sparsity": sparsity, "seed": seed, "groups": [[0], list(range(1, 13))]},
-                        "probes": {"digit": {"metric": "accuracy", "samples": "200 recordings", "right": right}},
+                        "probes": {
+                            "digit": {
+                                **{"metric": "accuracy", "samples": "200 recordings", "right": right},
+                                **{"speakers": SPEAKERS, "interval": (0, 1), "no_interval": None},
+                            }
+                        },
                         "distances": {
                             "layers": {kind: rng.random(13).tolist() for kind in KINDS},
                             "recordings": {kind: rng.random(20).tolist() for kind in KINDS},
+                            "speakers": SPEAKERS[::10],
                         },
                         "costs": {"parameters": 252_411, "macs": 368_387_399, "cpu_seconds": 0.0214},
                         "made": {

@@ -29,7 +29,10 @@ def test_tables_have_the_summarys_numbers(made: tuple, benchmark_folder: Path) -
         if row["method"] != "dphubert":
             difference = row["difference"]["digit"]
             said = "{:+.1f} [{:+.1f}, {:+.1f}] ".format(*(100 * number for number in difference["estimate"]))
-            assert any(said + difference["verdict"] in line for line in found)
+            said += difference["verdict"]
+            if difference["verdict"] == "not distinguishable":
+                said += f" within \u00b1{100 * difference['within']:.1f}"
+            assert any(said in line for line in found)
     costs = ["1,009,948", "1.117", "0.052"]
     assert ["teacher", "80.0 [73.9, 85.0]", *costs] in lines
     for sparsity in (0.5, 0.75):  # in the table of costs the teacher comes first
@@ -40,13 +43,13 @@ def test_tables_have_the_summarys_numbers(made: tuple, benchmark_folder: Path) -
         assert cells[0] == ["teacher", *costs, *["-"] * 5] and cells[1][1:4] == ["252,411", "0.368", "0.021"]
 
 
-def test_the_verdict_says_who_wins_and_where_there_is_no_difference(made: tuple) -> None:
+def test_the_verdict_says_who_wins_and_what_cannot_be_told(made: tuple) -> None:
     assert "<li><strong>skill</strong> against" in made[0]
     said = re.findall(r"<li>(.*?)</li>", re.sub("</?strong>", "", made[0]))
     skill = next(line for line in said if line.startswith("skill against dphubert, over all sparsities, 3 seeds"))
     assert re.search(r"digit \+\d+\.\d \[\+.*\] points: higher", skill)
     other = next(line for line in said if line.startswith("a_method_with_quite_a_long_name"))
-    assert re.search(r"digit [-+]\d+\.\d \[-.*, \+.*\] points: no difference", other)
+    assert re.search(r"digit [-+]\d+\.\d \[-.*, \+.*\] points: not distinguishable within \u00b1\d", other)
 
 
 def test_the_page_says_what_intervals_mean_as_the_text_does(made: tuple, benchmark_folder: Path) -> None:
@@ -73,11 +76,24 @@ def test_a_picture_says_what_its_colours_and_arrows_mean(made: tuple, benchmark_
     assert re.findall(captions, made[0]) == [plain] * 3  # of two methods, both are shown
     summary = json.loads((benchmark_folder / "results.json").read_text())
     row = next(row for row in summary["rows"] if row["method"] == "skill")
-    difference = {"digit": {"estimate": [-0.6, -0.7, -0.5], "verdict": "lower"}}
+    difference = {"digit": {"estimate": [-0.6, -0.7, -0.5], "verdict": "lower", "within": 0.7}}
     summary["rows"].append({**row, "method": "far_off", "difference": difference})
     (tmp_path / "results.json").write_text(json.dumps(summary))
     found = re.findall(captions, benchmark_report(read_folder(tmp_path), tmp_path))
     assert found == [f"{plain}; \u25c2 \u25b8: beyond the axis", plain, plain]
+
+
+def test_without_intervals_it_says_why(benchmark_folder: Path, tmp_path: Path) -> None:
+    summary = json.loads((benchmark_folder / "results.json").read_text())
+    summary["tasks"]["digit"]["no_interval"] = "2 speakers, an interval needs 3 or more"
+    for row in summary["rows"]:
+        row["probes"]["digit"][1:] = [None, None]
+        if row["difference"]:
+            row["difference"]["digit"] = {"estimate": [0.1, None, None], "verdict": "no interval", "within": None}
+    (tmp_path / "results.json").write_text(json.dumps(summary))
+    page = benchmark_report(read_folder(tmp_path), tmp_path)
+    assert "<figcaption>no interval: 2 speakers, an interval needs 3 or more</figcaption>" in page
+    assert "Without an interval: digit (2 speakers" in page and "<td>+10.0 (no interval)</td>" in page
 
 
 def test_the_command_to_repeat_it(made: tuple) -> None:

@@ -35,6 +35,7 @@ def batches(task: Any, **settings: Any) -> list[dict[str, Any]]:
         ("binarized_dataset", True, "does nothing"),
         ("precompute_mask_indices", True, "does nothing"),
         ("tpu", True, "does nothing"),
+        ("text_compression_level", "low", "does nothing"),
     ],
 )
 def test_what_is_refused_before_anything_is_read(
