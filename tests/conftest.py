@@ -95,7 +95,7 @@ def student_config(init_from: Any, **changes: Any) -> Any:
     from omegaconf import OmegaConf
 
     off = ("dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop")
-    fields = {"_name": "skill_student", "init_from": str(init_from), "seed": 1, "normalize": False}
+    fields = {"_name": "skill_student", "init_from": str(init_from), "seed": 1}
     return OmegaConf.create({**fields, **dict.fromkeys(off, 0.0), **changes})
 
 

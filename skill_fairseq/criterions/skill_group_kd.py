@@ -11,6 +11,7 @@ import yaml
 from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
 from torch import Tensor
 
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
@@ -18,9 +19,10 @@ from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
 from skill_fairseq.distillation.groups import GroupProjections, Groups, map_groups, parse_groups, parse_sharing
 from skill_fairseq.distillation.loss import LossParts, distillation_loss, without_padding
 from skill_fairseq.distillation.teacher import averaged_states
+from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.size import sparsity
 from skill_fairseq.pruning.expected import full_parameters
-from skill_fairseq.pruning.lagrangian import SizeConstraint
+from skill_fairseq.pruning.lagrangian import SizeConstraint, updates_of
 from skill_fairseq.pruning.selection import check_reachable
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,12 @@ class SkillGroupKDConfig(FairseqDataclass):
     group_weights: Optional[Any] = field(
         default=None, metadata={"help": "weight of each group's loss; null: 1 / number of groups"}
     )
-    normalize_states: bool = field(
-        default=False, metadata={"help": "layer-normalise every state before a group is averaged"}
+    normalize_states: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "layer-normalise every state before a group is averaged; null: where the teacher's layers begin "
+            "with their LayerNorm, whose states grow large and outweigh the size constraint"
+        },
     )
     l1_weight: float = field(default=1.0, metadata={"help": "weight of the L1 term"})
     cos_weight: float = field(default=1.0, metadata={"help": "weight of the cosine term"})
@@ -61,7 +67,12 @@ class SkillGroupKDConfig(FairseqDataclass):
     target_sparsity: Optional[float] = field(
         default=None, metadata={"help": "fraction of the parameters to prune, in [0, 1); null: no size constraint"}
     )
-    sparsity_warmup: int = field(default=5000, metadata={"help": "updates over which the target rises from 0"})
+    sparsity_warmup: float = field(
+        default=5000, metadata={"help": "updates over which the target rises from 0, or a fraction of all, such as 0.1"}
+    )
+    max_update: int = field(
+        default=II("optimization.max_update"), metadata={"help": "what a fraction in sparsity_warmup refers to"}
+    )
 
 
 def read_groups(cfg: SkillGroupKDConfig) -> Any:
@@ -109,6 +120,8 @@ class SkillGroupKDCriterion(FairseqCriterion):
         super().__init__(task)
         self.cfg = cfg
         student, teacher = task.student_config, task.teacher.config
+        cfg.normalize_states = normalizes(cfg, teacher)
+        _check_weights(cfg)
         self.groups: Groups = parse_groups(read_groups(cfg), teacher.encoder_layers)
         self.student_groups = map_groups(self.groups, teacher.encoder_layers, student.encoder_layers)
         self.deepest_layer = max(layer for group in self.student_groups for layer in group)
@@ -134,7 +147,14 @@ class SkillGroupKDCriterion(FairseqCriterion):
                     "model.pruning_units, or leave the target out for stage 2"
                 )
             check_reachable(student, cfg.target_sparsity, "criterion.target_sparsity")
-            self.constraint = SizeConstraint(cfg.target_sparsity, cfg.sparsity_warmup)
+            total = cfg.max_update if 0 < cfg.sparsity_warmup < 1 else 0
+            warmup = updates_of(cfg.sparsity_warmup, total, "criterion.sparsity_warmup")
+            self.constraint = SizeConstraint(cfg.target_sparsity, warmup)
+        elif student.pruning_units:
+            raise ValueError(
+                f"criterion.target_sparsity: null, but the student has gates on {student.pruning_units}, which nothing "
+                "would close; set it, for example to 0.75, or leave model.pruning_units empty"
+            )
         self.full_parameters = full_parameters(student)
         for index, group in enumerate(self.groups):
             logger.info(f"group {index}: teacher layers {list(group)}, weight {self.weights[index]:.3f}")
@@ -205,7 +225,7 @@ class SkillGroupKDCriterion(FairseqCriterion):
             net_input["source"], net_input.get("padding_mask"), self.groups, self.cfg.normalize_states
         )
         out = model(**net_input, draw=draw, last_layer=self.deepest_layer)
-        means = averaged_states(out["hidden_states"], self.student_groups, self.cfg.normalize_states)
+        means = averaged_states(out["hidden_states"], self.student_groups, bool(self.cfg.normalize_states))
         means = self.projections(means)
         if out["padding_mask"] is not None:
             frames = without_padding([*means, *targets], out["padding_mask"])
@@ -293,6 +313,23 @@ def _unsupervised(deepest: int, layers: int, pruned: bool) -> str:
         f"criterion.groups: no group supervises the student's {above}: they are not computed, no loss reaches them, "
         f"{fate}. Add their layers to a group, or fine-tune and probe the student up to layer {deepest}"
     )
+
+
+def normalizes(cfg: SkillGroupKDConfig, teacher: EncoderConfig) -> bool:
+    """Whether states are normalised before they are averaged: as ``cfg`` says, or as suits the teacher.
+
+    Where layers begin with their LayerNorm (pre-LayerNorm: HuBERT and WavLM Large), nothing bounds what they add up,
+    and states of layers differ in size by orders of magnitude. The L1 term would outweigh the size constraint.
+    """
+    return teacher.layer_norm_first if cfg.normalize_states is None else bool(cfg.normalize_states)
+
+
+def _check_weights(cfg: SkillGroupKDConfig) -> None:
+    for name in ("l1_weight", "cos_weight"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise ValueError(f"criterion.{name}: {getattr(cfg, name)}; expected a number of at least 0")
+    if not cfg.l1_weight and not cfg.cos_weight:
+        raise ValueError("criterion.l1_weight: 0, as criterion.cos_weight, so that nothing is distilled; raise one")
 
 
 def _weights(value: Any, num_groups: int) -> List[float]:

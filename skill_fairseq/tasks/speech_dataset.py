@@ -50,15 +50,16 @@ def check_once(manifest: Manifest, everything: bool = False) -> None:
 class SpeechDataset(FileAudioDataset):
     """fairseq's manifest dataset with checked audio and batches that differ from epoch to epoch.
 
-    A relative root in the manifest is relative to the manifest's folder. Training batches (``pad=False``) are
-    cropped to their shortest utterance. Validation batches (``pad=True``) hold utterances of one length: padding
-    changes what Base models hear, and so would the loss with the batch size.
+    A relative root in the manifest is relative to the manifest's folder. Training batches (``shuffle=True``) are
+    cropped to their shortest utterance, or with ``pad=True`` padded to their longest. Validation batches hold
+    utterances of one length: padding changes what Base models hear, and so would the loss with the batch size.
 
     Args:
         manifest_path: fairseq manifest.
         crop_multiple: crop training batches to a multiple of so many samples.
         check_all_files: look for every file of the manifest, not for a sample of them.
-        num_buckets: of :class:`FileAudioDataset`.
+        num_buckets: crop (or pad) batches to one of so many lengths, which split the utterances into equal parts;
+            0: to any. Utterances of one bucket share batches.
         most_samples: hear so many samples of a recording, from its beginning; None: all.
         kwargs: of :class:`RawAudioDataset`.
 
@@ -140,6 +141,9 @@ class SpeechDataset(FileAudioDataset):
         if not self.pad and samples:
             length = self.crop_length([len(s["source"]) for s in samples])
             samples = [{**s, "source": self._crop(s["source"], length, s["id"])} for s in samples]
+        elif self.shuffle:
+            most = self.max_sample_size
+            samples = [{**s, "source": self._crop(s["source"], min(len(s["source"]), most), s["id"])} for s in samples]
         batch = super().collater(samples)
         if batch:
             if self.pad and not batch["net_input"]["padding_mask"].any():
@@ -153,11 +157,43 @@ class SpeechDataset(FileAudioDataset):
     def crop_length(self, sizes: Sequence[int]) -> int:
         """Samples to which a training batch of utterances with these numbers of samples is cropped."""
         shortest = min(min(sizes), self.max_sample_size)
+        if self._buckets is not None:
+            shortest = int(self._to_bucket(np.array([shortest]))[0])
         return max(shortest - shortest % self.crop_multiple, min(shortest, self.crop_multiple))
 
     def _crop(self, wave: Tensor, length: int, index: int) -> Tensor:
         start = np.random.default_rng([self.seed, self.epoch, index]).integers(len(wave) - length + 1)
         return wave[start : start + length]
+
+    def set_bucket_info(self, num_buckets: int) -> None:
+        """Chooses the lengths of batches; fairseq's own asks for padding, and for an older numpy.
+
+        Cropping rounds down to a length, padding up.
+        """
+        self._buckets: Optional[np.ndarray] = None
+        self.num_buckets = 0  # fairseq's collater pads to them where there are any
+        if num_buckets:
+            lengths = np.minimum(self.sizes, self.max_sample_size)
+            ranks = np.linspace(0, len(lengths) - 1, num_buckets + 1).astype(int)
+            self._buckets = np.unique(np.sort(lengths)[ranks[1:] if self.pad else ranks[:-1]])
+            if self.pad:
+                self.num_buckets, self._bucketed_sizes = len(self._buckets), self._to_bucket(lengths)
+            logger.info(f"task.num_batch_buckets: batches have one of the lengths {self._buckets.tolist()}")
+
+    def _to_bucket(self, lengths: np.ndarray) -> np.ndarray:
+        """Lengths in batches, by :meth:`set_bucket_info`; those beyond all buckets stay as they are."""
+        if self._buckets is None:
+            return lengths
+        if self.pad:
+            found = np.searchsorted(self._buckets, lengths)
+            return np.where(found < len(self._buckets), self._buckets[found.clip(max=len(self._buckets) - 1)], lengths)
+        found = np.searchsorted(self._buckets, lengths, side="right") - 1
+        return np.where(found >= 0, self._buckets[found.clip(min=0)], lengths)
+
+    def size(self, index: int) -> int:
+        """Samples of an utterance in a batch."""
+        length = min(self.sizes[index], self.max_sample_size)
+        return int(length if self._buckets is None else self._to_bucket(np.array([length]))[0])
 
     @property
     def can_reuse_epoch_itr_across_epochs(self) -> bool:
@@ -179,8 +215,11 @@ class SpeechDataset(FileAudioDataset):
         # How far an utterance may move, as a part of its length: the more there are, the nearer its new neighbours,
         # and the less is cropped off a batch (at 5 % a batch of LibriSpeech holds 6 % less audio than at 0.5 %).
         reach = min(0.05, max(0.005, 50 / len(self)))
-        sizes = np.minimum(self.sizes, self.max_sample_size) * random.uniform(1 - reach, 1 + reach, len(self))
-        return np.argsort(-sizes, kind="stable")
+        sizes = np.minimum(self.sizes, self.max_sample_size)
+        noise = random.uniform(1 - reach, 1 + reach, len(self))
+        if self._buckets is not None:
+            return np.lexsort((noise, -self._to_bucket(sizes)))
+        return np.argsort(-(sizes * noise), kind="stable")
 
     def batch_by_size(self, indices: np.ndarray, max_tokens: Optional[int] = None, **limits: Any) -> Any:
         """fairseq's, which stops at an utterance above ``max_tokens``; whole ones in validation get through.
@@ -189,9 +228,15 @@ class SpeechDataset(FileAudioDataset):
         empty batches, on which ranks idle. In validation utterances of different lengths share no batch.
 
         Raises:
-            ValueError: there are too few utterances for the number of ranks.
+            ValueError: ``max_tokens`` is below every utterance, or there are too few for the number of ranks.
         """
-        if self.pad:
+        if not len(indices):
+            shortest = min(self.size(index) for index in range(len(self)))
+            raise ValueError(
+                f"dataset.max_tokens: {max_tokens}; the shortest of {len(self)} utterances has {shortest} samples in a "
+                "batch, so that no batch holds one. Raise it, or lower task.max_sample_size"
+            )
+        if not self.shuffle:
             batches: List[Any] = []
             for length, same in groupby(sorted(indices, key=self.num_tokens), self.num_tokens):
                 most = None if max_tokens is None else max(max_tokens, int(length))
@@ -200,5 +245,7 @@ class SpeechDataset(FileAudioDataset):
         batches = super().batch_by_size(indices, max_tokens, **limits)
         batches = split_batches([[int(i) for i in batch] for batch in batches], self.num_shards)
         lengths = np.minimum(self.sizes, self.max_sample_size)
-        self.batch_samples = float(np.mean([len(batch) * lengths[batch].min() for batch in batches]))
+        lengths = lengths if self.pad else self._to_bucket(lengths)
+        heard = (lengths[batch].sum() if self.pad else len(batch) * lengths[batch].min() for batch in batches)
+        self.batch_samples = float(np.mean(list(heard)))
         return batches

@@ -33,6 +33,7 @@ from skill_fairseq.training.half_precision import (
 )
 from skill_fairseq.training.preemption import preemption
 from skill_fairseq.training.run_lock import lock_run, unlock_run
+from skill_fairseq.training.values import check_values
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,9 @@ class SkillTrainer(Trainer):
     _dummy_batch: Any
 
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None) -> None:
+        if OmegaConf.is_config(cfg):
+            plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+            check_values(plain)
         check_backend(cfg.distributed_training, cfg.optimization.use_bmuf)
         lost = check_memory_efficient(cfg.common)
         sharded = cfg.distributed_training.ddp_backend == "fully_sharded"  # keeps float32 weights itself

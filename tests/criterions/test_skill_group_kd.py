@@ -444,7 +444,7 @@ def test_nothing_is_said_or_frozen_where_the_last_layer_is_supervised(
         ({"groups": [["a"]]}, r"criterion\.groups names the layer 'a'"),
         ({"groups": 3}, r"criterion\.groups is 3"),
         ({"groups": None}, r"criterion\.groups: None, criterion\.groups_file: None; give one"),
-        ({"groups_file": "some.yaml"}, r"criterion\.groups: .*criterion\.groups_file: some\.yaml; give one"),
+        ({"groups_file": "some.yaml"}, r"criterion\.groups: .*criterion\.groups_file: .*some\.yaml; give one"),
         ({"group_weights": [1.0]}, r"criterion\.group_weights: \[1\.0\]; expected 3 numbers"),
         ({"group_weights": [1.0, -1.0, 1.0]}, r"criterion\.group_weights: .*expected 3 numbers >= 0"),
         ({"group_weights": [0.0, 0.0, 0.0]}, r"criterion\.group_weights: .*not all 0"),
@@ -458,7 +458,14 @@ def test_nothing_is_said_or_frozen_where_the_last_layer_is_supervised(
         ({"target_sparsity": -0.1, "units": UNITS}, r"criterion\.target_sparsity: -0\.1"),
         ({"target_sparsity": 0.99, "units": UNITS}, r"criterion\.target_sparsity: 0\.99 cannot be reached"),
         ({"target_sparsity": 0.5, "units": ["heads"]}, r"0\.5 cannot be reached: gates on \['heads'\]"),
-        ({"target_sparsity": 0.5, "units": UNITS, "sparsity_warmup": -1}, r"warmup is -1"),
+        ({"target_sparsity": 0.5, "units": UNITS, "sparsity_warmup": -1}, r"criterion\.sparsity_warmup: -1.*updates"),
+        ({"target_sparsity": None, "units": UNITS}, r"criterion\.target_sparsity: null.*model\.pruning_units"),
+        ({"target_sparsity": float("nan"), "units": UNITS}, r"criterion\.target_sparsity: nan"),
+        ({"l1_weight": -1.0}, r"criterion\.l1_weight: -1"),
+        ({"cos_weight": float("inf")}, r"criterion\.cos_weight: inf"),
+        ({"l1_weight": float("nan")}, r"criterion\.l1_weight: nan"),
+        ({"l1_weight": 0.0, "cos_weight": 0.0}, r"criterion\.l1_weight: 0.*criterion\.cos_weight"),
+        ({"target_sparsity": 0.5, "units": UNITS, "sparsity_warmup": 1.5}, r"criterion\.sparsity_warmup: 1\.5"),
     ],
 )
 def test_what_is_refused(build: Any, fields: dict, message: str) -> None:
@@ -478,3 +485,21 @@ def test_group_files_that_are_refused(build: Any, tmp_path: Path) -> None:
     broken.write_text("groups: [[0], [1")
     with pytest.raises(ValueError, match=r"criterion\.groups_file: .*broken\.yaml is no YAML"):
         build(groups=None, groups_file=str(broken))
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_states_are_normalised_where_the_teacher_needs_it(
+    build: Any, small: Any, tmp_path: Path, pre_norm: bool, asked: Any
+) -> None:
+    """Where layers begin with their LayerNorm, unless the config says otherwise; what was chosen is in the config."""
+    path = tmp_path / "teacher.safetensors"
+    save_encoder(small.random_encoder(layer_norm_first=pre_norm), path)
+    criterion = build(student=path, teacher=path, **({} if asked is None else {"normalize_states": asked}))[2]
+    assert criterion.cfg.normalize_states is (pre_norm if asked is None else asked)
+
+
+def test_the_target_rises_over_a_fraction_of_the_run(build: Any) -> None:
+    for warmup, updates in ((0.25, 50), (7, 7)):
+        criterion = build(UNITS, target_sparsity=0.5, sparsity_warmup=warmup, max_update=200)[2]
+        assert criterion.constraint.warmup == updates

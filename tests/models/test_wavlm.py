@@ -11,6 +11,7 @@ import torch
 from fairseq.criterions import build_criterion
 from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig, HubertPretrainingTask
 from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError
 
 from skill_fairseq.models.wavlm import WavLMModel
 from skill_fairseq.modules import encoder as encoder_module
@@ -147,6 +148,25 @@ def test_without_relative_position_it_is_hubert(pretraining: Any) -> None:
     extra = set(wavlm.state_dict()) - set(hubert.state_dict())
     assert extra and all("relative_position" in name or "position_gate" in name for name in extra)
     assert set(hubert.state_dict()) < set(wavlm.state_dict())
+
+
+def test_fields_of_conformers_and_padding_are_refused_in_training_alone(pretraining: Any, small: Any) -> None:
+    for name, value in (("layer_type", "conformer"), ("required_seq_len_multiple", 1), ("fp16", True)):
+        with pytest.raises(ConfigKeyError, match=name):
+            pretraining(**{name: value})
+    task, model, _, _ = pretraining()
+    cfg = OmegaConf.create(OmegaConf.to_container(model.cfg, enum_to_str=True))
+    old = OmegaConf.merge(cfg, {"_name": "wavlm", "layer_type": "transformer", "latent_temp": [2, 0.5, 0.999995]})
+    assert task.build_model(old, from_checkpoint=True).speech_encoder.config == model.speech_encoder.config
+
+
+def test_the_sample_rate_is_the_tasks(pretraining: Any) -> None:
+    _, model, _, _ = pretraining()
+    cfg = model.cfg
+    task_cfg = OmegaConf.create({"sample_rate": 8000})
+    telephone = type(model)(cfg, task_cfg, [None])
+    assert telephone.speech_encoder.config.sample_rate == 8000
+    assert telephone.feat2tar_ratio == 2 * model.feat2tar_ratio
 
 
 def test_checkpoint_activations(pretraining: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ SLOW = [
     "dataset.validate_interval_updates=3",
     "dataset.max_tokens_valid=20000",
     *(f"optimizer.groups.{group}.lr_scheduler.warmup_updates=1" for group in ("default", "gates", "multipliers")),
-    "optimizer.groups.default.lr_float=1e-7",
+    "optimization.lr=[1e-7]",
     "optimizer.groups.gates.lr_float=1e-7",
     "optimizer.groups.multipliers.lr_float=0.2",
 ]
