@@ -61,12 +61,8 @@ PLOTS = ["matplotlib"]
 PROBE = ["scikit-learn"]
 HF = ["transformers"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
-SLURM = [
-    "hydra-submitit-launcher==1.1.1",  # the last for hydra 1.0
-    "submitit<1.5.4; python_version < '3.10'",  # 1.5.4: KeyError 'submitit' there
-    "submitit; python_version >= '3.10'",
-]
-# torch.export, on which the ONNX export rests, is not in the old torch of Python 3.9 and 3.10.
+SLURM = ["hydra-submitit-launcher==1.1.1", "submitit"]  # the last launcher for hydra 1.0
+# torch.export, on which the ONNX export rests, is not in the old torch that Python 3.10 is tested with.
 ONNX_TESTS = [f"{package}; python_version >= '3.11'" for package in ONNX]
 TESTS = ["pytest", "ruff", "mypy", "setuptools>=64", "wheel", *PLOTS, *PROBE, *HF, *ONNX_TESTS, *SLURM]
 
@@ -80,7 +76,7 @@ setup(
     long_description_content_type="text/markdown",
     author="skill_fairseq contributors",
     license="MIT",
-    python_requires=">=3.9,<3.14",
+    python_requires=">=3.10,<3.14",
     install_requires=[
         "fairseq==0.12.2",
         "hydra-core==1.0.7",

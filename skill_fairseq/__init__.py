@@ -2,7 +2,7 @@
 
 Importing it registers, where fairseq is installed, the task ``skill_distillation``, the models ``wavlm`` and
 ``skill_student`` and the criterion ``skill_group_kd``, and gives ``fairseq-hydra-train`` its trainer. Without fairseq,
-encoders still load and run.
+or with one that is broken, encoders still load and run.
 """
 
 import sys
@@ -14,14 +14,34 @@ from skill_fairseq.pruning.shrink import shrink
 __all__ = ["load_encoder", "shrink"]
 __version__ = "0.2.0"
 
-if find_spec("fairseq") is not None:
-    import skill_fairseq.criterions.skill_group_kd
-    import skill_fairseq.models.skill_student
-    import skill_fairseq.models.wavlm
-    import skill_fairseq.optim.linear_warmup_decay
-    import skill_fairseq.tasks.skill_distillation  # noqa: F401
 
+
+def _register() -> None:
+    """Registers everything with fairseq.
+
+    Raises:
+        ImportError: fairseq is broken, and asked for by the program; without that, encoders load all the same.
+    """
+    asked = "fairseq" in sys.modules or "fairseq_cli" in sys.modules
+    try:
+        import skill_fairseq.criterions.skill_group_kd
+        import skill_fairseq.models.skill_student
+        import skill_fairseq.models.wavlm
+        import skill_fairseq.optim.linear_warmup_decay
+        import skill_fairseq.tasks.skill_distillation  # noqa: F401
+    except Exception as error:  # old packages beside a new Python raise nearly anything
+        if not asked:
+            return
+        raise ImportError(
+            f"fairseq is installed, but cannot be used: {type(error).__name__}: {error}. Training needs fairseq "
+            "0.12.2, hydra-core 1.0.7, omegaconf 2.0.6 and the start-up hook (SKILL_FAIRSEQ_HOOK must not be 0): "
+            "install skill_fairseq again into this environment"
+        ) from error
     if "fairseq_cli.train" in sys.modules:  # this is a training run
         from skill_fairseq.training.register import register_trainer
 
         register_trainer()
+
+
+if find_spec("fairseq") is not None:
+    _register()

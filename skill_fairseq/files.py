@@ -84,3 +84,16 @@ def sha256(path: PathLike) -> str:
         for piece in iter(lambda: stream.read(1 << 20), b""):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def content_sha256(path: PathLike) -> str:
+    """SHA-256 of a file; of a folder, that of the lines ``<sha256>  <name>`` of its files, sorted by name.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return sha256(path)
+    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(path.iterdir()) if file.is_file()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

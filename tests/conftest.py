@@ -95,16 +95,15 @@ def student_config(init_from: Any, **changes: Any) -> Any:
     from omegaconf import OmegaConf
 
     off = ("dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop")
-    fields = {"_name": "skill_student", "init_from": str(init_from), "seed": 1, "normalize": False}
+    fields = {"_name": "skill_student", "init_from": str(init_from), "seed": 1}
     return OmegaConf.create({**fields, **dict.fromkeys(off, 0.0), **changes})
 
 
 def make_criterion(task: Any, **fields: Any) -> Any:
     """The group criterion for a task whose model has been built."""
-    from fairseq.criterions import build_criterion
     from omegaconf import OmegaConf
 
-    return build_criterion(OmegaConf.create({"_name": "skill_group_kd", **fields}), task)
+    return task.build_criterion(OmegaConf.create({"_name": "skill_group_kd", **fields}))
 
 
 def waves(samples: int = 4000, batch: int = 2, seed: int = 0) -> Tensor:

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Runs the quick tests on every supported Python found, each in an environment of its own; prints a table.
 #
-#   bash tests/matrix.sh                        3.9 to 3.13, environments in a temporary folder
+#   bash tests/matrix.sh                        3.10 to 3.13, environments in a temporary folder
 #   bash tests/matrix.sh FOLDER                 environments, logs and table kept there, and used again
-#   PYTHONS="3.9 3.13" bash tests/matrix.sh     these alone
+#   PYTHONS="3.10 3.13" bash tests/matrix.sh    these alone
 #
-# 3.9 and 3.10 run the oldest torch, the others that of tests/constraints.txt (see run.sh). Not part of CI:
-# where pip offers no CPU build of torch, an environment takes about 5 GB.
+# 3.10 runs the oldest torch, the others that of tests/constraints.txt (see run.sh). As many at a time as there are
+# processors. Where pip offers no CPU build of torch, an environment takes about 5 GB.
 set -euo pipefail
 if [ $# -gt 0 ]; then
     mkdir -p "$1"
@@ -16,6 +16,7 @@ else
     trap 'rm -rf "$folder"' EXIT
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")"
+versions=${PYTHONS:-3.10 3.11 3.12 3.13}
 
 # The first python3.X that starts and can make environments: on the PATH, then among pyenv's.
 find_python() {
@@ -26,29 +27,35 @@ find_python() {
     return 1
 }
 
-table="$folder/table.txt"
-row() { printf '%-8s %-16s %-8s %s\n' "$@" >>"$table"; }
-: >"$table"
-row python torch numpy result
-failed=0
-for version in ${PYTHONS:-3.9 3.10 3.11 3.12 3.13}; do
+row() { printf '%-8s %-16s %-8s %s\n' "$@"; }
+
+try() {  # version: its row of the table, into a file beside its environment
+    local version=$1 venv=$folder/$1 log=$folder/$1.log python result torch numpy
     if ! python=$(find_python "$version"); then
-        row "$version" - - 'no such Python here'
-        continue
+        row "$version" - - 'no such Python here' >"$folder/$version.row"
+        return
     fi
-    venv="$folder/$version"
-    log="$folder/$version.log"
     printf '== Python %s (%s), log %s\n' "$version" "$python" "$log"
     if PYTHON=$python VENV=$venv LINT=0 bash run.sh -m 'not slow' -p no:cacheprovider >"$log" 2>&1; then
         result=$(tail -n 1 "$log" | tr -d =)
     else
-        failed=1
         result="FAILED: $(tail -n 1 "$log" | tr -d =)"
     fi
     printf '== Python %s: %s\n' "$version" "$result"
     read -r torch numpy < <("$venv/bin/python" -c 'import numpy, torch; print(torch.__version__, numpy.__version__)' || echo - -)
-    row "$version" "$torch" "$numpy" "$result"
+    row "$version" "$torch" "$numpy" "$result" >"$folder/$version.row"
+}
+
+for version in $versions; do
+    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n; done
+    rm -f "$folder/$version.row"
+    try "$version" &
 done
+wait
+{
+    row python torch numpy result
+    for version in $versions; do cat "$folder/$version.row"; done
+} >"$folder/table.txt"
 printf '\n'
-cat "$table"
-exit $failed
+cat "$folder/table.txt"
+! grep -q FAILED "$folder/table.txt"

@@ -69,7 +69,7 @@ def seconds_of_batches(name: str, data: Path, **dataset: Any) -> np.ndarray:
     cfg = OmegaConf.load(str(CONFIG / f"{name}.yaml"))
     cfg.task.data = str(data)
     cfg.dataset.update(dataset)
-    if "teacher" in cfg.task:
+    if cfg.task._name == "skill_distillation":
         cfg.task.teacher = "not loaded"
     task = setup_task(OmegaConf.merge({"tpu": False}, cfg.task))
     task.load_dataset("train", task_cfg=task.cfg)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,15 +24,16 @@ from omegaconf import MISSING, OmegaConf
 
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.models.skill_student import SkillStudentModel
-from skill_fairseq.modules.config import wavlm_base
+from skill_fairseq.modules.config import hubert_large, wavlm_base
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.pruning.lagrangian import SizeConstraint
+from skill_fairseq.pruning.lagrangian import SizeConstraint, updates_of
 from skill_fairseq.pruning.reach import check_reach
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
 PATHS = {str(path.relative_to(CONFIG)): path for path in sorted(CONFIG.rglob("*.yaml"))}
 RUN_CONFIGS = {name: path for name, path in PATHS.items() if name.startswith("run/")}
 FILES = {name: path for name, path in PATHS.items() if name not in RUN_CONFIGS}
+BASE = "wavlm_base_plus_librispeech"
 BLOCKS = ("common", "checkpoint", "distributed_training", "task", "dataset", "criterion", "optimization", "optimizer")
 BLOCKS += ("lr_scheduler", "model")
 
@@ -153,7 +155,12 @@ def test_groups_of_the_optimizer(name: str) -> None:
             for block in ("optimizer", "lr_scheduler"):
                 assert set(group[block]) <= {"_name", *registered(block)[group[block]["_name"]].__dataclass_fields__}
             assert group["optimizer"]["weight_decay"] == 0.0
-            assert group["lr_scheduler"]["warmup_updates"] < fields["optimization"]["max_update"]
+
+
+def schedule_of(scheduler: Any) -> tuple[int, int]:
+    """Updates of the warm-up and of the whole, as the scheduler takes its config."""
+    total = scheduler.total_num_update
+    return updates_of(scheduler.warmup_updates, total, "warmup_updates"), total
 
 
 def test_recipe_of_dphubert() -> None:
@@ -177,11 +184,73 @@ def test_recipe_of_dphubert() -> None:
             assert (part.lr_float if "distill" in name else part.optimization.lr[0]) == peak
             assert part.optimizer.adam_betas == "(0.9,0.999)" and part.optimizer.weight_decay == 0.0
             assert part.lr_scheduler._name == "linear_warmup_decay"
-            assert part.lr_scheduler.warmup_updates == warmup
-            assert part.lr_scheduler.total_num_update == updates
+            assert schedule_of(part.lr_scheduler) == (warmup, updates)
     stage1 = composed("distill/wavlm_base_plus_librispeech.yaml")
-    assert (stage1.criterion.target_sparsity, stage1.criterion.sparsity_warmup) == (0.75, 5000)
+    assert stage1.criterion.target_sparsity == 0.75
+    assert updates_of(stage1.criterion.sparsity_warmup, stage1.criterion.max_update, "") == 5000
     assert stage1.model.pruning_units == ["conv", "heads", "ffn"] and stage1.model.init_from == "1"
+
+
+@pytest.mark.parametrize("name", [f"{k}/{n}.yaml" for k in ("distill", "final") for n in ("tiny", BASE)])
+def test_one_knob_for_the_length_one_for_the_warm_up_one_for_the_rate(name: str) -> None:
+    """Warm-ups follow the number of updates, and those of the groups each other."""
+    stage1 = name.startswith("distill/")
+    knob = ("optimizer.groups.default." if stage1 else "") + "lr_scheduler.warmup_updates"
+    cfg = composed(name, "optimization.max_update=1000", f"{knob}=0.25", "optimization.lr=[0.007]")
+    parts = list(cfg.optimizer.groups.values()) if stage1 else [cfg]
+    assert [schedule_of(part.lr_scheduler) for part in parts] == [(250, 1000)] * len(parts)
+    assert (parts[0].lr_float if stage1 else parts[0].lr_scheduler.lr[0]) == 0.007
+    if stage1:
+        share = read(name)["criterion"]["sparsity_warmup"]
+        assert updates_of(cfg.criterion.sparsity_warmup, cfg.criterion.max_update, "") == round(share * 1000)
+    older = composed(name, f"{knob}=7")
+    assert schedule_of((older.optimizer.groups.gates if stage1 else older).lr_scheduler)[0] == 7
+
+
+def test_readme_lists_every_config_and_four_fields_that_it_has() -> None:
+    text = (CONFIG / "README.md").read_text(encoding="utf-8")
+    rows = {
+        name: re.findall(r"`([a-z0-9_.]+)`", last)
+        for name, last in re.findall(r"^\| `(\S+)` \|.*\| (.*) \|$", text, re.M)
+    }
+    rows = {name: fields for name, fields in rows.items() if "*" not in name}
+    assert {f"{name}.yaml" for name in rows} == set(FILES)
+    for name, fields in rows.items():
+        assert len(fields) == 4
+        for block, field in (dotted.split(".") for dotted in fields):
+            assert field in read(f"{name}.yaml")[block], f"{name}: {block}.{field}"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_precision_and_batch_multiple_stand_in_every_config(name: str) -> None:
+    fields = read(name)
+    assert {"fp16", "bf16"} & set(fields["common"])
+    assert "required_batch_size_multiple" in fields["dataset"]
+    if name.startswith(("distill/", "final/")):
+        assert fields["task"]["tf32"] is True
+    if name.startswith("distill/"):  # so that common.bf16=true is all it takes
+        assert fields["common"]["fp16_no_flatten_grads"] is True
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if not name.startswith("pretrain/")])
+def test_validation_goes_by_updates_and_comes_once(name: str) -> None:
+    dataset = read(name)["dataset"]
+    assert dataset["validate_interval"] == 1000 and dataset["validate_interval_updates"] > 0
+
+
+@pytest.mark.parametrize("kind", ["distill", "final"])
+@pytest.mark.parametrize("teacher", ["hubert_base", "hubert_large", "wavlm_large"])
+def test_other_teachers_have_the_same_recipe(kind: str, teacher: str) -> None:
+    """But for the waveforms they expect, and for smaller batches, of which the larger models take two an update."""
+    base, other = (read(f"{kind}/{name}_librispeech.yaml") for name in ("wavlm_base_plus", teacher))
+    large = teacher.endswith("large")
+    for config in (base, other):
+        del config["hydra"]
+    base["task"]["normalize"] = large
+    if large:
+        base["dataset"].update(max_tokens=1280000, max_tokens_valid=1280000)
+        base["optimization"]["update_freq"] = [2]
+    assert other == base
 
 
 def test_baseline_is_dphubert_and_nothing_else() -> None:
@@ -202,17 +271,19 @@ def test_gates_can_get_to_the_target_of_every_stage_1_config(name: str) -> None:
     cfg = composed(name)
     tiny = CONFIG.parent / "examples" / "tiny" / "teacher" / "teacher.safetensors"
     shape = load_encoder(tiny).config if "tiny" in name else wavlm_base()
+    if "large" in name:  # the real one takes gigabytes
+        small = {"encoder_layers": 2, "encoder_embed_dim": 64, "encoder_ffn_embed_dim": 256}
+        shape = hubert_large(encoder_attention_heads=4, **small)
     encoder = SpeechEncoder(shape.replace(pruning_units=list(cfg.model.pruning_units)))
     rates = {"conv": cfg.model.conv_drop_rate, "heads": cfg.model.head_drop_rate, "ffn": cfg.model.ffn_drop_rate}
     for gate_name, gate in encoder.named_gates():
         rate = rates[SkillStudentModel.gate_kind(gate_name)]
         gate.log_alpha.data.fill_(math.log((1 - rate) / rate))
-    criterion = SimpleNamespace(constraint=SizeConstraint(cfg.criterion.target_sparsity, cfg.criterion.sparsity_warmup))
+    warmup = updates_of(cfg.criterion.sparsity_warmup, cfg.optimization.max_update, "")
+    criterion = SimpleNamespace(constraint=SizeConstraint(cfg.criterion.target_sparsity, warmup))
     assert check_reach(cfg, encoder, criterion) == []
     short = copy.deepcopy(cfg)
-    short.optimization.max_update = cfg.optimization.max_update // 100  # the schedule's length follows
-    for group in short.optimizer.groups.values():
-        group.lr_scheduler.warmup_updates = 1
+    short.optimization.max_update = cfg.optimization.max_update // 100  # the schedule follows; the target does not here
     warnings = check_reach(short, encoder, criterion)
     assert [warning.split(":")[0] for warning in warnings][-1] == "criterion.sparsity_warmup"
     if "tiny" in name:  # of Base the gates' rate is high enough even so

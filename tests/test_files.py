@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from skill_fairseq.files import atomic_write, read_json, sha256, write_json
+from skill_fairseq.files import atomic_write, content_sha256, read_json, sha256, write_json
 
 
 def test_atomic_write_replaces_in_one_step(tmp_path: Path) -> None:
@@ -54,3 +54,13 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_json(tmp_path / "new" / "a.json", {"b": float("nan")})
     assert read_json(tmp_path / "new" / "a.json") == {"b": [1, 2.5, None]}
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a.json"]
+
+
+def test_hash_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "a.bin").write_bytes(b"abc")
+    lines = "".join(
+        f"{hashlib.sha256(content).hexdigest()}  {name}\n"
+        for name, content in [("a.bin", b"abc"), ("config.json", b"{}")]
+    )
+    assert content_sha256(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()

@@ -117,6 +117,7 @@ def runs(
         *("hydra.run.dir=.", "checkpoint.save_dir=.", "dataset.max_tokens=20000", "dataset.disable_validation=true"),
         *(f"optimization.max_update={UPDATES}", "criterion.sparsity_warmup=10", "criterion.target_sparsity=0.5"),
         *(f"optimizer.groups.{group}.lr_float={rate}" for group, rate in rates.items()),
+        f"optimization.lr=[{rates['default']}]",
         *(f"optimizer.groups.{group}.lr_scheduler.warmup_updates=5" for group in rates),
     ]
     environment = {**os.environ, "SKILL_FAIRSEQ_USER_DIR": str(PACKAGE), "OMP_NUM_THREADS": "1"}

@@ -43,7 +43,7 @@ from skill_fairseq.comparison.methods import METHODS
 from skill_fairseq.comparison.runs_table import write_runs
 from skill_fairseq.comparison.summary import summarise
 from skill_fairseq.comparison.table import write_tables
-from skill_fairseq.files import atomic_write, read_json, sha256, write_json
+from skill_fairseq.files import atomic_write, content_sha256, read_json, sha256, write_json
 from skill_fairseq.probing.evaluate import evaluate, require_scikit_learn
 from skill_fairseq.probing.models import level_free_log_mel
 from skill_fairseq.probing.pooling import EncoderFeatures
@@ -171,7 +171,7 @@ def prepare(grid: Grid, out: Path) -> dict[str, Any]:
     require_scikit_learn(tasks)
     names = ["train.tsv", "valid.tsv", "valid.speakers.tsv"]
     hashes = {
-        "teacher": cluster.hash_teacher(grid.teacher),
+        "teacher": content_sha256(grid.teacher),
         "data": {name: sha256(grid.data / name) for name in names if (grid.data / name).is_file()},
         "tasks": {task.name: task.hashes for task in tasks},
     }

@@ -46,7 +46,7 @@ train() {  # folder, config folder, data, teacher, config, run config, groups fi
             fi
             date >"$run/done.partial" && mv "$run/done.partial" "$run/done"
             ;;
-        75) go_on_later ;;
+        75 | 138 | 140) go_on_later ;;  # the last two: SIGUSR1 or SIGUSR2 before Python was up
         # srun's code where one task, done with stopping, had the others ended: told to stop only if rank 0 says so. A
         # task that fails ends the others in the same way.
         *) if [ -e "$run/preempted" ]; then go_on_later; else return "$status"; fi ;;

@@ -5,7 +5,7 @@
 #   bash examples/tiny/run.sh [OUT]        results go to OUT, by default examples/tiny/out
 #
 # What is done is not done again: delete OUT, or a part of it, to repeat. PYTHON chooses the interpreter for the
-# environment (default python3).
+# environment (default python3; 3.10 to 3.13).
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -31,17 +31,20 @@ times=
 trap 'printf "\nStopped. What was finished stays; the same command goes on from there.\n" >&2; exit 130' INT TERM
 
 install() {
-    local wanted
-    wanted=$(cd "$repo" && { git rev-parse HEAD && git status --porcelain -- skill_fairseq config setup.py; } 2>/dev/null ||
+    local wanted python=${PYTHON:-python3} constraints=constraints.txt
+    if [ "$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = 3.10 ]; then
+        constraints=constraints-oldest.txt  # the other's packages need a later Python
+    fi
+    wanted=$("$python" --version && cd "$repo" && { git rev-parse HEAD && git status --porcelain -- skill_fairseq config setup.py; } 2>/dev/null ||
         cat "$repo/setup.py")
     if [ -f "$out/venv/ready" ] && [ "$(cat "$out/venv/ready")" = "$wanted" ]; then
         echo "environment is there: $out/venv"
         return
     fi
     rm -rf "$out/venv"
-    "${PYTHON:-python3}" -m venv "$out/venv"
+    "$python" -m venv "$out/venv"
     "$out/venv/bin/pip" install --quiet --disable-pip-version-check 'pip<24.1' 2>&1 | { grep -v -e WARNING -e DEPRECATION || true; }
-    "$out/venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$repo/tests/constraints.txt" \
+    "$out/venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$repo/tests/$constraints" \
         "$repo[plots,probe]" 2>&1 | { grep -v -e WARNING -e DEPRECATION || true; }
     "$out/venv/bin/skill-cluster" --help > /dev/null  # the installation works
     printf '%s' "$wanted" > "$out/venv/ready"

@@ -1,5 +1,5 @@
 """fairseq manifests: line 1 a root folder, then one `path TAB number of samples` a line; and reading the
-audio they name.
+audio they name, of which any may be damaged.
 
 A relative root is relative to the manifest's own folder, so that a data folder can be moved and a command may
 start anywhere. (Plain fairseq takes it relative to the working directory; with an absolute root both agree.)
@@ -7,9 +7,14 @@ start anywhere. (Plain fairseq takes it relative to the working directory; with 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import logging
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import soundfile
@@ -18,7 +23,12 @@ from torch import Tensor
 
 from skill_fairseq.files import PathLike, atomic_write
 
+logger = logging.getLogger(__name__)
+
 MIN_SAMPLES = 400  # receptive field of the usual conv stack: shorter audio gives no frame
+MAX_HOURS = 4  # 0.9 GB at 16 kHz; no encoder takes more at once
+BLOCK = 1 << 22  # samples decoded at a time: a length that a header invents costs no more memory
+UNKNOWN = 2**63 - 1  # libsndfile's number of samples where the header gives none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +51,34 @@ class Manifest:
         return len(self.paths)
 
     @property
-    def files(self) -> list[Path]:
-        """Absolute path of every recording, in order."""
-        return [self.root / path for path in self.paths]
+    def files(self) -> Files:
+        """Absolute path of every recording, in order; each is made when it is asked for."""
+        return Files(self.root, self.paths)
+
+
+class Files(Sequence[Path]):
+    """Paths below a folder. A list of them would take 300 bytes a recording, and a millisecond for every thousand.
+
+    Args:
+        root: the folder.
+        paths: relative to it.
+    """
+
+    def __init__(self, root: Path, paths: Sequence[str]) -> None:
+        self._root, self._paths = root, paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Path: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Files: ...
+
+    def __getitem__(self, index: int | slice) -> Path | Files:
+        found = self._paths[index]
+        return self._root / found if isinstance(found, str) else Files(self._root, found)
 
 
 def read_manifest(path: PathLike) -> Manifest:
@@ -75,18 +110,24 @@ def read_manifest(path: PathLike) -> Manifest:
     return Manifest(root=(source.absolute().parent / root).resolve(), paths=paths, sizes=sizes, source=source)
 
 
-def check_manifest(manifest: Manifest, show: int = 3) -> None:
-    """Make sure that every file of a manifest exists, before any work starts.
+def check_manifest(manifest: Manifest, chosen: Sequence[int] | None = None, show: int = 3) -> None:
+    """Make sure that the files of a manifest exist, before any work starts.
+
+    Args:
+        manifest: what lists them.
+        chosen: indices of those to look for; None: all.
+        show: how many a message names.
 
     Raises:
-        FileNotFoundError: files are missing; the message has their number, the first `show` of them, and a
-            remedy.
+        FileNotFoundError: files are missing; the message has their number, the first of them, and a remedy.
     """
-    missing = [file for file in manifest.files if not file.is_file()]
+    indices = range(len(manifest)) if chosen is None else chosen
+    missing = [index for index in indices if not os.path.isfile(manifest.files[index])]
     if missing:
-        first = ", ".join(str(file) for file in missing[:show])
+        first = ", ".join(str(manifest.files[index]) for index in missing[:show])
+        looked = "" if len(indices) == len(manifest) else f" that were looked for, of {len(manifest)} in all,"
         raise FileNotFoundError(
-            f"{manifest.source}: {len(missing)} of {len(manifest)} files are missing, the first: {first}; "
+            f"{manifest.source}: {len(missing)} of {len(indices)} files{looked} are missing, the first: {first}; "
             f"correct the root in line 1 (now {manifest.root}; a relative root is relative to the "
             "manifest's folder), or write the manifest anew with skill-manifest"
         )
@@ -120,6 +161,40 @@ def storable(name: str) -> bool:
     return "\t" not in name and len(name.splitlines()) == 1
 
 
+@contextlib.contextmanager
+def open_audio(path: PathLike) -> Iterator[soundfile.SoundFile]:
+    """Open a recording for the length of a block.
+
+    Args:
+        path: any file that libsndfile decodes (FLAC, WAV, OGG, MP3, ...).
+
+    Raises:
+        FileNotFoundError: no such file, or none to read from: a folder, a pipe (which would wait for a writer).
+        ValueError: the decoder fails, with whatever exception, when it opens the file or within the block; or the
+            header gives no length.
+    """
+    file = Path(path)
+    if not file.is_file():
+        what = "is no regular file" if file.exists() else "no such audio file"
+        raise FileNotFoundError(f"{file}: {what}; correct the manifest or its root")
+    try:
+        with soundfile.SoundFile(str(file)) as audio:
+            if audio.frames == UNKNOWN:
+                raise _Unfit(
+                    f"{file}: its header gives no length, as when a program writes into a pipe; write it anew: "
+                    f"ffmpeg -i {shlex.quote(str(file))} {shlex.quote(file.stem + '.new.flac')}"
+                )
+            yield audio
+    except _Unfit as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:  # soundfile raises TypeError for .raw, ValueError and MemoryError for odd headers
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{file}: cannot be decoded ({reason}), expected audio such as FLAC or WAV; replace it or leave "
+            "it out of the manifest"
+        ) from error
+
+
 def load_audio(path: PathLike, sample_rate: int = 16000, min_samples: int = MIN_SAMPLES) -> Tensor:
     """Read one mono recording.
 
@@ -133,38 +208,103 @@ def load_audio(path: PathLike, sample_rate: int = 16000, min_samples: int = MIN_
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not decodable, another sample rate, more than one channel, too short, or samples not
-            finite.
+        ValueError: not decodable, another sample rate, more than one channel, too short, longer than `MAX_HOURS`, of
+            another length than its header says, or samples not finite.
     """
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such audio file; correct the manifest or its root")
-    try:
-        samples, rate = soundfile.read(str(file), dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, RuntimeError) as error:
-        raise ValueError(
-            f"{file}: cannot be decoded ({error}), expected audio such as FLAC or WAV; replace it or leave "
-            "it out of the manifest"
-        ) from error
-    if rate != sample_rate:
-        raise ValueError(f"{file}: sample rate {rate} Hz, expected {sample_rate} Hz; {conversion(file, sample_rate)}")
-    if samples.shape[1] != 1:
-        raise ValueError(f"{file}: {samples.shape[1]} channels, expected 1 (mono); {conversion(file, sample_rate)}")
-    if len(samples) < min_samples:
-        raise ValueError(
-            f"{file}: {len(samples)} samples, expected at least {min_samples} "
-            f"({min_samples / sample_rate:g} s); leave it out of the manifest"
-        )
-    finite = np.isfinite(samples[:, 0])
+    with open_audio(file) as audio:
+        _check_header(audio, file, sample_rate, min_samples)
+        samples = _decode(audio, file)
+    finite = np.isfinite(samples)
     if not finite.all():
         bad = int(np.argmin(finite))
         raise ValueError(
             f"{file}: {int((~finite).sum())} samples are NaN or infinite, the first at {bad}, expected "
             "finite numbers; repair the file or leave it out of the manifest"
         )
-    return torch.from_numpy(samples[:, 0].copy())
+    return torch.from_numpy(samples)
+
+
+def readable(
+    files: Iterable[PathLike], skipped: list[Path], sample_rate: int = 16000, min_samples: int = MIN_SAMPLES
+) -> Iterator[tuple[Path, Tensor]]:
+    """The recordings of a list that can be read, one by one.
+
+    Args:
+        files: audio.
+        skipped: gets every file that cannot be read; the log says why.
+        sample_rate, min_samples: as in `load_audio`.
+
+    Yields:
+        file and (N,) float32 samples.
+
+    Raises:
+        ValueError: none of them can be read; says why the first cannot.
+    """
+    first, found = "", False
+    for file in map(Path, files):
+        try:
+            wave = load_audio(file, sample_rate, min_samples)
+        except (OSError, ValueError) as error:
+            logger.warning(f"recording skipped: {error}")
+            skipped.append(file)
+            first = first or str(error)
+        else:
+            found = True
+            yield file, wave
+    if skipped and not found:
+        raise ValueError(f"none of the {len(skipped)} recordings can be used; the first: {first}")
 
 
 def conversion(file: Path, sample_rate: int = 16000) -> str:
     """The remedy for another sample rate or stereo: a command line that converts the file."""
     return f"convert it: ffmpeg -i '{file}' -ar {sample_rate} -ac 1 '{file.stem}.{sample_rate // 1000}k.flac'"
+
+
+def _check_header(audio: soundfile.SoundFile, file: Path, sample_rate: int, min_samples: int) -> None:
+    """What can be refused before a sample is decoded."""
+    rate, channels, samples = audio.samplerate, audio.channels, audio.frames
+    if rate != sample_rate:
+        raise _Unfit(f"{file}: sample rate {rate} Hz, expected {sample_rate} Hz; {conversion(file, sample_rate)}")
+    if channels != 1:
+        raise _Unfit(f"{file}: {channels} channels, expected 1 (mono); {conversion(file, sample_rate)}")
+    if samples < min_samples:
+        raise _Unfit(
+            f"{file}: {samples} samples, expected at least {min_samples} "
+            f"({min_samples / sample_rate:g} s); leave it out of the manifest"
+        )
+    if samples > MAX_HOURS * 3600 * sample_rate:
+        raise _Unfit(
+            f"{file}: its header gives {samples} samples ({samples / sample_rate / 3600:.1f} hours), expected at most "
+            f"{MAX_HOURS} hours; cut it into parts, or replace it if its header is wrong"
+        )
+
+
+def _decode(audio: soundfile.SoundFile, file: Path) -> np.ndarray:
+    """All (N,) samples."""
+    blocks = []
+    left = audio.frames
+    while left > 0:
+        blocks.append(audio.read(min(left, BLOCK), dtype="float32", always_2d=True)[:, 0])
+        if not len(blocks[-1]):
+            break
+        left -= len(blocks[-1])
+    if left or (audio.format == "MP3" and _unread(file) > 0.1):
+        what = f"has {audio.frames - left}" if left else "has more than"
+        raise _Unfit(
+            f"{file}: {what} of the {audio.frames} samples that its header gives; replace it if it is damaged; an MP3 "
+            f"of variable bit rate may lack the header: {conversion(file, audio.samplerate)}"
+        )
+    return np.ascontiguousarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks))
+
+
+def _unread(file: Path) -> float:
+    """Which part of an MP3 the decoder leaves: it guesses the length by the first frame's bit rate, and stops there."""
+    with open(file, "rb") as stream, soundfile.SoundFile(stream) as audio:
+        while len(audio.read(BLOCK)) == BLOCK:
+            pass
+        return 1 - stream.tell() / max(os.path.getsize(file), 1)
+
+
+class _Unfit(Exception):
+    """What is wrong has been said."""

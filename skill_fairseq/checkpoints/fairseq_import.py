@@ -153,7 +153,11 @@ def encoder_source(
         ValueError: another model, or a feature that this encoder does not have.
     """
     name = model_name(fields)
-    fields = {**fields, "normalize": _flag(fields.get("normalize"), task.get("normalize"))}
+    fields = {
+        **fields,
+        "normalize": _flag(fields.get("normalize"), task.get("normalize")),
+        "sample_rate": fields.get("sample_rate") or task.get("sample_rate"),
+    }
     if any(key.startswith(OWN) for key in state):
         with reading_config(path):
             config = EncoderConfig.from_fairseq(fields)

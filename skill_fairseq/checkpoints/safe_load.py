@@ -12,6 +12,7 @@ import enum
 import inspect
 import pickle
 import re
+import threading
 import types
 import zipfile
 from collections import OrderedDict
@@ -68,6 +69,7 @@ def _placeholder(path: str) -> type:
 
 
 _PLACEHOLDERS = {path: _placeholder(path) for path in HARMLESS}
+_allowing = threading.Lock()  # what is allowed holds for the whole process: a thread that ends takes it from the others
 
 
 _PythonUnpickler: Any = pickle._Unpickler  # written in Python: its single steps can be replaced
@@ -104,7 +106,7 @@ def _restricted_pickle() -> types.ModuleType:
 
 def load_weights_only(path: Path) -> Any:
     """torch.load with ``weights_only=True`` and the harmless classes allowed; needs torch >= 2.5."""
-    with torch.serialization.safe_globals(list(_PLACEHOLDERS.values())):
+    with _allowing, torch.serialization.safe_globals(list(_PLACEHOLDERS.values())):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

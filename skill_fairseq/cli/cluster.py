@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from skill_fairseq.clustering.calibration import choose_utterances, layer_simila
 from skill_fairseq.clustering.config_file import format_groups, merge_groups, read_config, write_config
 from skill_fairseq.clustering.plot import plot_clusters
 from skill_fairseq.clustering.similarity import CHEAP_MEASURES, MEASURES
-from skill_fairseq.files import atomic_write, sha256, write_json
+from skill_fairseq.files import atomic_write, content_sha256, write_json
 from skill_fairseq.versions import versions
 
 EPILOG = """measures (distances between two layers, over all frames of the calibration set):
@@ -39,6 +38,7 @@ examples:
 writes OUT/groups.yaml (for criterion.groups_file), OUT/clusters.json (all distances, the tree, the settings)
 and OUT/clusters.png (needs matplotlib). With --config the groups go into that training config too; its
 comments stay. The same audio gives the same groups, whatever the manifest's order and the batch size.
+Recordings of more than a minute are encoded in pieces of equal length.
 """
 
 DEFAULT_GROUPS = 4  # as many as DPHuBERT has target layers
@@ -57,14 +57,6 @@ def make_groups(distances: np.ndarray, args: argparse.Namespace) -> tuple[np.nda
         groups = linkage.cut_to_number(tree, args.num_groups)
     cut["height"] = linkage.cut_height(tree, len(groups))
     return tree, groups, cut
-
-
-def hash_teacher(path: Path) -> str:
-    """SHA-256 of a file; of a folder, that of the lines ``<sha256>  <name>`` of its files, sorted by name."""
-    if path.is_file():
-        return sha256(path)
-    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(path.iterdir()) if file.is_file()]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def format_table(distances: np.ndarray, groups: Sequence[Sequence[int]], layers: Sequence[int]) -> str:
@@ -110,18 +102,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.teacher = args.teacher.absolute()  # a folder may be given as "."
     _check_options(args)
     manifest = read_manifest(args.manifest)
-    check_manifest(manifest)
     encoder = load_encoder(args.teacher, args.device)
     layers = list(range(1 if args.no_layer_0 else 0, encoder.config.encoder_layers + 1))
     make_groups(1.0 - np.eye(len(layers)), args)  # options out of range fail before the work
 
     rate = encoder.config.sample_rate
     chosen = choose_utterances(manifest, args.max_seconds, args.max_utterances, args.seed, rate)
+    check_manifest(manifest, chosen)
     files = [manifest.files[i] for i in chosen]
     seconds = sum(manifest.sizes[i] for i in chosen) / rate
+    skipped: list[Path] = []
     measures = MEASURES if args.compare else tuple(dict.fromkeys([*CHEAP_MEASURES, args.measure]))
     with tqdm(total=round(seconds, 1), desc="encoding", unit="s audio", disable=None) as bar:
-        similarity = layer_similarity(encoder, files, measures, args.batch_size, bar.update)
+        similarity = layer_similarity(encoder, files, measures, args.batch_size, bar.update, skipped)
+    unusable = [i for i, file in zip(chosen, files) if file in skipped]
+    if unusable:
+        print(f"skipped {len(unusable)} of {len(chosen)} recordings, see above", file=sys.stderr)
+        chosen = [i for i in chosen if i not in unusable]
+        seconds = sum(manifest.sizes[i] for i in chosen) / rate
     everything = similarity.distances()
     matrices = {measure: matrix[layers[0] :, layers[0] :] for measure, matrix in everything.items()}
 
@@ -145,13 +143,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "linkage": tree.tolist(),
         "cut": cut,
         "matrices": {measure: matrix.tolist() for measure, matrix in matrices.items()},
-        "teacher": {"name": args.teacher.name, "sha256": hash_teacher(args.teacher)},
+        "teacher": {"name": args.teacher.name, "sha256": content_sha256(args.teacher)},
         "calibration": {
             "manifest": args.manifest.name,
             "utterances": [manifest.paths[i] for i in chosen],
             "num_utterances": len(chosen),
             "num_frames": similarity.num_frames,
             "seconds": seconds,
+            "skipped": [manifest.paths[i] for i in unusable],
         },
         "settings": _settings(args),
         "versions": versions("scipy"),

@@ -11,10 +11,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import soundfile
 from tqdm import tqdm
 
-from skill_fairseq.audio.manifest import MIN_SAMPLES, conversion, load_audio, storable, write_manifest
+from skill_fairseq.audio.manifest import MIN_SAMPLES, conversion, load_audio, open_audio, storable, write_manifest
 from skill_fairseq.cli._common import run
 from skill_fairseq.files import atomic_write
 
@@ -61,13 +60,13 @@ def inspect(file: Path, limits: Limits) -> tuple[int, str, str]:
         its number of samples, and the kind and detail of what is wrong with it (both empty if nothing is).
     """
     try:
-        with soundfile.SoundFile(str(file)) as audio:
+        with open_audio(file) as audio:
             rate, channels, samples = audio.samplerate, audio.channels, audio.frames
             tail = min(samples, MIN_SAMPLES)
             audio.seek(samples - tail)  # a file that was cut short often still has a good header
             if len(audio.read(tail)) < tail:
                 return 0, "unreadable", "ends before the length that its header gives"
-    except (soundfile.SoundFileError, RuntimeError, OSError) as error:
+    except (ValueError, OSError) as error:
         return 0, "unreadable", " ".join(str(error).split())
     if rate != limits.sample_rate:
         return samples, "other sample rate", f"{rate} Hz, expected {limits.sample_rate} Hz"

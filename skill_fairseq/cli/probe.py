@@ -25,6 +25,7 @@ EPILOG = """models:
   random:FILE   the shape of FILE with fresh random weights
   logmel        log-mel features, no model at all
   NAME=MODEL    any of these under a name of your own
+  Recordings of more than a minute are encoded in pieces of equal length.
 
 tasks:
   a folder with {train,valid,test}.tsv and {train,valid,test}.labels.tsv: mean and standard deviation over

@@ -21,6 +21,7 @@ EPILOG = """examples:
 
 RUN holds what examples/tiny/run.sh makes: clusters/, trainings in folders of their own (hydra_train.log or log,
 .hydra/), shrunk.safetensors, student.safetensors, probe.json. What is missing is left out, and named at the end.
+Distances between encoders are taken in pieces where a recording is longer than a minute.
 Writes OUT/report.html, which needs no other file and no network, and the pictures in it as PNG files.
 """
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skill_fairseq.audio.manifest import Manifest, load_audio
+from skill_fairseq.audio.manifest import Manifest, readable
+from skill_fairseq.audio.pieces import pieces
 from skill_fairseq.clustering.similarity import CHEAP_MEASURES, LayerSimilarity
 from skill_fairseq.files import PathLike
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -70,12 +72,14 @@ def layer_similarity(
     measures: Sequence[str] = CHEAP_MEASURES,
     batch_size: int = 1,
     progress: Callable[[float], object] = lambda seconds: None,
+    skipped: list[Path] | None = None,
 ) -> LayerSimilarity:
     """Encodes audio and measures the layers' distances.
 
     Neighbours in the list that have the same length share a batch. Nothing is ever padded, because padding
     changes the features of real frames where the extractor normalises over time (Base): so the batch size
-    changes nothing but the rounding of the encoder's own float32.
+    changes nothing but the rounding of the encoder's own float32. Recordings of more than a minute are encoded in
+    pieces (:mod:`skill_fairseq.audio.pieces`), in memory that does not depend on their length.
 
     Args:
         encoder: in eval mode; its device is used.
@@ -83,28 +87,30 @@ def layer_similarity(
         measures: see :mod:`skill_fairseq.clustering.similarity`.
         batch_size: most utterances of one length to encode together.
         progress: called with the seconds of every batch done.
+        skipped: gets every file that is missing, unfit or too short; the log says why.
 
     Raises:
-        FileNotFoundError, ValueError: audio missing, unfit or too short, or states not finite; the file is
-        named.
+        ValueError: no file can be read, or states are not finite; the file is named.
     """
     similarity = LayerSimilarity(measures)
     device = next(encoder.parameters()).device
-    for names, source in _batches(encoder, files, batch_size):
+    for names, source in _batches(encoder, files, batch_size, [] if skipped is None else skipped):
         try:
-            similarity.update(encoder(source.to(device)).hidden_states)
+            for piece in pieces(source, encoder.config.sample_rate):
+                similarity.update(encoder(piece.to(device)).hidden_states)
         except ValueError as error:
             raise ValueError(f"{', '.join(names)}: {error}") from error
         progress(source.numel() / encoder.config.sample_rate)
     return similarity
 
 
-def _batches(encoder: SpeechEncoder, files: Sequence[PathLike], batch_size: int) -> Iterator[tuple[list[str], Tensor]]:
+def _batches(
+    encoder: SpeechEncoder, files: Sequence[PathLike], batch_size: int, skipped: list[Path]
+) -> Iterator[tuple[list[str], Tensor]]:
     """Names and (B, N) float32 samples of neighbours of one length."""
     names: list[str] = []
     waves: list[Tensor] = []
-    for file in files:
-        wave = load_audio(file, encoder.config.sample_rate, encoder.config.receptive_field)
+    for file, wave in readable(files, skipped, encoder.config.sample_rate, encoder.config.receptive_field):
         if encoder.normalize:
             wave = F.layer_norm(wave, wave.shape)
         if waves and (len(waves) >= batch_size or len(wave) != len(waves[0])):

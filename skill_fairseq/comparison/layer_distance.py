@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from skill_fairseq.audio.manifest import load_audio
+from skill_fairseq.audio.manifest import readable
+from skill_fairseq.audio.pieces import pieces
 from skill_fairseq.clustering.similarity import MIN_BLOCK, cka_distance, unbiased_hsic
 from skill_fairseq.modules.encoder import SpeechEncoder
 
@@ -72,28 +73,34 @@ def state_distances(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
 
 @torch.no_grad()
 def layer_distances(student: SpeechEncoder, teacher: SpeechEncoder, files: Iterable[Path]) -> LayerDistances:
-    """Distances over recordings, each encoded by itself, without padding.
+    """Distances over recordings, each encoded by itself, without padding; what is longer than a minute, in pieces.
 
     Args:
         student, teacher: of equal depth and width; are put in eval mode.
-        files: audio, 16 kHz mono.
+        files: audio, 16 kHz mono; those that cannot be read are skipped, and the log names them.
 
     Raises:
-        ValueError: depth or width differ, or a recording is not usable.
+        ValueError: depth or width differ, no recording can be read, or one is too short for CKA.
     """
     student.eval()
     teacher.eval()
     found, frames = [], []
-    for file in files:
-        wave = load_audio(file)[None]
-        states = []
-        for encoder in (student, teacher):
-            source = F.layer_norm(wave, wave.shape[-1:]) if encoder.normalize else wave
-            states.append([state[0] for state in encoder(source).hidden_states])
-        if len(states[0][0]) < MIN_BLOCK:
-            raise ValueError(f"{file}: {len(states[0][0])} frames, expected at least {MIN_BLOCK}; leave it out")
-        found.append(state_distances(*states))
-        frames.append(len(states[0][0]))
+    for file, samples in readable(files, []):
+        wave = samples[None]
+        both = [F.layer_norm(wave, wave.shape[-1:]) if encoder.normalize else wave for encoder in (student, teacher)]
+        parts, lengths = [], []
+        for sources in zip(*(pieces(source, teacher.config.sample_rate) for source in both)):
+            states = [
+                [state[0] for state in encoder(source).hidden_states]
+                for encoder, source in zip((student, teacher), sources)
+            ]
+            if len(states[0][0]) < MIN_BLOCK:
+                raise ValueError(f"{file}: {len(states[0][0])} frames, expected at least {MIN_BLOCK}; leave it out")
+            parts.append(state_distances(*states))
+            lengths.append(len(states[0][0]))
+        shares = torch.tensor(lengths, dtype=torch.float64) / sum(lengths)
+        found.append(torch.einsum("n,nkl->kl", shares, torch.stack(parts)))
+        frames.append(sum(lengths))
     if not found:
         raise ValueError("files: none given; expected at least one recording")
     table, weights = torch.stack(found), torch.tensor(frames, dtype=torch.float64)

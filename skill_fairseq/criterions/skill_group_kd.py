@@ -11,16 +11,18 @@ import yaml
 from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
 from torch import Tensor
 
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
 from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
-from skill_fairseq.distillation.groups import GroupProjections, Groups, map_groups, parse_groups
+from skill_fairseq.distillation.groups import GroupProjections, Groups, map_groups, parse_groups, parse_sharing
 from skill_fairseq.distillation.loss import LossParts, distillation_loss, without_padding
 from skill_fairseq.distillation.teacher import averaged_states
+from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.size import sparsity
 from skill_fairseq.pruning.expected import full_parameters
-from skill_fairseq.pruning.lagrangian import SizeConstraint
+from skill_fairseq.pruning.lagrangian import SizeConstraint, updates_of
 from skill_fairseq.pruning.selection import check_reachable
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,12 @@ class SkillGroupKDConfig(FairseqDataclass):
     group_weights: Optional[Any] = field(
         default=None, metadata={"help": "weight of each group's loss; null: 1 / number of groups"}
     )
-    normalize_states: bool = field(
-        default=False, metadata={"help": "layer-normalise every state before a group is averaged"}
+    normalize_states: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "layer-normalise every state before a group is averaged; null: where the teacher's layers begin "
+            "with their LayerNorm, whose states grow large and outweigh the size constraint"
+        },
     )
     l1_weight: float = field(default=1.0, metadata={"help": "weight of the L1 term"})
     cos_weight: float = field(default=1.0, metadata={"help": "weight of the cosine term"})
@@ -61,7 +67,12 @@ class SkillGroupKDConfig(FairseqDataclass):
     target_sparsity: Optional[float] = field(
         default=None, metadata={"help": "fraction of the parameters to prune, in [0, 1); null: no size constraint"}
     )
-    sparsity_warmup: int = field(default=5000, metadata={"help": "updates over which the target rises from 0"})
+    sparsity_warmup: float = field(
+        default=5000, metadata={"help": "updates over which the target rises from 0, or a fraction of all, such as 0.1"}
+    )
+    max_update: int = field(
+        default=II("optimization.max_update"), metadata={"help": "what a fraction in sparsity_warmup refers to"}
+    )
 
 
 def read_groups(cfg: SkillGroupKDConfig) -> Any:
@@ -109,11 +120,16 @@ class SkillGroupKDCriterion(FairseqCriterion):
         super().__init__(task)
         self.cfg = cfg
         student, teacher = task.student_config, task.teacher.config
+        cfg.normalize_states = normalizes(cfg, teacher)
+        _check_weights(cfg)
         self.groups: Groups = parse_groups(read_groups(cfg), teacher.encoder_layers)
         self.student_groups = map_groups(self.groups, teacher.encoder_layers, student.encoder_layers)
+        self.deepest_layer = max(layer for group in self.student_groups for layer in group)
         if self.student_groups != self.groups:
             logger.info(f"student has {student.encoder_layers} layers: groups {self.groups} -> {self.student_groups}")
         self.weights = _weights(cfg.group_weights, len(self.groups))
+        if self.deepest_layer < student.encoder_layers:
+            logger.warning(_unsupervised(self.deepest_layer, student.encoder_layers, cfg.target_sparsity is not None))
         self.projections = GroupProjections(
             self.groups,
             student.encoder_embed_dim,
@@ -131,7 +147,14 @@ class SkillGroupKDCriterion(FairseqCriterion):
                     "model.pruning_units, or leave the target out for stage 2"
                 )
             check_reachable(student, cfg.target_sparsity, "criterion.target_sparsity")
-            self.constraint = SizeConstraint(cfg.target_sparsity, cfg.sparsity_warmup)
+            total = cfg.max_update if 0 < cfg.sparsity_warmup < 1 else 0
+            warmup = updates_of(cfg.sparsity_warmup, total, "criterion.sparsity_warmup")
+            self.constraint = SizeConstraint(cfg.target_sparsity, warmup)
+        elif student.pruning_units:
+            raise ValueError(
+                f"criterion.target_sparsity: null, but the student has gates on {student.pruning_units}, which nothing "
+                "would close; set it, for example to 0.75, or leave model.pruning_units empty"
+            )
         self.full_parameters = full_parameters(student)
         for index, group in enumerate(self.groups):
             logger.info(f"group {index}: teacher layers {list(group)}, weight {self.weights[index]:.3f}")
@@ -142,16 +165,45 @@ class SkillGroupKDCriterion(FairseqCriterion):
         return cls(cfg, task)
 
     def _init_projections(self, path: str) -> None:
-        """Takes over another run's projections; those of a run without the same ones stay as they are."""
-        state = _saved_criterion(Path(path))
-        found = {k[len("projections.") :]: v for k, v in state.items() if k.startswith("projections.")}
-        own = self.projections.state_dict()
-        if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in own.items()}:
-            self.projections.load_state_dict(found)
-        else:
-            logger.info(f"criterion.init_from: {path} has no projections for these groups; starting from the identity")
+        """Takes over the projections of a run with the same groups, sharing and ``normalize_states``.
 
-    def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, int, Dict]:
+        Raises:
+            ValueError: the run had others; names the field and both values.
+        """
+        own = self.projections.state_dict()
+        if not own:  # criterion.projection=identity
+            return
+        checkpoint = _saved_run(Path(path))
+        state = checkpoint.get("criterion") or {}
+        found = {k[len("projections.") :]: v for k, v in state.items() if k.startswith("projections.")}
+        if not found:
+            logger.warning(
+                f"criterion.init_from: {path} holds no projections, they start as the identity; give stage 1's "
+                "checkpoint, or null"
+            )
+            return
+        before = (plain(checkpoint.get("cfg")) or {}).get("criterion") or {}
+        mine = {
+            "groups": [sorted(group) for group in self.groups],
+            "projection_sharing": list(self.projections.sharing),
+            "normalize_states": self.cfg.normalize_states,
+        }
+        theirs = {name: before[name] for name in mine if before.get(name) is not None}
+        if "groups" in theirs:
+            theirs["groups"] = [sorted(group) for group in theirs["groups"]]
+            if "projection_sharing" in theirs:
+                theirs["projection_sharing"] = list(parse_sharing(theirs["projection_sharing"], len(theirs["groups"])))
+        shapes = [{k: list(v.shape) for k, v in side.items()} for side in (found, own)]
+        compared = [(f"criterion.{name}", theirs[name], mine[name]) for name in theirs]
+        for name, other, value in [*compared, ("shapes of projections", *shapes)]:
+            if other != value:
+                raise ValueError(
+                    f"criterion.init_from: {path}: its projections were trained with {name} = {other}, here it is "
+                    f"{value}; give both runs the same, or start from the identity with criterion.init_from=null"
+                )
+        self.projections.load_state_dict(found)
+
+    def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, float, Dict]:
         """Loss of one batch.
 
         Args:
@@ -160,7 +212,8 @@ class SkillGroupKDCriterion(FairseqCriterion):
                 the source before it was rounded, see :meth:`SpeechDataset.collater`.
 
         Returns:
-            scalar loss, sample size 1 (the loss is a mean already), values to log.
+            scalar loss, its weight in the update (see :meth:`SkillDistillationTask.batch_weight`; fairseq divides the
+            summed gradients by the summed weights), sums over frames to log.
         """
         net_input = dict(sample["net_input"])
         if "source_bits" in sample:
@@ -171,8 +224,8 @@ class SkillGroupKDCriterion(FairseqCriterion):
         targets, _ = self.task.teacher.group_means(
             net_input["source"], net_input.get("padding_mask"), self.groups, self.cfg.normalize_states
         )
-        out = model(**net_input, draw=draw)
-        means = averaged_states(out["hidden_states"], self.student_groups, self.cfg.normalize_states)
+        out = model(**net_input, draw=draw, last_layer=self.deepest_layer)
+        means = averaged_states(out["hidden_states"], self.student_groups, bool(self.cfg.normalize_states))
         means = self.projections(means)
         if out["padding_mask"] is not None:
             frames = without_padding([*means, *targets], out["padding_mask"])
@@ -197,19 +250,22 @@ class SkillGroupKDCriterion(FairseqCriterion):
         padding = net_input.get("padding_mask")
         samples = source.numel() - (0 if padding is None else padding.sum())
         values["loss"] = loss
+        count = means[0][..., 0].numel()  # of frames
         # They stay on the device: to fetch a number here would keep the backward pass waiting. Copies, as float64.
         log: Dict[str, Any] = dict(
-            zip(values, torch.stack([v.detach().float() for v in values.values()]).double().unbind())
+            zip(values, (torch.stack([v.detach().float() for v in values.values()]).double() * count).unbind())
         )
         if self.constraint is not None:
-            log["target_sparsity"] = self.constraint.target_at(update)
+            log["target_sparsity"] = self.constraint.target_at(update) * count
         log.update(
-            sample_size=1,
+            frames=count,
             nsentences=source.size(0),
             ntokens=samples,
             audio_seconds=samples / self.task.cfg.sample_rate,
         )
-        return loss, 1, log
+        # The size term is the same in every batch of an update, so that it counts once there.
+        weight = self.task.batch_weight(count) if self.training else 1.0
+        return loss * weight, weight, log
 
     def _group_losses(self, student: List[Tensor], teacher: List[Tensor]) -> List[LossParts]:
         cos_type = str(getattr(self.cfg.cos_type, "name", self.cfg.cos_type))
@@ -220,15 +276,15 @@ class SkillGroupKDCriterion(FairseqCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
-        """Averages over batches; audio per second of training."""
-        count = sum(log.get("sample_size", 0) for log in logging_outputs)
-        if not count:
+        """Means over all frames; audio per second of training."""
+        frames = sum(log.get("frames", 0) for log in logging_outputs)
+        if not frames:
             return
-        counted = {"sample_size", "nsentences", "ntokens", "audio_seconds"}
+        counted = {"frames", "nsentences", "ntokens", "audio_seconds"}
         for name in logging_outputs[0]:
             if name not in counted:
-                mean = sum(log.get(name, 0.0) for log in logging_outputs) / count
-                metrics.log_scalar(name, mean, count, round=4)
+                mean = sum(log.get(name, 0.0) for log in logging_outputs) / frames
+                metrics.log_scalar(name, mean, frames, round=4)
         metrics.log_speed("audio_s_per_s", sum(log.get("audio_seconds", 0.0) for log in logging_outputs), round=1)
 
     @staticmethod
@@ -237,8 +293,8 @@ class SkillGroupKDCriterion(FairseqCriterion):
         return True
 
 
-def _saved_criterion(path: Path) -> Dict[str, Tensor]:
-    """State of the criterion in a fairseq checkpoint; empty for exported files and folders, which have none."""
+def _saved_run(path: Path) -> Dict[str, Any]:
+    """A fairseq checkpoint; empty for exported files and folders, which have no criterion."""
     if not path.exists():
         raise FileNotFoundError(f"criterion.init_from: {path} does not exist; give stage 1's checkpoint, or null")
     if path.is_dir():
@@ -246,7 +302,34 @@ def _saved_criterion(path: Path) -> Dict[str, Tensor]:
     with open(path, "rb") as file:
         if looks_like_safetensors(file.read(64)):
             return {}
-    return load_torch_file(path).get("criterion") or {}
+    return load_torch_file(path)
+
+
+def _unsupervised(deepest: int, layers: int, pruned: bool) -> str:
+    """What becomes of the student's layers above the deepest group, 1-based."""
+    above = f"layer {layers}" if deepest + 1 == layers else f"layers {deepest + 1} to {layers}"
+    fate = "only the size constraint moves their gates, and it closes them first" if pruned else "they stay as they are"
+    return (
+        f"criterion.groups: no group supervises the student's {above}: they are not computed, no loss reaches them, "
+        f"{fate}. Add their layers to a group, or fine-tune and probe the student up to layer {deepest}"
+    )
+
+
+def normalizes(cfg: SkillGroupKDConfig, teacher: EncoderConfig) -> bool:
+    """Whether states are normalised before they are averaged: as ``cfg`` says, or as suits the teacher.
+
+    Where layers begin with their LayerNorm (pre-LayerNorm: HuBERT and WavLM Large), nothing bounds what they add up,
+    and states of layers differ in size by orders of magnitude. The L1 term would outweigh the size constraint.
+    """
+    return teacher.layer_norm_first if cfg.normalize_states is None else bool(cfg.normalize_states)
+
+
+def _check_weights(cfg: SkillGroupKDConfig) -> None:
+    for name in ("l1_weight", "cos_weight"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise ValueError(f"criterion.{name}: {getattr(cfg, name)}; expected a number of at least 0")
+    if not cfg.l1_weight and not cfg.cos_weight:
+        raise ValueError("criterion.l1_weight: 0, as criterion.cos_weight, so that nothing is distilled; raise one")
 
 
 def _weights(value: Any, num_groups: int) -> List[float]:

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from skill_fairseq.exporting.configuration_skill import SkillConfig
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.padding import padding_of_attention_mask
 
 
 class SkillModel(PreTrainedModel):
@@ -55,12 +56,16 @@ class SkillModel(PreTrainedModel):
         Returns:
             ``last_hidden_state`` (B, T, D), after the final LayerNorm where the model has one; ``hidden_states``,
             L + 1 tensors (B, T, D): [0] before the positional convolution, [i] after layer i.
+
+        Raises:
+            ValueError: the attention mask has another shape, other values, or padding before audio.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
-        out = self.encoder(input_values, None if attention_mask is None else attention_mask == 0)
+        padding = None if attention_mask is None else padding_of_attention_mask(attention_mask, input_values)
+        out = self.encoder(input_values, padding)
         found = BaseModelOutput(
             last_hidden_state=out.x, hidden_states=tuple(out.hidden_states) if output_hidden_states else None
         )

@@ -168,6 +168,62 @@ def name_user_dir() -> None:
         os.environ[USER_DIR] = spec.submodule_search_locations[0]
 
 
+def requeue_from_start_up() -> None:
+    """One of our trainings is told to stop (SIGTERM, SIGUSR1, SIGUSR2) while it imports, or loads teacher and data.
+
+    No error: the signal's own exit code (143, 138, 140) reads as a failure. The code is 75, as once it trains, and the
+    file that ``SKILL_PREEMPTED_FILE`` names is written; the trainer takes the signals over. SIGTERM to one of several
+    tasks keeps its meaning: srun and torchrun send it to the tasks beside one that has failed.
+    """
+    program = os.path.basename(sys.argv[0] if sys.argv else "")
+    if program not in ("fairseq-hydra-train", "fairseq-train", "hydra_train.py", "train.py") or not _ours(sys.argv[1:]):
+        return
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def leave(number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        if os.environ.get("SKILL_PREEMPTED_FILE"):
+            with open(os.environ["SKILL_PREEMPTED_FILE"], "w", encoding="utf-8") as file:
+                file.write(name + "\n")
+        message = f"stopping because of {name}: training has not begun, the same command starts it again\n"
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(2, message.encode())
+        os._exit(75)  # an exception could be caught by whoever is importing
+
+    leave.start_up = True  # type: ignore[attr-defined]
+    counts = [os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_NTASKS")]
+    several = any(count.isdigit() and int(count) > 1 for count in counts)
+    for number in (signal.SIGUSR1, signal.SIGUSR2) if several else (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, leave)
+
+
+def _ours(arguments: Sequence[str]) -> bool:
+    """Whether a command line of fairseq names one run, and skill_fairseq as its user dir, itself or in its config."""
+    values: dict[str, str] = {}
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        key, equals, value = word.partition("=")
+        values[key] = value if equals else following
+    if "-m" in values or "--multirun" in values:
+        return False
+    folder = values.get("--config-dir", values.get("-cd"))
+    name = values.get("--config-name", values.get("-cn", ""))
+    text = values.get("common.user_dir", "") + values.get("--user-dir", "")
+    if folder is not None and name:
+        path = os.path.join(packaged_config_dir(folder), name if name.endswith(".yaml") else name + ".yaml")
+        try:
+            with open(path, encoding="utf-8", errors="replace") as file:
+                text += file.read()
+        except OSError:  # hydra will say so
+            pass
+    return "skill_fairseq" in text.lower()
+
+
 # After a module of the packages has run
 
 
@@ -293,10 +349,10 @@ def pass_signals_on(module: ModuleType) -> None:
             while not ranks.join():
                 pass
         except torch.multiprocessing.ProcessExitedException as error:
-            if error.exit_code != 75:
+            if error.exit_code != 75 and -error.exit_code not in received:  # a rank that has not come to its handler
                 raise
             for handler in {before[number] for number in received}:
-                if callable(handler):  # submitit's requeues the job
+                if callable(handler) and not hasattr(handler, "start_up"):  # submitit's requeues the job
                     handler(received[-1], None)
             sys.exit(75)
         finally:
@@ -326,7 +382,7 @@ def give_amp_one_optimizer(amp_optimizer: ModuleType) -> None:
     kind.optimizer = property(lambda self: self.fp32_optimizer, kind.optimizer.fset)
 
 
-BEFORE = (allow_dataclass_defaults, restore_find_module, restore_typing_io, name_user_dir)
+BEFORE = (allow_dataclass_defaults, restore_find_module, restore_typing_io, name_user_dir, requeue_from_start_up)
 AFTER = {
     "hydra._internal.utils": (print_exceptions, find_config_dir),
     "hydra._internal.hydra": (find_run_configs,),

@@ -13,8 +13,17 @@ from omegaconf import II
 from torch import Tensor
 
 from skill_fairseq.checkpoints.load import read_source
+from skill_fairseq.checkpoints.safe_load import plain
 from skill_fairseq.checkpoints.source import build_encoder
-from skill_fairseq.models.wavlm import WavLMConfig, WavLMModel, avoid_wrong_gelu, dropouts, encoder_config
+from skill_fairseq.models.wavlm import (
+    WavLMModel,
+    avoid_wrong_gelu,
+    dropouts,
+    encoder_config,
+    fairseq_fields,
+    hubert_fields,
+)
+from skill_fairseq.modules.config import EncoderConfig, format_conv_layers, parse_conv_layers
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.gate_bank import Draw
 from skill_fairseq.pruning.expected import expected_parameters
@@ -24,9 +33,29 @@ from skill_fairseq.pruning.shrink import shrink
 logger = logging.getLogger(__name__)
 
 
+FINE_TUNING = (
+    *("feature_grad_mult", "mask_prob", "mask_length", "mask_selection", "mask_other", "no_mask_overlap"),
+    *("mask_min_space", "mask_channel_prob", "mask_channel_length", "mask_channel_selection", "mask_channel_other"),
+    *("no_mask_channel_overlap", "mask_channel_min_space"),
+)
+"""Fields that fine-tuning reads, from its own config. In distillation they do nothing, and a value is refused."""
+
+_Hubert: Any = hubert_fields(
+    {
+        *("dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop"),
+        "checkpoint_activations",
+        *FINE_TUNING,
+    }
+)
+
+
+def _shape(meaning: str) -> Any:
+    return field(default=None, metadata={"help": f"{meaning} (filled in from init_from)"})
+
+
 @dataclass
-class SkillStudentConfig(WavLMConfig):
-    """Shape, gates and origin of the student. The shape is filled in from ``init_from``."""
+class SkillStudentConfig(_Hubert):
+    """Origin, gates, dropout and shape of the student. The shape is filled in from ``init_from``."""
 
     init_from: Optional[str] = field(
         default=None,
@@ -52,19 +81,72 @@ class SkillStudentConfig(WavLMConfig):
         },
     )
     seed: int = field(default=II("common.seed"), metadata={"help": "seed of the gate samples"})
-    conv_channels: Optional[Any] = field(
-        default=None, metadata={"help": "conv channels left in each layer; null: all (filled in)"}
-    )
-    heads: Optional[Any] = field(
-        default=None, metadata={"help": "indices of the heads left in each layer; null: all (filled in)"}
-    )
-    ffn_dims: Optional[Any] = field(
-        default=None, metadata={"help": "FFN units left in each layer; null: all (filled in)"}
-    )
-    original_parameters: Optional[int] = field(
-        default=None, metadata={"help": "parameters before any pruning, which sparsity refers to (filled in)"}
-    )
-    label_rate: float = field(default=-1.0, metadata={"help": "not used: the student has no labels"})
+    extractor_mode: Optional[str] = _shape("default: GroupNorm after the first convolution; layer_norm: after each")
+    conv_feature_layers: Optional[str] = _shape("convolutions, as fairseq writes them")
+    conv_bias: Optional[bool] = _shape("whether convolutions have a bias")
+    encoder_layers: Optional[int] = _shape("Transformer layers")
+    encoder_embed_dim: Optional[int] = _shape("width")
+    encoder_ffn_embed_dim: Optional[int] = _shape("FFN units of a layer before pruning")
+    encoder_attention_heads: Optional[int] = _shape("heads of a layer before pruning")
+    activation_fn: Optional[str] = _shape("activation")
+    layer_norm_first: Optional[bool] = _shape("LayerNorm before each sublayer, as in Large models, or after it")
+    conv_pos: Optional[int] = _shape("frames of the positional convolution")
+    conv_pos_groups: Optional[int] = _shape("its groups")
+    pos_conv_depth: Optional[int] = _shape("positional convolutions one after another")
+    relative_position: Optional[bool] = _shape("WavLM's gated relative position bias")
+    num_buckets: Optional[int] = _shape("buckets of the relative position table")
+    max_distance: Optional[int] = _shape("distance (frames) from which positions share a bucket")
+    normalize: Optional[bool] = _shape("whether waveforms are normalised")
+    padding_rule: Optional[str] = _shape("which frames of a padded utterance count")
+    sample_rate: Optional[int] = _shape("Hz of the waveforms")
+    conv_channels: Optional[Any] = _shape("conv channels left in each layer; null: all")
+    heads: Optional[Any] = _shape("indices of the heads left in each layer; null: all")
+    ffn_dims: Optional[Any] = _shape("FFN units left in each layer; null: all")
+    original_parameters: Optional[int] = _shape("parameters before any pruning, which sparsity refers to")
+
+
+def check_student_fields(cfg: Any) -> None:
+    """Refuses, before training, what would do nothing or is out of range.
+
+    Args:
+        cfg: model config of a run; fields that are left out are not looked at.
+
+    Raises:
+        ValueError: a field of fine-tuning is set, or a rate is no probability; names the field.
+    """
+    default = SkillStudentConfig()
+    for name in FINE_TUNING:
+        value = getattr(cfg, name, None)
+        if value is not None and value != getattr(default, name):
+            raise ValueError(
+                f"model.{name}: {value} does nothing in distillation; leave it out, and set it in the config of "
+                "fine-tuning"
+            )
+    for name in ("conv_drop_rate", "head_drop_rate", "ffn_drop_rate", "layer_drop_rate"):
+        value = getattr(cfg, name, None)
+        if value is not None and not 0 < value < 1:
+            raise ValueError(f"model.{name}: {value}; expected a number between 0 and 1, such as 0.01")
+    for name in ("dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop"):
+        value = getattr(cfg, name, None)
+        if value is not None and not 0 <= value < 1:
+            raise ValueError(f"model.{name}: {value}; expected a probability, at least 0 and below 1")
+
+
+def check_shape(cfg: Any, shape: EncoderConfig) -> None:
+    """Refuses a shape set by hand that is not the one of the file ``cfg.init_from``.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for name, found in fairseq_fields(shape).items():
+        value = plain(getattr(cfg, name, None))
+        if name == "conv_feature_layers" and value is not None:
+            value = format_conv_layers(parse_conv_layers(value))
+        if name != "pruning_units" and value is not None and value != found:
+            raise ValueError(
+                f"model.{name}: {value}, but the student made from model.init_from={cfg.init_from} has {found}; leave "
+                "the field out, the file says what shape the student has"
+            )
 
 
 def initial_student(cfg: SkillStudentConfig) -> SpeechEncoder:
@@ -134,6 +216,7 @@ class SkillStudentModel(WavLMModel):
         avoid_wrong_gelu()
         self.cfg = cfg
         self.speech_encoder = SpeechEncoder(encoder_config(cfg), dropouts(cfg))
+        self.speech_encoder.transformer.checkpoint_activations = cfg.checkpoint_activations
         self._init_masking(cfg)
         # Used by fine-tuning alone: in distillation it would be a parameter without gradient.
         self.mask_emb.requires_grad_(False)
@@ -178,8 +261,25 @@ class SkillStudentModel(WavLMModel):
         self.generator.manual_seed((self.cfg.seed * 1_000_003 + self._update) * 4096 + rank)
         return self.speech_encoder.draw_gates()
 
+    def train_up_to(self, last_layer: int) -> None:
+        """Takes weights out of the training that a loss on the states up to a layer (1-based) cannot reach: ranks would
+        send zeros for them, or wait for gradients that never come. Gates stay: the size constraint moves them."""
+        transformer = self.speech_encoder.transformer
+        unreached: List[torch.nn.Module] = [*transformer.layers[last_layer:]] if last_layer else [transformer]
+        if transformer.layer_norm_first:
+            unreached.append(transformer.layer_norm)
+            unreached += [layer.attention_norm for layer in transformer.layers if layer.attention is None]
+            unreached += [layer.ffn_norm for layer in transformer.layers if layer.ffn is None]
+        for module in unreached:
+            module.requires_grad_(False)
+
     def forward(
-        self, source: Tensor, padding_mask: Optional[Tensor] = None, draw: Optional[Draw] = None, **kwargs: Any
+        self,
+        source: Tensor,
+        padding_mask: Optional[Tensor] = None,
+        draw: Optional[Draw] = None,
+        last_layer: Optional[int] = None,
+        **kwargs: Any,
     ) -> Dict[str, Any]:
         """One forward for distillation.
 
@@ -188,12 +288,13 @@ class SkillStudentModel(WavLMModel):
             padding_mask: (B, N) bool, True = padding, or None.
             draw: what :meth:`draw_gates` gave; None: the gates are drawn here, and the host waits for all that the
                 device has still to do.
+            last_layer: stop after this layer, 1-based; None: run all, and the final LayerNorm where there is one.
 
         Returns:
-            ``x`` (B, T, D), ``hidden_states`` (L + 1 tensors (B, T, D)), ``padding_mask`` (B, T) or None, and
-            ``expected_parameters``, a scalar with gradient, None without gates.
+            ``x`` (B, T, D), ``hidden_states`` (a tensor (B, T, D) for layer 0 and for each that ran), ``padding_mask``
+            (B, T) or None, and ``expected_parameters``, a scalar with gradient, None without gates.
         """
-        out = self.speech_encoder(source, padding_mask, draw=draw or self.draw_gates())
+        out = self.speech_encoder(source, padding_mask, last_layer=last_layer, draw=draw or self.draw_gates())
         gated = self.speech_encoder.gates is not None
         return {
             **out._asdict(),

@@ -1,11 +1,12 @@
 """WavLM and its kin as one fairseq model, pre-trainable by fairseq's ``hubert_pretraining``."""
 
 import dataclasses
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
 
 import torch
-from fairseq.dataclass import ChoiceEnum
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models import BaseFairseqModel, register_model
 from fairseq.models.hubert.hubert import HubertConfig, HubertModel
 from fairseq.modules import GradMultiply
@@ -16,10 +17,33 @@ from skill_fairseq.checkpoints.safe_load import plain
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers
 from skill_fairseq.modules.encoder import Dropouts, SpeechEncoder
 
+NOT_HERE = (
+    "layer_type",
+    "required_seq_len_multiple",
+    "depthwise_conv_kernel_size",
+    "attn_type",
+    "pos_enc_type",
+    "fp16",
+    "latent_temp",
+)
+"""HuBERT's fields for conformers and padding, which this encoder does not have: a config that sets one is refused."""
+
+
+def hubert_fields(wanted: Container[str]) -> Any:
+    """A base class for configs with these fields of fairseq's ``HubertConfig``."""
+    chosen = []
+    for f in dataclasses.fields(HubertConfig):
+        if f.name in wanted:
+            chosen.append((f.name, f.type, field(default=f.default, metadata=f.metadata)))
+    return dataclasses.make_dataclass("HubertFields", chosen, bases=(FairseqDataclass,))
+
+
+_Hubert: Any = hubert_fields({f.name for f in dataclasses.fields(HubertConfig)} - set(NOT_HERE))
+
 
 @dataclass
-class WavLMConfig(HubertConfig):
-    """HuBERT's configuration and what WavLM adds."""
+class WavLMConfig(_Hubert):
+    """HuBERT's configuration, without :data:`NOT_HERE`, and what WavLM adds."""
 
     relative_position: bool = field(
         default=True, metadata={"help": "WavLM's gated relative position bias; false makes it HuBERT"}
@@ -52,7 +76,6 @@ def fairseq_fields(config: EncoderConfig) -> Dict[str, Any]:
     """The inverse: fields of a fairseq model config that describe this shape."""
     fields = config.to_dict()
     fields["conv_feature_layers"] = format_conv_layers(config.conv_feature_layers)
-    del fields["sample_rate"]
     return fields
 
 
@@ -88,10 +111,11 @@ class WavLMModel(HubertModel):
     def __init__(self, cfg: WavLMConfig, task_cfg: Any, dictionaries: List[Any]) -> None:
         BaseFairseqModel.__init__(self)  # HubertModel's own would build a second encoder
         avoid_wrong_gelu()
-        config = encoder_config(cfg)
+        config = encoder_config(cfg).replace(sample_rate=getattr(task_cfg, "sample_rate", 16000))
         self.cfg = cfg
         self.speech_encoder = SpeechEncoder(config, dropouts(cfg))
-        self.feat2tar_ratio = cfg.label_rate * config.downsampling / getattr(task_cfg, "sample_rate", 16000)
+        self.speech_encoder.transformer.checkpoint_activations = cfg.checkpoint_activations
+        self.feat2tar_ratio = cfg.label_rate * config.downsampling / config.sample_rate
         self._init_masking(cfg)
 
         self.dropout_features = nn.Dropout(cfg.dropout_features)
@@ -115,7 +139,7 @@ class WavLMModel(HubertModel):
                 setattr(self, kind + name, getattr(cfg, kind + name))
         self.no_mask_overlap = cfg.no_mask_overlap
         self.no_mask_channel_overlap = cfg.no_mask_channel_overlap
-        self.mask_emb = nn.Parameter(torch.empty(cfg.encoder_embed_dim).uniform_())
+        self.mask_emb = nn.Parameter(torch.empty(self.speech_encoder.config.encoder_embed_dim).uniform_())
 
     @classmethod
     def build_model(cls, cfg: WavLMConfig, task: Any) -> "WavLMModel":

@@ -13,7 +13,7 @@ from skill_fairseq.modules.gate_bank import Draw, GateBank
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.output_bias import OutputBias
 from skill_fairseq.modules.plain import use_plain
-from skill_fairseq.modules.slicing import gated_output, take
+from skill_fairseq.modules.slicing import computed_units, gated_output, has_plain_weight, linear, take
 
 
 class RelativePositionGate(nn.Module):
@@ -41,10 +41,13 @@ class RelativePositionGate(nn.Module):
         x = x.unflatten(-1, (num_heads, -1))
         if heads.numel() < num_heads:
             x = x[:, :, heads]
-        # Four outputs are added up for each of the two gates: so may be their weights.
-        weight = self.grep_linear.weight.unflatten(0, (2, 4)).sum(1)
-        bias = self.grep_linear.bias.unflatten(0, (2, 4)).sum(1)
-        gates = F.linear(x, weight, bias).sigmoid()  # (B, T, h, 2)
+        if has_plain_weight(self.grep_linear):
+            # Four outputs are added up for each of the two gates: so may be their weights.
+            weight = self.grep_linear.weight.unflatten(0, (2, 4)).sum(1)
+            bias = self.grep_linear.bias.unflatten(0, (2, 4)).sum(1)
+            gates = F.linear(x, weight, bias).sigmoid()  # (B, T, h, 2)
+        else:
+            gates = self.grep_linear(x).unflatten(-1, (2, 4)).sum(-1).sigmoid()
         update, reset = gates.transpose(1, 2).unsqueeze(-1).unbind(3)  # (B, h, T, 1) each
         return update * (reset * self.grep_a[:, heads] - 1.0) + 2.0
 
@@ -120,17 +123,13 @@ class SelfAttention(nn.Module):
         self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor], units: Optional[Units]
     ) -> Tensor:
         """Only the heads whose gates are open."""
-        assert isinstance(self.out_proj, nn.Linear)
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        units = computed_units(units, self.heads.numel(), *layers, self.out_proj)
         rows = heads = None
         if units is not None and units.indices is not None:
             heads = units.indices
             rows = (heads[:, None] * self.head_dim + torch.arange(self.head_dim, device=heads.device)).flatten()
-        q, k, v = (
-            F.linear(x, take(proj.weight, 0, rows), take(proj.bias, 0, rows))
-            .unflatten(-1, (-1, self.head_dim))
-            .transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (linear(proj, x, rows).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in layers)
         factor = None
         if by_offset is not None and self.position_gate is not None:
             original = self.heads if heads is None else self.heads[heads]
@@ -138,11 +137,14 @@ class SelfAttention(nn.Module):
             factor = self.position_gate(x, original)
         else:
             by_offset = None
-        y = attend(q, k, v, factor, by_offset, padding_mask, self.dropout if self.training else 0.0).flatten(2)
-        weight = take(self.out_proj.weight, 1, rows)
-        if units is not None:
-            weight = weight * units.gate.to(weight.dtype).repeat_interleave(self.head_dim)
-        return F.linear(y, weight, self.out_proj.bias)
+        y = attend(q, k, v, factor, by_offset, padding_mask, self.dropout if self.training else 0.0)
+        if units is None:
+            return self.out_proj(y.flatten(2))
+        if not has_plain_weight(self.out_proj):
+            return self.out_proj((y * units.gate.to(y.dtype)[:, None]).flatten(2))
+        weight = take(self.out_proj.weight, 1, rows)  # type: ignore[arg-type]
+        weight = weight * units.gate.to(weight.dtype).repeat_interleave(self.head_dim)
+        return F.linear(y.flatten(2), weight, self.out_proj.bias)
 
     def _plain(
         self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor], units: Optional[Units]

@@ -16,6 +16,7 @@ from skill_fairseq.modules.norms import ChannelLayerNorm, group_norm_of_linear
 from skill_fairseq.modules.plain import use_plain
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.slicing import take
+from skill_fairseq.modules.tf32 import exact_products
 
 CHUNK_FRAMES = 256
 """Without gradients on a CPU, so many frames go through all layers at a time: they stay in its caches."""
@@ -200,8 +201,8 @@ class ConvStack(Prepared):
     ) -> Tensor:
         """(B, T_1, k) windows to (B, T, C) frames before the last gate."""
         batch = windows.size(0)
-        # A constant or hum in the audio cancels between taps, and in the shift: 8 bits would leave noise of it.
-        with torch.autocast(windows.device.type, enabled=False):
+        # A constant or hum in the audio cancels between taps, and in the shift: 8 or 11 bits would leave noise of it.
+        with torch.autocast(windows.device.type, enabled=False), exact_products(windows.device):
             x = torch.bmm(windows, kernel) if shift is None else torch.baddbmm(shift, windows, kernel)
         x = x.flatten(0, 1).to(compute_dtype(self.layers[0].conv.weight))  # utterances follow each other
         for i, layer in enumerate(self.layers):

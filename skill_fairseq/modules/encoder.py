@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.config import EncoderConfig
@@ -18,13 +19,14 @@ from skill_fairseq.modules.gate_bank import Draw, GateBank, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.layer import EncoderLayer
 from skill_fairseq.modules.norms import ChannelLayerNorm
+from skill_fairseq.modules.padding import check_padding_mask, frame_padding_mask
 from skill_fairseq.modules.plain import exporting, use_plain
 from skill_fairseq.modules.positional_conv import PositionalConv
 from skill_fairseq.modules.positional_conv_stack import PositionalConvStack
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.relative_position import RelativePosition
 from skill_fairseq.modules.size import count_macs, gate_names, static_shape, widths_of
-from skill_fairseq.modules.slicing import take
+from skill_fairseq.modules.slicing import has_plain_weight, take
 
 FrameTransform = Callable[[Tensor, Optional[Tensor]], Tensor]
 
@@ -54,30 +56,6 @@ class EncoderOutput(NamedTuple):
     padding_mask: Optional[Tensor]
 
 
-def frame_padding_mask(padding_mask: Tensor, num_frames: int, config: EncoderConfig) -> Tensor:
-    """Padding of frames from padding of samples.
-
-    Rule "chunks" (Microsoft's and fairseq's): the samples are cut into ``num_frames`` equal chunks and a frame is
-    padding if its whole chunk is. Rule "convolution" (transformers'): a frame counts if the conv stack would make it
-    of the unpadded audio alone, one frame less in places.
-
-    Args:
-        padding_mask: (B, N) bool, True = padding, at the end of each row.
-        num_frames: T.
-
-    Returns:
-        (B, T) bool.
-    """
-    if config.padding_rule == "chunks" and not exporting():
-        usable = padding_mask.size(1) - padding_mask.size(1) % num_frames
-        return padding_mask[:, :usable].unflatten(1, (num_frames, -1)).all(-1)
-    lengths = (~padding_mask).sum(1)
-    frames = torch.arange(num_frames, device=padding_mask.device)
-    if config.padding_rule == "chunks":  # the same for padding at the end, without a shape that depends on N
-        return frames * (padding_mask.size(1) // num_frames) >= lengths[:, None]
-    return frames >= config.num_frames(lengths)[:, None]
-
-
 class FeatureProjection(nn.Module):
     """LayerNorm over the conv channels, then a linear map to the model's width.
 
@@ -96,8 +74,13 @@ class FeatureProjection(nn.Module):
 
     def forward(self, x: Tensor, units: Optional[Units] = None) -> Tensor:
         """(B, T, C) conv features and which channels they are, None for all, to (B, T, D)."""
-        weight = take(self.linear.weight, 1, None if units is None else units.indices)
-        return self.dropout(F.linear(self.norm(x, units), weight, self.linear.bias))
+        x = self.norm(x, units)
+        if units is None or units.indices is None:
+            return self.dropout(self.linear(x))
+        if not has_plain_weight(self.linear):
+            every = x.new_zeros(*x.shape[:-1], self.linear.in_features)
+            return self.dropout(self.linear(every.index_copy(-1, units.indices, x)))
+        return self.dropout(F.linear(x, take(self.linear.weight, 1, units.indices), self.linear.bias))
 
 
 class Transformer(nn.Module):
@@ -107,10 +90,15 @@ class Transformer(nn.Module):
         config: shape.
         dropouts: dropout probabilities.
         gates: where to add the gates that ``config.pruning_units`` names; None: no gates.
+
+    Attributes:
+        checkpoint_activations: keep of each layer its input alone for the backward pass, which computes the layer once
+            more, with the same dropout and the same gates (Chen et al. 2016, arXiv:1604.06174).
     """
 
     def __init__(self, config: EncoderConfig, dropouts: Dropouts, gates: Optional[GateBank] = None) -> None:
         super().__init__()
+        self.checkpoint_activations = False
         dim = config.encoder_embed_dim
         self.layer_norm_first = config.layer_norm_first
         self.layerdrop = dropouts.layerdrop
@@ -173,6 +161,9 @@ class Transformer(nn.Module):
                 x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
             else:
                 padding_mask = None
+        if padding_mask is not None:
+            # Of an utterance without a frame nothing counts; with every key hidden, kernels differ or give NaN.
+            padding_mask = padding_mask & ~padding_mask.all(1, keepdim=True)
         x = x + self.pos_conv(x)
         if not self.layer_norm_first:
             x = self.layer_norm(x)
@@ -180,7 +171,9 @@ class Transformer(nn.Module):
         by_offset = None if self.relative_position is None else self.relative_position(x.size(1))
         for block in self.layers:
             if not (self.training and self.layerdrop > 0 and np.random.random() < self.layerdrop):
-                x = block(x, by_offset, padding_mask, draw)
+                inputs = (x, by_offset, padding_mask, draw)
+                again = self.checkpoint_activations and torch.is_grad_enabled()
+                x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
             yield x
 
     def forward(
@@ -259,7 +252,7 @@ class SpeechEncoder(nn.Module):
 
         Args:
             source: (B, N) samples at 16 kHz, already normalised where ``normalize`` says so.
-            padding_mask: (B, N) bool, True = padding, or None.
+            padding_mask: (B, N) bool, True = padding, at the end of each row; or None.
             transform: called with the projected features (B, T, D) and the frames' padding mask, returns features
                 (B, T, D) for the transformer: time masking in pre-training and fine-tuning.
             last_layer: stop after this layer (1-based; 0 runs none); None runs all.
@@ -269,7 +262,9 @@ class SpeechEncoder(nn.Module):
             output, hidden states, padding mask of the frames.
 
         Raises:
-            ValueError: the source is not (B, N), or too short for one frame.
+            TypeError: the padding mask is no bool tensor.
+            ValueError: the source is not (B, N), or too short for one frame; or the padding mask has another shape,
+                hides a whole row, or hides samples before others that it does not hide.
         """
         draw = self.draw_gates() if draw is None else draw
         projected, padding_mask = self._project(source, padding_mask, draw)
@@ -325,6 +320,9 @@ class SpeechEncoder(nn.Module):
                 f"source: {source.size(1)} samples are too short for one frame; at least "
                 f"{self.config.receptive_field} are needed: drop or pad shorter audio"
             )
+        if padding_mask is not None:
+            values = source.device.type == "cpu" or not self.training
+            padding_mask = check_padding_mask(padding_mask, source, values)
         features, units = self.feature_extractor(source, draw)
         if padding_mask is not None:
             padding_mask = frame_padding_mask(padding_mask, features.size(1), self.config)

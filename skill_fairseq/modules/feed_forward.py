@@ -13,7 +13,7 @@ from skill_fairseq.modules.gate_bank import Draw, GateBank
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.output_bias import OutputBias
 from skill_fairseq.modules.plain import use_plain
-from skill_fairseq.modules.slicing import gated_output, take
+from skill_fairseq.modules.slicing import computed_units, gated_output, has_plain_weight, linear, take
 
 
 class FeedForward(nn.Module):
@@ -74,13 +74,14 @@ class FeedForward(nn.Module):
 
     def _open_units(self, x: Tensor, units: Optional[Units]) -> Tensor:
         """Only the units whose gates are open."""
-        assert isinstance(self.fc2, nn.Linear)
-        weight = self.fc2.weight
-        index = None
+        units = computed_units(units, self.width, self.fc1, self.fc2)
+        x = linear(self.fc1, x, None if units is None else units.indices)
+        if not has_plain_weight(self.fc2):
+            y = self.dropout(self._activate(x))
+            return self.fc2(y if units is None else y * units.gate.to(y.dtype))  # type: ignore[no-any-return]
+        weight: Tensor = self.fc2.weight  # type: ignore[assignment]
         if units is not None:
-            index = units.indices
-            weight = take(weight, 1, index) * units.gate.to(weight.dtype)
-        x = F.linear(x, take(self.fc1.weight, 0, index), take(self.fc1.bias, 0, index))
+            weight = take(weight, 1, units.indices) * units.gate.to(weight.dtype)
         if self.training and self.dropout.p or not torch.is_grad_enabled():
             return F.linear(self.dropout(self._activate(x)), weight, self.fc2.bias)
         y = activated_conv(x.flatten(0, 1), weight.t().unsqueeze(0), self.fc2.bias, 1, self.activation)

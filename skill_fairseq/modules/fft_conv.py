@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MOST_BLOCKS = 64
+"""Blocks that are transformed at a time: 165 s of Base's 128 frames long kernel; spectra take several times the memory
+of what they are made of."""
+
 
 def block_length(kernel_size: int) -> int:
     """Frames of a block: a power of two, about half of which are results. The spectrum's size grows with it."""
@@ -53,8 +57,15 @@ def fft_conv(x: Tensor, spectrum: Tensor, kernel_size: int) -> Tensor:
     blocks = -(-num_frames // step)
     left = kernel_size // 2
     padded = F.pad(x, (0, 0, left, blocks * step + kernel_size - 1 - num_frames - left))
-    pieces = torch.fft.rfft(padded.unfold(1, n, step), dim=-1)  # (B, blocks, D, n / 2 + 1)
+    parts = padded.unfold(1, n, step).split(MOST_BLOCKS, 1)
+    frames = [_convolve(part, spectrum, groups)[:, :, :step].flatten(1, 2) for part in parts]
+    return (frames[0] if len(frames) == 1 else torch.cat(frames, 1))[:, :num_frames]
+
+
+def _convolve(blocks: Tensor, spectrum: Tensor, groups: int) -> Tensor:
+    """(B, blocks, D, n) frames to (B, blocks, n, D_out), of which the last K - 1 are no results."""
+    pieces = torch.fft.rfft(blocks, dim=-1)  # (B, blocks, D, n / 2 + 1)
     pieces = pieces.flatten(0, 1).unflatten(1, (groups, -1)).permute(3, 1, 0, 2)  # (n / 2 + 1, G, B blocks, D / G)
     out = torch.matmul(pieces, spectrum).permute(2, 1, 3, 0).flatten(1, 2)  # (B blocks, D_out, n / 2 + 1)
-    frames = torch.fft.irfft(out, n=n, dim=-1)[..., :step].transpose(1, 2)
-    return frames.reshape(batch, blocks * step, -1)[:, :num_frames]
+    frames = torch.fft.irfft(out, n=blocks.size(-1), dim=-1)
+    return frames.transpose(1, 2).unflatten(0, blocks.shape[:2])

@@ -17,6 +17,7 @@ from skill_fairseq.modules.hard_concrete import (
     hard_concrete_sample,
     keep_probability,
     kept_units,
+    multiple_on,
     open_units,
 )
 from skill_fairseq.modules.host import to_host
@@ -204,7 +205,8 @@ class GateBank(Float32Module):
         if is_open is None or not slicing:
             return Draw(z, [Units(None, value) for value in values])
         masks = is_open.split(sizes)
-        indices = [open_units(mask, gate.multiple) for gate, mask in zip(self.gates, masks)]
+        multiples = [multiple_on(z.device, gate.multiple) for gate in self.gates]
+        indices = [open_units(mask, multiple) for multiple, mask in zip(multiples, masks)]
         on_device = _together([index for index in indices if index is not None], z.device)
         units = []
         for index, mask, value in zip(indices, masks, values):

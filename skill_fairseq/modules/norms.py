@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.slicing import take
 
+MOST_WINDOWS = 1 << 18
+"""Windows of the first convolution (80 s) whose float64 copies are made at a time."""
+
 
 def group_norm_of_linear(
     windows: Tensor, kernel: Tensor, bias: Optional[Tensor], weight: Tensor, shift: Tensor, eps: float
@@ -33,14 +36,20 @@ def group_norm_of_linear(
     dtype = torch.promote_types(kernel.dtype, torch.float32)
     kernel = kernel.double()
     mean = windows.mean(1, keepdim=True, dtype=torch.float64)  # (B, 1, k)
-    centred = windows.double() - mean
-    covariance = centred.transpose(1, 2) @ centred / windows.size(1)
+    scatter = torch.stack([_scatter(piece, mean) for piece in windows.split(MOST_WINDOWS, 1)]).sum(0)
+    covariance = scatter / windows.size(1)
     variance = (kernel * (covariance @ kernel)).sum(1, keepdim=True)  # (B, 1, C)
     factor = weight.double() * torch.rsqrt(variance + eps)
     mean = mean @ kernel
     if bias is not None:  # the normalisation takes it out again
         mean = mean + bias.double() - bias.double()
     return factor.to(dtype), (shift.double() - mean * factor).to(dtype)
+
+
+def _scatter(windows: Tensor, mean: Tensor) -> Tensor:
+    """(B, k, k) sums of products of the inputs less their mean."""
+    centred = windows.double() - mean
+    return centred.transpose(1, 2) @ centred
 
 
 def layer_norm_with_zeros(x: Tensor, full_width: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Iterator
 
 import torch
 
-_plain = False
+_plain: contextvars.ContextVar[bool] = contextvars.ContextVar("plain", default=False)  # each thread has its own
 
 
 @contextlib.contextmanager
 def plain_path(enabled: bool = True) -> Iterator[None]:
     """Inside, encoders compute by textbook operations: masked gates, ``conv1d``, one attention matrix a head."""
-    global _plain
-    before, _plain = _plain, enabled
+    token = _plain.set(enabled)
     try:
         yield
     finally:
-        _plain = before
+        _plain.reset(token)
 
 
 def exporting() -> bool:
@@ -32,4 +32,4 @@ def exporting() -> bool:
 
 def use_plain() -> bool:
     """Whether the plain path is to be taken."""
-    return _plain or exporting()
+    return _plain.get() or exporting()

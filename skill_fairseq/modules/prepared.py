@@ -30,9 +30,10 @@ class Prepared(nn.Module):
     def prepared(self) -> Any:
         """What was laid out, or, where that is outdated or gradients are asked for, a fresh layout."""
         needs_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        if self._prepared is None or needs_gradient or self._prepared[0] != self._state():
+        prepared = self._prepared  # another thread may forget it, or make it anew
+        if prepared is None or needs_gradient or prepared[0] != self._state():
             return self.layout()
-        return self._prepared[1]
+        return prepared[1]
 
     def train(self, mode: bool = True) -> Prepared:
         """Also forgets the layout where training begins."""

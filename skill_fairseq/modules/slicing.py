@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skill_fairseq.modules.hard_concrete import Units
@@ -38,6 +39,28 @@ def take(source: Tensor, dim: int, index: Optional[Tensor]) -> Tensor:
         ``source`` with ``k`` entries in that dimension.
     """
     return source if index is None else _Take.apply(source, dim, index)
+
+
+def linear(layer: nn.Module, x: Tensor, outputs: Optional[Tensor] = None) -> Tensor:
+    """A linear layer; where only some outputs are wanted, those rows of its weight.
+
+    Without ``outputs`` the module itself is called: it may be a quantised one, or an adapter around the original.
+    """
+    if outputs is None:
+        return layer(x)  # type: ignore[no-any-return]
+    return F.linear(x, take(layer.weight, 0, outputs), take(layer.bias, 0, outputs))  # type: ignore[arg-type]
+
+
+def has_plain_weight(layer: nn.Module) -> bool:
+    """Whether ``layer.weight`` is all there is to a linear layer: not where a tool has put another in its place."""
+    return type(layer) is nn.Linear
+
+
+def computed_units(units: Optional[Units], number: int, *layers: nn.Module) -> Optional[Units]:
+    """The units to compute: all ``number`` of them where they cannot be sliced out of one of the layers."""
+    if units is None or units.indices is None or all(has_plain_weight(layer) for layer in layers):
+        return units
+    return Units(None, units.gate.new_zeros(number).index_copy(0, units.indices, units.gate), units.any_open)
 
 
 class _Nothing(torch.autograd.Function):

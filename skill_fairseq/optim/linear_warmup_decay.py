@@ -7,14 +7,16 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.optim.lr_scheduler import FairseqLRScheduler, register_lr_scheduler
 from omegaconf import II
 
-from skill_fairseq.pruning.lagrangian import linear_warmup_decay
+from skill_fairseq.pruning.lagrangian import linear_warmup_decay, updates_of
 
 
 @dataclass
 class LinearWarmupDecayConfig(FairseqDataclass):
     """Warm-up, length and peak of the schedule."""
 
-    warmup_updates: int = field(default=15000, metadata={"help": "updates until the peak"})
+    warmup_updates: float = field(
+        default=15000, metadata={"help": "updates until the peak, or a fraction of all, such as 0.3"}
+    )
     total_num_update: int = field(
         default=II("optimization.max_update"), metadata={"help": "update at which the rate has fallen to 0"}
     )
@@ -34,9 +36,10 @@ class LinearWarmupDecay(FairseqLRScheduler):
 
     def __init__(self, cfg: LinearWarmupDecayConfig, optimizer: Any) -> None:
         super().__init__(cfg, optimizer)
-        if cfg.total_num_update <= cfg.warmup_updates:
+        self.warmup = updates_of(cfg.warmup_updates, cfg.total_num_update, "lr_scheduler.warmup_updates")
+        if cfg.total_num_update <= self.warmup:
             raise ValueError(
-                f"lr_scheduler.warmup_updates: {cfg.warmup_updates} is not below the {cfg.total_num_update} updates of "
+                f"lr_scheduler.warmup_updates: {self.warmup} is not below the {cfg.total_num_update} updates of "
                 "the run (optimization.max_update); lower the one or raise the other"
             )
         self.step_update(0)
@@ -48,6 +51,6 @@ class LinearWarmupDecay(FairseqLRScheduler):
 
     def step_update(self, num_updates: int) -> float:
         """Sets the rate for the update with this 0-based index."""
-        factor = linear_warmup_decay(num_updates, self.cfg.warmup_updates, self.cfg.total_num_update)
+        factor = linear_warmup_decay(num_updates, self.warmup, self.cfg.total_num_update)
         self.optimizer.set_lr(self.cfg.lr[0] * factor)
         return self.optimizer.get_lr()

@@ -11,6 +11,7 @@ import numpy as np
 from skill_fairseq.probing.classify import probe
 from skill_fairseq.probing.intervals import why_none
 from skill_fairseq.probing.pooling import Features, pool_files
+from skill_fairseq.probing.readable import readable_part
 from skill_fairseq.probing.tasks import Task
 from skill_fairseq.probing.verify import verify
 
@@ -25,14 +26,17 @@ def evaluate(features: Features, tasks: Sequence[Task], name: str) -> dict[str, 
 
     Returns:
         an entry a task, for JSON: ``metric`` ("accuracy" or "equal error rate"), ``value`` and ``interval`` (0 to 1;
-        None where there is none, and ``no_interval`` says why), ``samples`` (what the task consists of, in words) and
-        details, with what each sample got, so that any statistic can be computed anew; see :func:`outcomes`.
+        None where there is none, and ``no_interval`` says why), ``samples`` (what the task consists of, in words),
+        ``skipped`` (recordings that cannot be read; the log names them) and details, with what each sample got, so
+        that any statistic can be computed anew; see :func:`outcomes`.
     """
     pooled = pool_files(features, (file for task in tasks for file in task.files), name)
     found = {}
-    for task in tasks:
+    for whole in tasks:
+        task = readable_part(whole, pooled)
         split = {s: np.stack([pooled[file] for file in m.files]) for s, m in task.manifests.items()}
         found[task.name] = _classify(split, task) if task.trials is None else _verify(split["test"], task)
+        found[task.name]["skipped"] = len(whole.files) - len(task.files)
     return found
 
 

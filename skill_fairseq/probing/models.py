@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from skill_fairseq.audio.features import log_mel
+from skill_fairseq.files import content_sha256
 from skill_fairseq.probing.pooling import EncoderFeatures, Features
 
 LOG_MEL = "logmel"
@@ -35,14 +35,14 @@ class ProbedModel:
     sha256: str | None
 
 
-def level_free_log_mel(wave: Tensor) -> list[Tensor]:
-    """(N,) samples to [(T, 80)] log-mel features less their mean over the recording: its gain has no effect.
+def level_free_log_mel(wave: Tensor) -> list[list[Tensor]]:
+    """(N,) samples to [[(T, 80)]], log-mel features less their mean over the recording: its gain has no effect.
 
     Encoders whose first convolution is normalised over time ignore gain as well; without this the baseline
     mostly measures how loud a speaker was recorded.
     """
     energies = log_mel(wave)
-    return [energies - energies.mean()]
+    return [[energies - energies.mean()]]
 
 
 def resolve_model(word: str, device: str = "cpu", seed: int = 0) -> ProbedModel:
@@ -71,11 +71,10 @@ def resolve_model(word: str, device: str = "cpu", seed: int = 0) -> ProbedModel:
             f"{path}: no such model file; expected a file or folder that load_encoder reads, {RANDOM}FILE, or {LOG_MEL}"
         )
     from skill_fairseq import load_encoder
-    from skill_fairseq.cli.cluster import hash_teacher
 
     encoder = load_encoder(path, device=device)
     if what.startswith(RANDOM):
         torch.manual_seed(seed)
         encoder = type(encoder)(encoder.config).to(device)
     kind = "random" if what.startswith(RANDOM) else "encoder"
-    return ProbedModel(name, EncoderFeatures(encoder), encoder.num_parameters(), kind, hash_teacher(Path(path)))
+    return ProbedModel(name, EncoderFeatures(encoder), encoder.num_parameters(), kind, content_sha256(path))

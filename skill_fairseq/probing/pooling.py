@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from skill_fairseq.audio.manifest import load_audio
+from skill_fairseq.audio.manifest import readable
+from skill_fairseq.audio.pieces import pieces
+from skill_fairseq.modules.encoder import SpeechEncoder
 
-Features = Callable[[Tensor], Sequence[Tensor]]
-"""(N,) samples to one (T, D) tensor a layer."""
+Features = Callable[[Tensor], Iterable[Sequence[Tensor]]]
+"""(N,) samples to the states of their pieces, one after another: one (T, D) tensor a layer."""
 
 
-def temporal_statistics(states: Sequence[Tensor]) -> Tensor:
+def temporal_statistics(parts: Iterable[Sequence[Tensor]]) -> Tensor:
     """Mean and (biased) standard deviation over time.
 
     Args:
-        states: one (T, D) tensor a layer.
+        parts: pieces of a recording, one (T, D) tensor a layer; no piece is kept.
 
     Returns:
-        (layers, 2 D) float32: the means, then the standard deviations; those are 0 where T = 1.
+        (layers, 2 D) float32: the means, then the standard deviations; those are 0 where T = 1 in all.
     """
-    stacked = torch.stack([state.float() for state in states])
-    return torch.cat([stacked.mean(1), stacked.std(1, unbiased=False)], dim=1)
+    lengths, means, deviations = [], [], []
+    for states in parts:
+        stacked = torch.stack([state.float() for state in states])
+        lengths.append(float(stacked.size(1)))
+        means.append(stacked.mean(1))
+        deviations.append(stacked.std(1, unbiased=False))
+    if len(lengths) == 1:
+        return torch.cat([means[0], deviations[0]], dim=1)
+    shares = (torch.tensor(lengths, dtype=torch.float64) / sum(lengths))[:, None, None]
+    mean = (shares * torch.stack(means)).sum(0)
+    square = (shares * (torch.stack(deviations).double().square() + (torch.stack(means) - mean).square())).sum(0)
+    return torch.cat([mean, square.sqrt()], dim=1).float()
 
 
 class EncoderFeatures:
@@ -40,17 +52,18 @@ class EncoderFeatures:
         encoder: as `skill_fairseq.load_encoder` gives it; is put in eval mode.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: SpeechEncoder) -> None:
         self.encoder = encoder.eval()
         self.device = next(encoder.parameters()).device
 
-    @torch.no_grad()
-    def __call__(self, wave: Tensor) -> list[Tensor]:
-        """(N,) samples to L + 1 tensors (T, D)."""
+    def __call__(self, wave: Tensor) -> Iterator[list[Tensor]]:
+        """(N,) samples to L + 1 tensors (T, D), once for each piece of a minute at most."""
         if self.encoder.normalize:
             wave = F.layer_norm(wave, wave.shape)
-        out = self.encoder(wave[None].to(self.device))
-        return [state[0].cpu() for state in out.hidden_states]
+        for piece in pieces(wave[None], self.encoder.config.sample_rate):
+            with torch.no_grad():
+                states = self.encoder(piece.to(self.device)).hidden_states
+            yield [state[0].cpu() for state in states]
 
 
 def pool_files(features: Features, files: Iterable[Path], description: str = "pooling") -> dict[Path, np.ndarray]:
@@ -62,14 +75,14 @@ def pool_files(features: Features, files: Iterable[Path], description: str = "po
         description: beside the progress bar.
 
     Returns:
-        (layers, 2 D) float32 of each file.
+        (layers, 2 D) float32 of each file that can be read; the log names the others.
 
     Raises:
-        ValueError: a recording is not usable (`load_audio`), or its features are not finite.
+        ValueError: no recording can be read, or features are not finite.
     """
     pooled: dict[Path, np.ndarray] = {}
-    for file in tqdm(list(dict.fromkeys(files)), desc=description, unit="file", disable=None):
-        statistics = temporal_statistics(features(load_audio(file))).numpy()
+    for file, wave in readable(tqdm(list(dict.fromkeys(files)), desc=description, unit="file", disable=None), []):
+        statistics = temporal_statistics(features(wave)).numpy()
         if not np.isfinite(statistics).all():
             raise ValueError(
                 f"{file}: the model ({description}) gives features that are NaN or infinite, expected "

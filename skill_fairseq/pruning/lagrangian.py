@@ -5,6 +5,8 @@ Sizes enter as sparsity, ``s = 1 - E[parameters] / full``, see :mod:`skill_fairs
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,28 @@ def linear_warmup_decay(update: int, warmup: int, max_update: int) -> float:
     if step <= warmup:
         return step / warmup
     return max(0, max_update - step) / max(1, max_update - warmup)
+
+
+def updates_of(value: float, total: int, field: str) -> int:
+    """Updates that a config's value means: a whole number of them, or a fraction of all.
+
+    Args:
+        value: 0 or a whole number, or a fraction above 0 and below 1.
+        total: updates of the run; looked at for a fraction alone.
+        field: where the value comes from, for messages.
+
+    Raises:
+        ValueError: it is neither, or a fraction of a run without an end.
+    """
+    if 0 < value < 1:
+        if total <= 0:
+            raise ValueError(f"{field}: {value} is a fraction of optimization.max_update, which is {total}; set it")
+        return min(max(1, round(value * total)), total - 1)
+    if not 0 <= value < math.inf or value != int(value):
+        raise ValueError(
+            f"{field}: {value}; expected a whole number of updates, or a fraction of the run between 0 and 1"
+        )
+    return int(value)
 
 
 class SizeConstraint(Float32Module):

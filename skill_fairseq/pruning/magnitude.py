@@ -41,7 +41,7 @@ def ranks(scores: Tensor) -> Tensor:
     """Place of each unit among its gate's, (n,) float32 in (0, 1), ascending with the score; equal ones by index."""
     n = len(scores)
     places = torch.empty(n)
-    places[scores.argsort(stable=True)] = (torch.arange(n) + 0.5) / n
+    places[scores.sort(stable=True).indices] = (torch.arange(n) + 0.5) / n  # torch 1.13's argsort has no stable
     return places
 
 
@@ -64,6 +64,7 @@ def prune_by_magnitude(encoder: SpeechEncoder, sparsity: float, units: List[str]
         raise ValueError("the encoder has gates already; give one without, a teacher")
     size = encoder.config.original_parameters or encoder.num_parameters()
     gated = SpeechEncoder(encoder.config.replace(pruning_units=list(units), original_parameters=size))
+    gated.to(encoder.feature_projection.linear.weight.dtype)
     gated.load_state_dict(encoder.state_dict(), strict=False)
     for conv in gated.feature_extractor.layers:
         _set_gate(conv.gate, conv_scores(conv.conv.weight))

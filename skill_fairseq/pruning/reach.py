@@ -12,7 +12,7 @@ from typing import Any, List, NamedTuple, Optional
 
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.expected import expected_sparsity, full_parameters
-from skill_fairseq.pruning.lagrangian import linear_warmup_decay
+from skill_fairseq.pruning.lagrangian import linear_warmup_decay, updates_of
 from skill_fairseq.pruning.selection import selected_parameters
 
 logger = logging.getLogger(__name__)
@@ -57,8 +57,9 @@ def schedule_factors(scheduler: Any, max_update: int) -> float:
     """
     if scheduler is None or _get(scheduler, "_name") != "linear_warmup_decay":
         return float(max_update)
-    total = _get(scheduler, "total_num_update") or max_update
-    return sum(linear_warmup_decay(u, int(_get(scheduler, "warmup_updates")), int(total)) for u in range(max_update))
+    total = int(_get(scheduler, "total_num_update") or max_update)
+    warmup = updates_of(_get(scheduler, "warmup_updates"), total, "lr_scheduler.warmup_updates")
+    return sum(linear_warmup_decay(u, warmup, total) for u in range(max_update))
 
 
 def gate_schedule(cfg: Any) -> Optional[GateSchedule]:

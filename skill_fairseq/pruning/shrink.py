@@ -32,7 +32,7 @@ def shrink(encoder: SpeechEncoder, sparsity: Optional[float] = None) -> SpeechEn
         sparsity: fraction of the original parameters to remove, in [0, 1); None: as the gates round.
 
     Returns:
-        A new encoder without gates, in evaluation mode, on the same device.
+        A new encoder without gates, in evaluation mode, on the same device and of the same dtype.
 
     Raises:
         ValueError: the encoder has no gates, a convolution would lose all its channels, or the sparsity cannot be
@@ -55,7 +55,8 @@ def shrink(encoder: SpeechEncoder, sparsity: Optional[float] = None) -> SpeechEn
         pruning_units=[],
         original_parameters=full_parameters(encoder.config),
     )
-    small = SpeechEncoder(config, encoder.dropouts).eval().to(next(encoder.parameters()).device)
+    like = encoder.feature_projection.linear.weight
+    small = SpeechEncoder(config, encoder.dropouts).eval().to(like.device, like.dtype)
     # What no gate touches (positional convolution, relative position, layer norms) stays as it is.
     untouched = {k: v for k, v in encoder.state_dict().items() if k in small.state_dict() and k not in state}
     small.load_state_dict({**untouched, **state})

@@ -93,13 +93,14 @@ def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups
         files.append(file)
         seconds += size / rate
     found = {n: layer_distances(e, encoders["teacher"], files) for n, e in encoders.items() if n != "teacher"}
+    number = len(next(iter(found.values())).recordings["l1"])  # those that can be read
     shown = []
     for kind, label in SHOWN.items():
         lines = {name: (range(len(d.layers[kind])), d.layers[kind]) for name, d in found.items()}
         path = pictures.curves(out / f"distance_{kind}.png", lines, label, xlabel="layer")
         shown.append(page.figure(path, f"{label} between student and teacher, by layer"))
     text = (
-        f"States of the same layer, on {len(files)} recordings of {valid.name} ({seconds:.1f} s, "
+        f"States of the same layer, on {number} recordings of {valid.name} ({seconds:.1f} s, "
         f"{next(iter(found.values())).num_frames} frames), no projection in between. L1 is shown of states as they "
         "are, and of states brought to zero mean and unit variance frame by frame; 1 - CKA, of a recording's frames, "
         "asks nothing of rotation and scale. Layer 0 precedes the transformer."

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
+import torch
 from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.audio_pretraining import AudioPretrainingConfig, AudioPretrainingTask
@@ -15,13 +16,15 @@ from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.safe_load import plain
 from skill_fairseq.criterions.skill_group_kd import read_groups
 from skill_fairseq.distillation.teacher import FrozenTeacher
-from skill_fairseq.files import named
-from skill_fairseq.models.skill_student import initial_student
+from skill_fairseq.files import content_sha256, named
+from skill_fairseq.models.skill_student import check_shape, check_student_fields, initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.agreement import check_ranks
 from skill_fairseq.pruning.lagrangian import SizeConstraint
 from skill_fairseq.tasks.speech_dataset import SpeechDataset
+from skill_fairseq.training.paths import from_shell
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +42,27 @@ class SkillDistillationConfig(AudioPretrainingConfig):
     teacher_compile: bool = field(
         default=False, metadata={"help": "run the teacher's layers through torch.compile (minutes at the start)"}
     )
+    max_valid_sample_size: Optional[int] = field(
+        default=960000,
+        metadata={
+            "help": "validation hears so many samples of a recording, from its beginning (960000: 60 s at 16 kHz); the "
+            "log names longer ones; null: all of every recording"
+        },
+    )
+    tf32: bool = field(
+        default=True,
+        metadata={
+            "help": "float32 matrix products in TF32 (11 bits) on GPUs from Ampere on, as torch does convolutions; the "
+            "first convolution, gates, sizes and losses stay float32; no effect on CPUs, in bf16 or fp16"
+        },
+    )
     crop_multiple: int = field(
         default=1,
         metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
+    )
+    check_all_files: bool = field(
+        default=False,
+        metadata={"help": "look for every file of the manifests before training; false: for 1,000 of each"},
     )
     max_unreadable_files: int = field(
         default=100,
@@ -65,11 +86,20 @@ class SkillDistillationTask(AudioPretrainingTask):
 
     def __init__(self, cfg: SkillDistillationConfig) -> None:
         super().__init__(cfg)
+        whole = cfg._get_parent()  # fairseq reads task.data there too, and saves it; this is a copy of its task
+        for name in ("data", "teacher"):
+            if cfg.get(name):
+                cfg[name] = from_shell(cfg[name])
+                if whole is not None and "task" in whole:
+                    whole.task[name] = cfg[name]
         self._teacher: Optional[FrozenTeacher] = None
         self.student_config: Optional[EncoderConfig] = None
         self.num_updates = 0
         self.losses: List[Tuple[Tensor, List[str]]] = []  # of the present update, with the files of each batch
+        self.frames_of_weight_1: Optional[float] = None  # in the present update
         self._constraint: Optional[SizeConstraint] = None
+        self._model: Any = None
+        self._training_data: Optional[SpeechDataset] = None
 
     @property
     def teacher(self) -> FrozenTeacher:
@@ -83,28 +113,55 @@ class SkillDistillationTask(AudioPretrainingTask):
                 raise ValueError("task.teacher: not set; expected a teacher file or folder, for example WavLM-Base+.pt")
             with named("task.teacher"):
                 encoder = load_encoder(self.cfg.teacher)
-            if encoder.normalize != self.cfg.normalize:
-                raise ValueError(
-                    f"task.normalize: {self.cfg.normalize}, but the teacher {self.cfg.teacher} was trained with "
-                    f"{encoder.normalize}; set task.normalize={str(encoder.normalize).lower()}"
-                )
+            self._check_waveforms(encoder, f"the teacher {self.cfg.teacher}")
             dtype = str(getattr(self.cfg.teacher_dtype, "name", self.cfg.teacher_dtype))
             self._teacher = FrozenTeacher(encoder, dtype, self.cfg.teacher_compile)
         return self._teacher
 
+    def teacher_sha256(self) -> str:
+        """Hash of the teacher's file or folder, by which a run that goes on knows it again."""
+        return content_sha256(self.cfg.teacher or "")
+
+    def _check_waveforms(self, encoder: SpeechEncoder, what: str) -> None:
+        """Refuses an encoder that expects other waveforms than the task gives it."""
+        for name in ("normalize", "sample_rate"):
+            wanted, found = getattr(encoder.config, name), self.cfg[name]
+            if wanted != found:
+                raise ValueError(
+                    f"task.{name}: {found}, but {what} was trained with {wanted}; set task.{name}={str(wanted).lower()}"
+                    + (", and give audio of that rate" if name == "sample_rate" else "")
+                )
+
+    def _check_lengths(self, student: EncoderConfig) -> None:
+        least = student.receptive_field
+        if self.cfg.max_sample_size is not None and self.cfg.max_sample_size < least:
+            raise ValueError(
+                f"task.max_sample_size: {self.cfg.max_sample_size} samples; the student's convolutions need at least "
+                f"{least}; null crops to the shortest utterance of a batch alone"
+            )
+
     def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
-        """Reads ``<data>/<split>.tsv``. Validation sees whole utterances: its loss is comparable between epochs."""
-        train = split == "train"
-        self.datasets[split] = SpeechDataset(
-            os.path.join(self.cfg.data, f"{split}.tsv"),
-            crop_multiple=self.cfg.crop_multiple if train else 1,
-            sample_rate=self.cfg.sample_rate,
-            max_sample_size=self.cfg.max_sample_size if train else None,
-            min_sample_size=self.cfg.min_sample_size if train else 0,
-            shuffle=train,
-            pad=not train,
-            normalize=self.cfg.normalize,
-        )
+        """Reads ``<data>/<split>.tsv``. Validation hears the same every time: its loss is comparable between epochs.
+
+        Raises:
+            FileNotFoundError, ValueError: the manifest cannot be used, or a field of the task; names the field.
+        """
+        check_task_fields(self.cfg)
+        train = split == "train" or "data_selector" in kwargs  # which fairseq gives with dataset.train_subset alone
+        with named("dataset.train_subset" if train else "dataset.valid_subset"):
+            self.datasets[split] = SpeechDataset(
+                os.path.join(self.cfg.data, f"{split}.tsv"),
+                crop_multiple=self.cfg.crop_multiple if train else 1,
+                check_all_files=self.cfg.check_all_files,
+                sample_rate=self.cfg.sample_rate,
+                max_sample_size=self.cfg.max_sample_size if train else None,
+                min_sample_size=self.cfg.min_sample_size if train else 0,
+                most_samples=None if train else self.cfg.max_valid_sample_size,
+                num_buckets=self.cfg.num_batch_buckets if train else 0,
+                shuffle=train,
+                pad=not train or self.cfg.enable_padding,
+                normalize=self.cfg.normalize,
+            )
 
     def get_batch_iterator(self, dataset: Any, *args: Any, num_shards: int = 1, **kwargs: Any) -> Any:
         """fairseq's, with as many training batches on every rank, none of them empty.
@@ -114,6 +171,8 @@ class SkillDistillationTask(AudioPretrainingTask):
         """
         if isinstance(dataset, SpeechDataset):
             dataset.num_shards = num_shards
+            if not dataset.pad:
+                self._training_data = dataset
         return super().get_batch_iterator(dataset, *args, num_shards=num_shards, **kwargs)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
@@ -123,26 +182,46 @@ class SkillDistillationTask(AudioPretrainingTask):
         rebuilds the model.
         """
         encoder = None
+        if not from_checkpoint:
+            check_task_fields(self.cfg)
+            check_student_fields(cfg)
         if not from_checkpoint and getattr(cfg, "init_from", None):
+            _update(cfg, {"init_from": from_shell(cfg.init_from)})
             with named("model.init_from"):
                 encoder = initial_student(cfg)
+            self._check_waveforms(encoder, f"model.init_from={cfg.init_from}")
+            check_shape(cfg, encoder.config)
             _update(cfg, fairseq_fields(encoder.config))
+        for name in ("normalize", "sample_rate"):  # a student without a file, or one saved before it held the rate
+            if getattr(cfg, name, None) is None:
+                _update(cfg, {name: self.cfg[name]})
         model = super().build_model(cfg, from_checkpoint)
         if encoder is not None:
             # Gates keep the start that the model's config gave them.
             state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("gates.")}
             model.speech_encoder.load_state_dict(state, strict=False)
+        self.student_config = model.speech_encoder.config
+        self._check_lengths(model.speech_encoder.config)
         if not from_checkpoint:
             _update(cfg, dict(OmegaConf.to_container(model.cfg, resolve=True, enum_to_str=True)))  # type: ignore
-        self.student_config = model.speech_encoder.config
+            _update(cfg, fairseq_fields(self.student_config))
+        self._model = model
         return model
 
     def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         """fairseq's; groups that stand in a file are written into ``cfg``, which fairseq saves."""
+        for name in ("groups_file", "init_from"):
+            if getattr(cfg, name, None):
+                _update(cfg, {name: from_shell(cfg[name])})
         if getattr(cfg, "groups_file", None):
             _update(cfg, {"groups": plain(read_groups(cfg)), "groups_file": None})
         criterion = super().build_criterion(cfg, *args, **kwargs)
+        chosen = getattr(getattr(criterion, "cfg", None), "normalize_states", None)
+        if chosen is not None:  # null until the teacher is known
+            _update(cfg, {"normalize_states": chosen})
         self._constraint = getattr(criterion, "constraint", None)
+        if self._model is not None and hasattr(criterion, "deepest_layer"):
+            self._model.train_up_to(criterion.deepest_layer)
         return criterion
 
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
@@ -154,6 +233,22 @@ class SkillDistillationTask(AudioPretrainingTask):
         super().begin_valid_epoch(epoch, model)
         check_ranks(model.speech_encoder, self._constraint)
 
+    def batch_weight(self, frames: int) -> float:
+        """The weight of a training batch among those of an update: in proportion to its frames, so that any way of
+        dividing audio over batches and ranks gives the gradients of one large batch.
+
+        What counts as 1 is the same for all of an update, and otherwise free. It keeps weights near 1, for half
+        precision: with one process the update's first batch (one batch an update has the weight 1), with several the
+        mean batch of the epoch, which all know.
+        """
+        if self.frames_of_weight_1 is None:
+            several = torch.distributed.is_available() and torch.distributed.is_initialized()
+            self.frames_of_weight_1 = frames
+            if several and torch.distributed.get_world_size() > 1:
+                assert self._training_data is not None and self.student_config is not None
+                self.frames_of_weight_1 = self.student_config.num_frames(int(self._training_data.batch_samples))
+        return frames / self.frames_of_weight_1
+
     def train_step(
         self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False
     ) -> Any:
@@ -163,6 +258,37 @@ class SkillDistillationTask(AudioPretrainingTask):
         if not ignore_grad:
             self.losses.append((log["loss"], sample["files"]))
         return loss, sample_size, log
+
+
+NOT_HERE = (
+    *("labels", "binarized_dataset", "precompute_mask_indices", "inferred_w2v_config", "tpu"),
+    "text_compression_level",
+)
+"""Fields of fairseq's audio task that distillation does not have: a value is refused."""
+
+
+def check_task_fields(cfg: SkillDistillationConfig) -> None:
+    """Refuses, before training, what would do nothing or is out of range.
+
+    Raises:
+        ValueError: names the field, its value and what is expected.
+    """
+    for name in NOT_HERE:
+        if getattr(cfg, name, None) not in (None, False, "none"):
+            raise ValueError(f"task.{name}: {cfg[name]} does nothing in distillation; leave it out")
+    for name, least in (
+        *(("sample_rate", 1), ("max_sample_size", 1), ("min_sample_size", 0), ("crop_multiple", 1)),
+        ("max_valid_sample_size", 1),
+        *(("num_batch_buckets", 0), ("max_unreadable_files", 0), ("max_skipped_updates", 0)),
+    ):
+        value = getattr(cfg, name, None)
+        if value is not None and value < least:
+            raise ValueError(f"task.{name}: {value}; expected a whole number of at least {least}")
+    if cfg.enable_padding and cfg.crop_multiple > 1:
+        raise ValueError(
+            f"task.crop_multiple: {cfg.crop_multiple} beside task.enable_padding, which does not crop to the shortest; "
+            "set one of them"
+        )
 
 
 def _update(cfg: Any, values: Dict[str, Any]) -> None:

@@ -1,60 +1,129 @@
 """fairseq's manifest dataset, with checked audio and batches that differ from epoch to epoch."""
 
+import logging
 import os
-from collections.abc import Sequence
-from typing import Any, Dict, Optional
+import random
+from itertools import groupby
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
 from fairseq.data import FileAudioDataset
+from fairseq.data.audio.raw_audio_dataset import RawAudioDataset
+from fairseq.distributed import utils as distributed_utils
 from torch import Tensor
 
 from skill_fairseq.audio.batching import split_batches
-from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest
+from skill_fairseq.audio.manifest import Manifest, check_manifest, load_audio, read_manifest
+
+logger = logging.getLogger(__name__)
+
+SAMPLE = 1000  # files that are looked for at the start: one in 300 missing is found with a probability of 96 %
+
+
+def check_once(manifest: Manifest, everything: bool = False) -> None:
+    """Looks for the files of a manifest on the first rank alone; what is missing ends every rank.
+
+    Args:
+        manifest: what lists them.
+        everything: look for all of them, in place of ``SAMPLE`` chosen at random.
+
+    Raises:
+        FileNotFoundError: files are missing.
+    """
+    chosen: Optional[Sequence[int]] = None
+    if not everything and len(manifest) > SAMPLE:
+        chosen = sorted(random.Random(len(manifest)).sample(range(len(manifest)), SAMPLE))
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    found: Optional[str] = None
+    if not several or torch.distributed.get_rank() == 0:
+        try:
+            check_manifest(manifest, chosen)
+        except FileNotFoundError as error:
+            found = str(error)
+    if several:
+        found = distributed_utils.broadcast_object(found, src_rank=0, group=distributed_utils.get_global_group())
+    if found is not None:
+        raise FileNotFoundError(found)
 
 
 class SpeechDataset(FileAudioDataset):
     """fairseq's manifest dataset with checked audio and batches that differ from epoch to epoch.
 
-    A relative root in the manifest is relative to the manifest's folder. Training batches (``pad=False``) are
-    cropped to their shortest utterance.
+    A relative root in the manifest is relative to the manifest's folder. Training batches (``shuffle=True``) are
+    cropped to their shortest utterance, or with ``pad=True`` padded to their longest. Validation batches hold
+    utterances of one length: padding changes what Base models hear, and so would the loss with the batch size.
 
     Args:
         manifest_path: fairseq manifest.
         crop_multiple: crop training batches to a multiple of so many samples.
-        kwargs: of :class:`FileAudioDataset`.
+        check_all_files: look for every file of the manifest, not for a sample of them.
+        num_buckets: crop (or pad) batches to one of so many lengths, which split the utterances into equal parts;
+            0: to any. Utterances of one bucket share batches.
+        most_samples: hear so many samples of a recording, from its beginning; None: all.
+        kwargs: of :class:`RawAudioDataset`.
 
     Raises:
         FileNotFoundError, ValueError: the manifest or files in it are missing, or no utterance is long enough.
     """
 
-    def __init__(self, manifest_path: str, crop_multiple: int = 1, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        manifest_path: str,
+        crop_multiple: int = 1,
+        check_all_files: bool = False,
+        num_buckets: int = 0,
+        most_samples: Optional[int] = None,
+        **kwargs: Any,
+    ) -> None:
+        RawAudioDataset.__init__(self, **kwargs)  # FileAudioDataset's would read the manifest once more
         manifest = read_manifest(manifest_path)
-        check_manifest(manifest)
-        super().__init__(manifest_path=manifest_path, **kwargs)
-        if not len(self.sizes):
+        check_once(manifest, check_all_files)
+        sizes = np.array(manifest.sizes, dtype=np.int64)
+        kept = np.flatnonzero(sizes >= (self.min_sample_size or 0))
+        if not len(kept):
             raise ValueError(
                 f"{manifest_path}: no utterance has task.min_sample_size={self.min_sample_size} samples; the longest "
-                f"has {max(manifest.sizes)}. Lower task.min_sample_size"
+                f"has {sizes.max()}. Lower task.min_sample_size"
             )
+        self.sizes = sizes[kept]
+        self.fnames = [manifest.paths[i] for i in kept]
+        self.skipped_indices = set(range(len(sizes))).difference(kept.tolist())
+        logger.info(f"{manifest_path}: {len(kept)} utterances, {len(sizes) - len(kept)} more are too short")
         self.root_dir = str(manifest.root)
+        self.most_samples = most_samples
+        if most_samples is not None:
+            self._shorten(most_samples)
+        self.set_bucket_info(num_buckets)
         self.crop_multiple = crop_multiple
         self.seed = 0
         self.epoch = 1
         self.num_shards = 1  # ranks that share the batches, set by the task
+        self.batch_samples = 0.0  # of a training batch of this epoch, on average
+
+    def _shorten(self, most: int) -> None:
+        """Cuts lengths down, and says whose."""
+        sizes = np.asarray(self.sizes)
+        longer = np.flatnonzero(sizes > most)
+        if len(longer):
+            first = ", ".join(f"{self.file_name(i)} ({sizes[i] / self.sample_rate:.0f} s)" for i in longer[:3])
+            logger.warning(
+                f"{len(longer)} recordings are longer than {most / self.sample_rate:g} s, and the rest of them is not "
+                f"heard: {first}{', ...' if len(longer) > 3 else ''}; raise task.max_valid_sample_size={most} to hear "
+                "more (attention takes time by the square of the length)"
+            )
+        self.sizes = np.minimum(sizes, most)
 
     def file_name(self, index: int) -> str:
         """Absolute path of an utterance."""
-        name = self.fnames[index]
-        name = self.text_compressor.decompress(name if isinstance(name, (str, bytes)) else name.as_py())
-        return os.path.join(self.root_dir, name)
+        return os.path.join(self.root_dir, self.fnames[index])
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
         """One utterance: ``id``, ``file``, and ``source`` (N,) samples; None, and a message ``unreadable``, where the
         file cannot be read."""
         file = self.file_name(index)
         try:
-            wave = load_audio(file, self.sample_rate)
+            wave = load_audio(file, self.sample_rate)[: self.most_samples]
         except (OSError, ValueError) as error:
             return {"id": index, "file": file, "source": None, "unreadable": str(error)}
         return {"id": index, "file": file, "source": self.postprocess(wave, self.sample_rate)}
@@ -72,6 +141,9 @@ class SpeechDataset(FileAudioDataset):
         if not self.pad and samples:
             length = self.crop_length([len(s["source"]) for s in samples])
             samples = [{**s, "source": self._crop(s["source"], length, s["id"])} for s in samples]
+        elif self.shuffle:
+            most = self.max_sample_size
+            samples = [{**s, "source": self._crop(s["source"], min(len(s["source"]), most), s["id"])} for s in samples]
         batch = super().collater(samples)
         if batch:
             if self.pad and not batch["net_input"]["padding_mask"].any():
@@ -85,11 +157,43 @@ class SpeechDataset(FileAudioDataset):
     def crop_length(self, sizes: Sequence[int]) -> int:
         """Samples to which a training batch of utterances with these numbers of samples is cropped."""
         shortest = min(min(sizes), self.max_sample_size)
+        if self._buckets is not None:
+            shortest = int(self._to_bucket(np.array([shortest]))[0])
         return max(shortest - shortest % self.crop_multiple, min(shortest, self.crop_multiple))
 
     def _crop(self, wave: Tensor, length: int, index: int) -> Tensor:
         start = np.random.default_rng([self.seed, self.epoch, index]).integers(len(wave) - length + 1)
         return wave[start : start + length]
+
+    def set_bucket_info(self, num_buckets: int) -> None:
+        """Chooses the lengths of batches; fairseq's own asks for padding, and for an older numpy.
+
+        Cropping rounds down to a length, padding up.
+        """
+        self._buckets: Optional[np.ndarray] = None
+        self.num_buckets = 0  # fairseq's collater pads to them where there are any
+        if num_buckets:
+            lengths = np.minimum(self.sizes, self.max_sample_size)
+            ranks = np.linspace(0, len(lengths) - 1, num_buckets + 1).astype(int)
+            self._buckets = np.unique(np.sort(lengths)[ranks[1:] if self.pad else ranks[:-1]])
+            if self.pad:
+                self.num_buckets, self._bucketed_sizes = len(self._buckets), self._to_bucket(lengths)
+            logger.info(f"task.num_batch_buckets: batches have one of the lengths {self._buckets.tolist()}")
+
+    def _to_bucket(self, lengths: np.ndarray) -> np.ndarray:
+        """Lengths in batches, by :meth:`set_bucket_info`; those beyond all buckets stay as they are."""
+        if self._buckets is None:
+            return lengths
+        if self.pad:
+            found = np.searchsorted(self._buckets, lengths)
+            return np.where(found < len(self._buckets), self._buckets[found.clip(max=len(self._buckets) - 1)], lengths)
+        found = np.searchsorted(self._buckets, lengths, side="right") - 1
+        return np.where(found >= 0, self._buckets[found.clip(min=0)], lengths)
+
+    def size(self, index: int) -> int:
+        """Samples of an utterance in a batch."""
+        length = min(self.sizes[index], self.max_sample_size)
+        return int(length if self._buckets is None else self._to_bucket(np.array([length]))[0])
 
     @property
     def can_reuse_epoch_itr_across_epochs(self) -> bool:
@@ -111,19 +215,37 @@ class SpeechDataset(FileAudioDataset):
         # How far an utterance may move, as a part of its length: the more there are, the nearer its new neighbours,
         # and the less is cropped off a batch (at 5 % a batch of LibriSpeech holds 6 % less audio than at 0.5 %).
         reach = min(0.05, max(0.005, 50 / len(self)))
-        sizes = np.minimum(self.sizes, self.max_sample_size) * random.uniform(1 - reach, 1 + reach, len(self))
-        return np.argsort(-sizes, kind="stable")
+        sizes = np.minimum(self.sizes, self.max_sample_size)
+        noise = random.uniform(1 - reach, 1 + reach, len(self))
+        if self._buckets is not None:
+            return np.lexsort((noise, -self._to_bucket(sizes)))
+        return np.argsort(-(sizes * noise), kind="stable")
 
     def batch_by_size(self, indices: np.ndarray, max_tokens: Optional[int] = None, **limits: Any) -> Any:
         """fairseq's, which stops at an utterance above ``max_tokens``; whole ones in validation get through.
 
         Training batches are as many as make every rank's share equal: fairseq would make up for missing ones by
-        empty batches, on which ranks idle. Validation's are left alone: its loss does not depend on the ranks.
+        empty batches, on which ranks idle. In validation utterances of different lengths share no batch.
 
         Raises:
-            ValueError: there are too few utterances for the number of ranks.
+            ValueError: ``max_tokens`` is below every utterance, or there are too few for the number of ranks.
         """
-        if self.pad and max_tokens is not None and len(indices):
-            max_tokens = max(max_tokens, max(int(self.num_tokens(index)) for index in indices))
+        if not len(indices):
+            shortest = min(self.size(index) for index in range(len(self)))
+            raise ValueError(
+                f"dataset.max_tokens: {max_tokens}; the shortest of {len(self)} utterances has {shortest} samples in a "
+                "batch, so that no batch holds one. Raise it, or lower task.max_sample_size"
+            )
+        if not self.shuffle:
+            batches: List[Any] = []
+            for length, same in groupby(sorted(indices, key=self.num_tokens), self.num_tokens):
+                most = None if max_tokens is None else max(max_tokens, int(length))
+                batches += super().batch_by_size(np.array(list(same)), most, **limits)
+            return batches
         batches = super().batch_by_size(indices, max_tokens, **limits)
-        return batches if self.pad else split_batches([[int(i) for i in batch] for batch in batches], self.num_shards)
+        batches = split_batches([[int(i) for i in batch] for batch in batches], self.num_shards)
+        lengths = np.minimum(self.sizes, self.max_sample_size)
+        lengths = lengths if self.pad else self._to_bucket(lengths)
+        heard = (lengths[batch].sum() if self.pad else len(batch) * lengths[batch].min() for batch in batches)
+        self.batch_samples = float(np.mean(list(heard)))
+        return batches

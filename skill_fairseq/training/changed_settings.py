@@ -6,7 +6,7 @@ import fnmatch
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 from skill_fairseq.checkpoints.safe_load import load_without_objects
 
@@ -53,6 +53,23 @@ def warn_of_changes(checkpoint: Path, cfg: Mapping[str, Any]) -> None:
         f"settings have changed since {checkpoint} was written, and the run goes on from it: {', '.join(named)}{more}. "
         "To start from the beginning, give it another hydra.run.dir"
     )
+
+
+def warn_of_another_teacher(checkpoint: str, before: Optional[str], now: Optional[str], task: Any) -> None:
+    """Logs a warning where a run goes on with a teacher of other content.
+
+    Args:
+        checkpoint: fairseq's file.
+        before: SHA-256 that it holds; None in those of earlier versions and of tasks without a teacher.
+        now: SHA-256 of the teacher of the present run.
+        task: config of the task.
+    """
+    if before is not None and before != now:
+        logger.warning(
+            f"another teacher: task.teacher={getattr(task, 'teacher', None)} has the SHA-256 {now}, that of "
+            f"{checkpoint} had {before}. The run goes on with it; to start from the beginning, give it another "
+            "hydra.run.dir"
+        )
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Dict[str, Tuple[Any, Any]]:

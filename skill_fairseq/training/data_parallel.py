@@ -1,11 +1,58 @@
-"""fairseq's own data-parallel wrapper, made exact for models whose parameters have several types."""
+"""fairseq's data-parallel backends: which ones train and which are refused, and what the former need to be exact."""
 
 from __future__ import annotations
 
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 
 import torch
 from fairseq.distributed import LegacyDistributedDataParallel
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+REFUSED = {
+    "fully_sharded": "it keeps parameters as flat pieces on different ranks, where gates and sizes need whole ones",
+    "slowmo": "its ranks train apart between their averages, where gates and multipliers must stay equal",
+}
+"""``distributed_training.ddp_backend``, and the reason."""
+
+
+def check_backend(cfg: Any, use_bmuf: bool = False) -> None:
+    """Refuses what would not train one student.
+
+    Args:
+        cfg: ``distributed_training``.
+        use_bmuf: ``optimization.use_bmuf``.
+
+    Raises:
+        ValueError: names the field, the reason and the remedy.
+    """
+    backend = str(getattr(cfg.ddp_backend, "value", cfg.ddp_backend))
+    if backend in REFUSED:
+        raise ValueError(
+            f"distributed_training.ddp_backend: {backend}, but {REFUSED[backend]}; expected legacy_ddp, as the recipes "
+            "have it, or pytorch_ddp"
+        )
+    if use_bmuf:
+        raise ValueError(f"optimization.use_bmuf: true, but {REFUSED['slowmo']}; leave it out")
+
+
+def refusing(fsdp_enable_wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """fairseq's context for ``fully_sharded``, which would ask for fairscale first."""
+
+    def checked(cfg: Any) -> Any:
+        check_backend(cfg)
+        return fsdp_enable_wrap(cfg)
+
+    return checked
+
+
+class DistributedAnywhere(DistributedDataParallel):
+    """torch's, as fairseq makes it for ``pytorch_ddp``, on CPUs too: there a device number is an error."""
+
+    def __init__(self, module: nn.Module, device_ids: Any = None, output_device: Any = None, **settings: Any) -> None:
+        if next(module.parameters()).device.type == "cpu":
+            device_ids = output_device = None
+        super().__init__(module, device_ids=device_ids, output_device=output_device, **settings)
 
 
 class DistributedByType(LegacyDistributedDataParallel):

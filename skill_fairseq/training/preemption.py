@@ -36,7 +36,9 @@ class Preemption:
         """Takes the signals over. Python allows it in the main thread only; elsewhere nothing happens."""
         if self._previous or threading.current_thread() is not threading.main_thread():
             return
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # The start-up hook's handlers have done their part.
+        self._previous = {n: signal.SIG_DFL if hasattr(h, "start_up") else h for n, h in previous.items()}
 
     def uninstall(self) -> None:
         """Gives the signals back to whoever had them, and forgets what came."""

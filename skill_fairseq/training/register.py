@@ -14,7 +14,7 @@ from fairseq.models import distributed_fairseq_model
 from fairseq.trainer import Trainer
 
 from skill_fairseq.training.checkpoint_files import WholeCopies
-from skill_fairseq.training.data_parallel import DistributedByType
+from skill_fairseq.training.data_parallel import DistributedAnywhere, DistributedByType, refusing
 from skill_fairseq.training.loading import shield_workers
 from skill_fairseq.training.preemption import preemption
 from skill_fairseq.training.trainer import SkillTrainer
@@ -31,8 +31,10 @@ def register_trainer() -> None:
         return
     program.Trainer = SkillTrainer
     program.validate_and_save = _stopping(program.validate_and_save)
+    program.fsdp_enable_wrap = refusing(program.fsdp_enable_wrap)
     checkpoint_utils.PathManager = WholeCopies
     distributed_fairseq_model.LegacyDistributedDataParallel = DistributedByType
+    distributed_fairseq_model.DistributedDataParallel = DistributedAnywhere
     shield_workers(iterators)
 
 

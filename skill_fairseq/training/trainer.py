@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 from fairseq import metrics
 from fairseq.distributed import utils as distributed_utils
@@ -15,10 +17,23 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from skill_fairseq.modules.host import numbers, to_host
+from skill_fairseq.modules.tf32 import allow_tf32
 from skill_fairseq.pruning.reach import check_reach, log_sparsity
-from skill_fairseq.training.changed_settings import warn_of_changes
+from skill_fairseq.training.changed_settings import warn_of_another_teacher, warn_of_changes
 from skill_fairseq.training.checkpoint_files import newest_whole_checkpoint, writing
+from skill_fairseq.training.data_parallel import check_backend
+from skill_fairseq.training.epoch_batches import KEY as BATCHES
+from skill_fairseq.training.epoch_batches import fingerprint, skips_to_next_epoch
+from skill_fairseq.training.half_precision import (
+    MasterWeights,
+    check_memory_efficient,
+    load_moments_exactly,
+    load_scaler_state,
+    scaler_state,
+)
 from skill_fairseq.training.preemption import preemption
+from skill_fairseq.training.run_lock import lock_run, unlock_run
+from skill_fairseq.training.values import check_values
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +63,23 @@ class SkillTrainer(Trainer):
     _dummy_batch: Any
 
     def __init__(self, cfg: Any, task: Any, model: Any, criterion: Any, quantizer: Any = None) -> None:
+        if OmegaConf.is_config(cfg):
+            plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+            check_values(plain)
+        check_backend(cfg.distributed_training, cfg.optimization.use_bmuf)
+        lost = check_memory_efficient(cfg.common)
+        sharded = cfg.distributed_training.ddp_backend == "fully_sharded"  # keeps float32 weights itself
+        cast = (cfg.common.fp16 or cfg.common.bf16) and not lost and not sharded
+        self._masters = MasterWeights(model, criterion) if cast else None
         super().__init__(cfg, task, model, criterion, quantizer)
+        if self.cuda and getattr(cfg.task, "tf32", None) is not None:
+            allow_tf32(bool(cfg.task.tf32))
+        self._on_first_rank(lambda: lock_run(Path(cfg.checkpoint.save_dir)))
+        if lost and self.data_parallel_rank == 0:
+            logger.warning(lost)
+        self._teacher = self._on_first_rank(task.teacher_sha256) if hasattr(task, "teacher_sha256") else None
+        self._resumed: Optional[Dict[str, Any]] = None  # extra_state, until the iterator is made
+        self._batches = ""  # fingerprint of the epoch's
         self.preempted = False
         self._skipped_in_a_row = 0
         self._unreadable = {"train": 0, "valid": 0}  # of all ranks, in the epoch
@@ -66,6 +97,27 @@ class SkillTrainer(Trainer):
         if self._constraint is not None and self.data_parallel_rank == 0:
             log_sparsity(self.get_model().speech_encoder, self._constraint.target)
         preemption.uninstall()
+        unlock_run(Path(self.cfg.checkpoint.save_dir))
+
+    def _on_first_rank(self, act: Callable[[], Any]) -> Any:
+        """What ``act`` returns on rank 0, on every rank; its errors are every rank's.
+
+        Raises:
+            ValueError: ``act`` raised it, or an OSError.
+        """
+        found: Tuple[Any, Optional[str]] = (None, None)
+        if self.data_parallel_rank == 0:
+            try:
+                found = (act(), None)
+            except (ValueError, OSError) as error:
+                found = (None, str(error))
+        if self.data_parallel_world_size > 1:
+            found = distributed_utils.broadcast_object(
+                found, src_rank=0, group=self.data_parallel_process_group, dist_device=self.device
+            )
+        if found[1] is not None:
+            raise ValueError(found[1])
+        return found[0]
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Optional[Dict[str, Any]]:
         """fairseq's; in place of a damaged ``checkpoint_last.pt`` the newest whole one, on every rank the same.
@@ -74,32 +126,71 @@ class SkillTrainer(Trainer):
         """
         last = Path(self.cfg.checkpoint.save_dir) / f"checkpoint_last{self.checkpoint_suffix}.pt"
         if Path(filename) != last or self.checkpoint_suffix:  # every rank has a file of its own
-            return self._unless_finished(super().load_checkpoint(filename, *args, **kwargs))
-        found: Tuple[str, Optional[str]] = (filename, None)
-        if self.data_parallel_rank == 0:
-            try:
-                found = (str(newest_whole_checkpoint(last)), None)
-                if OmegaConf.is_config(self.cfg):
-                    cfg: Any = OmegaConf.to_container(self.cfg, resolve=True, enum_to_str=True)  # as it is saved
-                    warn_of_changes(Path(found[0]), cfg)
-            except (ValueError, OSError) as error:
-                found = (filename, str(error))
-        if self.data_parallel_world_size > 1:
-            found = distributed_utils.broadcast_object(
-                found, src_rank=0, group=self.data_parallel_process_group, dist_device=self.device
-            )
-        if found[1] is not None:
-            raise ValueError(found[1])
+            return self._load(filename, *args, **kwargs)
+
+        def newest() -> str:
+            path = newest_whole_checkpoint(last)
+            if OmegaConf.is_config(self.cfg):
+                cfg: Any = OmegaConf.to_container(self.cfg, resolve=True, enum_to_str=True)  # as it is saved
+                warn_of_changes(path, cfg)
+            return str(path)
+
+        return self._load(self._on_first_rank(newest), *args, **kwargs)
+
+    def _load(
+        self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
+    ) -> Optional[Dict[str, Any]]:
+        """fairseq's load_checkpoint, with what it forgets of half precision."""
         try:
-            return self._unless_finished(super().load_checkpoint(found[0], *args, **kwargs))
+            with contextlib.nullcontext() if self._masters is None else self._masters.listening():
+                extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
         except ValueError as error:
             if "parameter group" not in str(error):
                 raise
             raise ValueError(
-                f"{found[0]}: its optimizer state does not fit ({error}). Up to version 0.1 of skill_fairseq every "
-                "vector of gates was a parameter of its own; now all of them are one. Finish the run with the version "
-                "that began it, or go on with fresh moments: checkpoint.reset_optimizer=true"
+                f"{filename}: its optimizer state does not fit ({error}). Up to version 0.1 of skill_fairseq every "
+                "vector of gates was a parameter of its own, and weights that no loss reaches were trained. Finish the "
+                "run with the version that began it, or go on with fresh moments: checkpoint.reset_optimizer=true"
             ) from error
+        if extra_state is not None:
+            if self.data_parallel_rank == 0:
+                warn_of_another_teacher(filename, extra_state.get("teacher_sha256"), self._teacher, self.cfg.task)
+            if self._masters is not None:
+                self._masters.restore(self.optimizer)
+            if not reset_optimizer:
+                load_scaler_state(self.optimizer, extra_state.get("loss_scaler", {}))
+            if not self.cfg.checkpoint.reset_dataloader and filename != self.cfg.checkpoint.finetune_from_model:
+                self._resumed = extra_state
+        return self._unless_finished(extra_state)
+
+    def _build_optimizer(self) -> None:
+        """fairseq's, whose float32 weights are those from before the model was cast."""
+        super()._build_optimizer()
+        load_moments_exactly(self._optimizer)
+        if self._masters is not None:
+            self._masters.restore(self._optimizer)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """fairseq's, with float32 weights where the model is in half precision."""
+        state: Dict[str, Any] = super().state_dict()
+        if self._masters is not None:
+            self._masters.fill(state, self.optimizer)
+        state["extra_state"]["loss_scaler"] = scaler_state(self.optimizer)
+        return state
+
+    def get_train_iterator(self, epoch: int, *args: Any, **kwargs: Any) -> Any:
+        """fairseq's; that of the next epoch where a run cannot go on in the one that its checkpoint names."""
+        iterator = super().get_train_iterator(epoch, *args, **kwargs)
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and skips_to_next_epoch(resumed, iterator):
+            iterator = super().get_train_iterator(epoch + 1, *args, **kwargs)
+        self._batches = fingerprint(iterator)
+        return iterator
+
+    def _set_seed(self) -> None:
+        """fairseq's, and numpy's: layers to drop and spans to mask depend on seed and update alone, as dropout does."""
+        super()._set_seed()
+        np.random.seed((self.cfg.common.seed + self.get_num_updates()) % 2**32)
 
     def _unless_finished(self, extra_state: Optional[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
         """Keeps fairseq, which looks at max_update after an update only, from making one too many."""
@@ -116,7 +207,7 @@ class SkillTrainer(Trainer):
             CheckpointNotWritten: the disk is full, for example.
         """
         with writing(filename):
-            super().save_checkpoint(filename, extra_state)
+            super().save_checkpoint(filename, {**extra_state, BATCHES: self._batches, "teacher_sha256": self._teacher})
 
     def begin_epoch(self, epoch: int) -> None:
         """fairseq's, counting anew."""
@@ -137,6 +228,7 @@ class SkillTrainer(Trainer):
         """
         self._not_finite = False
         self.task.losses = []
+        self.task.frames_of_weight_1 = None
         samples = [self._readable(sample) for sample in samples]
         self._empty = not any(samples)
         samples = [sample for sample in samples if sample] or samples[:1]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
+import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,14 @@ import pytest
 import soundfile
 import torch
 
-from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest, write_manifest
+from skill_fairseq.audio.manifest import (
+    check_manifest,
+    load_audio,
+    open_audio,
+    read_manifest,
+    readable,
+    write_manifest,
+)
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "tiny" / "data"
 
@@ -25,7 +35,8 @@ def test_round_trip(tmp_path: Path) -> None:
     assert (tmp_path / "train.tsv").read_text() == "/speech\na.flac\t400\nb c/d.wav\t16000\n"
     manifest = read_manifest(tmp_path / "train.tsv")
     assert (manifest.paths, manifest.sizes, len(manifest)) == (["a.flac", "b c/d.wav"], [400, 16000], 2)
-    assert manifest.files == [Path("/speech/a.flac"), Path("/speech/b c/d.wav")]
+    assert list(manifest.files) == [Path("/speech/a.flac"), Path("/speech/b c/d.wav")]
+    assert manifest.files[-1] == Path("/speech/b c/d.wav") and list(manifest.files[:1]) == [Path("/speech/a.flac")]
 
 
 @pytest.mark.parametrize("root", [".", "../..", "sub"])
@@ -70,6 +81,9 @@ def test_missing_files_are_counted_and_named(tmp_path: Path) -> None:
         check_manifest(read_manifest(tmp_path / "train.tsv"))
     assert all(name in str(caught.value) for name in ("gone0", "gone1", "gone2"))
     assert "gone3" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="1 of 2 files .*of 5 in all"):
+        check_manifest(read_manifest(tmp_path / "train.tsv"), [1, 4])
+    check_manifest(read_manifest(tmp_path / "train.tsv"), [1])
     write_manifest(tmp_path / "train.tsv", ".", ["there.flac"], [400])
     check_manifest(read_manifest(tmp_path / "train.tsv"))
 
@@ -128,6 +142,82 @@ def test_min_samples_is_inclusive(tmp_path: Path) -> None:
         load_audio(tmp_path / "a.flac", min_samples=401)
 
 
+FLAC = sorted(DATA.glob("audio/**/*.flac"))[0].read_bytes()
+
+
+def flac(samples: int) -> bytes:
+    """The same audio, its header giving another number of samples; 0: unknown."""
+    header = bytearray(FLAC)
+    header[18:26] = (int.from_bytes(FLAC[18:26], "big") >> 36 << 36 | samples).to_bytes(8, "big")
+    return bytes(header)
+
+
+def damaged() -> dict[str, tuple[bytes, str]]:
+    """Files by name, and what the message must say."""
+    ogg, mp3 = io.BytesIO(), io.BytesIO()
+    wave = np.concatenate([soundfile.read(io.BytesIO(FLAC), dtype="float32")[0]] * 3)
+    soundfile.write(ogg, wave, 16000, format="OGG", subtype="VORBIS")
+    files = {
+        "unknown.flac": (flac(0), "no length.*ffmpeg"),
+        "gigabytes.flac": (flac(1 << 35), "34359738368 samples.*at most 4 hours"),
+        "twice.flac": (flac(2 * soundfile.info(io.BytesIO(FLAC)).frames), "cannot be decoded"),
+        "half.flac": (FLAC[: len(FLAC) // 2], "cannot be decoded"),
+        "start.ogg": (ogg.getvalue()[:3000], "cannot be decoded"),
+        "numbers.raw": (bytes(32000), "cannot be decoded.*samplerate"),
+        "empty.wav": (b"", "cannot be decoded"),
+    }
+    if "MP3" in soundfile.available_formats():
+        soundfile.write(mp3, wave, 16000, format="MP3", bitrate_mode="VARIABLE", compression_level=0.5)
+        data = mp3.getvalue()
+        second = data.index(data[:2], data.index(b"Xing"))  # the frame behind the one that has the length
+        files["half.mp3"] = (data[: len(data) // 2], f"of the {len(wave)} samples")
+        files["no_header.mp3"] = (data[second:], "has more than .* variable bit rate.*ffmpeg")
+    return files
+
+
+@pytest.mark.parametrize("name", damaged())
+def test_damaged_audio_is_a_value_error_that_names_it_and_costs_no_memory(tmp_path: Path, name: str) -> None:
+    content, message = damaged()[name]
+    (tmp_path / name).write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=message) as caught:
+        load_audio(tmp_path / name)
+    peak = tracemalloc.get_traced_memory()[1]  # numpy reports its arrays
+    tracemalloc.stop()
+    assert str(tmp_path / name) in str(caught.value) and peak < 40_000_000
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.wav")
+    (tmp_path / "folder.wav").mkdir()
+    for name in ("pipe.wav", "folder.wav"):
+        for read in (load_audio, lambda path: open_audio(path).__enter__()):
+            with pytest.raises(FileNotFoundError, match=f"{name}: is no regular file"):
+                read(tmp_path / name)
+
+
+def test_recordings_longer_than_a_block_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("skill_fairseq.audio.manifest.BLOCK", 1000)
+    soundfile.write(tmp_path / "a.wav", tone(2500), 16000, subtype="FLOAT")
+    np.testing.assert_array_equal(load_audio(tmp_path / "a.wav").numpy(), tone(2500))
+
+
+def test_readable_recordings_are_given_and_others_counted_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["a.flac", "broken.flac", "b.flac", "gone.flac"]
+    for name in ("a.flac", "b.flac"):
+        soundfile.write(tmp_path / name, tone(400), 16000)
+    (tmp_path / "broken.flac").write_bytes(flac(0))
+    skipped: list[Path] = []
+    found = list(readable([tmp_path / name for name in names], skipped))
+    assert [(file.name, len(wave)) for file, wave in found] == [("a.flac", 400), ("b.flac", 400)]
+    assert skipped == [tmp_path / "broken.flac", tmp_path / "gone.flac"]
+    assert [str(file) in record.message for file, record in zip(skipped, caplog.records)] == [True, True]
+    with pytest.raises(ValueError, match="none of the 1 recordings .*broken.flac: its header gives no length"):
+        list(readable([tmp_path / "broken.flac"], []))
+
+
 def rows(path: Path) -> list:
     with open(path, encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream, delimiter="\t"))
@@ -135,7 +225,8 @@ def rows(path: Path) -> list:
 
 def test_example_speech_is_as_its_manifests_say() -> None:
     files = set()
-    for path in [*DATA.glob("*.tsv"), *DATA.glob("tasks/*/t*[nt].tsv"), *DATA.glob("tasks/*/valid.tsv")]:
+    manifests = [DATA / f"{split}.tsv" for split in ("train", "valid", "test")]
+    for path in [*manifests, *DATA.glob("tasks/*/t*[nt].tsv"), *DATA.glob("tasks/*/valid.tsv")]:
         manifest = read_manifest(path)
         check_manifest(manifest)
         assert manifest.root == DATA

@@ -163,9 +163,8 @@ def own_model(name: str, **changes: Any) -> tuple[nn.Module, dict[str, Any]]:
         "encoder_attention_heads": 4,
         "conv_pos": 16,
         "conv_pos_groups": 4,
-        "label_rate": 50.0,
         "normalize": True,
-        **({"seed": 1} if name == "skill_student" else {}),
+        **({"seed": 1} if name == "skill_student" else {"label_rate": 50.0}),
         **changes,
     }
     cfg = MODEL_DATACLASS_REGISTRY[name](**fields)

@@ -12,7 +12,7 @@ import yaml
 
 from skill_fairseq.audio.manifest import read_manifest, write_manifest
 from skill_fairseq.checkpoints import load_encoder, save_encoder
-from skill_fairseq.cli.cluster import hash_teacher, main
+from skill_fairseq.cli.cluster import main
 from skill_fairseq.clustering import linkage
 from skill_fairseq.clustering.calibration import choose_utterances, layer_similarity
 from skill_fairseq.clustering.similarity import CHEAP_MEASURES, MEASURES
@@ -58,6 +58,42 @@ def command(teacher, tmp_path, capsys):
 
 def record(tmp_path, folder="out"):
     return json.loads((tmp_path / folder / "clusters.json").read_text())
+
+
+def test_recordings_that_cannot_be_read_are_skipped_named_and_counted(command, tmp_path):
+    manifest = read_manifest(SPEECH)
+    chosen = [i for i in range(len(manifest)) if 8000 <= manifest.sizes[i] <= 32000][:5]
+    rows = [(str(manifest.files[i]), manifest.sizes[i]) for i in chosen]
+    write_manifest(tmp_path / "good.tsv", tmp_path, *zip(*rows))
+    (tmp_path / "broken.raw").write_bytes(bytes(32000))
+    write_manifest(tmp_path / "all.tsv", tmp_path, *zip(*rows, ("broken.raw", 16000)))
+    assert command(manifest=tmp_path / "good.tsv", out=tmp_path / "good")[0] == 0
+    code, _, err = command(manifest=tmp_path / "all.tsv", out=tmp_path / "all")
+    assert code == 0 and "skipped 1 of 6 recordings" in err
+    found, expected = record(tmp_path, "all"), record(tmp_path, "good")
+    assert found["calibration"]["skipped"] == ["broken.raw"] and expected["calibration"]["skipped"] == []
+    for name in ("num_utterances", "num_frames", "seconds"):
+        assert found["calibration"][name] == expected["calibration"][name]
+    assert sorted(found["calibration"]["utterances"]) == sorted(file for file, _ in rows)
+
+
+def test_only_the_sampled_files_of_a_large_manifest_are_looked_at(command, tmp_path, monkeypatch):
+    """The others may be gone; and nothing is done once a line for each of them."""
+    manifest = read_manifest(SPEECH)
+    names = [f"gone/{i}.flac" for i in range(100_000)]
+    write_manifest(tmp_path / "large.tsv", manifest.root, names, [9 * 16000] * len(names))  # none fits into 8 s
+    short = [i for i, size in enumerate(manifest.sizes) if size <= 32000][:2]
+    with open(tmp_path / "large.tsv", "a") as lines:
+        lines.writelines(f"{manifest.paths[i]}\t{manifest.sizes[i]}\n" for i in short)
+    made = []
+    joined = Path.__truediv__
+    monkeypatch.setattr(Path, "__truediv__", lambda path, name: made.append(name) or joined(path, name))
+    assert command(manifest=tmp_path / "large.tsv")[0] == 0
+    assert sorted(record(tmp_path)["calibration"]["utterances"]) == sorted(manifest.paths[i] for i in short)
+    assert len(made) < 100
+    (tmp_path / "few.tsv").write_text(f"{manifest.root}\ngone/a.flac\t16000\n{manifest.paths[short[0]]}\t16000\n")
+    code, _, err = command(manifest=tmp_path / "few.tsv")
+    assert code == 2 and "1 of 2 files are missing" in err and "gone/a.flac" in err
 
 
 def test_files_agree_with_the_library(command, teacher, tmp_path):
@@ -181,16 +217,6 @@ def test_without_matplotlib_there_is_no_picture_but_all_else(command, tmp_path, 
     assert code == 0
     assert len(err.strip().splitlines()) == 1 and "pip install matplotlib" in err
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clusters.json", "groups.yaml"]
-
-
-def test_hash_of_a_folder(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "a.bin").write_bytes(b"abc")
-    lines = "".join(
-        f"{hashlib.sha256(content).hexdigest()}  {name}\n"
-        for name, content in [("a.bin", b"abc"), ("config.json", b"{}")]
-    )
-    assert hash_teacher(tmp_path) == hashlib.sha256(lines.encode()).hexdigest()
 
 
 @pytest.mark.parametrize(

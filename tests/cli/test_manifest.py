@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,25 @@ def test_damage_in_the_middle_needs_decode(tmp_path: Path) -> None:
     assert main(arguments) == 0 and splits(tmp_path / "out") == {"train": ["good.wav", "nan.wav"]}
     assert main([*arguments, "--decode"]) == 0 and splits(tmp_path / "out") == {"train": ["good.wav"]}
     assert "1 samples are NaN or infinite, the first at 5000" in left_out(tmp_path / "out")["nan.wav"]
+
+
+def test_nothing_that_the_decoder_meets_ends_the_scan(tmp_path: Path) -> None:
+    """A length that the header does not give, or makes up; a format without a header; a pipe nobody writes to."""
+    folder = many(tmp_path / "audio", 2)
+    soundfile.write(folder / "a.flac", tone(2), 16000)
+    data = (folder / "a.flac").read_bytes()
+    for name, samples in (("unknown.flac", 0), ("absurd.flac", 1 << 35)):
+        header = int.from_bytes(data[18:26], "big") >> 36 << 36 | samples
+        (folder / name).write_bytes(data[:18] + header.to_bytes(8, "big") + data[26:])
+    (folder / "numbers.raw").write_bytes(bytes(32000))
+    os.mkfifo(folder / "pipe.wav")
+    options = ["--ext", "flac", "wav", "raw", "--valid-percent", "0"]
+    assert main([str(folder), str(tmp_path / "out"), *options]) == 0
+    assert splits(tmp_path / "out")["train"] == ["a.flac", "speaker0/000.wav", "speaker1/001.wav"]
+    reasons = left_out(tmp_path / "out")
+    assert set(reasons) == {"unknown.flac", "absurd.flac", "numbers.raw", "pipe.wav"}
+    assert all(reason.startswith("unreadable\t") for reason in reasons.values())
+    assert "no length" in reasons["unknown.flac"] and "no regular file" in reasons["pipe.wav"]
 
 
 def test_split_shares_out_everything_reproducibly(tmp_path: Path) -> None:

@@ -72,6 +72,26 @@ def results(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(entry["model"], entry["task"]): entry for entry in entries}
 
 
+def test_recordings_that_cannot_be_read_are_left_out_named_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target, report = small_task(tmp_path), tmp_path / "probe.json"
+
+    def run() -> dict[str, Any]:
+        assert main(["logmel", "--task", str(target), "--json", str(report)]) == 0
+        return results(report)["logmel", "digit"]
+
+    whole = run()
+    root, first, second, *rest = (target / "test.tsv").read_text().splitlines()
+    broken = tmp_path / Path(second.split("\t")[0]).name
+    broken.write_bytes(b"fLaC" + bytes(1000))
+    (target / "test.tsv").write_text("\n".join([root, first, f"{broken}\t8000", *rest, ""]))
+    part = run()
+    assert (whole["skipped"], part["skipped"]) == (0, 1) and str(broken) in caplog.text
+    assert part["total"] == whole["total"] - 1
+    assert part["right"] == whole["right"][:1] + whole["right"][2:]
+
+
 def test_log_mel_knows_speakers_and_some_digits_of_unseen_speakers(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

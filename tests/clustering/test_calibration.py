@@ -1,5 +1,6 @@
 """Which utterances are chosen, and that batches change nothing."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from skill_fairseq.audio.manifest import Manifest, load_audio
+from skill_fairseq.audio.pieces import pieces
+from skill_fairseq.clustering import calibration
 from skill_fairseq.clustering.calibration import choose_utterances, layer_similarity
 from skill_fairseq.clustering.similarity import MEASURES, LayerSimilarity
 from skill_fairseq.modules.config import EncoderConfig
@@ -104,17 +107,44 @@ def test_equals_utterances_encoded_one_by_one(files, normalize):
             np.testing.assert_allclose(matrix, expected.distances()[measure], rtol=2e-5, atol=1e-6)
 
 
+def test_long_recordings_are_encoded_in_pieces(files, monkeypatch):
+    monkeypatch.setattr(calibration, "pieces", functools.partial(pieces, seconds=0.2))
+    model = encoder()
+    lengths = []
+    model.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].size(1)))
+    found = layer_similarity(model, files[2:5], MEASURES)
+    assert lengths == [2000, 2000, 2556, 2555, 3000, 3000]
+    expected = LayerSimilarity(MEASURES)
+    with torch.no_grad():
+        for file in files[2:5]:
+            for piece in load_audio(file)[None].tensor_split(2, 1):
+                expected.update(model(piece).hidden_states)
+    for measure, matrix in found.distances().items():
+        np.testing.assert_array_equal(matrix, expected.distances()[measure])
+
+
 def test_progress_adds_up(files):
     seconds = []
     layer_similarity(encoder(), files, ["l2"], 2, seconds.append)
     assert seconds == [0.5, 0.25, 5111 / 16000, 0.75]
 
 
-def test_broken_audio_and_broken_teachers_are_named(files, tmp_path):
-    short = tmp_path / "short.wav"
-    soundfile.write(str(short), np.zeros(399, dtype=np.float32), 16000)
-    with pytest.raises(ValueError, match="short.wav: 399 samples, expected at least 400"):
-        layer_similarity(encoder(), [*files, short])
+def test_broken_audio_is_skipped_and_named(files, tmp_path, caplog):
+    (tmp_path / "text.flac").write_text("no audio at all")
+    soundfile.write(str(tmp_path / "short.wav"), np.zeros(399, dtype=np.float32), 16000)
+    broken = [tmp_path / name for name in ("gone.wav", "short.wav", "text.flac")]
+    skipped = []
+    found = layer_similarity(encoder(), [broken[0], *files[:3], *broken[1:], *files[3:]], MEASURES, 2, skipped=skipped)
+    expected = layer_similarity(encoder(), files, MEASURES, 2)
+    assert skipped == broken and found.num_frames == expected.num_frames
+    for measure, matrix in expected.distances().items():
+        np.testing.assert_array_equal(found.distances()[measure], matrix)
+    assert [next(f for f in broken if str(f) in record.message) for record in caplog.records] == broken
+    with pytest.raises(ValueError, match="none of the 3 recordings .*gone.wav"):
+        layer_similarity(encoder(), broken)
+
+
+def test_broken_teachers_are_named(files):
     model = encoder()
     torch.nn.init.constant_(model.transformer.layers[1].ffn_norm.bias, float("inf"))
     with pytest.raises(ValueError, match=r"0.wav: hidden_states: NaN or infinity in layers \[2, 3\]"):

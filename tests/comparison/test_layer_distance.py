@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import soundfile
 import torch
 
+from skill_fairseq.audio.pieces import pieces
 from skill_fairseq.clustering.similarity import LayerSimilarity
+from skill_fairseq.comparison import layer_distance
 from skill_fairseq.comparison.layer_distance import KINDS, layer_distances, mean_over, state_distances
 
 
@@ -64,6 +67,29 @@ def test_means_over_frames_and_over_recordings(tmp_path: Path, small: Any) -> No
         assert min(found.layers[kind]) > 0.01
     zero = layer_distances(teacher, teacher, files)
     assert all(max(zero.layers[kind]) < 1e-6 for kind in KINDS)
+
+
+def test_long_recordings_are_compared_in_pieces(tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "long.wav"
+    wave = small.tone(0.9, 1)
+    soundfile.write(str(file), wave, 16000, subtype="FLOAT")
+    student, teacher = small.random_encoder(1), small.random_encoder(2)
+    monkeypatch.setattr(layer_distance, "pieces", functools.partial(pieces, seconds=0.5))
+    lengths: list[int] = []
+    teacher.register_forward_pre_hook(lambda module, inputs: lengths.append(inputs[0].size(1)))
+    found = layer_distances(student, teacher, [file])
+    assert lengths == [7200, 7200] and len(found.recordings["l1"]) == 1
+    frames, tables = [], []
+    for piece in torch.from_numpy(wave)[None].tensor_split(2, 1):
+        with torch.no_grad():
+            pair = [[state[0] for state in encoder(piece).hidden_states] for encoder in (student, teacher)]
+        frames.append(len(pair[0][0]))
+        tables.append(state_distances(*pair).numpy())
+    wanted = np.average(tables, axis=0, weights=frames)
+    assert found.num_frames == sum(frames)
+    for k, kind in enumerate(KINDS):
+        assert found.layers[kind] == pytest.approx(wanted[k], abs=1e-6)
+        assert found.recordings[kind] == pytest.approx([wanted[k].mean()], abs=1e-6)
 
 
 def test_other_shapes_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from skill_fairseq.checkpoints import save_encoder
@@ -41,6 +43,12 @@ def batch(source: Tensor, padding_mask: Tensor | None = None) -> dict[str, Any]:
     return {"net_input": {"source": source, **({} if padding_mask is None else {"padding_mask": padding_mask})}}
 
 
+def means(result: tuple) -> dict[str, Any]:
+    """What a forward logs, a frame."""
+    counted = ("frames", "nsentences", "ntokens", "audio_seconds")
+    return {n: v if n in counted else float(v) / result[2]["frames"] for n, v in result[2].items()}
+
+
 def states(encoder: Any, source: Tensor) -> list[Tensor]:
     with torch.no_grad():
         return encoder(source).hidden_states
@@ -49,7 +57,8 @@ def states(encoder: Any, source: Tensor) -> list[Tensor]:
 def test_value_by_hand(build: Any, small: Any) -> None:
     task, model, criterion = build()
     source = small.waves(batch=3)
-    loss, sample_size, log = criterion(model.eval(), batch(source))
+    result = loss, weight, _ = criterion(model.eval(), batch(source))
+    log = means(result)
     student, teacher = states(model.speech_encoder, source), states(task.teacher.encoder, source)
     expected = 0.0
     for index, group in enumerate(GROUPS):
@@ -60,22 +69,23 @@ def test_value_by_hand(build: Any, small: Any) -> None:
         assert float(log[f"l1_g{index}"]) == pytest.approx(l1.item(), rel=1e-5)
         assert float(log[f"cos_g{index}"]) == pytest.approx(cos.item(), rel=1e-5)
         expected += (l1 - cos).item() / len(GROUPS)
-    assert loss.item() == log["loss"].item() == log["distillation_loss"].item() == pytest.approx(expected, rel=1e-5)
-    assert sample_size == log["sample_size"] == 1
+    for value in (loss.item(), log["loss"], log["distillation_loss"]):
+        assert value == pytest.approx(expected, rel=1e-5)
+    assert weight == 1 and log["frames"] == 3 * student[0].size(1)
     assert (log["nsentences"], log["ntokens"], log["audio_seconds"]) == (3, 12000, 0.75)
 
 
 def test_a_perfect_student_has_no_distance(build: Any, small: Any, teacher_file: Path) -> None:
     _, model, criterion = build(student=teacher_file)
-    loss, _, log = criterion(model.eval(), batch(small.waves()))
-    assert loss.item() == pytest.approx(-1.0, abs=1e-6) and log["l1_g1"] < 1e-6
+    result = criterion(model.eval(), batch(small.waves()))
+    assert result[0].item() == pytest.approx(-1.0, abs=1e-6) and means(result)["l1_g1"] < 1e-6
 
 
 def test_weights_and_kinds_of_the_loss(build: Any, small: Any) -> None:
     source = small.waves()
     _, model, plain = build()
-    log = plain(model.eval(), batch(source))[2]
-    l1, cos = ([float(log[f"{part}_g{i}"]) for i in range(3)] for part in ("l1", "cos"))
+    log = means(plain(model.eval(), batch(source)))
+    l1, cos = ([log[f"{part}_g{i}"] for i in range(3)] for part in ("l1", "cos"))
     weights = [0.5, 2.0, 0.0]
     _, model, weighted = build(group_weights=weights, l1_weight=0.3, cos_weight=0.7)
     loss = weighted(model.eval(), batch(source))[0].item()
@@ -127,10 +137,10 @@ def test_projections(build: Any, small: Any) -> None:
     _, model, criterion = build(projection_sharing=[0, 1, 1])
     assert not list(start.parameters())
     assert sum(p.numel() for p in criterion.parameters()) == 2 * (32 * 32 + 32)
-    before = start(model.eval(), source)[2]
-    assert float(criterion(model, source)[2]["loss"]) == pytest.approx(float(before["loss"]), rel=1e-6)
+    before = means(start(model.eval(), source))
+    assert means(criterion(model, source))["loss"] == pytest.approx(before["loss"], rel=1e-6)
     criterion.projections.projections[1].bias.data += 0.5
-    after = criterion(model, source)[2]
+    after = means(criterion(model, source))
     assert after["l1_g0"] == before["l1_g0"]
     assert after["l1_g1"] != before["l1_g1"] and after["l1_g2"] != before["l1_g2"]
     assert sum(p.numel() for p in build(projection_sharing="none")[2].parameters()) == 3 * (32 * 32 + 32)
@@ -145,18 +155,20 @@ def test_size_term_takes_part_in_training_alone(build: Any, small: Any) -> None:
     source = batch(small.waves())
     model.eval()
     criterion.train()
-    loss, _, log = criterion(model, source)
+    result = criterion(model, source)
+    loss, log = result[0], means(result)
     encoder = model.speech_encoder
     sparsity = 1 - expected_parameters(encoder).item() / encoder.num_parameters()
     assert 0 < sparsity < 0.2
     assert float(log["expected_sparsity"]) == pytest.approx(sparsity, rel=1e-4)
     assert log["target_sparsity"] == pytest.approx(0.3)
-    assert (float(log["lambda1"]), float(log["lambda2"])) == (pytest.approx(0.4), 3.0)
+    assert (log["lambda1"], log["lambda2"]) == (pytest.approx(0.4), pytest.approx(3.0))
     excess = sparsity - 0.3
     assert loss.item() - float(log["distillation_loss"]) == pytest.approx(0.4 * excess + 3 * excess**2, rel=1e-3)
     criterion.eval()
-    loss, _, log = criterion(model, source)
-    assert loss.item() == log["distillation_loss"] and "expected_sparsity" in log
+    result = criterion(model, source)
+    log = means(result)
+    assert result[0].item() == pytest.approx(log["distillation_loss"], rel=1e-6) and "expected_sparsity" in log
 
 
 def test_multipliers_ascend_and_gates_follow(build: Any, small: Any) -> None:
@@ -196,18 +208,19 @@ def test_a_padded_batch_is_the_mean_over_the_frames_of_its_utterances(
         source[row, :length] = small.waves(length, 1, seed=row)[0]
         padding[row, :length] = False
     with torch.no_grad():
-        loss, _, log = criterion(model, batch(source, padding))
+        result = loss, _, log = criterion(model, batch(source, padding))
         frames = (~model(source, padding)["padding_mask"]).sum(1)
         assert frames[0] == 24 and frames[2] < frames[1] < 24
         expected = 0.0
         for row, count in enumerate(frames.tolist()):
             # Frames at the end that only the rule "chunks" counts see zeros of the padding: give them those.
             needed = max(lengths[row], 400 + 320 * (count - 1))
-            alone = criterion(model, batch(source[row : row + 1, :needed]))[2]["loss"].item()
+            alone = means(criterion(model, batch(source[row : row + 1, :needed])))["loss"]
             assert model(source[row : row + 1, :needed])["x"].size(1) == count
             expected += alone * count / frames.sum().item()
     assert loss.item() == pytest.approx(expected, rel=1e-4)
-    assert log["ntokens"] == sum(lengths)
+    assert means(result)["loss"] == pytest.approx(expected, rel=1e-4)
+    assert log["ntokens"] == sum(lengths) and log["frames"] == frames.sum()
 
 
 def test_groups_from_a_file(build: Any, tmp_path: Path) -> None:
@@ -227,7 +240,7 @@ def test_a_student_of_another_depth_maps_its_layers(build: Any, small: Any, tmp_
     source = small.waves()
     student, teacher = states(model.speech_encoder, source), states(task.teacher.encoder, source)
     l1 = F.l1_loss((student[2] + student[4]) / 2, (teacher[1] + teacher[2]) / 2).item()
-    assert criterion(model.eval(), batch(source))[2]["l1_g1"] == pytest.approx(l1, rel=1e-5)
+    assert means(criterion(model.eval(), batch(source)))["l1_g1"] == pytest.approx(l1, rel=1e-5)
 
 
 def test_another_width_needs_a_projection(build: Any, small: Any, tmp_path: Path) -> None:
@@ -239,36 +252,185 @@ def test_another_width_needs_a_projection(build: Any, small: Any, tmp_path: Path
         build(student=path, projection="identity")
 
 
-def test_projections_of_stage_1_are_taken_over(build: Any, teacher_file: Path, tmp_path: Path) -> None:
+def save_run(criterion: Any, path: Path) -> None:
+    """The parts of fairseq's checkpoint that projections are taken from."""
+    cfg = {"criterion": OmegaConf.to_container(criterion.cfg, enum_to_str=True)}
+    torch.save({"model": {}, "criterion": criterion.state_dict(), "cfg": cfg}, path)
+
+
+def test_projections_of_stage_1_are_taken_over(build: Any, tmp_path: Path) -> None:
     _, _, stage1 = build(UNITS, target_sparsity=0.5)
     for parameter in stage1.projections.parameters():
         torch.nn.init.normal_(parameter)
-    torch.save({"model": {}, "criterion": stage1.state_dict()}, tmp_path / "stage1.pt")
+    save_run(stage1, tmp_path / "stage1.pt")
     again = build(init_from=str(tmp_path / "stage1.pt"))[2]
     for name, tensor in again.projections.state_dict().items():
         assert torch.equal(tensor, stage1.projections.state_dict()[name])
-    other = build(init_from=str(tmp_path / "stage1.pt"), groups=[[0], [3]], projection_sharing="none")[2]
-    assert torch.equal(other.projections.projections[0].weight, torch.eye(32))
-    exported = build(init_from=str(teacher_file))[2]  # as model.init_from may be: it has no projections
-    assert torch.equal(exported.projections.projections[0].weight, torch.eye(32))
     with pytest.raises(FileNotFoundError, match=r"criterion\.init_from: .*gone\.pt does not exist"):
         build(init_from=str(tmp_path / "gone.pt"))
 
 
-def test_logs_are_averaged_and_audio_is_counted_per_second(build: Any) -> None:
+@pytest.mark.parametrize(
+    ("field", "value", "before"),
+    [
+        ("groups", [[0], [1, 3], [2]], "[[0], [1, 2], [3]]"),
+        ("projection_sharing", [0, 1, 1], "[0, 0, 0]"),
+        ("normalize_states", True, "False"),
+    ],
+)
+def test_projections_of_another_run_are_refused(
+    build: Any, tmp_path: Path, field: str, value: Any, before: str
+) -> None:
+    """They would fit by shape, but for the second."""
+    save_run(build(UNITS, target_sparsity=0.5)[2], tmp_path / "stage1.pt")
+    with pytest.raises(ValueError) as error:
+        build(init_from=str(tmp_path / "stage1.pt"), **{field: value})
+    for part in ("criterion.init_from", f"criterion.{field} = {before}", str(value), "criterion.init_from=null"):
+        assert part in str(error.value)
+
+
+def test_a_file_without_projections_is_named(build: Any, teacher_file: Path, caplog: Any) -> None:
+    """As ``model.init_from``, which ``criterion.init_from`` follows, may be one."""
+    exported = build(init_from=str(teacher_file))[2]
+    assert torch.equal(exported.projections.projections[0].weight, torch.eye(32))
+    warning = next(record for record in caplog.records if record.levelname == "WARNING").getMessage()
+    assert "criterion.init_from" in warning and str(teacher_file) in warning and "identity" in warning
+
+
+def test_unequal_batches_have_the_gradients_of_one_large_batch(build: Any, small: Any, tmp_path: Path) -> None:
+    """As fairseq makes them: summed, and divided by the summed weights. Padding changes nothing in this extractor."""
+    style = {**small.LARGE_STYLE, "padding_rule": "convolution"}
+    for name, seed in (("teacher", 0), ("student", 9)):
+        save_encoder(small.random_encoder(seed, **style), tmp_path / f"{name}.safetensors")
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("teacher", "student")}
+    task, model, criterion = build(UNITS, **paths, target_sparsity=0.5, sparsity_warmup=0)
+    criterion.constraint.lambda1.data.fill_(0.3)
+    criterion.train()
+    model.eval()  # gates as they are expected
+    parameters = {**dict(model.named_parameters()), **dict(criterion.named_parameters())}
+    parameters = {name: p for name, p in parameters.items() if p.requires_grad}
+    waves = [small.waves(length, batch=rows, seed=length) for length, rows in ((8080, 1), (2960, 3), (4560, 1))]
+
+    def gradients(batches: list[dict[str, Any]]) -> tuple[dict[str, Tensor], list[float]]:
+        task.frames_of_weight_1 = None
+        model.zero_grad()
+        criterion.zero_grad()
+        weights = []
+        for each in batches:
+            loss, weight, _ = criterion(model, each)
+            loss.backward()
+            weights.append(weight)
+        return {name: p.grad / sum(weights) for name, p in parameters.items()}, weights
+
+    found, weights = gradients([batch(wave) for wave in waves])
+    assert weights == [1, 3 * 9 / 25, 14 / 25]
+    large, padding = torch.zeros(5, 8080), torch.ones(5, 8080, dtype=torch.bool)
+    for row, wave in enumerate(itertools.chain.from_iterable(waves)):
+        large[row, : len(wave)], padding[row, : len(wave)] = wave, False
+    expected, one = gradients([batch(large, padding)])
+    assert one == [1]
+    largest = max(grad.abs().max() for grad in expected.values())
+    for name, grad in expected.items():
+        assert (found[name] - grad).abs().max() < 2e-5 * largest, name
+    excess = 1 - expected_parameters(model.speech_encoder).item() / criterion.full_parameters - 0.5
+    assert found["constraint.lambda1"].item() == pytest.approx(-excess, rel=1e-5)  # once an update
+    for part in ("log_alpha", "projections.0.weight", "fc1.weight"):
+        assert all(grad.abs().max() > 0 for name, grad in expected.items() if name.endswith(part)), part
+
+
+def test_validation_does_not_depend_on_the_batch_size(
+    build: Any, small: Any, teacher_file: Path, tmp_path: Path
+) -> None:
+    """With an extractor whose statistics run over time, padding too, and utterances of very different lengths."""
+    from fairseq import metrics
+
+    lengths = [0.5, 0.1, 1.5, 0.5, 0.1, 0.1, 0.3]
+    _, model, criterion = build(UNITS, target_sparsity=0.5)
+    task = small.make_task(small.write_speech(tmp_path, {"valid": lengths}), teacher_file)
+    task.load_dataset("valid")
+    found = []
+    for max_tokens in (8000, 30000, 200000):
+        batches = list(task.get_batch_iterator(task.dataset("valid"), max_tokens=max_tokens).next_epoch_itr(False))
+        with metrics.aggregate() as aggregator:
+            for each in batches:
+                criterion.reduce_metrics([task.valid_step(each, model, criterion.eval())[2]])
+        found.append((len(batches), dict(aggregator.get_smoothed_values())))
+    assert [number for number, _ in found] == [5, 4, 4]
+    alone = [
+        means(criterion(model, batch(task.dataset("valid")[i]["source"][None])))["loss"] for i in range(len(lengths))
+    ]
+    frames = [model.speech_encoder.config.num_frames(round(16000 * seconds)) for seconds in lengths]
+    expected = sum(loss * count for loss, count in zip(alone, frames)) / sum(frames)
+    for _, values in found:
+        assert values["loss"] == pytest.approx(expected, abs=1e-4)
+        for name in ("l1_g0", "cos_g2", "expected_sparsity"):
+            assert values[name] == pytest.approx(found[0][1][name], abs=1e-4), name
+
+
+def test_one_batch_an_update_has_the_weight_1_whatever_came_before(build: Any, small: Any) -> None:
+    task, model, criterion = build()
+    criterion.train()
+    for samples in (4000, 8000):
+        task.frames_of_weight_1 = None  # as the trainer does before an update
+        assert criterion(model, batch(small.waves(samples)))[1] == 1
+    assert criterion(model, batch(small.waves(4000)))[1] == 12 / 24
+    criterion.eval()
+    assert criterion(model, batch(small.waves(4000)))[1] == 1
+
+
+def test_logs_are_means_over_frames_and_audio_is_counted_per_second(build: Any) -> None:
     from fairseq import metrics
 
     criterion = build()[2]
     logs = [
-        {"loss": 2.0, "l1_g0": 1.0, "sample_size": 1, "audio_seconds": 3.0, "ntokens": 9, "nsentences": 1},
-        {"loss": 4.0, "l1_g0": 0.0, "sample_size": 1, "audio_seconds": 5.0, "ntokens": 9, "nsentences": 1},
+        {"loss": 60.0, "l1_g0": 30.0, "frames": 30, "audio_seconds": 3.0, "ntokens": 9, "nsentences": 1},
+        {"loss": 40.0, "l1_g0": 0.0, "frames": 10, "audio_seconds": 5.0, "ntokens": 9, "nsentences": 1},
     ]
-    with metrics.aggregate() as found:
+    with metrics.aggregate() as together:
         criterion.reduce_metrics(logs)
-    values = found.get_smoothed_values()
-    assert (values["loss"], values["l1_g0"]) == (3.0, 0.5) and "audio_s_per_s" in values
-    assert not {"sample_size", "audio_seconds", "ntokens"} & set(values)
+    with metrics.aggregate() as apart:  # validation: one batch after the other
+        for log in logs:
+            criterion.reduce_metrics([log])
+    for found in (together, apart):
+        values = found.get_smoothed_values()
+        assert (values["loss"], values["l1_g0"]) == (2.5, 0.75) and "audio_s_per_s" in values
+        assert not {"frames", "audio_seconds", "ntokens"} & set(values)
     assert criterion.logging_outputs_can_be_summed()
+
+
+@pytest.mark.parametrize(("groups", "layer"), [([[0], [1, 2]], 2), ([[0], [1]], 1), ([[0]], 0)])
+@pytest.mark.parametrize("style", ["post", "pre"])
+def test_layers_above_the_deepest_group_are_named_not_computed_and_not_trained(
+    build: Any, small: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, groups: list, layer: int, style: str
+) -> None:
+    path = tmp_path / "teacher.safetensors"
+    save_encoder(small.random_encoder(**(small.LARGE_STYLE if style == "pre" else {})), path)
+    _, model, criterion = build(UNITS, path, path, groups=groups, target_sparsity=0.5, sparsity_warmup=0)
+    above = "layer 3" if layer == 2 else f"layers {layer + 1} to 3"
+    (message,) = [record.message for record in caplog.records if "supervises" in record.message]
+    assert message.startswith("criterion.groups: ") and f"{above}:" in message and "only the size constraint" in message
+    ran: list[int] = []
+    for i, block in enumerate(model.speech_encoder.transformer.layers, start=1):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    criterion.constraint.lambda1.data.fill_(-1.0)
+    criterion.train()
+    criterion(model.train(), batch(small.waves()))[0].backward()
+    assert ran == list(range(1, layer + 1))
+    for name, parameter in model.named_parameters():
+        # What takes part has a gradient, what has none takes no part; the constraint alone moves gates above.
+        assert parameter.requires_grad == (parameter.grad is not None), name
+        if name.endswith("log_alpha"):
+            assert parameter.grad.abs().max() > 0, name
+    frozen = [name.partition("transformer.layers.")[2] for name, p in model.named_parameters() if not p.requires_grad]
+    assert {int(name[0]) + 1 for name in frozen if name} == set(range(layer + 1, 4))
+
+
+def test_nothing_is_said_or_frozen_where_the_last_layer_is_supervised(
+    build: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, model, _ = build(UNITS, target_sparsity=0.5)
+    assert not [record for record in caplog.records if "supervises" in record.message]
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["mask_emb"]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +444,7 @@ def test_logs_are_averaged_and_audio_is_counted_per_second(build: Any) -> None:
         ({"groups": [["a"]]}, r"criterion\.groups names the layer 'a'"),
         ({"groups": 3}, r"criterion\.groups is 3"),
         ({"groups": None}, r"criterion\.groups: None, criterion\.groups_file: None; give one"),
-        ({"groups_file": "some.yaml"}, r"criterion\.groups: .*criterion\.groups_file: some\.yaml; give one"),
+        ({"groups_file": "some.yaml"}, r"criterion\.groups: .*criterion\.groups_file: .*some\.yaml; give one"),
         ({"group_weights": [1.0]}, r"criterion\.group_weights: \[1\.0\]; expected 3 numbers"),
         ({"group_weights": [1.0, -1.0, 1.0]}, r"criterion\.group_weights: .*expected 3 numbers >= 0"),
         ({"group_weights": [0.0, 0.0, 0.0]}, r"criterion\.group_weights: .*not all 0"),
@@ -296,7 +458,14 @@ def test_logs_are_averaged_and_audio_is_counted_per_second(build: Any) -> None:
         ({"target_sparsity": -0.1, "units": UNITS}, r"criterion\.target_sparsity: -0\.1"),
         ({"target_sparsity": 0.99, "units": UNITS}, r"criterion\.target_sparsity: 0\.99 cannot be reached"),
         ({"target_sparsity": 0.5, "units": ["heads"]}, r"0\.5 cannot be reached: gates on \['heads'\]"),
-        ({"target_sparsity": 0.5, "units": UNITS, "sparsity_warmup": -1}, r"warmup is -1"),
+        ({"target_sparsity": 0.5, "units": UNITS, "sparsity_warmup": -1}, r"criterion\.sparsity_warmup: -1.*updates"),
+        ({"target_sparsity": None, "units": UNITS}, r"criterion\.target_sparsity: null.*model\.pruning_units"),
+        ({"target_sparsity": float("nan"), "units": UNITS}, r"criterion\.target_sparsity: nan"),
+        ({"l1_weight": -1.0}, r"criterion\.l1_weight: -1"),
+        ({"cos_weight": float("inf")}, r"criterion\.cos_weight: inf"),
+        ({"l1_weight": float("nan")}, r"criterion\.l1_weight: nan"),
+        ({"l1_weight": 0.0, "cos_weight": 0.0}, r"criterion\.l1_weight: 0.*criterion\.cos_weight"),
+        ({"target_sparsity": 0.5, "units": UNITS, "sparsity_warmup": 1.5}, r"criterion\.sparsity_warmup: 1\.5"),
     ],
 )
 def test_what_is_refused(build: Any, fields: dict, message: str) -> None:
@@ -316,3 +485,21 @@ def test_group_files_that_are_refused(build: Any, tmp_path: Path) -> None:
     broken.write_text("groups: [[0], [1")
     with pytest.raises(ValueError, match=r"criterion\.groups_file: .*broken\.yaml is no YAML"):
         build(groups=None, groups_file=str(broken))
+
+
+@pytest.mark.parametrize("asked", [None, True, False])
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_states_are_normalised_where_the_teacher_needs_it(
+    build: Any, small: Any, tmp_path: Path, pre_norm: bool, asked: Any
+) -> None:
+    """Where layers begin with their LayerNorm, unless the config says otherwise; what was chosen is in the config."""
+    path = tmp_path / "teacher.safetensors"
+    save_encoder(small.random_encoder(layer_norm_first=pre_norm), path)
+    criterion = build(student=path, teacher=path, **({} if asked is None else {"normalize_states": asked}))[2]
+    assert criterion.cfg.normalize_states is (pre_norm if asked is None else asked)
+
+
+def test_the_target_rises_over_a_fraction_of_the_run(build: Any) -> None:
+    for warmup, updates in ((0.25, 50), (7, 7)):
+        criterion = build(UNITS, target_sparsity=0.5, sparsity_warmup=warmup, max_update=200)[2]
+        assert criterion.constraint.warmup == updates

@@ -27,7 +27,7 @@ def test_imports_stay_in_the_folder(root):
             elif isinstance(node, ast.Import):
                 foreign.update(alias.name.partition(".")[0] for alias in node.names)
         assert text.startswith("# skill_fairseq.") and "MIT License" in text.splitlines()[1]
-    standard = set(getattr(sys, "stdlib_module_names", foreign))  # Python >= 3.10
+    standard = set(sys.stdlib_module_names)
     assert {"torch", "numpy"} <= foreign and foreign - standard <= {"torch", "numpy", "transformers", "safetensors"}
 
 

@@ -54,6 +54,9 @@ def test_onnx(exporting, student, export, speech):
     states, mask = run(source, padding)
     exporting.assert_same(states, exporting.states_of(student, source, padding))
     assert torch.equal(mask, student(source, padding).padding_mask) and mask.any()
+    for wrong in (padding[:, :-320], padding.long()):
+        with pytest.raises(Exception, match="INVALID_ARGUMENT|Equal"):
+            run(source, wrong)
     for batch, samples in ((1, 400), (2, 401), *LENGTHS):
         source = torch.randn(batch, samples, generator=torch.Generator().manual_seed(samples)) * 0.1
         states, mask = run(source, torch.zeros_like(source, dtype=torch.bool))

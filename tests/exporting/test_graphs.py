@@ -64,6 +64,11 @@ def test_large_style(exporting, small, tmp_path):
         assert torch.equal(found["padding_mask"], frames)
         assert (~frames[1]).sum() == encoder.config.num_frames(length) < 19
         exporting.assert_same([*found["hidden_states"], found["x"]], exporting.states_of(encoder, source, padding))
+        for dtype in (torch.int64, torch.uint8):  # a program takes any type: 0 and 1 mean the same
+            assert torch.equal(program(source, padding.to(dtype))["x"], found["x"])
+    for wrong in (padding[:, :700], padding[:1], padding[0]):
+        with pytest.raises(Exception, match="padding_mask"):
+            program(source, wrong)
 
 
 @new_torch

@@ -132,3 +132,20 @@ with torch.no_grad():
     again.load_state_dict({k: rounded.state["encoder." + k].to(v.dtype) for k, v in again.state_dict().items()})
     exporting.assert_same([*states, x], exporting.states_of(again, source))
     assert (exporting.states_of(again, source)[-1] - exporting.states_of(encoder, source)[-1]).abs().max() > 1e-3
+
+
+def test_attention_masks_are_checked(small, transformers):
+    from skill_fairseq.exporting.configuration_skill import SkillConfig
+    from skill_fairseq.exporting.modeling_skill import SkillModel
+
+    encoder = small.random_encoder(padding_rule="convolution")
+    model = SkillModel(SkillConfig(encoder_shape=encoder.config.to_dict())).eval()
+    model.encoder.load_state_dict(encoder.state_dict(), strict=False)
+    source = torch.randn(2, 4000, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(4000) < torch.tensor([[4000], [2000]])).long()
+    wanted = encoder(source, mask == 0).x
+    for dtype in (torch.int64, torch.bool, torch.float32):
+        assert torch.equal(model(source, mask.to(dtype)).last_hidden_state, wanted)
+    for wrong, said in ((mask[:, :12], "attention_mask: shape"), (mask * 3, "0 and 1"), (mask.flip(1), "row 1")):
+        with pytest.raises(ValueError, match=said):
+            model(source, wrong)

@@ -39,6 +39,7 @@ SETTINGS = [
     "task.crop_multiple=1",
     "model.dropout=0.1",
     "model.attention_dropout=0.1",
+    "+model.encoder_layerdrop=0.2",
 ]
 
 

@@ -203,3 +203,49 @@ def test_signals_reach_spawned_ranks_and_their_exit_code_comes_back(python, code
         assert result.stdout == "requeued after ['ready0', 'ready1', 'received0', 'received1', 'script.py']\n"
     else:
         assert result.stdout == "" and "terminated with exit code 3" in result.stderr
+
+
+START_UP = """
+import os, signal, sys
+sys.argv = {argv!r}
+import omegaconf
+os.kill(os.getpid(), signal.{name})
+print("lives")
+"""
+OURS = ["--config-dir", "config/distill", "--config-name", "tiny"]
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "environment", "name", "code"),
+    [
+        ("fairseq-hydra-train", OURS, {}, "SIGTERM", 75),
+        ("fairseq-hydra-train", ["--config-dir=config/final", "--config-name=tiny.yaml"], {}, "SIGUSR2", 75),
+        ("fairseq-train", ["--user-dir", "/somewhere/skill_fairseq"], {}, "SIGUSR1", 75),
+        ("fairseq-hydra-train", OURS, {"WORLD_SIZE": "2"}, "SIGUSR1", 75),
+        ("fairseq-hydra-train", OURS, {"SLURM_NTASKS": "2"}, "SIGTERM", -15),  # another task may have failed
+        ("fairseq-hydra-train", [*OURS, "-m"], {}, "SIGTERM", -15),  # waits for runs, is none
+        ("fairseq-hydra-train", ["--config-dir", "elsewhere", "--config-name", "tiny"], {}, "SIGTERM", -15),
+        ("fairseq-train", ["/data", "--arch", "transformer"], {}, "SIGUSR1", -10),
+        ("something", OURS, {}, "SIGTERM", -15),
+    ],
+)
+def test_a_signal_while_one_of_our_trainings_starts_up(
+    python, monkeypatch, tmp_path, program, arguments, environment, name, code
+):
+    for variable in ("WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("SKILL_PREEMPTED_FILE", str(tmp_path / "preempted"))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "tiny.yaml").write_text("task: {_name: translation}\n")
+    result = python(START_UP.format(argv=[f"/bin/{program}", *arguments], name=name))
+    assert (result.returncode, result.stdout) == (code, "")
+    assert (tmp_path / "preempted").exists() == (code == 75)
+
+
+def test_other_handlers_stay(python):
+    """submitit's, which requeues the job."""
+    code = "import signal\nsignal.signal(signal.SIGUSR2, lambda *_: print('own'))\n"
+    result = python(code + START_UP.format(argv=["fairseq-hydra-train", *OURS], name="SIGUSR2"))
+    assert result.stdout == "own\nlives\n", result.stderr

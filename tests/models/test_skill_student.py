@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from omegaconf.errors import ConfigKeyError
 from torch import Tensor
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.models.skill_student import SkillStudentModel, initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
+from skill_fairseq.modules import encoder as encoder_module
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.pruning.expected import expected_sparsity
 from skill_fairseq.pruning.shrink import shrink
@@ -282,7 +284,14 @@ def test_extract_features(build: Any, small: Any, teacher_file: Path) -> None:
         assert model.extract_features(source)[1] is None
 
 
-def test_masking_for_fine_tuning(build: Any, small: Any) -> None:
+def test_masking_for_fine_tuning(small: Any, speech: Path) -> None:
+    shape = fairseq_fields(small.random_encoder().config)
+
+    def build(**changes: Any) -> SkillStudentModel:
+        """As fairseq's fine-tuning builds it, from a checkpoint's config."""
+        torch.manual_seed(0)
+        return small.make_task(speech).build_model(small.student_config("gone.pt", **shape, **changes), True)
+
     model = build(mask_prob=0.8, mask_length=3, mask_channel_prob=0.0)
     model.remove_pretraining_modules()
     source = small.waves(8000)
@@ -303,3 +312,77 @@ def test_initial_student_of_an_ungated_config_is_the_file_itself(small: Any, tea
     assert encoder.config == small.random_encoder().config
     for name, tensor in small.random_encoder().state_dict().items():
         assert torch.equal(encoder.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("feature_grad_mult", 0.1, "does nothing in distillation"),
+        ("mask_prob", 0.3, "does nothing in distillation"),
+        ("conv_drop_rate", 0.0, "between 0 and 1"),
+        ("conv_drop_rate", 1.0, "between 0 and 1"),
+        ("ffn_drop_rate", -0.5, "between 0 and 1"),
+        ("head_drop_rate", float("nan"), "between 0 and 1"),
+        ("layer_drop_rate", 2.0, "between 0 and 1"),
+        ("dropout", 1.0, "below 1"),
+        ("encoder_layerdrop", -0.1, "below 1"),
+        ("encoder_layers", 4, "has 3; leave the field out"),
+        ("encoder_embed_dim", 64, "has 32"),
+        ("conv_feature_layers", "[(16,10,5)]", "leave the field out"),
+        ("normalize", True, "has False"),
+        ("heads", [[0], [0], [0]], "leave the field out"),
+    ],
+)
+def test_fields_that_do_nothing_or_cannot_be_are_named(build: Any, field: str, value: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"^model\.{field}: ") as error:
+        build(**{field: value})
+    assert said in str(error.value)
+
+
+def test_a_shape_that_is_the_files_may_be_written_out(build: Any, small: Any) -> None:
+    shape = fairseq_fields(small.random_encoder().config)
+    del shape["pruning_units"]
+    spaced = shape["conv_feature_layers"].replace(",", ", ")
+    assert build(**{**shape, "conv_feature_layers": spaced}).speech_encoder.config == small.random_encoder().config
+
+
+FOREIGN = ["layer_type", "required_seq_len_multiple", "attn_type", "pos_enc_type", "depthwise_conv_kernel_size"]
+
+
+@pytest.mark.parametrize("field", [*FOREIGN, "label_rate", "final_dim", "dropout_features", "logit_temp"])
+def test_the_student_has_no_fields_of_other_models(build: Any, small: Any, speech: Path, field: str) -> None:
+    """A run that sets one is refused by name; in a checkpoint of an earlier version it is passed over."""
+    value = "conformer" if field in ("layer_type", "attn_type", "pos_enc_type") else 3
+    with pytest.raises(ConfigKeyError, match=field):
+        build(**{field: value})
+    shape = fairseq_fields(small.random_encoder().config)
+    old = small.student_config("gone.pt", **shape, **{field: value})
+    assert small.make_task(speech).build_model(old, True).speech_encoder.config == small.random_encoder().config
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_checkpoint_activations_in_either_stage(
+    build: Any, small: Any, tmp_path: Path, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, units = None, UNITS
+    if stage == 2:
+        start, units = tmp_path / "shrunk.safetensors", []
+        save_encoder(small.random_encoder(heads=[[0, 2], [], [1]], ffn_dims=[5, 48, 0]), start, {})
+    drop = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1}
+    again: list[int] = []
+    checkpoint = encoder_module.checkpoint
+    monkeypatch.setattr(encoder_module, "checkpoint", lambda *a, **k: (again.append(1), checkpoint(*a, **k))[1])
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = build(start, pruning_units=units, checkpoint_activations=on, ffn_drop_rate=0.5, **drop).train()
+        assert len(again) == 0
+        torch.manual_seed(1)
+        model.set_num_updates(3)
+        out = model(small.waves())
+        sum(state.square().mean() for state in out["hidden_states"]).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert len(again) == 3  # layers
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name

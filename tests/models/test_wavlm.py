@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fairseq.criterions import build_criterion
 from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig, HubertPretrainingTask
 from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError
 
 from skill_fairseq.models.wavlm import WavLMModel
+from skill_fairseq.modules import encoder as encoder_module
 
 CLASSES = 7
 
@@ -145,3 +148,41 @@ def test_without_relative_position_it_is_hubert(pretraining: Any) -> None:
     extra = set(wavlm.state_dict()) - set(hubert.state_dict())
     assert extra and all("relative_position" in name or "position_gate" in name for name in extra)
     assert set(hubert.state_dict()) < set(wavlm.state_dict())
+
+
+def test_fields_of_conformers_and_padding_are_refused_in_training_alone(pretraining: Any, small: Any) -> None:
+    for name, value in (("layer_type", "conformer"), ("required_seq_len_multiple", 1), ("fp16", True)):
+        with pytest.raises(ConfigKeyError, match=name):
+            pretraining(**{name: value})
+    task, model, _, _ = pretraining()
+    cfg = OmegaConf.create(OmegaConf.to_container(model.cfg, enum_to_str=True))
+    old = OmegaConf.merge(cfg, {"_name": "wavlm", "layer_type": "transformer", "latent_temp": [2, 0.5, 0.999995]})
+    assert task.build_model(old, from_checkpoint=True).speech_encoder.config == model.speech_encoder.config
+
+
+def test_the_sample_rate_is_the_tasks(pretraining: Any) -> None:
+    _, model, _, _ = pretraining()
+    cfg = model.cfg
+    task_cfg = OmegaConf.create({"sample_rate": 8000})
+    telephone = type(model)(cfg, task_cfg, [None])
+    assert telephone.speech_encoder.config.sample_rate == 8000
+    assert telephone.feat2tar_ratio == 2 * model.feat2tar_ratio
+
+
+def test_checkpoint_activations(pretraining: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    again: list[int] = []
+    checkpoint = encoder_module.checkpoint
+    monkeypatch.setattr(encoder_module, "checkpoint", lambda *a, **k: (again.append(1), checkpoint(*a, **k))[1])
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        _, model, criterion, batch = pretraining(checkpoint_activations=on, dropout=0.1, attention_dropout=0.1)
+        torch.manual_seed(1)
+        np.random.seed(1)
+        loss, _, _ = criterion(model.train(), batch)
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert len(again) == 3  # layers
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skill_fairseq.modules import attention_core
+from skill_fairseq.modules import attention_core, norms
+from skill_fairseq.modules import fft_conv as fft_module
 from skill_fairseq.modules.activated_conv import activated_conv
 from skill_fairseq.modules.attention_core import attend, expand_offsets
 from skill_fairseq.modules.fft_conv import fft_conv, kernel_spectrum
@@ -143,6 +144,18 @@ def test_fft_conv(kernel_size: int, frames: int) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_fft_conv_of_long_input_goes_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, kernel = randn(2, 700, 12), randn(12, 3, 16)
+    spectrum = kernel_spectrum(kernel, groups=4)
+    whole = fft_conv(x, spectrum, 16)
+    transform = torch.fft.rfft
+    blocks: list[int] = []
+    monkeypatch.setattr(torch.fft, "rfft", lambda x, **k: (blocks.append(x.size(1)), transform(x, **k))[1])
+    monkeypatch.setattr(fft_module, "MOST_BLOCKS", 10)
+    torch.testing.assert_close(fft_conv(x, spectrum, 16), whole, rtol=1e-12, atol=1e-12)
+    assert max(blocks) == 10 and sum(blocks) == -(-700 // 17)
+
+
 def test_fft_conv_in_float32_is_as_exact_as_the_plain_one() -> None:
     x, kernel = randn(1, 500, 96), randn(96, 6, 128)
     exact = F.conv1d(x.transpose(1, 2), kernel, padding=64, groups=16)[..., :500].transpose(1, 2)
@@ -156,13 +169,17 @@ def test_fft_conv_in_float32_is_as_exact_as_the_plain_one() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 5.0])
-def test_group_norm_folded_into_the_map_before(offset: float, bias: bool) -> None:
+def test_group_norm_folded_into_the_map_before(offset: float, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     windows, kernel = randn(2, 300, 10) + offset, randn(10, 4)
     shift = randn(4, seed=1) if bias else None
     norm = nn.GroupNorm(4, 4).double()
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     factor, moved = group_norm_of_linear(windows, kernel, shift, norm.weight, norm.bias, norm.eps)
+    monkeypatch.setattr(norms, "MOST_WINDOWS", 70)  # a long recording's statistics, piece by piece
+    again = group_norm_of_linear(windows, kernel, shift, norm.weight, norm.bias, norm.eps)
+    for one, other in zip(again, (factor, moved)):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     found = windows @ (kernel * factor) + moved
     mapped = windows @ kernel if shift is None else windows @ kernel + shift
     wanted = norm(mapped.transpose(1, 2)).transpose(1, 2)

@@ -11,6 +11,8 @@ from fairseq.optim import build_optimizer
 from fairseq.optim.lr_scheduler import build_lr_scheduler
 from omegaconf import OmegaConf
 
+from skill_fairseq.pruning.lagrangian import updates_of
+
 ORACLE = json.loads((Path(__file__).parents[1] / "oracle" / "lagrangian.json").read_text())["lr_schedule"]
 
 
@@ -38,6 +40,27 @@ def test_end_of_epoch_and_validation_change_nothing() -> None:
     scheduler.step_update(4)
     scheduler.step(epoch=3, val_loss=1.0)
     assert optimizer.get_lr() == pytest.approx(0.002 * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("value", "total", "updates"),
+    [(0.3, 50000, 15000), (0.15, 400, 60), (0.1, 5, 1), (0.9, 1, 0), (60, 7, 60), (0, 7, 0)],
+)
+def test_updates_or_a_fraction_of_them(value: float, total: int, updates: int) -> None:
+    assert updates_of(value, total, "some.field") == updates
+
+
+@pytest.mark.parametrize("value", [-1, -0.5, 1.5, float("nan"), float("inf")])
+def test_neither_updates_nor_a_fraction(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"some\.field: {value}; expected a whole number of updates, or a fraction"):
+        updates_of(value, 100, "some.field")
+    with pytest.raises(ValueError, match=r"some\.field: 0\.5 is a fraction of optimization\.max_update, which is 0"):
+        updates_of(0.5, 0, "some.field")
+
+
+def test_a_fraction_is_the_same_schedule() -> None:
+    (whole, _), (fraction, _) = make_scheduler(30, 200), make_scheduler(0.15, 200)  # type: ignore[arg-type]
+    assert [whole.step_update(n) for n in range(200)] == [fraction.step_update(n) for n in range(200)]
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(100, 100), (15000, 400)])

@@ -50,3 +50,11 @@ def test_only_what_may_go_goes(small: Any) -> None:
 def test_gates_are_refused(small: Any) -> None:
     with pytest.raises(ValueError, match="has gates already"):
         prune_by_magnitude(small.random_encoder(pruning_units=["ffn"]), 0.2, ["ffn"])
+
+
+def test_double_precision_stays(small: Any) -> None:
+    teacher = small.random_encoder().double()
+    with torch.no_grad():
+        teacher.transformer.layer_norm.weight.add_(1e-12)
+    student = prune_by_magnitude(teacher, 0.1, ["ffn"])
+    assert torch.equal(student.transformer.layer_norm.weight, teacher.transformer.layer_norm.weight)

@@ -74,7 +74,7 @@ def test_factors_of_our_schedule_are_the_sum_of_the_optimizers_rates(warmup: int
     optimizer.get_lr = lambda: optimizer.lr
     # fairseq's base class wants an optimizer of its own; the schedule is ours.
     schedule = LinearWarmupDecay.__new__(LinearWarmupDecay)
-    schedule.cfg, schedule.optimizer = scheduler, optimizer
+    schedule.cfg, schedule.optimizer, schedule.warmup = scheduler, optimizer, warmup
     rates = [schedule.step_update(update) for update in range(updates)]
     assert schedule_factors(scheduler, updates) * 0.5 == pytest.approx(sum(rates), rel=1e-12)
     if updates == total and warmup:

@@ -201,3 +201,13 @@ def test_ungated_encoder_is_refused() -> None:
 
 def test_what_is_left_in_words() -> None:
     assert [describe_units(left, 12) for left in (12, 3, 0, None)] == ["12 / 12", "3 / 12", "bias only", "removed"]
+
+
+@pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
+def test_double_precision_stays(shape: dict) -> None:
+    encoder = gated_encoder(shape).double()
+    small = shrink(encoder)
+    assert {p.dtype for p in small.parameters()} == {torch.float64}
+    source = torch.randn(2, 4000, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(small(source).x, encoder(source).x, rtol=0, atol=1e-7)  # gates are float32

@@ -132,3 +132,21 @@ def test_job_outside_of_slurm_is_the_step_itself(tmp_path: Path) -> None:
     assert (tmp_path / "student.safetensors").read_bytes() == b"there"
     result = subprocess.run([*job, "stage3", str(tmp_path)], capture_output=True, text=True)
     assert result.returncode == 2 and "stage3: no such step" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [("exit 75", 75), ("kill -USR1 $$", 75), ("kill -USR2 $$", 75), ("exit 1", 1), ("kill -KILL $$", 137)],
+)
+def test_a_job_that_was_told_to_stop_goes_on_later(tmp_path: Path, end: str, code: int) -> None:
+    """75 is the code of a training that was told to stop; a signal's own code means that it had not begun."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "fairseq-hydra-train"
+    program.write_text(f"#!/usr/bin/env bash\n{end}\n")
+    program.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    env["PATH"] = f"{program.parent}{os.pathsep}{env['PATH']}"
+    job = ["bash", str(SUBMIT.with_name("job.sh")), "stage1", str(tmp_path), str(DATA), str(TEACHER), "tiny", "cpu", ""]
+    result = subprocess.run(job, env=env, capture_output=True, text=True)
+    assert result.returncode == code
+    assert ("the same command goes on from here" in result.stderr) == (code == 75)

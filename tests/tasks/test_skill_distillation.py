@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from runs import run, script
 
+from skill_fairseq.audio.manifest import write_manifest
 from skill_fairseq.checkpoints import save_encoder
 
 MAX_TOKENS = 60000
@@ -101,20 +103,32 @@ def test_crop_multiple(small: Any, speech: Path, lengths: tuple, multiple: int, 
     assert task.dataset("train").collater(samples)["net_input"]["source"].shape == (2, expected)
 
 
-def test_validation_sees_whole_utterances_with_padding_mask(small: Any, speech: Path) -> None:
-    task = small.make_task(speech, max_sample_size=5000, min_sample_size=9000, crop_multiple=4000)
+def test_validation_sees_whole_utterances_without_padding(small: Any, tmp_path: Path) -> None:
+    lengths = [0.5, 0.9, 0.5, 1.3, 0.9, 0.5, 0.5]
+    task = small.make_task(
+        small.write_speech(tmp_path, {"valid": lengths}), max_sample_size=5000, min_sample_size=9000, crop_multiple=4000
+    )
     task.load_dataset("valid")
     dataset = task.dataset("valid")
-    found = batches(task, "valid", shuffle=False)
-    assert [i for batch in found for i in batch["id"].tolist()] == list(range(6))
-    for batch in found:
-        source, mask = batch["net_input"]["source"], batch["net_input"]["padding_mask"]
-        for row, index in enumerate(batch["id"].tolist()):
-            wave = dataset[index]["source"]
-            assert torch.equal(source[row, : len(wave)], wave) and not source[row, len(wave) :].any()
-            assert torch.equal(mask[row], torch.arange(source.size(1)) >= len(wave))
-    equal = dataset.collater([dataset[2], dataset[2]])
-    assert equal["net_input"]["padding_mask"] is None
+    for max_tokens, expected in ((16000, [[0, 2], [5, 6], [1], [4], [3]]), (60000, [[0, 2, 5, 6], [1, 4], [3]])):
+        iterator = task.get_batch_iterator(dataset, max_tokens=max_tokens, seed=1, epoch=1)
+        found = list(iterator.next_epoch_itr(shuffle=False))
+        assert [batch["id"].tolist() for batch in found] == expected
+        for batch in found:
+            assert batch["net_input"]["padding_mask"] is None
+            for row, index in zip(batch["net_input"]["source"], batch["id"].tolist()):
+                assert torch.equal(row, dataset[index]["source"])
+    iterator = task.get_batch_iterator(dataset, max_tokens=60000, max_sentences=3)
+    assert [len(batch) for batch in iterator.frozen_batches] == [3, 1, 2, 1]
+
+
+def test_a_file_that_is_longer_than_the_manifest_says_pads_the_others(small: Any, speech: Path) -> None:
+    task = small.make_task(speech)
+    task.load_dataset("valid")
+    samples = [task.dataset("valid")[i] for i in (0, 1)]
+    lengths = [len(sample["source"]) for sample in samples]
+    mask = task.dataset("valid").collater(samples)["net_input"]["padding_mask"]
+    assert lengths[0] != lengths[1] and torch.equal((~mask).sum(1), torch.tensor(lengths))
 
 
 def test_validation_utterances_may_be_longer_than_a_batch(small: Any, tmp_path: Path) -> None:
@@ -168,6 +182,62 @@ def test_missing_files_are_an_error_before_training(tmp_path: Path, small: Any) 
         small.make_task(data).load_dataset("valid")
 
 
+def test_a_sample_of_the_files_is_looked_for_or_all(
+    tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand at most, whatever the corpus; a wrong root is found all the same."""
+    names = [f"{i}.wav" for i in range(5000)]
+    looked: list[str] = []
+    missing = {"4711.wav"}
+
+    def isfile(path: Any) -> bool:
+        looked.append(Path(path).name)
+        return Path(path).name not in missing
+
+    monkeypatch.setattr("skill_fairseq.audio.manifest.os.path.isfile", isfile)
+    write_manifest(tmp_path / "train.tsv", "/corpus", names, [8000] * 5000)
+    small.make_task(tmp_path).load_dataset("train")
+    assert len(looked) == len(set(looked)) == 1000
+    looked.clear()
+    with pytest.raises(FileNotFoundError, match=r"train\.tsv: 1 of 5000 files are missing, the first: .*4711\.wav"):
+        small.make_task(tmp_path, check_all_files=True).load_dataset("train")
+    assert looked == names
+    missing.update(names)
+    with pytest.raises(FileNotFoundError, match=r"1000 of 1000 files .*of 5000 in all,.* /corpus"):
+        small.make_task(tmp_path).load_dataset("train")
+
+
+LOOK = """
+import os, torch
+from skill_fairseq.audio import manifest
+from skill_fairseq.tasks.speech_dataset import check_once
+
+torch.distributed.init_process_group("gloo")
+looked, isfile = [], os.path.isfile
+manifest.os.path.isfile = lambda path: looked.append(path) or isfile(path)
+for name in ("whole", "short"):
+    found = manifest.read_manifest(name + ".tsv")
+    looked.clear()
+    try:
+        check_once(found)
+        error = "nothing"
+    except FileNotFoundError as missing:
+        error = str(missing)
+    print(f"{name}, rank {torch.distributed.get_rank()}: looked for {sum('.wav' in str(p) for p in looked)}: {error}")
+"""
+
+
+def test_the_first_rank_looks_for_files_and_every_rank_hears_of_it(tmp_path: Path) -> None:
+    for name in ("0.wav", "1.wav"):
+        (tmp_path / name).touch()
+    write_manifest(tmp_path / "whole.tsv", ".", ["0.wav", "1.wav"], [8000, 8000])
+    write_manifest(tmp_path / "short.tsv", ".", ["0.wav", "1.wav", "2.wav"], [8000] * 3)
+    log = run([*script(tmp_path, LOOK, 2)], tmp_path)
+    for rank in (0, 1):
+        assert f"whole, rank {rank}: looked for {(2, 0)[rank]}: nothing" in log
+        assert f"short, rank {rank}: looked for {(3, 0)[rank]}: short.tsv: 1 of 3 files are missing" in log
+
+
 def test_nothing_long_enough_is_an_error(speech: Path, small: Any) -> None:
     with pytest.raises(ValueError, match=r"train\.tsv: no utterance has task\.min_sample_size=99999 samples"):
         small.make_task(speech, min_sample_size=99999).load_dataset("train")
@@ -187,7 +257,7 @@ def test_teacher_is_loaded_when_first_asked_for(speech: Path, small: Any, teache
 def test_teacher_is_frozen_and_outside_of_everything(speech: Path, small: Any, teacher_file: Path) -> None:
     task = small.make_task(speech, teacher_file)
     model = task.build_model(small.student_config(teacher_file, pruning_units=["ffn"]))
-    criterion = small.make_criterion(task, groups=[[0], [1, 2, 3]])
+    criterion = small.make_criterion(task, groups=[[0], [1, 2, 3]], target_sparsity=0.1)
     model.train()
     criterion.train()
     teacher = task.teacher.encoder
@@ -200,7 +270,8 @@ def test_teacher_is_frozen_and_outside_of_everything(speech: Path, small: Any, t
     held = {id(p) for module in (model, criterion) for p in module.parameters()}
     assert held.isdisjoint(id(p) for p in teacher.parameters())
     assert not any(m is teacher for module in (model, criterion) for m in module.modules())
-    assert set(criterion.state_dict()) == {f"projections.projections.0.{n}" for n in ("weight", "bias")}
+    projection = {f"projections.projections.0.{n}" for n in ("weight", "bias")}
+    assert set(criterion.state_dict()) == projection | {"constraint.lambda1", "constraint.lambda2"}
     assert not task.state_dict()
 
 
@@ -237,3 +308,41 @@ def test_examples_manifests_have_their_audio(small: Any) -> None:
         dataset = task.dataset(split)
         longest = int(np.argmax(dataset.sizes))
         assert len(dataset[longest]["source"]) == dataset.sizes[longest]
+
+
+def test_long_recordings_are_cut_in_validation_and_named(
+    small: Any, speech: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def valid(limit: Any) -> Any:
+        task = small.make_task(speech, max_valid_sample_size=limit)
+        task.load_dataset("valid")
+        return task
+
+    whole = valid(None).dataset("valid")
+    lengths = [len(whole[i]["source"]) for i in range(len(whole))]
+    limit = sorted(lengths)[3]  # two are longer
+
+    def warnings() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert not warnings()
+    task = valid(limit)
+    (warning,) = warnings()
+    longer = [i for i, length in enumerate(lengths) if length > limit]
+    assert len(longer) == 2 and warning.startswith("2 recordings are longer than")
+    assert all(str(speech / "valid" / f"{i}.wav") in warning for i in longer)
+    assert f"task.max_valid_sample_size={limit}" in warning
+    cut = task.dataset("valid")
+    for i, length in enumerate(lengths):
+        assert cut.size(i) == min(length, limit)
+        assert torch.equal(cut[i]["source"], whole[i]["source"][:limit])  # the beginning, every time
+    heard = [batch["net_input"]["source"].size(1) for batch in batches(task, "valid", shuffle=False)]
+    assert max(heard) == limit
+    task.load_dataset("train")
+    assert max(task.dataset("train").sizes) > limit and len(warnings()) == 1  # training has its own limit
+    with pytest.raises(ValueError, match="task.max_valid_sample_size: 0; expected"):
+        valid(0)
+
+
+def test_validation_has_a_limit_unless_it_is_lifted(small: Any, speech: Path) -> None:
+    assert small.make_task(speech).cfg.max_valid_sample_size == 60 * 16000

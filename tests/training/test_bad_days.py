@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import resource
 import shutil
@@ -37,6 +38,16 @@ def spoil(speech: Path, *names: str) -> list[str]:
     return [str(file) for file in files]
 
 
+def absurd(speech: Path, name: str) -> str:
+    """A FLAC whose header gives 2^35 samples, more than there is memory for."""
+    content = io.BytesIO()
+    soundfile.write(content, soundfile.read(str(speech / name))[0], 16000, format="FLAC")
+    data = content.getvalue()
+    header = int.from_bytes(data[18:26], "big") | 1 << 35
+    (speech / name).write_bytes(data[:18] + header.to_bytes(8, "big") + data[26:])
+    return str(speech / name)
+
+
 def infinite(speech: Path, name: str) -> str:
     """Finite samples, whose sums are not."""
     frames = soundfile.info(str(speech / name)).frames
@@ -52,14 +63,15 @@ def infinite(speech: Path, name: str) -> str:
 def test_unreadable_files_are_skipped_and_named(
     own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
 ) -> None:
-    files = spoil(own_speech, "train/3.wav", "train/17.wav", "valid/1.wav")
+    files = [*spoil(own_speech, "train/3.wav"), absurd(own_speech, "train/17.wav"), *spoil(own_speech, "valid/1.wav")]
     run = Run(tmp_path / "run", *where(own_speech, teacher_file), *TWELVE, world_size=world_size).finish()
     assert sorted(run.updates()) == list(range(1, 13))
     logs = "".join(run.log(rank) for rank in range(world_size))
     epochs = int(max(entry["epoch"] for entry in run.updates().values()))
     assert epochs >= 2
-    for file in files[:2]:  # once an epoch, whichever rank has it; the last epoch may not have come to it
-        assert logs.count(f"file skipped: {file}: cannot be decoded") in (epochs - 1, epochs)
+    for file, why in zip(files, ("cannot be decoded", "its header gives 34")):
+        # Once an epoch, whichever rank has it; the last epoch may not have come to it.
+        assert logs.count(f"file skipped: {file}: {why}") in (epochs - 1, epochs)
     assert f"file skipped: {files[2]}: cannot be decoded" in logs
 
 

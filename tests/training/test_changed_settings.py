@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from disturbed import Run
 from omegaconf import OmegaConf
 
+from skill_fairseq.checkpoints import save_encoder
+from skill_fairseq.files import content_sha256
 from skill_fairseq.training.changed_settings import NOT_SET, changed_settings, saved_settings, warn_of_changes
 
 CFG: dict[str, Any] = {
@@ -102,13 +105,23 @@ def test_the_warning_has_an_end(tmp_path: Path, caplog: pytest.LogCaptureFixture
     "a run directory is used again with other settings",
     "the run goes on from its checkpoint; one warning names the fields, the old values and the new",
 )
+@pytest.mark.faults(
+    "a run goes on with another teacher under the same name",
+    "a warning names the file and both hashes of its content",
+)
 @pytest.mark.slow
-def test_a_run_that_goes_on_names_what_has_changed(data: list[str], tmp_path: Path) -> None:
+def test_a_run_that_goes_on_names_what_has_changed(
+    data: list[str], teacher_file: Path, small: Any, tmp_path: Path
+) -> None:
+    own = shutil.copy(teacher_file, tmp_path / "teacher.safetensors")
+    data = [data[0], f"task.teacher={own}"]
     short = ["optimization.max_update=6", "checkpoint.save_interval_updates=3"]
     Run(tmp_path, *data, *short).finish()
     longer = Run(tmp_path, *data, "optimization.max_update=8", "dataset.num_workers=1").finish()
     assert longer.last_update() == 8 and "settings have changed" not in longer.log()
+    assert "another teacher" not in longer.log()
 
+    save_encoder(small.random_encoder(seed=1), own)
     others = ["optimization.max_update=10", "optimizer.groups.gates.lr_float=0.2", "+task.num_batch_buckets=2"]
     run = Run(tmp_path, *data, *others, world_size=2).finish()
     (line,) = [line for line in run.log().splitlines() if "settings have changed since" in line]
@@ -117,6 +130,9 @@ def test_a_run_that_goes_on_names_what_has_changed(data: list[str], tmp_path: Pa
         "To start from the beginning, give it another hydra.run.dir"
     )
     assert "settings have changed" not in run.log(1) and run.last_update() == 10
+    (line,) = [line for line in run.log().splitlines() if "another teacher" in line]
+    assert str(own) in line and content_sha256(own) in line and content_sha256(teacher_file) in line
+    assert "another teacher" not in run.log(1)
 
     start = f"checkpoint.finetune_from_model={tmp_path / 'checkpoint_last.pt'}"
     new = Run(tmp_path / "new", *data, *others, start, "criterion.target_sparsity=0.6").finish()

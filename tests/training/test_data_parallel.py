@@ -10,6 +10,8 @@ import pytest
 import torch
 from runs import logged, script, train
 
+from skill_fairseq.checkpoints import save_encoder
+
 pytestmark = pytest.mark.slow
 
 RECORD = """
@@ -78,7 +80,7 @@ SLOW = [
     "dataset.validate_interval_updates=3",
     "dataset.max_tokens_valid=20000",
     *(f"optimizer.groups.{group}.lr_scheduler.warmup_updates=1" for group in ("default", "gates", "multipliers")),
-    "optimizer.groups.default.lr_float=1e-7",
+    "optimization.lr=[1e-7]",
     "optimizer.groups.gates.lr_float=1e-7",
     "optimizer.groups.multipliers.lr_float=0.2",
 ]
@@ -88,6 +90,7 @@ WAYS = {  # processes, update_freq, what else
     "two": (2, 1, ()),
     "two, accumulated": (2, 2, ()),
     "two, no_c10d": (2, 1, ("distributed_training.ddp_backend=no_c10d",)),
+    "two, accumulated, pytorch_ddp": (2, 2, ("distributed_training.ddp_backend=pytorch_ddp",)),
     "two, per rank": (2, 1, ("model.gate_sampling=per_rank",)),
     "one, bf16": (1, 1, ("common.bf16=true", "common.fp16_no_flatten_grads=true")),
     "two, bf16": (2, 1, ("common.bf16=true", "common.fp16_no_flatten_grads=true")),
@@ -187,6 +190,87 @@ def test_validation_is_the_same_on_any_number_of_processes(ways: dict) -> None:
     for way, entry in entries.items():
         for name in ("distillation_loss", "l1_g0", "cos_g2", "expected_sparsity", "lambda1"):
             assert entry[name] == pytest.approx(entries["one"][name], abs=1e-4), (way, name)
+
+
+def test_gradients_of_unequal_batches_are_weighed_by_their_frames(
+    small: Any, teacher_file: Path, tmp_path: Path
+) -> None:
+    """A rank with four utterances of 24 frames and one with two of 12, against a process for each."""
+    audio = small.write_speech(tmp_path / "audio", {"train": [0.5] * 4 + [0.25] * 2})
+    _, *lines = (audio / "train.tsv").read_text().splitlines()
+    grads, gates = {}, []
+    for name, part in {"long": lines[:4], "short": lines[4:], "both": lines}.items():
+        (tmp_path / name / "data").mkdir(parents=True)
+        for split in ("train", "valid"):
+            (tmp_path / name / "data" / f"{split}.tsv").write_text("\n".join([str(audio), *part, ""]))
+        where = [f"task.data={tmp_path / name / 'data'}", f"task.teacher={teacher_file}", "dataset.max_tokens=32000"]
+        once = ["optimization.max_update=2", "dataset.disable_validation=true", "checkpoint.no_save=true"]
+        processes = 2 if name == "both" else 1
+        ranks, log = record(tmp_path / name / "run", *where, *SLOW, *once, processes=processes)
+        first = [updates[0] for updates in ranks]
+        batches = [len(ids) for update in first for ids in update["ids"]]
+        assert sorted(batches) == ([len(part)] if processes == 1 else [2, 4])
+        grads[name] = [update["grads"] for update in first]
+        gates += [update["gates"] for update in first]
+        grads[name].append(logged(log, "train_inner")[0]["distillation_loss"])
+    assert all(torch.equal(z, gates[0]) for z in gates[1:])
+    (long, long_loss), (short, short_loss) = grads["long"], grads["short"]
+    share = 4 * 24 / (4 * 24 + 2 * 12)
+    *ranks, loss = grads["both"]
+    assert loss == pytest.approx(share * long_loss + (1 - share) * short_loss, abs=2e-4)
+    assert abs(long_loss - short_loss) > 0.005
+    largest = max(grad.abs().max() for grad in long.values())
+    for found in ranks:
+        for name, grad in found.items():
+            expected = share * long[name] + (1 - share) * short[name]
+            assert (grad - expected).abs().max() < 1e-5 * largest, name
+        assert found["constraint.lambda1"].item() == pytest.approx(long["constraint.lambda1"].item(), rel=1e-5)
+
+
+def test_pytorch_ddp_bears_parameters_that_no_loss_reaches(small: Any, tmp_path: Path) -> None:
+    """A pre-LayerNorm student's last norm, layers above the deepest group, and sublayers whose gate is closed."""
+    save_encoder(small.random_encoder(**small.LARGE_STYLE), tmp_path / "teacher.safetensors")
+    data = small.write_speech(tmp_path / "data", {"train": [0.4] * 12, "valid": [0.5]})
+    settings = [
+        f"task.data={data}",
+        f"task.teacher={tmp_path / 'teacher.safetensors'}",
+        "criterion.groups=[[0],[2]]",
+        "model.pruning_units=[ffn,attention_layers,ffn_layers]",
+        "model.layer_drop_rate=0.5",
+        "dataset.max_tokens=12800",
+        "optimization.max_update=3",
+        "dataset.disable_validation=true",
+        "checkpoint.no_save=true",
+    ]
+    found = []
+    for backend in ("legacy_ddp", "pytorch_ddp"):
+        choice = f"distributed_training.ddp_backend={backend}"
+        found.append(record(tmp_path / backend, *settings, *SLOW[3:], choice, processes=2)[0])
+    for legacy, torchs in zip(*found):
+        assert len(legacy) == len(torchs) == 3
+        assert any((update["gates"] == 0).any() for update in legacy)
+        for one, two in zip(legacy, torchs):
+            assert set(one["grads"]) == set(two["grads"])
+            assert not [name for name in one["grads"] if "transformer.layers.2." in name and "log_alpha" not in name]
+            largest = max(grad.abs().max() for grad in one["grads"].values())
+            for name, grad in one["grads"].items():
+                assert (two["grads"][name] - grad).abs().max() < 1e-5 * largest, name
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("distributed_training.ddp_backend=fully_sharded", "ddp_backend: fully_sharded, .*expected legacy_ddp"),
+        ("distributed_training.ddp_backend=slowmo", "ddp_backend: slowmo, .*expected legacy_ddp"),
+        ("optimization.use_bmuf=true", "optimization.use_bmuf: true, .*leave it out"),
+    ],
+)
+def test_backends_that_cannot_train_one_student_are_refused(
+    equal: list[str], tmp_path: Path, override: str, value: str
+) -> None:
+    log = train(tmp_path, "distill", *COMMON, *equal, *SLOW, override, fails=True)
+    assert re.search(f"ValueError: .*{value}", log)
+    assert "begin training epoch" not in log
 
 
 MIXED = [

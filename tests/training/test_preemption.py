@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from disturbed import LOGGED, Run, same_outcome
+from runs import ENVIRONMENT
 
 from skill_fairseq.audio.manifest import read_manifest, write_manifest
 from skill_fairseq.training.preemption import REQUEUE_EXIT_CODE, SIGNALS, Preemption
@@ -36,6 +37,32 @@ def test_signals_to_every_process_lose_no_update(data: list[str], straight: Any,
     run.finish()
     assert run.log().count("Loaded checkpoint") == 3
     same_outcome(run, straight(1))
+
+
+@pytest.mark.faults(
+    "SIGTERM, SIGUSR1 or SIGUSR2 before training has begun",
+    "the run ends at once with exit code 75; nothing is lost",
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_while_a_run_starts_up(
+    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """From the first import of fairseq on."""
+    monkeypatch.setitem(ENVIRONMENT, "SKILL_PREEMPTED_FILE", str(tmp_path / "preempted"))
+    run = Run(tmp_path / "run", *data).start()
+    status = Path(f"/proc/{run.processes[0].pid}/status")
+
+    def is_handled() -> bool:
+        caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+        return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+    run.wait_for(is_handled)
+    assert "fairseq" not in run.log()  # it is importing torch
+    run.signal(number)
+    assert run.wait() == [REQUEUE_EXIT_CODE]
+    assert (tmp_path / "preempted").read_text() == f"{number.name}\n"
+    assert number.name in run.log() and "training has not begun" in run.log()
 
 
 def pretraining(speech: Path, folder: Path) -> list[str]:

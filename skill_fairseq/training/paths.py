@@ -1,0 +1,22 @@
+"""Paths of a config, which mean what they mean in the shell that the command was typed in."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.process
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import to_absolute_path
+
+
+def from_shell(path: str) -> str:
+    """The path, absolute: relative to where the command was started, for hydra has changed into the run's folder since.
+
+    fairseq starts a process for each GPU of a node, which knows nothing of hydra, but where its parent was started.
+    """
+    expanded = Path(path).expanduser()
+    if not HydraConfig.initialized() and multiprocessing.parent_process() is not None:
+        started: str = multiprocessing.process.ORIGINAL_DIR  # type: ignore[attr-defined]
+        return str(Path(started) / expanded)
+    return to_absolute_path(str(expanded))

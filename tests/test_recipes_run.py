@@ -1,0 +1,67 @@
+"""The recipes for other teachers make two updates in each stage, with a small random teacher of that architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fairseq_cli.train
+import pytest
+from fairseq.dataclass.initialize import hydra_init
+from hydra.core.global_hydra import GlobalHydra
+from hydra.experimental import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from skill_fairseq.checkpoints import load_encoder, save_encoder
+from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
+
+CONFIG = Path(__file__).resolve().parents[1] / "config"
+LARGE = {"extractor_mode": "layer_norm", "layer_norm_first": True, "normalize": True}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "hubert_base": {"relative_position": False},
+    "hubert_large": {**LARGE, "relative_position": False},
+    "wavlm_large": {**LARGE, "relative_position": True},
+}
+# What a machine without GPUs and 13 s of speech ask for; all else is the recipe's.
+HERE = (
+    *("common.cpu=true", "distributed_training.distributed_world_size=1", "dataset.num_workers=0"),
+    *("common.tensorboard_logdir=null", "dataset.max_tokens=70000", "optimization.max_update=2"),
+    "criterion.groups=[[0],[1,2],[3]]",
+)
+
+
+@pytest.fixture(scope="module")
+def data(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lengths = [2.0 + 0.05 * i for i in range(8)]
+    return small.write_speech(tmp_path_factory.mktemp("speech"), {"train": lengths, "valid": [0.5, 0.7]})
+
+
+def train(kind: str, name: str, folder: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
+    """The saved config of a run of this recipe, and its checkpoint."""
+    hydra_init(name)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIG / kind)):
+        cfg = compose(name, overrides=[*overrides, *HERE, f"checkpoint.save_dir={folder / kind}"])
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+    OmegaConf.set_struct(cfg, True)
+    fairseq_cli.train.main(cfg)
+    last = folder / kind / "checkpoint_last.pt"
+    checkpoint = load_torch_file(last)
+    assert checkpoint["optimizer_history"][-1]["num_updates"] == 2
+    return plain(checkpoint["cfg"]), last
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_both_stages(name: str, small: Any, data: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher.safetensors"
+    save_encoder(small.random_encoder(**ARCHITECTURES[name]), teacher)
+    where = (f"task.data={data}", f"task.teacher={teacher}")
+    recipe = f"{name}_librispeech"
+    saved, stage1 = train("distill", recipe, tmp_path, *where, "criterion.target_sparsity=0.5")
+    assert saved["criterion"]["normalize_states"] is name.endswith("large")
+    assert [group["lr_scheduler"]["warmup_updates"] for group in saved["optimizer"]["groups"].values()] == [0.3] * 3
+    full = load_encoder(teacher)
+    gated = load_encoder(stage1)
+    assert gated.config.pruning_units and gated.config.layer_norm_first is full.config.layer_norm_first
+    _, stage2 = train("final", recipe, tmp_path, *where, f"model.init_from={stage1}")
+    assert load_encoder(stage2).num_parameters() == pytest.approx(full.num_parameters() / 2, rel=0.01)
