@@ -76,12 +76,18 @@ def ours(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
     def size_term() -> Tensor | float:
         return 0.0 if constraint is None else constraint(sparsity(expected_parameters(student), original), 0)
 
+    drawn: List[Any] = []
+
+    def targets() -> List[Tensor]:
+        drawn[:] = [student.draw_gates()]  # before the teacher is launched, as the criterion does
+        return teacher.group_means(audio, None, groups)[0]
+
     step = _training(
         setup,
         groups,
         teacher.config.encoder_embed_dim,
-        targets=lambda: teacher.group_means(audio, None, groups)[0],
-        states=lambda: student(audio).hidden_states,
+        targets=targets,
+        states=lambda: student(audio, draw=drawn[0]).hidden_states,
         size_term=size_term,
         modules=[student] if constraint is None else [student, constraint],
     )
