@@ -89,12 +89,27 @@ def test_the_tasks_field_acts_on_gpus_alone(field: Any, cuda: bool, monkeypatch:
     from skill_fairseq.training import trainer
 
     assert SkillDistillationConfig().tf32 is True
+    class Far(Exception):
+        """The constructor has come as far as this test looks."""
+
+    def stop(*_: Any) -> None:
+        raise Far
+
     monkeypatch.setattr(Trainer, "__init__", lambda self, *_: setattr(self, "cuda", cuda))
-    monkeypatch.setattr(trainer.preemption, "install", lambda: None)
+    monkeypatch.setattr(trainer, "check_backend", lambda *_: None)
+    monkeypatch.setattr(trainer, "check_memory_efficient", lambda *_: None)
+    monkeypatch.setattr(trainer.SkillTrainer, "_on_first_rank", stop)
     found: list[bool] = []
     monkeypatch.setattr(trainer, "allow_tf32", found.append)
     task = SimpleNamespace() if field is None else SimpleNamespace(tf32=field)  # another task has no such field
-    trainer.SkillTrainer(SimpleNamespace(task=task), None, None, None)
+    cfg = SimpleNamespace(
+        task=task,
+        common=SimpleNamespace(fp16=False, bf16=False),
+        distributed_training=SimpleNamespace(ddp_backend="legacy_ddp"),
+        optimization=SimpleNamespace(use_bmuf=False),
+    )
+    with pytest.raises(Far):
+        trainer.SkillTrainer(cfg, None, None, None)
     assert found == ([field] if cuda and field is not None else [])
 
 
