@@ -112,7 +112,7 @@ def _describe(error: BaseException) -> str:
     if isinstance(error, ImportError):
         return f"{text}; run {remedy_for((error.name or '').partition('.')[0])}"
     if out_of_memory(error):
-        return f"out of memory ({text.splitlines()[0]}); free some, or give the command less at a time"
+        return f"out of memory: {text.splitlines()[0]}; free some, or give the command less at a time"
     return text
 
 
@@ -149,7 +149,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
 
 
-def number(
+def in_range(
     kind: Callable[[str], Any],
     least: float | None = None,
     most: float | None = None,
@@ -185,7 +185,7 @@ def number(
     return convert
 
 
-seed = number(int, least=0, most=MAX_SEED)
+seed = in_range(int, least=0, most=MAX_SEED)
 """A seed that numpy and torch take."""
 
 
