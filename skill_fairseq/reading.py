@@ -32,15 +32,14 @@ def decode(content: bytes, path: PathLike) -> str:
     for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         if content.startswith(mark):
             raise ValueError(_not_utf8(path, 1, "its first two bytes are UTF-16's byte order mark", "UTF-16"))
+    if b"\0" in content:
+        line = content[: content.index(b"\0")].count(b"\n") + 1
+        raise ValueError(_not_utf8(path, line, "found a zero byte", "UTF-16"))
     try:
-        text = content.decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(_not_utf8(path, line, f"found the byte 0x{content[error.start]:02x}", "ISO-8859-1")) from error
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise ValueError(_not_utf8(path, line, "found a zero byte", "UTF-16"))
-    return text
 
 
 def _not_utf8(path: PathLike, line: int, found: str, likely: str) -> str:

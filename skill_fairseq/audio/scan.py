@@ -7,6 +7,7 @@ import dataclasses
 import fnmatch
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -142,7 +143,7 @@ def scan(files: Sequence[Path], progress: Progress, jobs: int) -> Iterator[Facts
     bar = functools.partial(tqdm, delay=30 if quiet else 0, mininterval=30 if quiet else 0.1)
     progress.path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPool(jobs) as pool, open(progress.path, "a", encoding="utf-8") as stream:
-        saved = time.monotonic()
+        saved = -math.inf
         looked = pool.imap(progress.look, files, chunksize=16)
         for file, (stamp, facts) in zip(files, bar(looked, total=len(files), desc="reading", unit="file")):
             if progress.known.get(str(file)) != (stamp, facts):
