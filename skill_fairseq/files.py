@@ -87,9 +87,20 @@ def check_output(path: PathLike, field: str, inputs: Iterable[PathLike] = ()) ->
             raise ValueError(f"{field}: {path} is read from and would be overwritten; name another file")
         if target.exists() and not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        folder = next(folder for folder in target.parents if folder.exists())
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        check_place(target)
+
+
+def check_place(target: Path) -> None:
+    """Make sure that something can be made under this absolute path, in the nearest folder that is there.
+
+    Raises:
+        OSError: it cannot.
+    """
+    folder = next(folder for folder in target.parents if folder.exists())
+    with tempfile.TemporaryFile(dir=folder):
+        longest = os.pathconf(folder, "PC_NAME_MAX")
+    if any(len(os.fsencode(part)) > longest for part in target.parts):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
 
 
 def temporary_path(target: Path) -> Path:

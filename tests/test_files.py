@@ -126,7 +126,8 @@ def test_a_device_is_written_to_and_its_refusal_names_it() -> None:
 
 
 def test_own_output_is_neither_replaced_nor_emptied(tmp_path: Path) -> None:
-    code = "from skill_fairseq.files import write_json; print('before', flush=True); write_json('/dev/stdout', [1])"
+    code = "import sys; sys.modules['fairseq'] = None\n"  # not needed here, and slow to import
+    code += "from skill_fairseq.files import write_json; print('before', flush=True); write_json('/dev/stdout', [1])"
     with open(tmp_path / "log", "wb") as log:
         subprocess.run([sys.executable, "-c", code], stdout=log, check=True)
     assert (tmp_path / "log").read_text() == "before\n[\n 1\n]\n"
@@ -197,6 +198,7 @@ def test_a_file_that_may_not_be_written_is_refused(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
+sys.modules["fairseq"] = None
 from skill_fairseq.exporting.folder import atomic_folder
 from skill_fairseq.files import atomic_write
 with (atomic_write if sys.argv[2] == "file" else atomic_folder)(sys.argv[1]) as temporary:

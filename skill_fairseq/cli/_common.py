@@ -170,16 +170,15 @@ def in_range(
     noun = "a whole number" if kind is int else "a number"
 
     def convert(text: str) -> Any:
-        wrong = argparse.ArgumentTypeError(f"{text!r}; expected {noun}{' ' if limits else ''}{limits}")
+        expected = f"; expected {noun}{' ' if limits else ''}{limits}"
         try:
             value = kind(text)
         except ValueError:
-            raise wrong from None
-        if kind is float and not (math.isfinite(value) or (endless and value == math.inf)):
-            raise wrong
+            raise argparse.ArgumentTypeError(f"{text!r}{expected}") from None
+        finite = kind is int or math.isfinite(value) or (endless and value == math.inf)
         low = (least is None or value >= least) and (above is None or value > above)
-        if not (low and (most is None or value <= most) and (below is None or value < below)):
-            raise wrong
+        if not (finite and low and (most is None or value <= most) and (below is None or value < below)):
+            raise argparse.ArgumentTypeError(f"{value}{expected}")
         return value
 
     return convert

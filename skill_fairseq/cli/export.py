@@ -99,7 +99,7 @@ def _check(args: argparse.Namespace) -> None:
     if suffix:
         check_output(args.out, "OUT", [args.checkpoint])
     else:
-        check_folder(args.out)
+        check_folder(args.out, "OUT")
 
 
 def _write(args: argparse.Namespace, encoder: SpeechEncoder, origin: Mapping[str, object]) -> str:

@@ -8,19 +8,21 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from skill_fairseq.files import PathLike, lock, naming, remove_orphans, sync, temporary_path
+from skill_fairseq.files import PathLike, check_place, lock, named, naming, remove_orphans, sync, temporary_path
 
 
-def check_folder(path: PathLike) -> None:
-    """Makes sure that a folder can be made, or is there and empty.
+def check_folder(path: PathLike, field: str = "") -> None:
+    """Makes sure that a folder, which `field` names, can be made, or is there and empty.
 
     Raises:
         FileExistsError: `path` is there already and not an empty folder.
+        OSError: it cannot be made.
     """
     target = Path(path)
-    with naming(path):
+    with named(field), naming(path):
         if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
             raise FileExistsError(f"{target}: exists already; expected the name of a new folder, or remove it first")
+        check_place(Path(os.path.realpath(target)))
 
 
 @contextlib.contextmanager

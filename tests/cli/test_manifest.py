@@ -256,7 +256,7 @@ def test_folders_named_like_test_sets_are_warned_of(tmp_path: Path, capsys: pyte
 def test_one_odd_name_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder, out = many(tmp_path / "audio", 9), tmp_path / "out"
     names = {b"caf\xe9.wav": "is not UTF-8", b" blank.wav": "begins with a blank", b"a\x85b.wav": "is not UTF-8"}
-    names.update({"\u1500wide.wav".encode(): "begins with a blank", "a\u2028b.wav".encode(): "has a tab or line break"})
+    names.update({"\u3000wide.wav".encode(): "begins with a blank", "a\u2028b.wav".encode(): "has a tab or line break"})
     for name in names:
         target = os.fsencode(folder) + b"/" + name
         with open(target, "wb") as stream:
