@@ -101,14 +101,19 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
 
 
+def not_utf8(error: BaseException) -> bool:
+    """Whether a library could not take the name of a file or folder, which is not UTF-8."""
+    return isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed"
+
+
 def meant_for_users(error: BaseException, program: str = "skill_fairseq") -> bool:
     """Whether an error is the user's to mend: the system's refusals, a package that is missing, memory that does not
-    suffice, and each ValueError that a ``raise`` of this package or of `program` made. A ValueError that Python or a
-    library raised comes from a defect of ours.
+    suffice, a name that is not UTF-8, and each ValueError that a ``raise`` of this package or of `program` made. A
+    ValueError that Python or a library raised comes from a defect of ours.
     """
     if isinstance(error, ImportError):
         return (error.name or "skill_fairseq").partition(".")[0] not in ("skill_fairseq", program)
-    if isinstance(error, OSError) or out_of_memory(error):
+    if isinstance(error, OSError) or out_of_memory(error) or not_utf8(error):
         return True
     return isinstance(error, ValueError) and _raised_by(error.__traceback__, ("skill_fairseq", program))
 

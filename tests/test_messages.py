@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from importlib.metadata import requires
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from skill_fairseq.messages import (
     shell_quote,
 )
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPTS = [path for path in sorted(REPOSITORY.glob("[et]*/**/*.sh")) if "set -euo pipefail" in path.read_text()]
 NAMES = [
     "a b",
     "l'\u00e9t\u00e9;touch RAN;",
@@ -113,3 +116,14 @@ def test_another_system_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
     with pytest.raises(OSError, match="skill-cluster: this system is 'darwin', expected 'linux'"):
         require_linux("skill-cluster")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: str(script.relative_to(REPOSITORY)))
+def test_scripts_say_that_they_need_another_bash(script: Path) -> None:
+    """macOS has 3.2, where an empty array is an error under `set -u`."""
+    guard = [line for line in script.read_text().splitlines() if "BASH_VERSINFO" in line]
+    assert len(guard) == 1
+    for version, code in (("3 2", 2), ("4 3", 2), ("4 4", 0), ("5 0", 0)):
+        line = guard[0].replace("BASH_VERSINFO", "version")
+        done = subprocess.run(["bash", "-c", f"version=({version}); {line}; exit 0"], capture_output=True, text=True)
+        assert done.returncode == code and ("expected 4.4 or later" in done.stderr) == bool(code)

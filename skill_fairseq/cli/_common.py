@@ -19,7 +19,7 @@ from typing import Any, Callable, NoReturn
 
 import torch
 
-from skill_fairseq.messages import meant_for_users, out_of_memory, printable, remedy_for, require_linux
+from skill_fairseq.messages import meant_for_users, not_utf8, out_of_memory, printable, remedy_for, require_linux
 
 Main = Callable[..., int]
 MAX_SEED = 2**32 - 1  # numpy's
@@ -113,6 +113,8 @@ def _describe(error: BaseException) -> str:
         return f"{text}; run {remedy_for((error.name or '').partition('.')[0])}"
     if out_of_memory(error):
         return f"out of memory: {text.splitlines()[0]}; free some, or give the command less at a time"
+    if isinstance(error, UnicodeEncodeError) and not_utf8(error):
+        return f"{error.object} is no name in UTF-8; rename the file or folder"
     return text
 
 
