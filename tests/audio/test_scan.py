@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +115,19 @@ def test_the_order_is_that_of_the_files_whatever_the_jobs(tmp_path: Path) -> Non
     assert [fact.samples for fact in facts] == list(range(400, 500))
     rows = [json.loads(line) for line in (tmp_path / "scan.jsonl").read_text().splitlines()]
     assert [row[1] for row in rows] == [str(tmp_path / name) for name in names]
+
+
+def test_jobs_look_at_files_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four must meet for one to get on: a network's file system is waited for once, not four times."""
+    meeting = threading.Barrier(4)
+
+    def waiting(file: Path, decode: bool) -> Facts:
+        meeting.wait(60)
+        return Facts(problem=file.name)
+
+    monkeypatch.setattr(scanning, "look", waiting)
+    files = [tmp_path / f"{i:03d}" for i in range(64)]
+    for file in files:
+        file.touch()
+    facts = list(scan(files, Progress(tmp_path / "scan.jsonl", False), jobs=4))
+    assert [fact.problem for fact in facts] == [file.name for file in files]
