@@ -76,6 +76,7 @@ setup(
     long_description_content_type="text/markdown",
     author="skill_fairseq contributors",
     license="MIT",
+    classifiers=["Operating System :: POSIX :: Linux"],
     python_requires=">=3.10,<3.14",
     install_requires=[
         "fairseq==0.12.2",

@@ -3,42 +3,239 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
+import stat
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, BinaryIO
 
-PathLike = Union[str, "os.PathLike[str]"]
+from skill_fairseq.reading import PathLike, read_text
+
+try:
+    import fcntl
+except ImportError:  # not Linux: encoders load there too
+    fcntl = None  # type: ignore[assignment]
+
 
 
 @contextlib.contextmanager
 def atomic_write(path: PathLike) -> Iterator[Path]:
-    """Give a temporary path beside `path`; when the block ends well, it becomes `path` in one step.
+    """Give a temporary path beside `path`; when the block ends well, it becomes `path` in one step, on the disk.
 
     The temporary name keeps the suffix, so that writers which look at it (images, safetensors) are not
     misled. Folders that are missing are made. On any error, Ctrl-C included, the temporary file is removed
-    and an existing `path` stays.
+    and an existing `path` stays. A link stays a link: what it points to is replaced. An existing file's permissions
+    stay. A device, a FIFO and this process's own output are written to, not replaced. Temporary files that a killed
+    process has left for the same `path` are removed.
 
         with atomic_write("groups.yaml") as temporary:
             temporary.write_text("groups: []", encoding="utf-8")
 
     Raises:
         IsADirectoryError: `path` is a folder.
+        OSError: it cannot be written; names `path`, never the temporary one.
     """
-    target = Path(path)
-    if target.is_dir():
-        raise IsADirectoryError(f"{target}: is a folder, expected the name of a file to write; name a file inside it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}.{uuid.uuid4().hex[:8]}{target.suffix}")
+    with contextlib.ExitStack() as stack:
+        with naming(path):
+            target = None if _is_stream(path) else Path(os.path.realpath(path))
+            if target is None:
+                temporary = temporary_path(Path(stack.enter_context(tempfile.TemporaryDirectory()), Path(path).name))
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                remove_orphans(target)
+                temporary = temporary_path(target)
+                stack.enter_context(_reserved(target, temporary))
+        with naming(path, temporary):
+            yield temporary
+        with naming(path), open(temporary, "rb") as written:
+            if target is None:
+                with _stream(path) as sink:
+                    shutil.copyfileobj(written, sink)
+            else:
+                os.fsync(written.fileno())
+                os.replace(temporary, target)
+                sync(target.parent)
+
+
+def check_output(path: PathLike, field: str, inputs: Iterable[PathLike] = ()) -> None:
+    """Make sure, before any work, that a file can be written; nothing is left behind.
+
+    Args:
+        path: the file to be written.
+        field: option that names it, for messages.
+        inputs: files that are read, none of which it may be.
+
+    Raises:
+        OSError: a folder, a file in place of a folder, no permission, too long a name, ...
+        ValueError: it is one of the inputs.
+    """
+    with named(field), naming(path):
+        if _is_stream(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        target = Path(os.path.realpath(path))
+        remove_orphans(target)
+        if target in {Path(os.path.realpath(source)) for source in inputs}:
+            raise ValueError(f"{field}: {path} is read from and would be overwritten; name another file")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        check_place(target)
+
+
+def check_place(target: Path) -> None:
+    """Make sure that something can be made under this absolute path, in the nearest folder that is there.
+
+    Raises:
+        OSError: it cannot.
+    """
+    folder = next(folder for folder in target.parents if folder.exists())
+    with tempfile.TemporaryFile(dir=folder):
+        longest = os.pathconf(folder, "PC_NAME_MAX")
+    if any(len(os.fsencode(part)) > longest for part in target.parts):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+
+
+def temporary_path(target: Path) -> Path:
+    """A hidden name beside `target` with its suffix, whose length is within what file systems take."""
+    return target.with_name(f"{_temporary_stem(target)}{uuid.uuid4().hex[:8]}{_short_suffix(target)}")
+
+
+def remove_orphans(target: Path) -> None:
+    """Remove what processes that were killed have left of `target`; whoever is alive holds a lock on his."""
+    pattern = re.compile(re.escape(_temporary_stem(target)) + "[0-9a-f]{8}" + re.escape(_short_suffix(target)))
+    with contextlib.suppress(OSError):
+        for name in os.listdir(target.parent):
+            path = target.with_name(name)
+            if pattern.fullmatch(name) and _is_free(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def lock(path: Path) -> int:
+    """Open and lock a temporary file or folder, so that nobody takes it for an orphan; close the result to end that."""
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return number
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk, where its file system can."""
+    with contextlib.suppress(OSError):
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def _temporary_stem(target: Path) -> str:
+    return f".{target.stem[:40]}.skill-"
+
+
+def _short_suffix(target: Path) -> str:
+    return target.suffix if len(target.suffix) <= 16 else ""
+
+
+def _is_free(path: Path) -> bool:
+    if fcntl is None or path.is_symlink():
+        return False
     try:
-        yield temporary
-        os.replace(temporary, target)
+        number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
     finally:
+        os.close(number)
+    return True
+
+
+@contextlib.contextmanager
+def _reserved(target: Path, temporary: Path) -> Iterator[None]:
+    """An empty, locked file with the permissions of `target`; it is gone afterwards unless it was renamed."""
+    before = os.stat(target) if target.exists() else None
+    if before is not None and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    mode = 0o666 if before is None else stat.S_IMODE(before.st_mode)
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+    number = None
+    try:
+        number = lock(temporary)
+        if before is not None:
+            with contextlib.suppress(PermissionError):  # another's file in a folder that is ours
+                os.chown(temporary, before.st_uid, before.st_gid)
+            os.chmod(temporary, mode)
+        yield
+    finally:
+        if number is not None:
+            os.close(number)
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _is_stream(path: PathLike) -> bool:
+    """Whether a path is a device, a FIFO, or where this process's own output goes.
+
+    Raises:
+        OSError: it is a folder, or nothing that can be written to.
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return False
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(f"{path}: is a folder, expected the name of a file to write; name a file inside it")
+    if stat.S_ISREG(found.st_mode):
+        return _own_output(found) is not None
+    if stat.S_ISCHR(found.st_mode) or stat.S_ISFIFO(found.st_mode) or _own_output(found) is not None:
+        return True
+    raise OSError(f"{path}: is a {'disk' if stat.S_ISBLK(found.st_mode) else 'socket'}, expected a file to write")
+
+
+def _own_output(found: os.stat_result) -> int | None:
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(found, os.fstat(number)):
+                return number
+    return None
+
+
+def _stream(path: PathLike) -> BinaryIO:
+    """What to write to; a file that is our own output is not opened anew, which would empty it."""
+    number = _own_output(os.stat(path))
+    return open(path, "wb") if number is None else os.fdopen(os.dup(number), "wb")
+
+
+@contextlib.contextmanager
+def naming(path: PathLike, temporary: Path | None = None) -> Iterator[None]:
+    """Errors of the system name `path`, where they name no file or the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        ours = temporary is None or error.filename is None or str(error.filename).startswith(str(temporary))
+        if error.errno is None or not ours:
+            raise
+        raise _refused(path, error, error.strerror) from error
+    except Exception as error:
+        if temporary is None or temporary.name not in str(error):
+            raise
+        raise _refused(path, error, str(error).replace(str(temporary), str(path))) from error
+
+
+def _refused(path: PathLike, error: Exception, reason: str | None) -> OSError:
+    kind = type(error) if isinstance(error, OSError) else OSError
+    return kind(f"{path}: cannot be written ({reason}); make room or name a place that can be written to")
 
 
 def write_json(path: PathLike, content: Any) -> None:
@@ -53,8 +250,16 @@ def write_json(path: PathLike, content: Any) -> None:
 
 
 def read_json(path: PathLike) -> Any:
-    """The file's content."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """The file's content.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: is no JSON ({error}); write it anew") from error
 
 
 @contextlib.contextmanager
@@ -62,14 +267,14 @@ def named(field: str) -> Iterator[None]:
     """Says in errors about files and values which field of the config they come from.
 
     Raises:
-        FileNotFoundError, ValueError: those of the block, ``field`` put in front.
+        OSError, ValueError: those of the block, ``field`` put in front.
     """
     try:
         yield
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         if str(error).startswith(field):
             raise
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        kind = type(error) if isinstance(error, OSError) and type(error).__module__ == "builtins" else ValueError
         raise kind(f"{field}: {error}") from error
 
 

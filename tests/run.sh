@@ -9,6 +9,7 @@
 # again until its requirements change.
 # Where pip would fetch torch with CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has it without.
 set -euo pipefail
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 cwd=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 say() { printf '\n== %s\n' "$*"; }

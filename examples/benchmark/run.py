@@ -25,6 +25,7 @@ from student import in_log, make_student  # beside this file
 from skill_fairseq import load_encoder
 from skill_fairseq.audio.manifest import check_manifest, read_manifest
 from skill_fairseq.cli import cluster
+from skill_fairseq.cli._common import Parser, in_range, seed
 from skill_fairseq.cli._common import run as reporting_errors
 from skill_fairseq.comparison.costs import costs
 from skill_fairseq.comparison.grid import (
@@ -330,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="run.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
@@ -348,9 +349,9 @@ def parser() -> argparse.ArgumentParser:
     add("--data", type=Path, metavar="DIR", help="folder with train.tsv and valid.tsv, in place of the grid's")
     add("--task", type=Path, action="append", metavar="DIR", help="probe task, in place of the grid's; may be repeated")
     add("--methods", nargs="+", metavar="NAME", help="in place of the grid's")
-    add("--sparsities", nargs="+", type=float, metavar="S", help="in place of the grid's")
-    add("--seeds", nargs="+", type=int, metavar="N", help="in place of the grid's")
-    add("--jobs", type=int, default=2, metavar="N", help="runs at a time (default: 2)")
+    add("--sparsities", nargs="+", type=in_range(float, above=0, below=1), metavar="S", help="in place of the grid's")
+    add("--seeds", nargs="+", type=seed, metavar="N", help="in place of the grid's")
+    add("--jobs", type=in_range(int, least=1, most=1024), default=2, metavar="N", help="runs at a time (default: 2)")
     add("--run", metavar="NAME", help="only this run, METHOD-SPARSITY-SEED; no table")
     add("--table", action="store_true", help="train nothing, tabulate what is there")
     add("--keep-checkpoints", action="store_true", help="keep both stages' fairseq checkpoints")

@@ -24,7 +24,8 @@ from fairseq.utils import strip_pad
 
 import skill_fairseq  # noqa: F401  (registers the student)
 from skill_fairseq.audio.manifest import read_manifest
-from skill_fairseq.files import atomic_write
+from skill_fairseq.cli._common import Parser, run
+from skill_fairseq.files import atomic_write, check_output
 
 sys.modules["examples"] = fairseq.examples  # the name by which files in there import each other
 from examples.speech_recognition.new.decoders.decoder import Decoder  # noqa: E402
@@ -46,13 +47,18 @@ def decode(model: Any, task: Any, decoder: Any, split: str, symbol: str) -> list
     return [found[i] for i in range(len(dataset))]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@run
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="of hubert_ctc or wav2vec_ctc, fine-tuned with task audio_finetuning")
     parser.add_argument("data", type=Path, help="folder that skill-labels wrote")
     parser.add_argument("splits", nargs="+", help="train, valid, test, ...")
     parser.add_argument("--out", type=Path, help="folder for what was recognised")
     args = parser.parse_args(argv)
+    if args.out is not None:
+        for split in args.splits:
+            check_output(args.out / f"{split}.tsv", "--out")
 
     where = {"data": str(args.data.resolve())}
     (model,), cfg, task = load_model_ensemble_and_task([args.checkpoint], arg_overrides=where)
@@ -69,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             with atomic_write(args.out / f"{split}.tsv") as temporary:
                 lines = ("\t".join((path, *row)) for path, row in zip(paths, rows))
                 temporary.write_text("\n".join(("path\tsaid\trecognised", *lines)) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@
 # them are heard in no training. What is done is not done again: delete OUT, or a part of it, to repeat. PYTHON chooses
 # the interpreter for the environment (default python3).
 set -euo pipefail
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ ${1:-} = -h || ${1:-} = --help ]]; then

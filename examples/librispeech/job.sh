@@ -9,6 +9,7 @@
 # A step whose result is there does nothing; a result is there whole or not at all: a folder is renamed when it is
 # complete, a stage gets the file "done". A stage that was stopped goes on where it was. Paths are absolute.
 set -euo pipefail
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 
 checkpoint=checkpoints/checkpoint_last.pt
 

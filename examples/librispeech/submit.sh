@@ -21,6 +21,7 @@
 # is preempted, or comes near its time limit, saves its state, goes back into the queue and goes on from there; one that
 # you cancel stays cancelled, and takes those that wait for it along.
 set -euo pipefail
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 configs=$(cd "$here/../../config" && pwd)

@@ -7,6 +7,7 @@
 # What is done is not done again: delete OUT, or a part of it, to repeat. PYTHON chooses the interpreter for the
 # environment (default python3; 3.10 to 3.13).
 set -euo pipefail
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$here/../.." && pwd)

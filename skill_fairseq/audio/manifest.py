@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
@@ -21,7 +20,10 @@ import soundfile
 import torch
 from torch import Tensor
 
+from skill_fairseq.audio.names import check_root, unstorable
 from skill_fairseq.files import PathLike, atomic_write
+from skill_fairseq.messages import shell_quote
+from skill_fairseq.reading import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -86,22 +88,33 @@ def read_manifest(path: PathLike) -> Manifest:
 
     Raises:
         FileNotFoundError: no such manifest.
-        ValueError: a line is not `path TAB samples`, or the manifest lists no audio.
+        ValueError: not UTF-8, a line is not `path TAB samples`, a path or the root begins with a blank, which fairseq
+            would leave out, or the manifest lists no audio.
     """
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such manifest; write one with skill-manifest FOLDER OUT")
-    root, *lines = source.read_text(encoding="utf-8").splitlines() or [""]
+    root, *lines = read_text(source).removesuffix("\n").split("\n")
+    if root != root.strip() and "\t" not in root:
+        raise ValueError(
+            f"{source}, line 1: the root {root!r} begins or ends with a blank, which fairseq leaves out; remove it, or "
+            "rename the folder"
+        )
     if "\t" in root:
         raise ValueError(f"{source}, line 1: found {root!r}, expected the root folder; add it as the first line")
     paths: list[str] = []
     sizes: list[int] = []
     for number, line in enumerate(lines, start=2):
         name, _, size = line.partition("\t")
-        if not name or not size.isascii() or not size.isdigit() or int(size) == 0:
+        if not name or not size.isascii() or not size.isdigit() or len(size) > 15 or int(size) == 0:
             raise ValueError(
                 f"{source}, line {number}: found {line!r}, expected a path, a tab and a number of samples "
                 "above 0; write the manifest anew with skill-manifest"
+            )
+        if name[0].isspace():
+            raise ValueError(
+                f"{source}, line {number}: the path {name!r} begins with a blank, which fairseq leaves out; rename the "
+                "file"
             )
         paths.append(name)
         sizes.append(int(size))
@@ -143,22 +156,19 @@ def write_manifest(path: PathLike, root: PathLike, paths: Sequence[str], sizes: 
         sizes: number of samples, one a path.
 
     Raises:
-        ValueError: `paths` and `sizes` differ in length, or a path cannot stand in a manifest (tab or line
-            break).
+        ValueError: `paths` and `sizes` differ in length, or the root or a path cannot stand in a manifest, see
+            :func:`skill_fairseq.audio.names.unstorable`.
     """
     if len(paths) != len(sizes):
         raise ValueError(f"{path}: {len(paths)} paths but {len(sizes)} sizes; give one size a path")
+    check_root(root)
     for name in paths:
-        if not storable(name):
-            raise ValueError(f"{path}: {name!r} has a tab or line break, which a manifest cannot hold; rename the file")
+        reason = unstorable(name)
+        if reason:
+            raise ValueError(f"{path}: {name!r} {reason}, which a manifest cannot hold; rename the file")
     with atomic_write(path) as temporary:
         lines = [str(root), *(f"{name}\t{size}" for name, size in zip(paths, sizes))]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def storable(name: str) -> bool:
-    """Whether a manifest can hold this path: it has no tab and no line break of any kind."""
-    return "\t" not in name and len(name.splitlines()) == 1
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
 @contextlib.contextmanager
@@ -182,7 +192,7 @@ def open_audio(path: PathLike) -> Iterator[soundfile.SoundFile]:
             if audio.frames == UNKNOWN:
                 raise _Unfit(
                     f"{file}: its header gives no length, as when a program writes into a pipe; write it anew: "
-                    f"ffmpeg -i {shlex.quote(str(file))} {shlex.quote(file.stem + '.new.flac')}"
+                    f"ffmpeg -i {shell_quote(file.absolute())} {shell_quote(f'./{file.stem}.new.flac')}"
                 )
             yield audio
     except _Unfit as error:
@@ -258,7 +268,8 @@ def readable(
 
 def conversion(file: Path, sample_rate: int = 16000) -> str:
     """The remedy for another sample rate or stereo: a command line that converts the file."""
-    return f"convert it: ffmpeg -i '{file}' -ar {sample_rate} -ac 1 '{file.stem}.{sample_rate // 1000}k.flac'"
+    converted = shell_quote(f"./{file.stem}.{sample_rate // 1000}k.flac")
+    return f"convert it: ffmpeg -i {shell_quote(file.absolute())} -ar {sample_rate} -ac 1 {converted}"
 
 
 def _check_header(audio: soundfile.SoundFile, file: Path, sample_rate: int, min_samples: int) -> None:

@@ -15,6 +15,7 @@ from skill_fairseq.benchmarking.setup import PRECISIONS, Setup, equal_groups, st
 from skill_fairseq.distillation.groups import GroupProjections
 from skill_fairseq.distillation.loss import distillation_loss
 from skill_fairseq.distillation.teacher import FrozenTeacher, averaged_states
+from skill_fairseq.messages import remedy_for
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.plain import plain_path
 from skill_fairseq.modules.size import sparsity
@@ -193,7 +194,7 @@ def huggingface_encoder(config: EncoderConfig, **dropouts: float) -> Any:
     try:
         from transformers import HubertConfig, HubertModel, WavLMConfig, WavLMModel
     except ImportError as error:
-        raise ValueError(f"--against transformers: {error}; pip install 'skill_fairseq[hf]'") from error
+        raise ValueError(f"--against transformers: {error}; run {remedy_for('transformers')}") from error
     make: Any = WavLMConfig if config.relative_position else HubertConfig
     model: Any = WavLMModel if config.relative_position else HubertModel
     channels, kernels, strides = zip(*config.conv_feature_layers)

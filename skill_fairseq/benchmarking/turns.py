@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
+import signal
 import sys
+import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Sequence
@@ -14,6 +17,7 @@ import torch
 
 from skill_fairseq.benchmarking.contestants import CONTESTANTS, Times
 from skill_fairseq.benchmarking.setup import Setup
+from skill_fairseq.messages import meant_for_users, out_of_memory
 
 
 def reset_peak(device: str) -> None:
@@ -54,8 +58,27 @@ def _serve(name: str, setup: Setup, what: str, pipe: Connection) -> None:
     except EOFError:
         pass
     except Exception as error:  # told by the one who asked
-        known = isinstance(error, (ValueError, OSError))
-        pipe.send(error if known else RuntimeError(f"{name}: {error}"))
+        if out_of_memory(error):
+            pipe.send(DoesNotFit(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}"))
+        elif meant_for_users(error):
+            pipe.send(ValueError(str(error)) if isinstance(error, ValueError) else OSError(str(error)))
+        else:
+            pipe.send(RuntimeError(f"{name}: {error}\n{traceback.format_exc()}"))
+
+
+class DoesNotFit(MemoryError):
+    """A step takes more memory than there is."""
+
+
+def oom_kills() -> int:
+    """How many processes this system has killed for want of memory, in all and in this one's group; -1 if it does
+    not tell."""
+    counts = []
+    for path in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
+        with contextlib.suppress(OSError):
+            fields = [line.split() for line in Path(path).read_text().splitlines()]
+            counts += [int(value) for name, value in fields if name == "oom_kill"]
+    return sum(counts) if counts else -1
 
 
 class Contestant:
@@ -67,10 +90,13 @@ class Contestant:
         what: "train" or "infer".
 
     Raises:
-        ValueError, RuntimeError: it could not be built.
+        ValueError, OSError, RuntimeError: it could not be built.
+        DoesNotFit: out of memory.
+        ChildProcessError: its process was ended, by a crash or from outside.
     """
 
     def __init__(self, name: str, setup: Setup, what: str) -> None:
+        self._oom_kills = oom_kills()
         context = multiprocessing.get_context("spawn")
         self.name = name
         self._pipe, theirs = context.Pipe()
@@ -84,19 +110,31 @@ class Contestant:
     def _receive(self) -> Any:
         try:
             answer = self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            raise RuntimeError(
-                f"{self.name}: its process ended with code {self._process.exitcode}; -9 means that the system was out "
-                "of memory: take a smaller --batch or fewer --seconds"
-            ) from None
+        except (EOFError, ConnectionError):
+            raise self._ended() from None
         if isinstance(answer, Exception):
             raise answer
         return answer
 
+    def _ended(self) -> Exception:
+        """Why the process has ended unasked."""
+        self._process.join()
+        code = self._process.exitcode or 0
+        if code == -signal.SIGKILL and oom_kills() > self._oom_kills:
+            return DoesNotFit(f"{self.name}: the system killed its process for want of memory")
+        how = f"ended with code {code}"
+        if code < 0:
+            how = f"was ended by {signal.Signals(-code).name}"
+            if code == -signal.SIGKILL:
+                how += " from outside: the system reports no lack of memory"
+        return ChildProcessError(f"{self.name}: its process {how}; see what it printed above, if anything")
+
     def step(self, keep: bool = True) -> None:
         """Makes one step and keeps its times."""
-        self._pipe.send("step")
+        try:
+            self._pipe.send("step")
+        except ConnectionError:
+            raise self._ended() from None
         times, peak = self._receive()
         if keep:
             self.times.append({**times, "total": sum(times.values())})
@@ -168,6 +206,7 @@ def largest_batch(setup: Setup, limit: int, progress: Callable[[], object]) -> t
 
     Raises:
         ValueError: not even one utterance fits.
+        ChildProcessError: a process was ended by something else than a lack of memory.
     """
 
     def peak_of(batch: int) -> int:
@@ -177,9 +216,7 @@ def largest_batch(setup: Setup, limit: int, progress: Callable[[], object]) -> t
             contestant.step()
             contestant.step()  # only the second has the optimizer's moments
             return contestant.peak
-        except RuntimeError as error:
-            if not any(sign in str(error) for sign in ("out of memory", "can't allocate memory")):
-                raise
+        except DoesNotFit:
             return limit + 1
         finally:
             progress()

@@ -1,33 +1,212 @@
-"""What all commands share."""
+"""What all commands share: their frame, their parser, and options that are checked before any work."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
+import io
+import math
+import os
+import re
+import signal
 import sys
-from collections.abc import Sequence
-from typing import Callable
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any, Callable, NoReturn
+
+import torch
+
+from skill_fairseq.messages import meant_for_users, not_utf8, out_of_memory, printable, remedy_for, require_linux
 
 Main = Callable[..., int]
+MAX_SEED = 2**32 - 1  # numpy's
+
+
+class Ended(BaseException):
+    """A signal asked the process to end; its number is the argument."""
+
+
+class _Held(io.StringIO):
+    """What a command prints, held back until its files are written; a flush lets it through at once."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def flush(self) -> None:
+        text = self.getvalue()
+        self.seek(0)
+        self.truncate()
+        if text and self._stream is not None:
+            encoding = getattr(self._stream, "encoding", None) or "utf-8"
+            self._stream.write(printable(text, keep="\n\t").encode(encoding, "backslashreplace").decode(encoding))
+            self._stream.flush()
 
 
 def run(main: Callable[..., int]) -> Main:
     """Decorate a command's `main(argv=None) -> int`: what the user can mend becomes one line on stderr and
     exit code 2.
 
-    ValueError and OSError (FileNotFoundError included) are reported without a traceback; Ctrl-C gives exit
-    code 130, as shells expect. Any other exception is a defect of ours and keeps its traceback.
+    Errors that are meant for users, see :func:`skill_fairseq.messages.meant_for_users`, are reported without a
+    traceback unless `--debug` is given; any other exception is a defect of ours and keeps its traceback. What is
+    printed appears when the command ends, so that a reader who stops (`| head`) costs no file. Ctrl-C, SIGTERM and
+    SIGHUP end the command by way of every clean-up, with exit code 128 + the signal's number as shells expect.
     """
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        debug = "--debug" in arguments
+        held = _Held(sys.stdout)
         try:
-            return main(argv)
-        except (ValueError, OSError) as error:
-            message = " ".join(str(error).split()) or type(error).__name__
-            print(f"error: {message}", file=sys.stderr)
+            with _signals_raise(), contextlib.redirect_stdout(held):
+                require_linux("skill_fairseq's commands")
+                code = main([word for word in arguments if word != "--debug"])
+        except Exception as error:
+            if not meant_for_users(error, main.__module__.partition(".")[0]):
+                _let_through(held)
+                raise
+            if debug:
+                traceback.print_exc()
+            _let_through(held)
+            _say(f"error: {_describe(error)}")
             return 2
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+            _say("interrupted")
+            return 128 + signal.SIGINT
+        except Ended as ended:
+            number = int(ended.args[0])
+            _say(f"ended by {signal.Signals(number).name}")
+            return 128 + number
+        except SystemExit:  # of --help
+            held.flush()
+            raise
+        return _let_through(held) or code
 
     return guarded
+
+
+def _let_through(held: _Held) -> int:
+    """The exit code that printing ends in: 0, or that of a reader who has gone, or of an output that is full."""
+    try:
+        held.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it ends
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        _say(f"error: the output cannot be printed: {_describe(error)}")
+        return 2
+    return 0
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(OSError):
+        print(printable(message), file=sys.stderr)
+
+
+def _describe(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, ImportError):
+        return f"{text}; run {remedy_for((error.name or '').partition('.')[0])}"
+    if out_of_memory(error):
+        return f"out of memory: {text.splitlines()[0]}; free some, or give the command less at a time"
+    if isinstance(error, UnicodeEncodeError) and not_utf8(error):
+        return f"{error.object} is no name in UTF-8; rename the file or folder"
+    return text
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise :class:`Ended`, so that temporary files go; a signal that is ignored stays so."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        for other in previous:
+            signal.signal(other, signal.SIG_IGN)  # no second one disturbs the clean-up
+        raise Ended(number)
+
+    previous: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        previous += [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in previous:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in previous:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with `--debug`, whose errors are one line that names the option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError."""
+        raise ValueError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def in_range(
+    kind: Callable[[str], Any],
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    endless: bool = False,
+) -> Callable[[str], Any]:
+    """For argparse's `type`: a finite number within bounds.
+
+    Args:
+        kind: int or float.
+        least, most: bounds that belong to the range.
+        above, below: bounds that do not.
+        endless: whether infinity will do.
+    """
+    bounds = [("at least", least), ("above", above), ("at most", most), ("below", below)]
+    limits = " and ".join(f"{word} {bound:,}" for word, bound in bounds if bound is not None)
+    noun = "a whole number" if kind is int else "a number"
+
+    def convert(text: str) -> Any:
+        expected = f"; expected {noun}{' ' if limits else ''}{limits}"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}{expected}") from None
+        finite = kind is int or math.isfinite(value) or (endless and value == math.inf)
+        low = (least is None or value >= least) and (above is None or value > above)
+        if not (finite and low and (most is None or value <= most) and (below is None or value < below)):
+            raise argparse.ArgumentTypeError(f"{value}{expected}")
+        return value
+
+    return convert
+
+
+seed = in_range(int, least=0, most=MAX_SEED)
+"""A seed that numpy and torch take."""
+
+
+def check_device(device: str) -> None:
+    """Makes sure, before any work, that `--device` names a device that is there and works.
+
+    Raises:
+        ValueError: it does not.
+    """
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise ValueError(f"--device: {device!r}; expected cpu, cuda or cuda:N")
+    if device == "cpu":
+        return
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not there:
+        raise ValueError(f"--device: {device!r}, but torch sees no GPU here, expected 'cpu'; leave --device out")
+    if int(match[1] or 0) >= there:
+        raise ValueError(f"--device: {device!r}, but torch sees {there} GPUs here, expected cuda:0 to cuda:{there - 1}")
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        raise ValueError(f"--device: {device!r} cannot be used ({str(error).splitlines()[0]})") from error

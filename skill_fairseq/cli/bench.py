@@ -16,8 +16,13 @@ from tqdm import tqdm
 
 import skill_fairseq
 from skill_fairseq.benchmarking.setup import ARCHITECTURES, PRECISIONS, Setup
-from skill_fairseq.cli._common import run
-from skill_fairseq.files import write_json
+from skill_fairseq.cli._common import Parser, check_device, in_range, run, seed
+from skill_fairseq.files import check_output, write_json
+from skill_fairseq.messages import require
+
+COUNT, AMOUNT = in_range(int, least=1, most=10**9), in_range(int, least=0, most=10**9)
+LENGTH, LIMIT = in_range(float, least=0.025, most=86_400), in_range(float, above=0, most=10**9)
+SPARSITY, SHARE = in_range(float, least=0, below=1), in_range(float, above=0, most=1)
 
 RECIPE_UPDATES = 75_000
 RECIPE_SECONDS = 610.0  # of audio an update: 4 GPUs x 152.5 s, which batches of at most 160 s hold on LibriSpeech
@@ -48,8 +53,13 @@ channels, whose share of the work is far larger than their share of the paramete
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: {args.device!r}, but torch sees no GPU here; expected 'cpu'")
+    check_device(args.device)
+    if args.json is not None:
+        check_output(args.json, "--json", [args.model] if getattr(args, "model", None) else [])
+    if getattr(args, "against", None) == "transformers":
+        require("--against transformers", "transformers")
+    if args.what == "load":
+        require("skill-bench load", "fairseq")
     if args.device.startswith("cuda"):
         torch.cuda.set_device(torch.device(args.device).index or 0)
     if args.threads:
@@ -65,13 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _setup(args: argparse.Namespace, **changes: Any) -> Setup:
     names = [name for name in Setup.__dataclass_fields__ if hasattr(args, name)]
     setup = Setup(**{**{name: getattr(args, name) for name in names}, **changes})
-    if not 0 <= setup.sparsity < 1:
-        raise ValueError(f"--sparsity: {setup.sparsity}; expected a fraction, at least 0 and below 1")
-    if setup.keep_conv is not None and not (0 < setup.keep_conv <= 1 and setup.sparsity):
-        raise ValueError(f"--keep-conv: {setup.keep_conv}; expected a fraction above 0, at most 1, beside --sparsity")
-    for name, least in (("seconds", 0.025), ("batch", 1), ("repeats", 1), ("warmup", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name}: {getattr(args, name)}; expected at least {least}")
+    if setup.keep_conv is not None and not setup.sparsity:
+        raise ValueError(f"--keep-conv: {setup.keep_conv}; expected beside --sparsity above 0")
     return setup
 
 
@@ -208,7 +213,7 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="skill-bench",
         description="Measure training steps, inference, clustering or data loading: a table, and JSON.",
         epilog=EPILOG,
@@ -229,11 +234,12 @@ def _parser() -> argparse.ArgumentParser:
     load.set_defaults(measure=measure_loading, device="cpu", threads=None)
     add = load.add_argument
     add("--manifest", type=Path, required=True, metavar="TSV", help="named train.tsv: read as in training")
-    add("--workers", type=int, default=0, help="processes that load (default: 0, none beside the trainer's)")
-    add("--max-tokens", type=int, default=2_560_000, help="samples a batch (default: 160 s)")
-    add("--max-sample-size", type=int, default=250_000, help="samples an utterance is cropped to (default: 15.6 s)")
-    add("--min-sample-size", type=int, default=32_000, help="samples below which it is left out (default: 2 s)")
-    add("--limit", type=float, default=1000.0, metavar="S", help="seconds of audio to load (default: 1000)")
+    workers = in_range(int, least=0, most=1024)
+    add("--workers", type=workers, default=0, help="processes that load (default: 0, none beside the trainer's)")
+    add("--max-tokens", type=COUNT, default=2_560_000, help="samples a batch (default: 160 s)")
+    add("--max-sample-size", type=COUNT, default=250_000, help="samples an utterance is cropped to (default: 15.6 s)")
+    add("--min-sample-size", type=AMOUNT, default=32_000, help="samples below which it is left out (default: 2 s)")
+    add("--limit", type=LIMIT, default=1000.0, metavar="S", help="seconds of audio to load (default: 1000)")
     add("--json", type=Path, metavar="FILE", help="write the JSON there instead of printing it")
     return parser
 
@@ -242,20 +248,20 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--arch", choices=ARCHITECTURES, default="wavlm_base_plus", help="(default: wavlm_base_plus)")
     add("--model", metavar="FILE", help="any file or folder that load_encoder reads, instead of --arch")
-    add("--seconds", type=float, default=15.0, help="audio an utterance (default: 15)")
-    add("--batch", type=int, default=1, help="utterances (default: 1)")
+    add("--seconds", type=LENGTH, default=15.0, help="audio an utterance (default: 15)")
+    add("--batch", type=COUNT, default=1, help="utterances (default: 1)")
     add("--device", default="cpu", help="(default: cpu)")
-    add("--threads", type=int, help="CPU threads (default: torch's)")
-    add("--repeats", type=int, default=5, help="measured steps of each contestant (default: 5)")
-    add("--warmup", type=int, default=2, help="steps before them (default: 2)")
-    add("--seed", type=int, default=0, help="of weights, audio and gates (default: 0)")
+    add("--threads", type=in_range(int, least=1, most=1024), help="CPU threads (default: torch's)")
+    add("--repeats", type=COUNT, default=5, help="measured steps of each contestant (default: 5)")
+    add("--warmup", type=AMOUNT, default=2, help="steps before them (default: 2)")
+    add("--seed", type=seed, default=0, help="of weights, audio and gates (default: 0)")
     add("--json", type=Path, metavar="FILE", help="write the JSON there instead of printing it")
 
 
 def _add_steps(command: argparse.ArgumentParser, what: str) -> None:
     add = command.add_argument
-    add("--sparsity", type=float, default=0.0, help="of the student: fraction of the parameters gone (default: 0)")
-    add("--keep-conv", type=float, metavar="F", help="fraction of conv channels kept (default: as of all units)")
+    add("--sparsity", type=SPARSITY, default=0.0, help="of the student: fraction of the parameters gone (default: 0)")
+    add("--keep-conv", type=SHARE, metavar="F", help="fraction of conv channels kept (default: as of all units)")
     add("--precision", choices=PRECISIONS, default="fp32", help="(default: fp32)")
     add("--compile", action="store_true", help="torch.compile the layers of the teacher (train) or encoder (infer)")
     against = ["transformers", "plain"] + (["full"] if what == "infer" else [])
@@ -264,7 +270,7 @@ def _add_steps(command: argparse.ArgumentParser, what: str) -> None:
         add("--stage", type=int, choices=(1, 2), default=1, help="1: gates; 2: shrunk (default: 1)")
         add("--teacher-dtype", choices=PRECISIONS, default="fp32", help="(default: fp32)")
         add("--find-max-tokens", action="store_true", help="find the largest batch that fits instead")
-        add("--memory", type=float, metavar="GB", help="for --find-max-tokens (default: all of the GPU's)")
+        add("--memory", type=LIMIT, metavar="GB", help="for --find-max-tokens (default: all of the GPU's)")
 
 
 if __name__ == "__main__":

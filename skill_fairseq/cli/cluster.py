@@ -5,22 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from skill_fairseq.audio.manifest import check_manifest, read_manifest
 from skill_fairseq.checkpoints import load_encoder
-from skill_fairseq.cli._common import run
+from skill_fairseq.cli._common import Parser, check_device, in_range, run, seed
 from skill_fairseq.clustering import linkage
 from skill_fairseq.clustering.calibration import choose_utterances, layer_similarity
 from skill_fairseq.clustering.config_file import format_groups, merge_groups, read_config, write_config
 from skill_fairseq.clustering.plot import plot_clusters
 from skill_fairseq.clustering.similarity import CHEAP_MEASURES, MEASURES
-from skill_fairseq.files import atomic_write, content_sha256, write_json
+from skill_fairseq.files import atomic_write, check_output, content_sha256, write_json
+from skill_fairseq.messages import printable, remedy_for
 from skill_fairseq.versions import versions
 
 EPILOG = """measures (distances between two layers, over all frames of the calibration set):
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = [[layers[i] for i in group] for group in groups]
     calibration = f"{len(chosen)} utterances, {seconds:.1f} s, {similarity.num_frames} frames"
     title = (
-        f"{args.teacher.name}: {len(groups)} groups of {len(layers)} layers by {args.measure}, "
+        f"{printable(args.teacher.name)}: {len(groups)} groups of {len(layers)} layers by {args.measure}, "
         f"{args.linkage} linkage{' of neighbours' if args.neighbours_only else ''}"
     )
     print(f"{title}\n({calibration})\n\n{format_table(distances, groups, layers)}\n")
@@ -157,12 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     write_json(args.out / "clusters.json", record)
     written = [args.out / "groups.yaml", args.out / "clusters.json"]
-    picture = args.out / "clusters.png"
-    try:
-        plot_clusters(picture, distances, tree, groups, cut["height"], layers, args.measure, title)
-        written.append(picture)
-    except ImportError as error:
-        print(f"no {picture}: {error}; pip install matplotlib", file=sys.stderr)
+    if args.picture is not None:
+        plot_clusters(args.picture, distances, tree, groups, cut["height"], layers, args.measure, title)
+        written.append(args.picture)
     if args.config:
         write_config(args.config, merge_groups(read_config(args.config), named, str(args.config)))
         written.append(args.config)
@@ -192,18 +190,21 @@ def _write_groups(path: Path, groups: Sequence[Sequence[int]], about: str) -> No
 def _check_options(args: argparse.Namespace) -> None:
     """What can be refused before anything is read."""
     linkage.check_linkage(args.linkage, args.measure)
-    for name in ("max_seconds", "max_utterances", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')}: {value}; expected more than 0")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: {args.device!r}, but torch sees no GPU here, expected 'cpu'; leave --device out")
+    check_device(args.device)
+    inputs = [args.teacher, args.manifest]
     if args.config:
         merge_groups(read_config(args.config), [[0]], str(args.config))
+        check_output(args.config, "--config", inputs)
+    args.picture = args.out / "clusters.png"
+    if find_spec("matplotlib") is None:
+        print(f"no {args.picture}: matplotlib is not installed; run {remedy_for('matplotlib')}", file=sys.stderr)
+        args.picture = None
+    for name in ("groups.yaml", "clusters.json", "clusters.png"):
+        check_output(args.out / name, "--out", [*inputs, *([args.config] if args.config else [])])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="skill-cluster",
         description="Cluster a teacher's layers by the similarity of their hidden states on a little speech.",
         epilog=EPILOG,
@@ -231,15 +232,15 @@ def _parser() -> argparse.ArgumentParser:
     cut = parser.add_mutually_exclusive_group()
     cut.add_argument(
         "--num-groups",
-        type=int,
+        type=in_range(int, least=1, most=1000),
         default=DEFAULT_GROUPS,
         metavar="K",
         help=f"exactly so many (default: {DEFAULT_GROUPS}, the number of DPHuBERT's target layers)",
     )
-    cut.add_argument("--height", type=float, metavar="H", help="merge up to this distance")
+    cut.add_argument("--height", type=in_range(float, least=0), metavar="H", help="merge up to this distance")
     cut.add_argument(
         "--silhouette",
-        type=int,
+        type=in_range(int, least=1, most=1000),
         nargs=2,
         metavar=("MIN", "MAX"),
         help="as many in this range as have the best silhouette",
@@ -252,16 +253,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-layer-0", action="store_true", help="leave out layer 0, the features before the Transformer")
     add(
         "--max-seconds",
-        type=float,
+        type=in_range(float, above=0, endless=True),
         default=600.0,
         metavar="S",
         help="of audio in all; inf: all (default: 600)",
     )
-    add("--max-utterances", type=int, metavar="N", help="at most so many (default: no limit)")
-    add("--seed", type=int, default=0, help="of the choice of utterances (default: 0)")
+    add("--max-utterances", type=in_range(int, least=1), metavar="N", help="at most so many (default: no limit)")
+    add("--seed", type=seed, default=0, help="of the choice of utterances (default: 0)")
     add(
         "--batch-size",
-        type=int,
+        type=in_range(int, least=1),
         default=1,
         help="most utterances to encode together; only equal lengths are (default: 1)",
     )

@@ -13,13 +13,16 @@ from skill_fairseq.checkpoints.export import DTYPES, save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.own_folders import UPSTREAM
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
-from skill_fairseq.cli._common import run
+from skill_fairseq.cli._common import Parser, run
 from skill_fairseq.exporting.describe import as_dict, as_lines, describe
+from skill_fairseq.exporting.folder import check_folder
 from skill_fairseq.exporting.huggingface_folder import save_huggingface
-from skill_fairseq.exporting.onnx_graph import OPSET, save_onnx
+from skill_fairseq.exporting.onnx_graph import NEEDED, OPSET, save_onnx
 from skill_fairseq.exporting.s3prl_folder import save_s3prl
 from skill_fairseq.exporting.torch_program import save_torch_program
-from skill_fairseq.files import sha256
+from skill_fairseq.exporting.traceable import check_torch
+from skill_fairseq.files import check_output, sha256
+from skill_fairseq.messages import printable, require
 from skill_fairseq.modules.encoder import SpeechEncoder
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2", "huggingface": "", "s3prl": ""}
@@ -89,6 +92,14 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--dtype: {args.dtype}; --to {args.to} writes float32 only: leave --dtype out")
     if args.padding_mask and not graph:
         raise ValueError(f"--padding-mask: --to {args.to} takes padding anyway; leave it out")
+    if graph:
+        check_torch()
+    if args.to == "onnx":
+        require("--to onnx", *NEEDED)
+    if suffix:
+        check_output(args.out, "OUT", [args.checkpoint])
+    else:
+        check_folder(args.out, "OUT")
 
 
 def _write(args: argparse.Namespace, encoder: SpeechEncoder, origin: Mapping[str, object]) -> str:
@@ -113,7 +124,7 @@ def provenance(source: EncoderSource, path: Path) -> dict[str, object]:
     if source.provenance.get("exported_by"):
         return dict(source.provenance)
     return {
-        "source": path.resolve().name,
+        "source": printable(path.resolve().name),
         "source_format": source.format,
         **({"source_sha256": sha256(path)} if path.is_file() else {}),
         **source.provenance,
@@ -122,7 +133,7 @@ def provenance(source: EncoderSource, path: Path) -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="skill-export",
         description="Write the encoder of a checkpoint for other programs, or say what a file is.",
         epilog=EPILOG,

@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from skill_fairseq.audio.manifest import Manifest, check_manifest, read_manifest, write_manifest
-from skill_fairseq.cli._common import run
-from skill_fairseq.labels.transcripts import Normaliser, align, read_transcripts
+from skill_fairseq.audio.manifest import Manifest, read_manifest, unstorable, write_manifest
+from skill_fairseq.cli._common import Parser, in_range, run
+from skill_fairseq.files import check_output
+from skill_fairseq.labels.transcripts import Normaliser, align, find_transcripts, read_transcripts
 from skill_fairseq.labels.units import (
+    MODEL,
     Units,
     letters,
     read_units,
@@ -20,6 +22,7 @@ from skill_fairseq.labels.units import (
     write_lines,
     write_units,
 )
+from skill_fairseq.messages import require, shell_quote
 
 EPILOG = """examples:
   skill-labels manifests/train.tsv manifests/valid.tsv --transcripts LibriSpeech --out letters
@@ -32,7 +35,9 @@ or .spm (units, fairseq's task.labels), and for all of them OUT/dict.ltr.txt, or
 OUT is then task.data of a run with config/finetune.
 
 The first manifest is the training set: the units are its. Transcripts are LibriSpeech's *.trans.txt (name, space,
-text), or tab-separated: a path or a file's name without ending first, the text last; a header line may stand above.
+text), or a table with tabs whose first line names the columns, as Common Voice's does: path (or utterance, ...) and
+sentence, text or transcript (another one by --column); two columns without such a line are path or name, and text.
+The audio is not looked at.
 """
 
 
@@ -40,12 +45,12 @@ text), or tab-separated: a path or a file's name without ending first, the text 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
+    if args.units_of is None and args.units != "letters":
+        require(f"--units {args.units}", "sentencepiece")
     manifests = [read_manifest(path) for path in args.manifests]
-    _check_targets(manifests, args.out)
-    for manifest in manifests:
-        check_manifest(manifest)
+    _check_targets(manifests, args)
     normalise = Normaliser(args.case, args.characters)
-    source = read_transcripts(args.transcripts)
+    source = read_transcripts(args.transcripts, args.column)
     texts = [_normalised(manifest, align(manifest, source), normalise) for manifest in manifests]
     _print_text(normalise)
 
@@ -69,26 +74,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_lines(target.with_suffix(f".{units.labels}"), (" ".join(row) for row in rows))
         _print_split(manifest, split, rows, units)
     write_units(args.out, units, counts)
-    print(f"{args.out}: use it with task.data={args.out.resolve()} task.labels={units.labels}")
+    data = shell_quote(f"task.data={args.out.resolve()}")
+    print(f"{args.out}: use it with {data} task.labels={units.labels}")
     return 0
 
 
-def _check_targets(manifests: Sequence[Manifest], out: Path) -> None:
-    """Two manifests of one name, or a manifest whose relative root would be overwritten."""
+def _check_targets(manifests: Sequence[Manifest], args: argparse.Namespace) -> None:
+    """Two manifests of one name, a manifest in OUT that fairseq reads otherwise, inputs that would be overwritten."""
     names = Counter(manifest.source.name for manifest in manifests)
+    transcripts = list(find_transcripts(args.transcripts))
+    model = args.units in ("unigram", "bpe")
+    units = [f"dict.{'spm' if model else 'ltr'}.txt", *([MODEL] if model else [])]
+    if args.units_of is not None:
+        units = [name for name in ("dict.ltr.txt", "dict.spm.txt", MODEL) if (args.units_of / name).is_file()]
+    inputs = [*args.manifests, *transcripts, *(args.units_of / name for name in units if args.units_of is not None)]
+    labels = "spm" if any("spm" in name for name in units) else "ltr"
+    for name in units:
+        check_output(args.out / name, "--out", inputs)
     for manifest in manifests:
         name = manifest.source.name
         if manifest.source.suffix != ".tsv":
             raise ValueError(f"{manifest.source}: expected a manifest SPLIT.tsv, as fairseq looks for it; rename it")
         if names[name] > 1:
             raise ValueError(f"{name}: {names[name]} manifests have this name; give each split another one")
-        if (out / name).resolve() == manifest.source.resolve():
-            root = manifest.source.read_text(encoding="utf-8").split("\n", 1)[0]
-            if not Path(root).is_absolute():
-                raise ValueError(
-                    f"--out {out}: holds {name} itself, whose root {root!r} is relative; fairseq's fine-tuning takes "
-                    "that relative to the working directory. Choose another folder: it gets an absolute root"
-                )
+        for ending in (".wrd", f".{labels}"):
+            check_output((args.out / name).with_suffix(ending), "--out", inputs)
+        if (args.out / name).resolve() == manifest.source.resolve():
+            _check_in_place(manifest, args.out)
+        else:
+            check_output(args.out / name, "--out", inputs)
+
+
+def _check_in_place(manifest: Manifest, out: Path) -> None:
+    content = manifest.source.read_bytes()
+    root = content.split(b"\n", 1)[0].decode()
+    plain = not content.startswith(b"\xef\xbb\xbf") and b"\r" not in content
+    if not Path(root).is_absolute() or not plain or unstorable(root):
+        fault = f"whose root {root!r} is relative" if plain else "with a byte order mark or Windows' line breaks"
+        raise ValueError(
+            f"--out {out}: holds {manifest.source.name} itself, {fault}; fairseq's fine-tuning takes that otherwise. "
+            "Choose another folder: it gets an absolute root"
+        )
 
 
 def _normalised(manifest: Manifest, raw: Sequence[str], normalise: Normaliser) -> list[str]:
@@ -139,7 +165,7 @@ def _print_split(manifest: Manifest, texts: Sequence[str], rows: Sequence[Sequen
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="skill-labels",
         description="Write letter or SentencePiece labels and dictionaries for fine-tuning with fairseq's CTC models.",
         epilog=EPILOG,
@@ -148,11 +174,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("manifests", type=Path, nargs="+", metavar="MANIFEST", help="fairseq manifests SPLIT.tsv, training first")
     add("--transcripts", type=Path, nargs="+", required=True, metavar="PATH", help="files, or folders of *.trans.txt")
+    add("--column", metavar="NAME", help="tables' column of texts (default: sentence, text or transcript)")
     add("--out", type=Path, required=True, help="folder to write")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--units", choices=["letters", "unigram", "bpe"], default="letters", help="default: letters")
     kind.add_argument("--units-of", type=Path, metavar="FOLDER", help="the units of an earlier OUT")
-    add("--vocabulary-size", type=int, default=1000, help="SentencePiece pieces (default: 1000)")
+    size = in_range(int, least=1, most=10_000_000)
+    add("--vocabulary-size", type=size, metavar="N", default=1000, help="SentencePiece pieces (default: 1000)")
     add("--case", choices=["upper", "lower", "keep"], default="upper", help="of the labels (default: upper)")
     add(
         "--characters",

@@ -1,122 +1,59 @@
-"""`skill-manifest`: from any folder of audio to train, valid and test manifests."""
+"""`skill-manifest`: from folders of audio to train, valid and test manifests."""
 
 from __future__ import annotations
 
 import argparse
 import collections
-import dataclasses
-import hashlib
+import math
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
-from tqdm import tqdm
+from skill_fairseq.audio.manifest import MAX_HOURS, MIN_SAMPLES, conversion, write_manifest
+from skill_fairseq.audio.names import check_root, unstorable
+from skill_fairseq.audio.scan import Facts, Progress, Sought, find_audio, scan
+from skill_fairseq.audio.split import SPEAKER, keys_of, split
+from skill_fairseq.cli._common import MAX_SEED, Parser, in_range, run
+from skill_fairseq.files import atomic_write, check_output
+from skill_fairseq.messages import printable
 
-from skill_fairseq.audio.manifest import MIN_SAMPLES, conversion, load_audio, open_audio, storable, write_manifest
-from skill_fairseq.cli._common import run
-from skill_fairseq.files import atomic_write
-
-EPILOG = """examples:
-  skill-manifest LibriSpeech/train-clean-100 data --valid-percent 1
-  skill-manifest recordings data --ext wav --min-seconds 2 --max-seconds 15.6 --test-percent 10
+EPILOG = f"""examples:
+  skill-manifest LibriSpeech/train-clean-100 LibriSpeech/train-clean-360 LibriSpeech/train-other-500 manifests \\
+      --valid-percent 1 --split-by speaker
+  skill-manifest LibriSpeech manifests --include 'train-*' --split-by speaker
+  skill-manifest recordings data --ext wav --min-seconds 2 --max-seconds 15.6 --test-percent 10 --split-by folder
 
 writes OUT/train.tsv and, where their percentage is above 0, OUT/valid.tsv and OUT/test.tsv (fairseq's format,
-absolute root), and OUT/left_out.tsv: every file left out, with the reason. Which file goes where depends on
-its path and the seed alone, not on the order in which the folder is read.
+absolute root: FOLDER, or the nearest folder above all of them), and OUT/left_out.tsv: every file left out, with the
+reason. Which file goes where depends on its path (with --split-by: on its speaker or folder) and the seed alone, not
+on the order in which folders are read.
+
+A scan that was ended goes on where it was: the same command finds OUT/unfinished_scan.jsonl, which is removed at the
+end. The exit code is 1 where more files were left out than taken.
+
+The speaker is, by default, the folder above the folder that a file lies in (SPEAKER/CHAPTER/FILE, as in LibriSpeech
+and VoxCeleb): --speaker '{SPEAKER}'
 """
+HELD_OUT = re.compile(r"(dev|test|eval|valid|validation)([-_.]|$)", re.IGNORECASE)
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a recording must be: Hz, seconds (`longest` None = no limit), and whether to decode it all."""
-
-    sample_rate: int
-    shortest: float
-    longest: float | None
-    decode: bool
-
-
-def find_audio(folder: Path, extensions: Sequence[str]) -> Iterator[Path]:
-    """Every file below `folder` with one of the extensions, sorted; links to folders are followed once."""
-    suffixes = {"." + extension.lower().lstrip(".") for extension in extensions}
-    seen: set[str] = set()
-    for where, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(where)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in suffixes:
-                yield Path(where, name)
-
-
-def inspect(file: Path, limits: Limits) -> tuple[int, str, str]:
-    """Look at one file.
-
-    Returns:
-        its number of samples, and the kind and detail of what is wrong with it (both empty if nothing is).
-    """
-    try:
-        with open_audio(file) as audio:
-            rate, channels, samples = audio.samplerate, audio.channels, audio.frames
-            tail = min(samples, MIN_SAMPLES)
-            audio.seek(samples - tail)  # a file that was cut short often still has a good header
-            if len(audio.read(tail)) < tail:
-                return 0, "unreadable", "ends before the length that its header gives"
-    except (ValueError, OSError) as error:
-        return 0, "unreadable", " ".join(str(error).split())
-    if rate != limits.sample_rate:
-        return samples, "other sample rate", f"{rate} Hz, expected {limits.sample_rate} Hz"
-    if channels != 1:
-        return samples, "not mono", f"{channels} channels, expected 1"
-    seconds = samples / rate
-    if samples < MIN_SAMPLES or seconds < limits.shortest:
-        return (
-            samples,
-            "too short",
-            f"{seconds:.3f} s, expected {max(limits.shortest, MIN_SAMPLES / rate):g} s or more",
-        )
-    if limits.longest is not None and seconds > limits.longest:
-        return samples, "too long", f"{seconds:.3f} s, expected {limits.longest:g} s or less"
-    if limits.decode:
-        try:
-            load_audio(file, limits.sample_rate)
-        except (ValueError, OSError) as error:
-            return samples, "unreadable", str(error)
-    return samples, "", ""
-
-
-def split(paths: Sequence[str], percents: dict[str, float], seed: int) -> dict[str, list[int]]:
-    """Share recordings out by the rank of a seeded hash of their path.
-
-    Args:
-        paths: relative paths.
-        percents: per cent of each split but `train`, which gets the rest; a split asked for has at least one
-            recording.
-        seed: another seed, another split.
-
-    Returns:
-        sorted indices into `paths` of each split; `train` comes first.
-
-    Raises:
-        ValueError: nothing is left for `train`.
-    """
-    ranks = {path: hashlib.sha256(f"{seed}\t{path}".encode("utf-8", "surrogateescape")).digest() for path in paths}
-    order = sorted(range(len(paths)), key=lambda index: ranks[paths[index]])
-    shares: dict[str, list[int]] = {"train": []}
-    for name, percent in percents.items():
-        count = max(1, round(len(paths) * percent / 100)) if percent > 0 else 0
-        shares[name], order = sorted(order[:count]), order[count:]
-    if not order:
-        raise ValueError(
-            f"--valid-percent, --test-percent: {len(paths)} usable recordings leave none for train.tsv, "
-            "expected at least one; lower the percentages or add audio"
-        )
-    shares["train"] = sorted(order)
-    return shares
+def judge(facts: Facts, args: argparse.Namespace) -> tuple[str, str]:
+    """Kind and detail of what is wrong with a file under the command's options; both empty if nothing is."""
+    if facts.problem:
+        return "unreadable", facts.problem
+    if facts.rate != args.sample_rate:
+        return "other sample rate", f"{facts.rate} Hz, expected {args.sample_rate} Hz"
+    if facts.channels != 1:
+        return "not mono", f"{facts.channels} channels, expected 1"
+    seconds = facts.samples / facts.rate
+    if facts.samples < MIN_SAMPLES or seconds < args.min_seconds:
+        return "too short", f"{seconds:.3f} s, expected {max(args.min_seconds, MIN_SAMPLES / facts.rate):g} s or more"
+    longest = min(args.max_seconds or math.inf, MAX_HOURS * 3600)
+    if seconds > longest:
+        return "too long", f"{seconds:.3f} s, expected {longest:g} s or less"
+    return "", ""
 
 
 @run
@@ -124,58 +61,82 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
     percents = {"valid": args.valid_percent, "test": args.test_percent}
-    for name, percent in percents.items():
-        if not 0 <= percent < 100:
-            raise ValueError(f"--{name}-percent: {percent:g}, expected 0 or more and less than 100")
-        if percent == 0 and (args.out / f"{name}.tsv").exists():
-            raise ValueError(
-                f"{args.out / f'{name}.tsv'} exists, but --{name}-percent is 0, so that it would no longer "
-                "fit the new train.tsv; delete it or choose another folder"
-            )
-    if args.min_seconds < 0 or (args.max_seconds is not None and args.max_seconds < args.min_seconds):
-        raise ValueError(
-            f"--min-seconds {args.min_seconds:g}, --max-seconds {args.max_seconds}: expected 0 <= min <= max"
-        )
-    if not args.folder.is_dir():
-        raise FileNotFoundError(f"{args.folder}: no such folder; give the folder that holds the audio")
-
-    root = args.folder.resolve()
-    found = list(find_audio(root, args.ext))
+    root = _check(args, percents)
+    left_out: list[tuple[str, str, str]] = []
+    unreadable: list[tuple[str, str]] = []
+    sought = Sought(args.ext, args.include, args.exclude)
+    found = list(find_audio(root, [folder.resolve() for folder in args.folder], sought, unreadable))
+    left_out += [(name, "unreadable folder", reason) for name, reason in unreadable]
     if not found:
-        raise ValueError(f"{root}: no files ending in {', '.join(args.ext)}; name the right ending with --ext")
-    limits = Limits(args.sample_rate, args.min_seconds, args.max_seconds, args.decode)
+        chosen = " that --include and --exclude leave" if args.include or args.exclude else ""
+        refused = f"; {unreadable[0][0]} cannot be read ({unreadable[0][1]})" if unreadable else ""
+        raise ValueError(
+            f"{root}: no files ending in {', '.join(args.ext)}{chosen}; name the right ending with --ext{refused}"
+        )
+    left_out += [(repr(name), "unusable name", unstorable(name)) for name in found if unstorable(name)]
+    names = [name for name in found if not unstorable(name)]
+    keys_of(names, args.split_by, args.speaker)  # fails before the work
+    progress = Progress(args.out / "unfinished_scan.jsonl", args.decode)
     paths: list[str] = []
     sizes: list[int] = []
-    left_out: list[tuple[str, str, str]] = []
-    for file in tqdm(found, desc="reading", unit="file", disable=None):
-        name = str(file.relative_to(root))
-        if not storable(name):
-            left_out.append((repr(name), "unusable name", "has a tab or line break"))
-            continue
-        samples, kind, detail = inspect(file, limits)
+    for name, facts in zip(names, scan([root / name for name in names], progress, args.jobs)):
+        kind, detail = judge(facts, args)
         if kind:
             left_out.append((name, kind, detail))
         else:
             paths.append(name)
-            sizes.append(samples)
+            sizes.append(facts.samples)
 
-    args.out.mkdir(parents=True, exist_ok=True)
     report = args.out / "left_out.tsv"
     with atomic_write(report) as temporary:
-        rows = ["path\treason\tdetail", *("\t".join(row) for row in left_out)]
-        temporary.write_text("\n".join(rows) + "\n", encoding="utf-8", errors="surrogateescape")
+        rows = ["path\treason\tdetail", *("\t".join(map(printable, row)) for row in left_out)]
+        temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
     _print_left_out(left_out, report, root, args.sample_rate)
     if not paths:
         raise ValueError(
             f"{root}: none of {len(found)} files is usable, expected at least one; the reasons are in {report}"
         )
-    for name, share in split(paths, percents, args.seed).items():
+    keys = keys_of(paths, args.split_by, args.speaker)
+    for name, share in split(keys, percents, args.seed).items():
         if share:
             target = args.out / f"{name}.tsv"
             write_manifest(target, root, [paths[i] for i in share], [sizes[i] for i in share])
             hours = sum(sizes[i] for i in share) / args.sample_rate / 3600
-            print(f"{target}: {len(share)} recordings, {hours:.3f} hours")
+            owners = "" if args.split_by == "file" else f" of {len({keys[i] for i in share})} {args.split_by}s"
+            print(f"{target}: {len(share)} recordings{owners}, {hours:.3f} hours")
+    progress.path.unlink()
+    _warn_of_held_out(paths)
+    if len(left_out) > len(paths):
+        print(f"warning: {len(left_out)} files were left out, {len(paths)} taken; see {report}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _check(args: argparse.Namespace, percents: dict[str, float]) -> Path:
+    """What can be refused before anything is read; returns the root of the manifests."""
+    for name, percent in percents.items():
+        if percent == 0 and (args.out / f"{name}.tsv").exists():
+            raise ValueError(
+                f"{args.out / f'{name}.tsv'} exists, but --{name}-percent is 0, so that it would no longer "
+                "fit the new train.tsv; delete it or choose another folder"
+            )
+    if args.max_seconds is not None and args.max_seconds < args.min_seconds:
+        raise ValueError(
+            f"--min-seconds {args.min_seconds:g}, --max-seconds {args.max_seconds:g}: expected 0 <= min <= max"
+        )
+    try:
+        re.compile(args.speaker)
+    except re.error as error:
+        raise ValueError(f"--speaker: {args.speaker!r} is no regular expression ({error}); correct it") from error
+    for folder in args.folder:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; give the folder that holds the audio")
+    root = Path(os.path.commonpath([folder.resolve() for folder in args.folder]))
+    check_root(root)
+    splits = ["train", *(name for name, percent in percents.items() if percent > 0)]
+    for name in ("unfinished_scan.jsonl", "left_out.tsv", *(f"{name}.tsv" for name in splits)):
+        check_output(args.out / name, "OUT")
+    return root
 
 
 def _print_left_out(left_out: Sequence[tuple[str, str, str]], report: Path, root: Path, sample_rate: int) -> None:
@@ -186,35 +147,81 @@ def _print_left_out(left_out: Sequence[tuple[str, str, str]], report: Path, root
     kinds = collections.Counter(kind for _, kind, _ in left_out)
     for kind, count in kinds.most_common():
         rows = [(name, detail) for name, found, detail in left_out if found == kind]
-        shown = "; ".join(f"{name} ({detail})" for name, detail in rows[:3])
+        shown = "; ".join(f"{printable(name)} ({printable(detail)})" for name, detail in rows[:3])
         print(f"  {kind}: {count}: {shown}{'; ...' if count > 3 else ''}")
         if kind in ("other sample rate", "not mono"):
             print(f"    {conversion(root / rows[0][0], sample_rate)}")
 
 
+def _warn_of_held_out(paths: Sequence[str]) -> None:
+    """Says which folders that were taken are named like those that models are tested on."""
+    parts = collections.Counter(part for path in paths for part in PurePosixPath(path).parts[:-1])
+    named = [name for name in sorted(parts) if HELD_OUT.match(name)]
+    if named:
+        count = sum(any(HELD_OUT.match(part) for part in PurePosixPath(path).parts[:-1]) for path in paths)
+        shown = ", ".join(named[:5]) + (", ..." if len(named) > 5 else "")
+        print(
+            f"warning: {count} recordings come from folders named like test sets ({shown}); leave them out by "
+            "--exclude, or name the training folders, if models are to be tested on them",
+            file=sys.stderr,
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="skill-manifest",
-        description="Write fairseq manifests of a folder. Unreadable and out-of-range files, stereo and "
+        description="Write fairseq manifests of folders. Unreadable and out-of-range files, stereo and "
         "other sample rates are listed and left out.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="searched with all its subfolders")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the manifests")
-    parser.add_argument("--ext", nargs="+", default=["flac", "wav", "ogg"], help="file endings (default: flac wav ogg)")
-    parser.add_argument("--valid-percent", type=float, default=1.0, help="of the recordings (default: 1)")
-    parser.add_argument("--test-percent", type=float, default=0.0, help="of the recordings (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("folder", type=Path, nargs="+", metavar="FOLDER", help="searched with all its subfolders")
+    add("out", type=Path, metavar="OUT", help="folder for the manifests")
+    add("--ext", nargs="+", default=["flac", "wav", "ogg"], help="file endings (default: flac wav ogg)")
+    add(
+        "--include",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="only files whose path below the root, or a folder in it, is like one of these, such as 'train-*'",
+    )
+    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="no such files, whatever is included")
+    percent = in_range(float, least=0, below=100)
+    add("--valid-percent", type=percent, default=1.0, metavar="P", help="of the recordings (default: 1)")
+    add("--test-percent", type=percent, default=0.0, metavar="P", help="of the recordings (default: 0)")
+    add(
+        "--split-by",
+        choices=["file", "speaker", "folder"],
+        default="file",
+        help="what is not divided between train, valid and test (default: file)",
+    )
+    add("--speaker", default=SPEAKER, metavar="REGEX", help="finds the speaker in a path, see below")
+    add("--seed", type=in_range(int, least=0, most=MAX_SEED), default=0, help="of the split (default: 0)")
+    add(
         "--min-seconds",
-        type=float,
+        type=in_range(float, least=0),
         default=0.5,
+        metavar="S",
         help="shorter ones are left out, since a batch is cropped to its shortest recording (default: 0.5)",
     )
-    parser.add_argument("--max-seconds", type=float, default=None, help="longer ones are left out (default: no limit)")
-    parser.add_argument("--sample-rate", type=int, default=16000, help="in Hz; the models need 16000 (default: 16000)")
-    parser.add_argument(
+    limit = in_range(float, above=0)
+    add("--max-seconds", type=limit, metavar="S", help="longer ones are left out (default: no limit)")
+    add(
+        "--sample-rate",
+        type=in_range(int, least=1, most=1_000_000),
+        default=16000,
+        metavar="HZ",
+        help="the models need 16000 (default: 16000)",
+    )
+    add(
+        "--jobs",
+        type=in_range(int, least=1, most=256),
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="files to look at together; a network's file system takes many (default: processors, at most 8)",
+    )
+    add(
         "--decode",
         action="store_true",
         help="decode every file whole to find damage and NaN samples (slower)",

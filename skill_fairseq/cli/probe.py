@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from skill_fairseq.cli._common import run
-from skill_fairseq.files import atomic_write, write_json
+from skill_fairseq.cli._common import Parser, check_device, run, seed
+from skill_fairseq.files import atomic_write, check_output, write_json
+from skill_fairseq.messages import require
 from skill_fairseq.probing.evaluate import evaluate, require_scikit_learn
 from skill_fairseq.probing.models import resolve_model
 from skill_fairseq.probing.tasks import Task, read_task
@@ -143,16 +142,16 @@ def _check_options(args: argparse.Namespace) -> None:
     """What would otherwise fail only after the work."""
     if args.plot and args.plot.suffix.lower() not in PICTURES:
         raise ValueError(f"--plot: {args.plot}, expected a name ending in {', '.join(PICTURES)}; rename it")
-    if args.plot and find_spec("matplotlib") is None:
-        raise ValueError(
-            f"--plot {args.plot}: matplotlib is not installed; run pip install matplotlib or leave --plot out"
-        )
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device: {args.device!r}, but torch sees no GPU here, expected 'cpu'; leave --device out")
+    if args.plot:
+        require("--plot", "matplotlib")
+        check_output(args.plot, "--plot", [args.json] if args.json else [])
+    if args.json:
+        check_output(args.json, "--json")
+    check_device(args.device)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="skill-probe",
         description="Probe frozen features of models with labelled speech and print one table.",
         epilog=EPILOG,
@@ -170,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write all figures here")
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also draw a bar chart here (needs matplotlib)")
     parser.add_argument("--device", default="cpu", help="where models run (default: cpu)")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of random weights (default: 0)")
     return parser
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
-from skill_fairseq.cli._common import run
-from skill_fairseq.files import atomic_write
+from skill_fairseq.cli._common import Parser, in_range, run
+from skill_fairseq.files import atomic_write, check_output
+from skill_fairseq.messages import require
 from skill_fairseq.reporting.benchmark_report import benchmark_report
 from skill_fairseq.reporting.run_folder import read_folder
 from skill_fairseq.reporting.run_report import run_report
@@ -30,10 +30,8 @@ Writes OUT/report.html, which needs no other file and no network, and the pictur
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
-    if find_spec("matplotlib") is None:
-        raise ValueError("skill-report: matplotlib is not installed; run pip install matplotlib")
-    if not args.max_seconds > 0:
-        raise ValueError(f"--max-seconds: {args.max_seconds}; expected more than 0")
+    require("skill-report", "matplotlib")
+    check_output((args.out or args.folder / "report") / "report.html", "--out")
     folder = read_folder(args.folder, args.teacher, args.data)
     out = args.out or args.folder / "report"
     out.mkdir(parents=True, exist_ok=True)
@@ -48,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="skill-report",
         description="Write one page on a run or a benchmark: results, curves, sizes, distances, settings.",
         epilog=EPILOG,
@@ -61,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, metavar="DIR", help="folder with valid.tsv (default: as in the training's settings)")
     add(
         "--max-seconds",
-        type=float,
+        type=in_range(float, above=0, endless=True),
         default=120.0,
         metavar="S",
         help="of audio to measure distances on (default: 120)",

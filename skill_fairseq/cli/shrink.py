@@ -12,8 +12,9 @@ from skill_fairseq import __version__
 from skill_fairseq.checkpoints.export import save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
-from skill_fairseq.cli._common import run
-from skill_fairseq.files import sha256
+from skill_fairseq.cli._common import Parser, in_range, run
+from skill_fairseq.files import check_output, sha256
+from skill_fairseq.messages import printable
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.expected import expected_sparsity, full_parameters
 from skill_fairseq.pruning.reach import far_from_gates
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("OUT is needed, or --table-only")
     if args.out is not None and args.out.suffix != ".safetensors":
         raise ValueError(f"OUT: {args.out}; expected a name that ends in .safetensors")
+    if args.out is not None and not args.table_only:
+        check_output(args.out, "OUT", [args.checkpoint])
     source = read_source(args.checkpoint, args.trust)
     if not source.config.pruning_units:
         raise ValueError(
@@ -87,7 +90,7 @@ def provenance(source: EncoderSource, path: Path, sizes: dict[str, float | None]
     """Where a shrunk encoder comes from: its file's name and hash, what that says of itself, and sparsities."""
     return {
         **source.provenance,
-        "source": path.resolve().name,
+        "source": printable(path.resolve().name),
         "source_format": source.format,
         "source_sha256": sha256(path),
         "sparsity": sizes,
@@ -152,7 +155,7 @@ def _target(args: argparse.Namespace, source: EncoderSource) -> float:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="skill-shrink",
         description="Cut what the gates of a stage-1 checkpoint have closed: a smaller student with the same outputs.",
         epilog=EPILOG,
@@ -163,7 +166,10 @@ def _parser() -> argparse.ArgumentParser:
     add("out", type=Path, nargs="?", metavar="OUT", help="file to write, ending in .safetensors")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--sparsity", type=float, metavar="S", help="fraction to remove, in [0, 1) (default: stage 1's target)"
+        "--sparsity",
+        type=in_range(float, least=0, below=1),
+        metavar="S",
+        help="fraction to remove, in [0, 1) (default: stage 1's target)",
     )
     size.add_argument("--by-rounding", action="store_true", help="keep exactly what each gate rounds to")
     add("--table-only", action="store_true", help="print the table, write nothing")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import yaml
 
 from skill_fairseq.files import PathLike, atomic_write
+from skill_fairseq.reading import decode
 
 _SECTION = "criterion"
 _FIELD = "groups"
@@ -26,12 +25,12 @@ def read_config(path: PathLike) -> str:
 
     Raises:
         FileNotFoundError: no such file.
+        ValueError: it is not UTF-8.
     """
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such config; name the YAML file of a training run")
-    with open(file, encoding="utf-8", newline="") as stream:
-        return stream.read()
+    return decode(file.read_bytes(), file)
 
 
 def merge_groups(text: str, groups: Sequence[Sequence[int]], name: str = "config") -> str:
@@ -82,11 +81,8 @@ def merge_groups(text: str, groups: Sequence[Sequence[int]], name: str = "config
 
 def write_config(path: PathLike, text: str) -> None:
     """Replaces a config in one step; a link stays a link, and permissions stay."""
-    file = Path(os.path.realpath(path))
-    with atomic_write(file) as temporary:
-        with open(temporary, "w", encoding="utf-8", newline="") as stream:
-            stream.write(text)
-        shutil.copymode(file, temporary)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(text.encode("utf-8"))
 
 
 def _entry(mapping: Any, name: str) -> tuple[yaml.Node | None, yaml.Node | None]:

@@ -12,6 +12,7 @@ import yaml
 
 from skill_fairseq.comparison.methods import Target, Variant, check_methods, target_of
 from skill_fairseq.files import PathLike
+from skill_fairseq.reading import read_text
 
 STAGES = ("stage1", "stage2")
 UNTRAINED = ("no_distillation",)
@@ -88,7 +89,7 @@ def read_grid(path: PathLike, name: str, **changes: Any) -> Grid:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such grid file; copy examples/benchmark/grid.yaml")
-    grids = yaml.safe_load(path.read_text(encoding="utf-8"))
+    grids = yaml.safe_load(read_text(path))
     if not isinstance(grids, dict) or not isinstance(grids.get(name), dict):
         known = ", ".join(grids) if isinstance(grids, dict) else "none"
         raise ValueError(f"{path}: has no grid {name!r}, but {known}; choose one of these or add it")

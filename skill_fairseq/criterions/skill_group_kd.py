@@ -19,11 +19,13 @@ from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
 from skill_fairseq.distillation.groups import GroupProjections, Groups, map_groups, parse_groups, parse_sharing
 from skill_fairseq.distillation.loss import LossParts, distillation_loss, without_padding
 from skill_fairseq.distillation.teacher import averaged_states
+from skill_fairseq.files import named
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.size import sparsity
 from skill_fairseq.pruning.expected import full_parameters
 from skill_fairseq.pruning.lagrangian import SizeConstraint, updates_of
 from skill_fairseq.pruning.selection import check_reachable
+from skill_fairseq.reading import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +95,9 @@ def read_groups(cfg: SkillGroupKDConfig) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"criterion.groups_file: {path} does not exist; write it with skill-cluster")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with named("criterion.groups_file"):
+            content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
         raise ValueError(f"criterion.groups_file: {path} is no YAML ({error}); write it with skill-cluster") from error
     found = content.get("groups") if isinstance(content, dict) else None
     if found is None and isinstance(content, dict) and isinstance(content.get("criterion"), dict):

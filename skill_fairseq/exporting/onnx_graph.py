@@ -13,7 +13,11 @@ import torch
 
 from skill_fairseq.exporting.traceable import INFO_NAME, describe_graph, record
 from skill_fairseq.files import PathLike, atomic_write
+from skill_fairseq.messages import require
 from skill_fairseq.modules.encoder import SpeechEncoder
+
+NEEDED = ("onnx", "onnxscript")
+"""What it takes to write a graph: torch.onnx asks for onnxscript, too late and at length."""
 
 OPSET = 18
 """Version of ONNX's operators: the one that torch.onnx writes natively; onnxruntime reads it since 1.14."""
@@ -107,9 +111,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _import_onnx() -> Any:
-    try:
-        import onnx
-        import onnxscript  # noqa: F401  torch.onnx asks for it, too late and at length
-    except ImportError as error:
-        raise ValueError(f"ONNX needs the package {error.name}; run pip install onnx onnxscript") from error
+    require("ONNX", *NEEDED)
+    import onnx
+
     return onnx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,8 +35,10 @@ def save_torch_program(
         ValueError: torch is too old, or the encoder has gates.
     """
     program = record(encoder, padding_mask)
+    content = io.BytesIO()  # torch's own writer to files says of a full disk that "a file write failed"
+    torch.export.save(program, content, extra_files={INFO_NAME: describe_graph(encoder, provenance or {})})
     with atomic_write(path) as temporary:
-        torch.export.save(program, temporary, extra_files={INFO_NAME: describe_graph(encoder, provenance or {})})
+        temporary.write_bytes(content.getbuffer())
 
 
 def read_program_info(path: Path) -> str | None:

@@ -45,6 +45,20 @@ class AllStates(nn.Module):
         return found if padding_mask is None else {**found, "padding_mask": out.padding_mask}
 
 
+def check_torch() -> None:
+    """Makes sure that torch can record an encoder.
+
+    Raises:
+        ValueError: it is too old.
+    """
+    found = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
+    if found < NEEDED_TORCH:
+        raise ValueError(
+            f"torch {torch.__version__} cannot record this encoder; torch >= {'.'.join(map(str, NEEDED_TORCH))} "
+            "is needed: export with a newer one"
+        )
+
+
 def record(encoder: SpeechEncoder, padding_mask: bool = False) -> torch.export.ExportedProgram:
     """Records the encoder with torch.export; batch size and length stay open.
 
@@ -55,12 +69,7 @@ def record(encoder: SpeechEncoder, padding_mask: bool = False) -> torch.export.E
     Raises:
         ValueError: torch is too old, or the encoder has gates.
     """
-    found = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2])
-    if found < NEEDED_TORCH:
-        raise ValueError(
-            f"torch {torch.__version__} cannot record this encoder; torch >= {'.'.join(map(str, NEEDED_TORCH))} "
-            "is needed: export with a newer one"
-        )
+    check_torch()
     if encoder.config.pruning_units:
         raise ValueError(
             f"the encoder has gates ({', '.join(encoder.config.pruning_units)}), which decide while it runs and have "

@@ -9,44 +9,47 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from skill_fairseq.audio.manifest import Manifest
-from skill_fairseq.files import PathLike
+from skill_fairseq.reading import PathLike, find_files, read_text
 
-HEADERS = {"utterance", "utt", "path", "file", "id"}  # first fields that make a first line a header
+KEYS = ("path", "file", "filename", "file_name", "audio", "utterance", "utt", "utt_id", "utterance_id", "id")
+"""Names of columns that say which recording a line is of, the surest first."""
+TEXTS = ("sentence", "text", "transcript", "transcription", "raw_text")
+"""Names of columns of texts, the surest first."""
+AUDIO = {".flac", ".wav", ".ogg", ".mp3", ".opus", ".m4a", ".sph"}
 RESERVED = "|\u2581"  # word boundaries: of letters, and of SentencePiece
 
 
-def read_transcripts(sources: Sequence[PathLike]) -> dict[str, str]:
+def read_transcripts(sources: Sequence[PathLike], column: str | None = None) -> dict[str, str]:
     """Read transcripts.
 
     Args:
-        sources: files, or folders with `*.trans.txt` somewhere below. A file with a tab in its first line is
-            tab-separated: the first field is a path or an utterance's name, the last one the text; a first line
-            that starts with a name of a column (`path`, `utterance`, ...) is left out. Others are in LibriSpeech's
-            layout: an utterance's name, a space, the text.
+        sources: files, or folders with `*.trans.txt` somewhere below. A file with a tab in its first line is a table.
+            Its first line names the columns, of which one of :data:`KEYS` is a path or an utterance's name and one of
+            :data:`TEXTS` the text; without such a line there are two columns, in this order. Other files are in
+            LibriSpeech's layout: an utterance's name, a space, the text.
+        column: name of the tables' column of texts.
 
     Returns:
         text by path or name, as it stands in the file.
 
     Raises:
         FileNotFoundError: no such file, or a folder without transcripts.
-        ValueError: a line has no text, or an utterance has two different texts.
+        ValueError: not UTF-8, a table whose column of texts is not known, a line has no text, or an utterance has two
+            different texts.
     """
     texts: dict[str, str] = {}
-    for file in _files(sources):
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
-            if number == 1:
-                separator = "\t" if "\t" in line else " "
-                if separator == "\t" and line.split("\t")[0].strip().lower() in HEADERS:
-                    continue
-            if not line.strip():
-                continue
-            key, _, rest = line.partition(separator)  # not stripped: an empty last column is no text
-            key, text = key.strip(), rest.rpartition("\t")[2].strip()
-            if not text:
-                raise ValueError(
-                    f"{file}, line {number}: found {line!r}, expected an utterance's path or name, a "
-                    f"{'tab' if separator == chr(9) else 'space'} and its text; complete the line or delete it"
-                )
+    for file in find_transcripts(sources):
+        first, *rest = read_text(file).split("\n")
+        if "\t" in first:
+            columns = _columns(file, first.split("\t"), column)
+            rows = _table(file, rest if columns.named else [first, *rest], columns)
+        elif column is not None:
+            raise ValueError(
+                f"{file}, line 1: found {first!r}, expected the names of a table's columns, for --column {column}"
+            )
+        else:
+            rows = _lines(file, [first, *rest])
+        for number, key, text in rows:
             if texts.setdefault(key, text) != text:
                 raise ValueError(
                     f"{file}, line {number}: {key} has another text in an earlier line; keep one of the two, or write "
@@ -55,20 +58,88 @@ def read_transcripts(sources: Sequence[PathLike]) -> dict[str, str]:
     return texts
 
 
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """Where a table has its keys and texts, how many columns there are, and whether its first line names them."""
+
+    key: int
+    text: int
+    count: int
+    named: bool
+
+
+def _columns(file: Path, fields: list[str], column: str | None) -> _Columns:
+    names = [field.strip().lower() for field in fields]
+    keys = [names.index(name) for name in KEYS if name in names]
+    texts = [names.index(name) for name in TEXTS if name in names]
+    if column is not None:
+        texts = [i for i, field in enumerate(fields) if field.strip() == column]
+    if keys and texts and keys[0] != texts[0]:
+        return _Columns(keys[0], texts[0], len(fields), named=True)
+    if column is None and not keys and len(fields) == 2:
+        return _Columns(0, 1, 2, named=False)
+    raise ValueError(
+        f"{file}, line 1: found the columns {', '.join(map(repr, fields))}, expected one named {' or '.join(KEYS[:2])} "
+        f"and one named {column or ' or '.join(TEXTS[:3])}; write such a line, or name the column of texts by --column"
+    )
+
+
+def _table(file: Path, lines: Sequence[str], columns: _Columns) -> Iterator[tuple[int, str, str]]:
+    """Number, key and text of each line."""
+    for number, line in enumerate(lines, start=1 + columns.named):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        if len(fields) != columns.count:
+            raise ValueError(
+                f"{file}, line {number}: found {len(fields)} columns in {line!r}, expected {columns.count}, as in line "
+                "1; complete the line or delete it"
+            )
+        key, text = fields[columns.key].strip(), fields[columns.text].strip()
+        if not key or not text:
+            raise _no_text(file, number, line, "tab")
+        yield number, key, text
+
+
+def _lines(file: Path, lines: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    for number, line in enumerate(lines, start=1):
+        key, _, text = line.strip().partition(" ")
+        if key and not text.strip():
+            raise _no_text(file, number, line, "space")
+        if key:
+            yield number, key, text.strip()
+
+
+def _no_text(file: Path, number: int, line: str, separator: str) -> ValueError:
+    return ValueError(
+        f"{file}, line {number}: found {line!r}, expected an utterance's path or name, a {separator} and its text; "
+        "complete the line or delete it"
+    )
+
+
 def align(manifest: Manifest, texts: dict[str, str], show: int = 3) -> list[str]:
     """The text of every recording of a manifest, in its order.
 
     A recording is looked up by its path as the manifest has it, by the path without ending, and by the file's name
-    without ending.
+    without ending; the transcripts' own endings, such as `.mp3`, are left out for the last two.
 
     Raises:
         ValueError: recordings without text, or two recordings that one name stands for; names the first `show`.
     """
     owners: dict[str, str] = {}
-    aligned, missing, shared = [], [], []
+    aligned: list[str] = []
+    missing: list[str] = []
+    shared: list[str] = []
+    bare_keys: dict[str, list[str]] = {}
+    for name in texts:
+        without = PurePosixPath(name).with_suffix("") if PurePosixPath(name).suffix.lower() in AUDIO else name
+        bare_keys.setdefault(str(without), []).append(name)
     for path in manifest.paths:
         bare = PurePosixPath(path).with_suffix("")
         key = next((key for key in (path, str(bare), bare.name) if key in texts), None)
+        if key is None:
+            alike = bare_keys.get(str(bare).strip()) or bare_keys.get(bare.name.strip()) or []
+            key = alike[0] if len({texts[name] for name in alike}) == 1 else None
         if key is None:
             missing.append(path)
         elif owners.setdefault(key, path) != path:
@@ -137,10 +208,15 @@ class Normaliser:
         return " "
 
 
-def _files(sources: Sequence[PathLike]) -> Iterator[Path]:
+def find_transcripts(sources: Sequence[PathLike]) -> Iterator[Path]:
+    """The files that hold transcripts: those given, and each `*.trans.txt` below a folder; links are followed.
+
+    Raises:
+        FileNotFoundError: no such file, or a folder without transcripts.
+    """
     for source in map(Path, sources):
         if source.is_dir():
-            found = sorted(source.rglob("*.trans.txt"))
+            found = [file for file in find_files(source) if file.name.endswith(".trans.txt")]
             if not found:
                 raise FileNotFoundError(
                     f"{source}: no *.trans.txt in this folder or below; name the file with the transcripts itself"

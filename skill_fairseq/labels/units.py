@@ -12,6 +12,7 @@ from typing import Any
 
 from skill_fairseq.audio.manifest import MIN_SAMPLES
 from skill_fairseq.files import PathLike, atomic_write
+from skill_fairseq.reading import read_text
 
 FRAME_SAMPLES = 320  # one output of the usual conv stack
 MODEL = "spm.model"
@@ -109,7 +110,7 @@ def read_units(folder: PathLike) -> Units:
         raise FileNotFoundError(f"{folder}: no dict.ltr.txt or dict.spm.txt; expected a folder that skill-labels wrote")
     if len(found) > 1:
         raise ValueError(f"{folder}: has dict.ltr.txt and dict.spm.txt, expected one of them; use a folder for each")
-    lines = found[0].read_text(encoding="utf-8").split("\n")
+    lines = read_text(found[0]).split("\n")
     labels = found[0].name.split(".")[1]
     if labels == "spm" and not (Path(folder) / MODEL).is_file():
         raise FileNotFoundError(f"{folder}: has {found[0].name} but no {MODEL}; copy both from the same folder")

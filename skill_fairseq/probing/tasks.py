@@ -17,6 +17,7 @@ from typing import Optional
 
 from skill_fairseq.audio.manifest import Manifest, check_manifest, read_manifest
 from skill_fairseq.files import PathLike, sha256
+from skill_fairseq.reading import read_text
 
 SPLITS = ("train", "valid", "test")
 LABEL_HEADER = ["utterance", "speaker", "label"]
@@ -121,7 +122,7 @@ def _refuse_twice(manifests: Sequence[Manifest]) -> None:
 def _read_table(path: Path, header: Sequence[str]) -> list[list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; write one with the header {' TAB '.join(header)}")
-    found, *rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()] or [[]]
+    found, *rows = [line.split("\t") for line in read_text(path).splitlines()] or [[]]
     if found != list(header):
         raise ValueError(f"{path}, line 1: found {found}, expected the header {header} with tabs between; add it")
     for number, row in enumerate(rows, start=2):

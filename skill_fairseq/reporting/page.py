@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import re
-import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Optional
+
+from skill_fairseq.messages import shell_quote
 
 STYLE = """
 *{box-sizing:border-box}
@@ -101,7 +102,7 @@ def code(text: str) -> str:
 
 def command(words: Sequence[str]) -> str:
     """A command for a shell, its words quoted; long ones are wrapped, between words where that is possible."""
-    return f'<pre class="command">{" ".join(f"<span>{escape(shlex.quote(word))}</span>" for word in words)}</pre>'
+    return f'<pre class="command">{" ".join(f"<span>{escape(shell_quote(word))}</span>" for word in words)}</pre>'
 
 
 def folded(summary: str, html: str) -> str:

@@ -13,6 +13,7 @@ from fairseq.data import iterators
 from fairseq.models import distributed_fairseq_model
 from fairseq.trainer import Trainer
 
+from skill_fairseq.messages import require_linux
 from skill_fairseq.training.checkpoint_files import WholeCopies
 from skill_fairseq.training.data_parallel import DistributedAnywhere, DistributedByType, refusing
 from skill_fairseq.training.loading import shield_workers
@@ -25,7 +26,12 @@ Validated = Tuple[List[Optional[float]], bool]
 
 
 def register_trainer() -> None:
-    """Called when the user dir is imported by a program that trains."""
+    """Called when the user dir is imported by a program that trains.
+
+    Raises:
+        OSError: this is not Linux.
+    """
+    require_linux("training with skill_fairseq")
     program: Any = sys.modules["fairseq_cli.train"]
     if program.Trainer is not Trainer:  # it is there already, or the program has its own
         return

@@ -16,6 +16,7 @@ from fairseq.trainer import Trainer
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from skill_fairseq.messages import printable
 from skill_fairseq.modules.host import numbers, to_host
 from skill_fairseq.modules.tf32 import allow_tf32
 from skill_fairseq.pruning.reach import check_reach, log_sparsity
@@ -330,7 +331,7 @@ class SkillTrainer(Trainer):
         if not isinstance(sample, dict) or "unreadable" not in sample:
             return sample
         for message in sample["unreadable"]:
-            logger.warning(f"file skipped: {message}")
+            logger.warning(f"file skipped: {printable(message)}")
         self._unreadable_here += len(sample["unreadable"])
         return _without_messages(sample)
 

@@ -59,6 +59,10 @@ def test_relative_root_is_relative_to_the_manifest(tmp_path: Path, monkeypatch: 
         ("/root\na.flac\t0\n", "line 2"),
         ("/root\n\t400\n", "line 2"),
         ("/root\na.flac\t400\tgeorge\n", "line 2"),
+        ("/root\n a.flac\t400\n", "line 2: the path ' a.flac' begins with a blank.*rename"),
+        ("/root\n\u3000a.flac\t400\n", "line 2: .*begins with a blank"),
+        ("/root \na.flac\t400\n", "line 1: the root '/root ' begins or ends with a blank"),
+        ("/root\na.flac\t9999999999999999\n", "line 2"),
     ],
 )
 def test_malformed_manifest(tmp_path: Path, text: str, message: str) -> None:
@@ -88,13 +92,25 @@ def test_missing_files_are_counted_and_named(tmp_path: Path) -> None:
     check_manifest(read_manifest(tmp_path / "train.tsv"))
 
 
-@pytest.mark.parametrize("name", ["a\tb.flac", "a\nb.flac", "a\x85b.flac", ""])
+@pytest.mark.parametrize(
+    "name", ["a\tb.flac", "a\nb.flac", "a\x85b.flac", "", " a.flac", "\u00a0a.flac", "\udce9.flac"]
+)
 def test_unstorable_path_writes_nothing(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="rename the file"):
         write_manifest(tmp_path / "train.tsv", ".", ["good.flac", name], [400, 400])
     with pytest.raises(ValueError, match="1 paths but 2 sizes"):
         write_manifest(tmp_path / "train.tsv", ".", ["good.flac"], [400, 400])
+    for root in (f"/data/{name}", f"{tmp_path} ") if name not in ("", " a.flac", "\u00a0a.flac") else (f"{name} ",):
+        with pytest.raises(ValueError, match="manifest's root cannot; rename the folder"):
+            write_manifest(tmp_path / "train.tsv", root, ["good.flac"], [400])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["\ufeff/root\na.flac\t400\n", "/root\r\na.flac\t400\r\n", "/root\na.flac\t400"])
+def test_manifests_of_other_systems_and_tools(tmp_path: Path, content: str) -> None:
+    (tmp_path / "train.tsv").write_bytes(content.encode())
+    manifest = read_manifest(tmp_path / "train.tsv")
+    assert (manifest.root, manifest.paths, manifest.sizes) == (Path("/root"), ["a.flac"], [400])
 
 
 @pytest.mark.parametrize("ending", ["flac", "wav"])

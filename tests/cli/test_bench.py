@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +75,7 @@ def test_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def __init__(self, name: str, setup: Setup, what: str) -> None:
             if setup.batch > 7:
-                raise RuntimeError("out of memory")
+                raise turns.DoesNotFit("out of memory")
             self.peak = 10 * setup.batch
             peaks.append(self.peak)
 
@@ -92,6 +96,52 @@ def test_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "Contestant", Broken)
     with pytest.raises(RuntimeError, match="a defect"):
         turns.largest_batch(Setup(), 100, lambda: None)
+
+
+@pytest.fixture
+def killer(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sends a signal to the next contestant's process as soon as it is there."""
+
+    def arm(number: int) -> None:
+        start = multiprocessing.context.SpawnProcess.start
+
+        def start_and_kill(process: Any) -> None:
+            start(process)
+            os.kill(process.pid, number)
+
+        monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", start_and_kill)
+
+    return arm
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGABRT, signal.SIGKILL])
+def test_a_crash_or_a_kill_is_no_lack_of_memory(
+    number: int, killer: Callable[[int], None], model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Taken for one, the search would end with a smaller batch, or say that nothing fits."""
+    killer(number)
+    arguments = ["train", "--model", model, "--find-max-tokens", "--memory", "100", *SMALL]
+    assert main(arguments) == 2
+    printed, error = capsys.readouterr()
+    assert f"its process was ended by {signal.Signals(number).name}" in error and "max_tokens" not in printed
+    assert "do not hold" not in error and ("reports no lack of memory" in error) == (number == signal.SIGKILL)
+
+
+def test_a_kill_by_a_system_without_memory_is_one(
+    killer: Callable[[int], None], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its count of such kills, which no test can raise, has grown."""
+    counts = iter(range(100))
+    monkeypatch.setattr(turns, "oom_kills", lambda: next(counts))
+    killer(signal.SIGKILL)
+    with pytest.raises(ValueError, match="do not hold one training step"):
+        turns.largest_batch(Setup(model=model, seconds=0.5), 10**11, lambda: None)
+
+
+def test_memory_that_a_process_cannot_get_is_a_batch_that_does_not_fit(model: str) -> None:
+    """A petabyte of audio: torch's allocator refuses it in the contestant's process."""
+    with pytest.raises(turns.DoesNotFit, match="can't allocate memory|not enough memory"):
+        turns.Contestant("skill_fairseq", Setup(model=model, seconds=80_000, batch=200_000), "infer")
 
 
 @pytest.mark.slow
@@ -140,6 +190,15 @@ def test_groups_that_stand_in_for_clusters() -> None:
         (["infer", "--seconds", "0"], "--seconds: 0.0"),
         (["infer", "--repeats", "0"], "--repeats: 0"),
         (["train", "--sparsity", "0.5", "--keep-conv", "1.5"], "--keep-conv: 1.5"),
+        (["infer", "--seconds", "nan"], "--seconds: nan"),
+        (["infer", "--seconds", "1e308"], "--seconds: 1e+308"),
+        (["infer", "--threads", "-1"], "--threads: -1"),
+        (["infer", "--seed", "-1"], "--seed: -1"),
+        (["infer", "--batch", "1e3"], "--batch: '1e3'"),
+        (["train", "--find-max-tokens", "--memory", "inf"], "--memory: inf"),
+        (["infer", "--device", "cuda:9"], "--device: 'cuda:9'"),
+        (["infer", "--json", "/proc/none/a.json"], "--json: /proc/none/a.json: cannot be written"),
+        (["load", "--manifest", "train.tsv", "--workers", "-1"], "--workers: -1"),
         (["train", "--keep-conv", "0.5"], "--keep-conv: 0.5"),
         (["train", "--find-max-tokens"], "--memory"),
         (["infer", "--model", "missing.pt"], "missing.pt: no such file"),
@@ -147,4 +206,5 @@ def test_groups_that_stand_in_for_clusters() -> None:
 )
 def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

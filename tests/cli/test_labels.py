@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,103 @@ def test_an_empty_last_column_is_not_the_one_before_it(tmp_path: Path) -> None:
     file.write_text("path\tspeaker\ttext\na.flac\tjackson\t\n")
     with pytest.raises(ValueError, match="line 2: .*expected an utterance's path or name.* and its text"):
         read_transcripts([file])
+
+
+COMMON_VOICE = "client_id\tpath\tsentence_id\tsentence\tsentence_domain\tup_votes\tage\tlocale\tsegment"
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "options"),
+    [
+        ("path\tsentence\tlocale", "{name}.flac\t{text}\ten", []),
+        (COMMON_VOICE, "0a1b\t{name}.mp3\tf00\t{text}\t\t2\t\ten\t", []),
+        ("locale\ttext\tid", "en\t{text}\t{name}", []),
+        ("path\tsentence\tlemma", "{name}\ten\t{text}", ["--column", "lemma"]),
+        ("\ufeffpath\ttext", "{name}\t{text}", []),
+        ("utterance\tspeaker\tTranscript", "{name}\ten\t{text}", []),
+    ],
+)
+def test_tables_by_the_names_of_their_columns(tmp_path: Path, header: str, row: str, options: list[str]) -> None:
+    manifests, table = write_data(tmp_path), tmp_path / "text.tsv"
+    rows = [row.format(name=name, text=text) for texts in TEXTS.values() for name, text in texts.items()]
+    table.write_text("\r\n".join([header, *rows, ""]), encoding="utf-8", newline="")
+    assert main([*manifests, "--transcripts", str(table), "--out", str(tmp_path / "out"), *options]) == 0
+    assert lines(tmp_path / "out" / "train.wrd") == list(TEXTS["train"].values())
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (
+            "84-1-0000\tA LINE\ten\n",
+            [],
+            "line 1: found the columns '84-1-0000', 'A LINE', 'en', expected one named path",
+        ),
+        ("path\tlocale\n84-1-0000\ten\n", [], "expected one named path or file and one named sentence or text"),
+        ("clip\tsentence\tlocale\nx\ty\ten\n", [], "line 1: found the columns 'clip', 'sentence', 'locale'"),
+        ("path\tsentence\nx\ty\n", ["--column", "words"], "and one named words; write such a line"),
+        ("path\tsentence\tlocale\nx\ty\n", [], "line 2: found 2 columns in 'x\\ty', expected 3"),
+        ("path\tsentence\tlocale\nx\t\ten\n", [], "line 2: found 'x\\t\\ten', expected"),
+        ("84-1-0000 A LINE\n", ["--column", "text"], "line 1: found '84-1-0000 A LINE', expected the names"),
+        ("x\ta\nx.mp3\tb\n", [], "3 of 3 recordings have no transcript"),
+    ],
+)
+def test_a_language_never_becomes_a_transcript(
+    tmp_path: Path, capsys: pytest.CaptureFixture, content: str, options: list[str], message: str
+) -> None:
+    manifests, table = write_data(tmp_path), tmp_path / "text.tsv"
+    table.write_text(content)
+    assert main([*manifests, "--transcripts", str(table), "--out", str(tmp_path / "out"), *options]) == 2
+    assert message.replace("\t", "\\t") in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_audio_is_not_looked_at_and_links_are_followed(tmp_path: Path) -> None:
+    manifests = write_data(tmp_path / "data")
+    store = trans(tmp_path / "data").rename(tmp_path / "store")
+    for file in store.rglob("*.flac"):
+        file.unlink()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "link").symlink_to(store)
+    manifests = [name.replace("/data/", "/store/") for name in manifests]
+    assert main([*manifests, "--transcripts", str(tmp_path / "text"), "--out", str(tmp_path / "out")]) == 0
+    assert lines(tmp_path / "out" / "train.wrd") == list(TEXTS["train"].values())
+
+
+def test_inputs_are_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    manifests, out = write_data(tmp_path / "data"), tmp_path / "out"
+    source = str(trans(tmp_path / "data"))
+    assert main([*manifests, "--transcripts", source, "--out", str(out)]) == 0
+    texts = out / "train.wrd"
+    texts.write_text("84-1-0000 A\n84-1-0001 B\n84-2-0000 C\n")
+    (tmp_path / "linked.txt").symlink_to(texts)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for arguments in (
+        [manifests[0], "--transcripts", str(texts)],
+        [manifests[0], "--transcripts", str(tmp_path / "linked.txt")],
+        [manifests[1], "--transcripts", source, "--units-of", str(out)],
+    ):
+        assert main([*arguments, "--out", str(out)]) == 2
+        assert "--out: " in (error := capsys.readouterr().err) and "would be overwritten" in error
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", ["\ufeff{root}\n{rows}\n", "{root}\r\n{rows}\r\n"])
+def test_a_manifest_of_windows_is_written_anew_for_fairseq(
+    tmp_path: Path, capsys: pytest.CaptureFixture, content: str
+) -> None:
+    manifest = Path(write_data(tmp_path, {"train": {"1-1-1": "ONE"}})[0])
+    root, rows = tmp_path, manifest.read_text().splitlines()[1]
+    manifest.write_bytes(content.format(root=root, rows=rows).encode())
+    arguments = [str(manifest), "--transcripts", str(trans(tmp_path, {"train": {"1-1-1": "ONE"}})), "--out"]
+    assert main([*arguments, str(tmp_path)]) == 2
+    assert "with a byte order mark or Windows' line breaks" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "train.tsv").read_bytes() == f"{root}\n{rows}\n".encode()
+
+
+def test_the_line_for_training_is_quoted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    manifests, source = write_data(tmp_path / "data"), str(trans(tmp_path / "data"))
+    out = tmp_path / "it's a; folder"
+    assert main([*manifests, "--transcripts", source, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()[-1].partition("use it with ")[2]
+    assert shlex.split(printed) == [f"task.data={out}", "task.labels=ltr"]

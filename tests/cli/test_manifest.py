@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +60,7 @@ def test_good_files_stay_and_bad_ones_are_listed(tmp_path: Path, capsys: pytest.
     (folder / "notes.txt").write_text("not looked at")
     write(folder / "a\tb.flac", tone(2))
 
-    assert main([str(folder), str(out), "--min-seconds", "1", "--max-seconds", "4", "--valid-percent", "0"]) == 0
+    assert main([str(folder), str(out), "--min-seconds", "1", "--max-seconds", "4", "--valid-percent", "0"]) == 1
     manifest = read_manifest(out / "train.tsv")
     check_manifest(manifest)
     assert manifest.root == folder.resolve() and (out / "train.tsv").read_text().startswith(f"{folder.resolve()}\n")
@@ -83,7 +87,8 @@ def test_good_files_stay_and_bad_ones_are_listed(tmp_path: Path, capsys: pytest.
     assert reasons["stereo.wav"] == "not mono\t2 channels, expected 1"
     assert reasons["phone.wav"] == "other sample rate\t8000 Hz, expected 16000 Hz"
     assert all(reasons[name].startswith("unreadable\t") for name in ("cut.flac", "text.flac", "empty.wav"))
-    printed = capsys.readouterr().out
+    printed, warned = capsys.readouterr()
+    assert "8 files were left out, 4 taken" in warned
     assert "left out: 8 files" in printed and "unreadable: 3: " in printed
     assert "other sample rate: 1: phone.wav (8000 Hz, expected 16000 Hz)" in printed and "ffmpeg -i" in printed
     assert "4 recordings, 0.003 hours" in printed
@@ -112,7 +117,7 @@ def test_nothing_that_the_decoder_meets_ends_the_scan(tmp_path: Path) -> None:
     (folder / "numbers.raw").write_bytes(bytes(32000))
     os.mkfifo(folder / "pipe.wav")
     options = ["--ext", "flac", "wav", "raw", "--valid-percent", "0"]
-    assert main([str(folder), str(tmp_path / "out"), *options]) == 0
+    assert main([str(folder), str(tmp_path / "out"), *options]) == 1  # most are left out
     assert splits(tmp_path / "out")["train"] == ["a.flac", "speaker0/000.wav", "speaker1/001.wav"]
     reasons = left_out(tmp_path / "out")
     assert set(reasons) == {"unknown.flac", "absurd.flac", "numbers.raw", "pipe.wav"}
@@ -168,8 +173,22 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     folder, out = many(tmp_path / "audio", 3), tmp_path / "out"
     assert "no such folder" in fails(capsys, tmp_path / "nothing", out)
     assert "no files ending in flac" in fails(capsys, folder, out, "--ext", "flac")
-    assert "--valid-percent: 100, expected" in fails(capsys, folder, out, "--valid-percent", 100)
+    assert "--valid-percent: 100.0; expected" in fails(capsys, folder, out, "--valid-percent", 100)
     assert "expected 0 <= min <= max" in fails(capsys, folder, out, "--min-seconds", 2, "--max-seconds", 1)
+    for option, value in (
+        ("--min-seconds", "nan"),
+        ("--max-seconds", "inf"),
+        ("--max-seconds", "1e999"),
+        ("--test-percent", "-1"),
+        ("--jobs", "-1"),
+        ("--jobs", "0"),
+        ("--seed", "-1"),
+        ("--sample-rate", "0"),
+        ("--speaker", "("),
+    ):
+        assert f"{option}: " in fails(capsys, folder, out, option, value)
+    (tmp_path / "file").touch()
+    assert f"OUT: {tmp_path / 'file'}/" in fails(capsys, folder, tmp_path / "file")
     assert not out.exists()
     assert "leave none for train.tsv" in fails(capsys, folder, out, "--valid-percent", 50, "--test-percent", 50)
     assert "none of 3 files is usable" in fails(capsys, folder, out, "--min-seconds", 5)
@@ -182,3 +201,122 @@ def test_a_stale_split_is_not_left_beside_a_new_train_set(tmp_path: Path, capsys
     before = splits(out)
     assert "test.tsv exists, but --test-percent is 0" in fails(capsys, folder, out)
     assert splits(out) == before
+
+
+def librispeech(folder: Path) -> Path:
+    for part, speakers in (("train-clean-100", range(10)), ("train-other-500", range(10, 16)), ("dev-clean", (90, 91))):
+        for speaker in speakers:
+            for chapter in range(2):
+                for utterance in range(2):
+                    name = f"{part}/{speaker}/{chapter}/{speaker}-{chapter}-{utterance:04d}.flac"
+                    write(folder / name, tone(0.5))
+    return folder
+
+
+def test_training_folders_split_by_speaker(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    corpus, out = librispeech(tmp_path / "LibriSpeech"), tmp_path / "out"
+    folders = [str(corpus / name) for name in ("train-clean-100", "train-other-500")]
+    assert main([*folders, str(out), "--split-by", "speaker", "--valid-percent", "12"]) == 0
+    assert read_manifest(out / "train.tsv").root == corpus
+    found = splits(out)
+    speakers = {name: {path.split("/")[1] for path in paths} for name, paths in found.items()}
+    assert not speakers["train"] & speakers["valid"] and len(found["train"]) + len(found["valid"]) == 64
+    assert len(found["valid"]) == 8 and not any("dev-clean" in path for path in sum(found.values(), []))
+    printed, warned = capsys.readouterr()
+    assert "8 recordings of 2 speakers" in printed and "warning" not in warned
+    assert not (out / "unfinished_scan.jsonl").exists()
+
+    assert (
+        main(
+            [
+                str(corpus),
+                str(tmp_path / "same"),
+                "--split-by",
+                "speaker",
+                "--valid-percent",
+                "12",
+                "--include",
+                "train-*",
+            ]
+        )
+        == 0
+    )
+    assert splits(tmp_path / "same") == found
+
+
+def test_folders_named_like_test_sets_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    corpus, out = librispeech(tmp_path / "LibriSpeech"), str(tmp_path / "out")
+    write(corpus / "devon" / "testimony" / "1.flac", tone(0.5))
+    assert main([str(corpus), out]) == 0
+    assert "8 recordings come from folders named like test sets (dev-clean)" in capsys.readouterr().err
+    assert main([str(corpus), out, "--exclude", "dev-*"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_one_odd_name_is_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder, out = many(tmp_path / "audio", 9), tmp_path / "out"
+    names = {b"caf\xe9.wav": "is not UTF-8", b" blank.wav": "begins with a blank", b"a\x85b.wav": "is not UTF-8"}
+    names.update({"\u3000wide.wav".encode(): "begins with a blank", "a\u2028b.wav".encode(): "has a tab or line break"})
+    for name in names:
+        target = os.fsencode(folder) + b"/" + name
+        with open(target, "wb") as stream:
+            stream.write((folder / "speaker0" / "000.wav").read_bytes())
+    assert main([str(folder), str(out), "--valid-percent", "20"]) == 0
+    assert sum(map(len, splits(out).values())) == 9
+    assert left_out(out) == {repr(os.fsdecode(name)): f"unusable name\t{reason}" for name, reason in names.items()}
+    assert "unusable name: 5: ' blank.wav' (begins with a blank)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tab\tin it", "blank ", "line\nbreak", "caf\udce9"])
+def test_a_root_that_no_manifest_can_hold_is_refused_before_the_scan(
+    tmp_path: Path, capsys: pytest.CaptureFixture, name: str
+) -> None:
+    folder = many(tmp_path / "plain", 2).rename(tmp_path / name)
+    assert "rename the folder" in fails(capsys, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_line_that_converts_is_safe_to_paste(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("l'\u00e9t\u00e9;touch RAN;'.wav", "\x1b[31mred.wav", "-y.wav"):
+        folder = tmp_path / "audio"
+        write(folder / name, tone(1, 8000), 8000)
+        assert main([str(folder), str(tmp_path / "out")]) == 2
+        printed, error = capsys.readouterr()
+        assert "\x1b" not in printed + error
+        line = next(line for line in printed.splitlines() if "convert it: " in line).partition("convert it: ")[2]
+        said = subprocess.run(
+            ["bash", "-c", f'ffmpeg() {{ printf "%s\\0" "$@"; }}; {line}'], capture_output=True, check=True
+        ).stdout.decode()
+        assert said.split("\0")[:-1] == [
+            "-i",
+            str(folder / name),
+            "-ar",
+            "16000",
+            "-ac",
+            "1",
+            f"./{name.removesuffix('.wav')}.16k.flac",
+        ]
+        (folder / name).unlink()
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_a_terminated_scan_ends_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    folder, out = tmp_path / "audio", tmp_path / "out"
+    write(folder / "0000.wav", tone(0.5))
+    content = (folder / "0000.wav").read_bytes()
+    for i in range(1, 1500):
+        (folder / f"{i:04d}.wav").write_bytes(content)
+    arguments = [sys.executable, "-m", "skill_fairseq.cli.manifest", str(folder), str(out), "--jobs", "1", "--decode"]
+    child = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    progress = out / "unfinished_scan.jsonl"
+    while child.poll() is None and not (progress.exists() and progress.stat().st_size):
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    _, error = child.communicate()
+    assert child.returncode == 128 + signal.SIGTERM and "ended by SIGTERM" in error and "Traceback" not in error
+    assert [entry.name for entry in out.iterdir()] == ["unfinished_scan.jsonl"]
+    assert main([str(folder), str(out), "--decode"]) == 0
+    assert sum(map(len, splits(out).values())) == 1500 and not progress.exists()

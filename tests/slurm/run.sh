@@ -8,6 +8,7 @@
 # slurm-wlm and munge, which it installs where they are missing. Exit code 77: could not be run here, for it is not
 # root, or there is neither Slurm nor apt-get. KEEP=1 keeps the folder with all logs; so does a failure.
 set -euo pipefail
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 cwd=$PWD
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 repo=$(cd "$here/../.." && pwd)

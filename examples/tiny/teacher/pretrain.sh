@@ -7,6 +7,7 @@
 # MANIFESTS holds train.tsv and valid.tsv; OUT receives everything, the teacher as OUT/teacher.safetensors.
 # Run it in an environment where skill_fairseq is installed, with the extra "probe" for k-means.
 set -euo pipefail
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 
 manifests=$(cd "$1" && pwd)
 mkdir -p "$2"
