@@ -160,15 +160,13 @@ _ASSIGNS = "assign" in inspect.signature(nn.Module.load_state_dict).parameters  
 
 
 def _hollow(config: EncoderConfig) -> SpeechEncoder:
-    """The encoder to be filled; no memory is taken for weights, where torch can do without and gates are not bound."""
-    if not _ASSIGNS or config.pruning_units:
-        return SpeechEncoder(config)
-    with torch.device("meta"), _NoDraws():
+    """The encoder to be filled: its weights are not drawn, so that the system need not give memory for them."""
+    with _NoDraws() if _ASSIGNS else contextlib.nullcontext():
         return SpeechEncoder(config)
 
 
 class _NoDraws(*((torch.overrides.TorchFunctionMode,) if _ASSIGNS else ())):  # type: ignore[misc]
-    """Inside, nothing is drawn at random: on the device "meta" that would import half of torch."""
+    """Inside, nothing is drawn at random; weights are what memory holds."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.randn:
@@ -179,8 +177,8 @@ class _NoDraws(*((torch.overrides.TorchFunctionMode,) if _ASSIGNS else ())):  # 
 
 
 def _fill(encoder: SpeechEncoder, state: State) -> None:
-    """The encoder takes the tensors over, each with memory of its own."""
-    if not any(parameter.is_meta for parameter in encoder.parameters()):
+    """The encoder takes the tensors over, each with memory of its own; gates are copied, as they may share theirs."""
+    if not _ASSIGNS or encoder.config.pruning_units:
         encoder.load_state_dict(state)
         return
     taken: set[int] = set()

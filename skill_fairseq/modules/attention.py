@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
         self.embed_dim = embed_dim
         self.head_dim = head_dim
         self.dropout = dropout
-        self.register_buffer("heads", torch.tensor(heads, dtype=torch.long, device="cpu"), persistent=False)
+        self.register_buffer("heads", torch.tensor(heads, dtype=torch.long), persistent=False)
         width = len(heads) * head_dim
         if heads:
             self.q_proj = nn.Linear(embed_dim, width)

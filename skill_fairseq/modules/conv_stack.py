@@ -121,7 +121,7 @@ class ConvStack(Prepared):
         self.gated = gates is not None
         # A kept channel's soft gate folds into the next convolution. After the last one comes a LayerNorm, which it
         # cannot pass, so that gate stays: as a constant, not as a parameter.
-        self.register_buffer("scale", torch.ones(in_channels, device="cpu"))
+        self.register_buffer("scale", torch.ones(in_channels))
         self.scale: Tensor
 
     def forward(self, source: Tensor, draw: Optional[Draw] = None) -> Tuple[Tensor, Optional[Units]]:
