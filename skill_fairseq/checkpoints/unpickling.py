@@ -44,6 +44,9 @@ HARMLESS = (
 MAX_PICKLE = 4_000_000
 """Bytes of a file that may be pickle rather than numbers; an object takes up to a hundred times its pickle's bytes."""
 
+MAX_REAL_PICKLE = 250_000_000
+"""The same where objects are made as what they are: by programs whose vocabularies may be large."""
+
 _CHUNK = 1 << 24
 _STORAGES = {
     **{f"{kind}Storage": getattr(torch, kind.lower()) for kind in ("Double", "Float", "Half", "Long", "Int", "Short")},
@@ -125,7 +128,7 @@ def open_archive(file: Any) -> zipfile.ZipFile:
     return archive
 
 
-def read_pickle(archive: zipfile.ZipFile) -> tuple[bytes, str]:
+def read_pickle(archive: zipfile.ZipFile, most: int = MAX_PICKLE) -> tuple[bytes, str]:
     """The pickle in an archive of torch, and the name of the folder that it lies in, with a slash.
 
     Raises:
@@ -135,14 +138,18 @@ def read_pickle(archive: zipfile.ZipFile) -> tuple[bytes, str]:
     if len(names) != 1:
         raise ValueError(f"it has {len(names)} members data.pkl; expected one")
     length = archive.getinfo(names[0]).file_size
-    if length > MAX_PICKLE:
-        raise ValueError(f"its pickle has {length:,} bytes; expected at most {MAX_PICKLE:,}")
+    if length > most:
+        raise ValueError(f"its pickle has {length:,} bytes; expected at most {most:,}")
     return archive.read(names[0]), names[0][: -len("data.pkl")]
+
+
+def _most(real_classes: bool) -> int:
+    return MAX_REAL_PICKLE if real_classes else MAX_PICKLE
 
 
 def _read_zip(file: BinaryIO, size: int, real_classes: bool) -> Any:
     with open_archive(file) as archive:
-        text, folder = read_pickle(archive)
+        text, folder = read_pickle(archive, _most(real_classes))
         order = folder + "byteorder"
         if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
             raise ValueError("its numbers are in the byte order of another kind of processor")
@@ -154,7 +161,7 @@ def _read_zip(file: BinaryIO, size: int, real_classes: bool) -> Any:
                 _fill(buffer, member)
                 member.read(1)
 
-        return Unpickler(Whole(text), real_classes, Storages(size, fill)).load()
+        return Unpickler(Whole(text, len(text)), real_classes, Storages(size, fill)).load()
 
 
 def _read_legacy(file: BinaryIO, size: int, real_classes: bool) -> Any:
@@ -165,7 +172,7 @@ def _read_legacy(file: BinaryIO, size: int, real_classes: bool) -> Any:
         file.seek(0)
     else:
         raise ValueError("it is a tar file of a torch before 0.2, which is not read")
-    text = Whole(file)
+    text = Whole(file, _most(real_classes))
     storages = Storages(size)
     start = tuple(Unpickler(text, real_classes, storages).load() for _ in _LEGACY)
     if start != _LEGACY:
@@ -175,7 +182,7 @@ def _read_legacy(file: BinaryIO, size: int, real_classes: bool) -> Any:
         raise ValueError("its storages are not those that its pickle names")
     for key in keys:
         buffer, dtype = storages.buffers[key], storages.made[key].dtype
-        (length,) = struct.unpack("<q", Whole(file).read(8))
+        (length,) = struct.unpack("<q", Whole(file, 8).read(8))
         if length * _width(dtype) != len(buffer):
             raise ValueError(f"its storage {key} is not as long as its pickle says")
         _fill(buffer, file)
@@ -231,9 +238,9 @@ class Storages:
 class Whole:
     """Reads from bytes or a file what is asked for, or nothing: pickle takes what is cut short for the whole."""
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, most: int = MAX_PICKLE) -> None:
         self.source = io.BytesIO(source) if isinstance(source, bytes) else source
-        self.left = MAX_PICKLE
+        self.most = self.left = most
 
     def read(self, length: int) -> bytes:
         self._count(length)
@@ -247,7 +254,7 @@ class Whole:
     def _count(self, length: int) -> None:
         self.left -= length
         if self.left < 0:
-            raise ValueError(f"its pickle is cut short or has more than {MAX_PICKLE:,} bytes: it may be truncated")
+            raise ValueError(f"its pickle is cut short or has more than {self.most:,} bytes: it may be truncated")
 
     @staticmethod
     def _checked(data: bytes, length: int) -> bytes:
@@ -268,7 +275,7 @@ class BoundedUnpickler(_Python):
 
     def __init__(self, file: Whole) -> None:
         super().__init__(file, encoding="utf-8")
-        self.copies_left = MAX_PICKLE
+        self.copies_left = max(MAX_PICKLE, file.most)
 
     def copied(self, items: Iterable[Any] = ()) -> list[Any]:
         """The items as a list, if there are not too many over the whole file."""
