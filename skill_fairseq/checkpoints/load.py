@@ -64,9 +64,7 @@ def load_encoder(path: PathLike, device: str | torch.device = "cpu", trust: bool
         ValueError: the file is truncated, foreign or unsupported; says what was recognised and expected.
     """
     source = read_source(path, trust)
-    with reading_file(Path(path)):
-        encoder = build_encoder(source, Path(path))
-    return encoder.to(device).eval()
+    return build_encoder(source, Path(path)).to(device).eval()
 
 
 def read_source(path: PathLike, trust: bool = False) -> EncoderSource:

@@ -78,6 +78,11 @@ def build_encoder(source: EncoderSource, path: Path) -> SpeechEncoder:
     Raises:
         ValueError: a weight is missing, left over, not finite, or of another shape than the config says; lists them.
     """
+    with reading_file(path):
+        return _build(source, path)
+
+
+def _build(source: EncoderSource, path: Path) -> SpeechEncoder:
     _check_size(source, path)
     encoder = _hollow(source.config)
     encoder.gather_gates(source.state, source.foreign_name("gates.log_alpha")[: -len("gates.log_alpha")])

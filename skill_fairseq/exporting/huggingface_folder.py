@@ -36,7 +36,7 @@ from transformers import AutoFeatureExtractor, AutoModel
 
 extractor = AutoFeatureExtractor.from_pretrained("FOLDER")
 model = AutoModel.from_pretrained("FOLDER"{trust}).float().eval()
-inputs = extractor([wave], sampling_rate=16000, return_tensors="pt", padding=True)  # wave: (N,) floats
+inputs = extractor([wave], sampling_rate={rate}, return_tensors="pt", padding=True)  # wave: (N,) floats
 with torch.no_grad():
     features = model(**inputs, output_hidden_states=True)
 """
@@ -80,7 +80,9 @@ def save_huggingface(
         config = _stock_config(encoder, kind)
         code = {}
     config.update(torch_dtype=dtype, **{PROVENANCE_FIELD: provenance})
-    usage = USAGE.format(trust=", trust_remote_code=True" if kind is None else "")
+    usage = USAGE.format(
+        trust=", trust_remote_code=True" if kind is None else "", rate=encoder.config.sample_rate
+    )
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     with atomic_folder(folder) as temporary:
         _write_json(temporary / "config.json", config)
