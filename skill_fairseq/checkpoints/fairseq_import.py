@@ -154,9 +154,10 @@ def encoder_source(
     """
     name = model_name(fields)
     said = [value for value in (fields.get("normalize"), task.get("normalize")) if isinstance(value, bool)]
-    unsaid = "waveforms as they are, not normalised: assumed; the file's task config does not say"
-    assumed = () if said else (unsaid,)
-    fields = {**fields, "normalize": _flag(*said)}
+    rate = fields.get("sample_rate") or task.get("sample_rate")
+    unsaid = {"waveforms as they are, not normalised": not said, "waveforms at 16000 Hz": not rate}
+    assumed = tuple(f"{what}: assumed; the file's config does not say" for what, is_so in unsaid.items() if is_so)
+    fields = {**fields, "normalize": _flag(*said), "sample_rate": rate}
     if any(key.startswith(OWN) for key in state):
         with reading_config(path):
             config = EncoderConfig.from_fairseq(fields)
