@@ -1,4 +1,4 @@
-"""Files of every kind that is read, cut short and with bits flipped: a clean error or a whole result, in bounded memory.
+"""Files of every kind that is read, cut short and with bits flipped: a clean error or a whole result, in bounds.
 
 A kind is a function that writes sound files into a folder, and one that reads the folder as users do.
 """
@@ -96,9 +96,7 @@ KINDS = {
     "fairseq checkpoint of an old torch": Kind(
         lambda d: checkpoint(d, _use_new_zipfile_serialization=False), lambda d: load_encoder(d / "a.pt")
     ),
-    "Hugging Face folder": Kind(
-        lambda d: save_huggingface(random_encoder(), d / "a"), lambda d: load_encoder(d / "a")
-    ),
+    "Hugging Face folder": Kind(lambda d: save_huggingface(random_encoder(), d / "a"), lambda d: load_encoder(d / "a")),
     "Hugging Face folder in pieces": Kind(weights_and_index, lambda d: load_encoder(d / "a")),
     "Hugging Face folder of our own": Kind(
         lambda d: save_huggingface(random_encoder(ffn_dims=[3, None, 48]), d / "a"), lambda d: load_encoder(d / "a")

@@ -175,7 +175,7 @@ def _read_weights(folder: Path, trust: bool) -> State:
         state: State = {}
         shards = read_json(folder / name).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise ValueError(f"{folder / name}: weight_map is {_short(shards)}; expected file names by names of weights")
+            raise ValueError(f"{folder / name}: weight_map is {_short(shards)}; expected a file for each weight")
         for shard in sorted(set(shards.values())):
             if Path(shard).name != shard:
                 raise ValueError(f"{folder / name}: names the shard {_short(shard)}; expected one beside it")

@@ -35,6 +35,7 @@ EXPECTED = (
     "an s3prl conversion, a TorchAudio state dict, a DPHuBERT model, or a file of skill-export"
 )
 
+
 def load_encoder(path: PathLike, device: str | torch.device = "cpu", trust: bool = False) -> SpeechEncoder:
     """Loads an encoder from any file that the importers know.
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from skill_fairseq.checkpoints.unpickling import (
+    MAX_PICKLE,
     BoundedUnpickler,
     Placeholder,
     Refused,
@@ -111,7 +112,7 @@ def load_without_objects(path: Path) -> Any:
         Exception: nearly any, where the file is missing, damaged or of another format.
     """
     with open_archive(path) as archive:
-        return _WithoutObjects(Whole(read_pickle(archive)[0])).load()
+        return _WithoutObjects(Whole(read_pickle(archive, MAX_PICKLE)[0], MAX_PICKLE)).load()
 
 
 class _Omitted(dict):

@@ -139,9 +139,7 @@ def _left_over(source: EncoderSource, used: set[str], of_the_encoder: bool) -> l
     return [
         name
         for name in source.state
-        if name not in used
-        and (name.partition(".")[0] in parts) == of_the_encoder
-        and not ignorable.fullmatch(name)
+        if name not in used and (name.partition(".")[0] in parts) == of_the_encoder and not ignorable.fullmatch(name)
     ]
 
 

@@ -159,7 +159,7 @@ def _config(state: State, fields: Mapping[str, Any], assumed: list[str]) -> Enco
     large = mode == "layer_norm"
     conv = given("extractor_conv_layer_config", None) or _conv_layers(state)
     for name, what in (
-        ("extractor_conv_layer_config", f"strides of the convolutions {','.join(str(stride) for _, _, stride in conv)}"),
+        ("extractor_conv_layer_config", f"convolution strides {','.join(str(stride) for _, _, stride in conv)}"),
         ("encoder_layer_norm_first", f"LayerNorm {'before' if large else 'after'} each sublayer"),
         ("normalize_waveform", f"waveforms {'normalised' if large else 'as they are'}"),
         ("encoder_max_distance", f"relative positions up to {MAX_DISTANCE} frames" if table is not None else None),

@@ -128,7 +128,7 @@ def open_archive(file: Any) -> zipfile.ZipFile:
     return archive
 
 
-def read_pickle(archive: zipfile.ZipFile, most: int = MAX_PICKLE) -> tuple[bytes, str]:
+def read_pickle(archive: zipfile.ZipFile, most: int) -> tuple[bytes, str]:
     """The pickle in an archive of torch, and the name of the folder that it lies in, with a slash.
 
     Raises:
@@ -238,7 +238,7 @@ class Storages:
 class Whole:
     """Reads from bytes or a file what is asked for, or nothing: pickle takes what is cut short for the whole."""
 
-    def __init__(self, source: Any, most: int = MAX_PICKLE) -> None:
+    def __init__(self, source: Any, most: int) -> None:
         self.source = io.BytesIO(source) if isinstance(source, bytes) else source
         self.most = self.left = most
 
@@ -476,4 +476,3 @@ def _latin(text: str, encoding: str) -> bytes:
     if encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError(f"bytes in the encoding {str(encoding)[:40]!r}")
     return codecs.latin_1_encode(text)[0]
-

@@ -31,7 +31,8 @@ EPILOG = f"""examples:
   skill-export student.safetensors student_s3prl --to s3prl
 
 CHECKPOINT is anything that skill_fairseq.load_encoder reads. The encoder alone is written: no teacher, no
-optimizer, no prediction head, nothing of the checkpoint that could run code. OUT's ending says what is written; folders have none and need --to.
+optimizer, no prediction head, nothing of the checkpoint that could run code.
+OUT's ending says what is written; folders have none and need --to.
 skill-info says what a file is.
 
   safetensors  one file that describes itself; skill_fairseq.load_encoder needs torch and safetensors to read it

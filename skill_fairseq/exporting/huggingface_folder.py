@@ -80,9 +80,7 @@ def save_huggingface(
         config = _stock_config(encoder, kind)
         code = {}
     config.update(torch_dtype=dtype, **{PROVENANCE_FIELD: provenance})
-    usage = USAGE.format(
-        trust=", trust_remote_code=True" if kind is None else "", rate=encoder.config.sample_rate
-    )
+    usage = USAGE.format(trust=", trust_remote_code=True" if kind is None else "", rate=encoder.config.sample_rate)
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     with atomic_folder(folder) as temporary:
         _write_json(temporary / "config.json", config)

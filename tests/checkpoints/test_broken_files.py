@@ -1,10 +1,9 @@
-"""Files that are broken, foreign or ask for too much: one error that names the file, and no memory for what is not there."""
+"""Files that are broken, foreign or ask for too much: one error that names the file, and no memory for what is not."""
 
 from __future__ import annotations
 
 import json
 import logging
-import resource
 import subprocess
 import sys
 import zipfile
@@ -34,7 +33,9 @@ def info_error(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("content, said", [(LFS, "git lfs pull"), (b"\n<!DOCTYPE html>", "HTML"), (b"", "empty")])
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json"]
+)
 def test_pointers_and_pages_in_a_folder_are_recognised(small, tmp_path, capsys, file, content, said):
     save_huggingface(small.random_encoder(), tmp_path / "a")
     if file != "config.json":
@@ -57,7 +58,7 @@ def test_an_index_without_a_map_is_named(small, tmp_path, capsys, index):
     (tmp_path / "a" / "model.safetensors").unlink()
     (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
     error = info_error(tmp_path / "a", capsys)
-    assert "model.safetensors.index.json: weight_map" in error and "expected file names" in error
+    assert "model.safetensors.index.json: weight_map" in error and "expected a file" in error
 
 
 @pytest.mark.parametrize(
@@ -164,7 +165,6 @@ def test_a_head_may_hold_anything(foreign, tmp_path):
     load_encoder(foreign.save_fairseq(state, cfg, tmp_path / "a.pt"))
 
 
-@pytest.mark.formats("in", "Hugging Face folder of ContentVec", "the encoder without its head")
 def test_heads_that_the_encoder_does_not_need_are_named_and_left_out(small, tmp_path, caplog, capsys):
     encoder = small.random_encoder(relative_position=False)
     save_huggingface(encoder, tmp_path / "a")
@@ -222,7 +222,8 @@ def test_a_loaded_encoder_owns_its_weights(small, tmp_path):
     flat = torch.cat([tensor.flatten() for tensor in state.values()])
     parts = flat.split([tensor.numel() for tensor in state.values()])
     state = {name: part.view_as(tensor) for (name, tensor), part in zip(state.items(), parts)}
-    state["speech_encoder.transformer.layers.1.ffn.fc1.bias"] = state["speech_encoder.transformer.layers.0.ffn.fc1.bias"]
+    bias = "speech_encoder.transformer.layers.{}.ffn.fc1.bias"
+    state[bias.format(1)] = state[bias.format(0)]
     cfg = {"model": {"_name": "skill_student", **encoder.config.to_dict()}, "task": {"normalize": False}}
     torch.save({"model": state, "cfg": cfg}, tmp_path / "a.pt")
     found = load_encoder(tmp_path / "a.pt")

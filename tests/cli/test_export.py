@@ -82,8 +82,8 @@ def test_gates_go_along_and_are_mentioned(config, tmp_path, capsys):
 def test_the_ending_says_what_is_written(config, tmp_path, capsys, monkeypatch):
     checkpoint(config, tmp_path / "a.pt")
     written = []
-    monkeypatch.setattr("skill_fairseq.cli.export.save_onnx", lambda encoder, path, *rest: written.append(path))
-    monkeypatch.setattr("skill_fairseq.cli.export.save_torch_program", lambda encoder, path, *rest: written.append(path))
+    for writer in ("save_onnx", "save_torch_program"):
+        monkeypatch.setattr(f"skill_fairseq.cli.export.{writer}", lambda encoder, path, *rest: written.append(path))
     for name in ("a.onnx", "a.pt2", "a.safetensors"):
         assert main([str(tmp_path / "a.pt"), str(tmp_path / name)]) == 0
     assert [path.name for path in written] == ["a.onnx", "a.pt2"] and (tmp_path / "a.safetensors").is_file()

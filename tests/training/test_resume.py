@@ -104,10 +104,6 @@ def test_a_strangers_checkpoint_in_the_folder_runs_no_code(data: list[str], stra
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.faults(
-    "a checkpoint's weights are NaN",
-    "the run ends at its first update and names the weight, not the audio files",
-)
 def test_weights_at_fault_are_named(data: list[str], straight: Any, tmp_path: Path) -> None:
     checkpoint = torch.load(straight(1).folder / "checkpoint_last.pt", weights_only=False)
     name = "speech_encoder.transformer.layers.1.ffn.fc1.bias"
