@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save, save_file
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.checkpoints.load import read_source
+from skill_fairseq.checkpoints.source import _ASSIGNS, _storage
 from skill_fairseq.cli.info import main as skill_info
 from skill_fairseq.exporting.huggingface_folder import save_huggingface
 from skill_fairseq.exporting.s3prl_folder import save_s3prl
@@ -229,17 +230,17 @@ def test_a_loaded_encoder_owns_its_weights(small, tmp_path):
     found = load_encoder(tmp_path / "a.pt")
     storages = {parameter.data_ptr() for parameter in found.parameters()}
     assert len(storages) == len(list(found.parameters())) and all(p.requires_grad for p in found.parameters())
-    for parameter in found.parameters():
-        assert parameter.untyped_storage().nbytes() == 4 * parameter.numel()
+    assert all(_storage(parameter).nbytes() == 4 * parameter.numel() for parameter in found.parameters())
     with torch.no_grad():
         found.transformer.layers[0].ffn.fc1.bias.zero_()
     assert torch.equal(found.transformer.layers[1].ffn.fc1.bias, encoder.transformer.layers[0].ffn.fc1.bias)
-    before = torch.get_rng_state()
-    load_encoder(tmp_path / "a.pt")
-    assert torch.equal(torch.get_rng_state(), before)  # loading draws no random numbers
+    if _ASSIGNS:  # otherwise the encoder is drawn, then filled
+        before = torch.get_rng_state()
+        load_encoder(tmp_path / "a.pt")
+        assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.skipif(not hasattr(torch.Tensor, "untyped_storage"), reason="older torch cannot take tensors over")
+@pytest.mark.skipif(not _ASSIGNS, reason=f"torch {torch.__version__} cannot take tensors over")
 def test_the_peak_of_a_load_is_little_more_than_the_file(small, tmp_path):
     encoder = small.random_encoder(encoder_embed_dim=512, encoder_ffn_embed_dim=8192, encoder_layers=4)
     state = {f"speech_encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}

@@ -14,6 +14,7 @@ import torch
 from disturbed import Run, same_outcome
 
 from skill_fairseq.checkpoints import load_encoder
+from skill_fairseq.checkpoints.safe_load import load_torch_file
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +96,7 @@ class RunsCode:
 
 
 def test_a_strangers_checkpoint_in_the_folder_runs_no_code(data: list[str], straight: Any, tmp_path: Path) -> None:
-    checkpoint = torch.load(straight(1).folder / "checkpoint_last.pt", weights_only=False)
+    checkpoint = load_torch_file(straight(1).folder / "checkpoint_last.pt", trust=True)
     checkpoint["extra_state"]["more"] = RunsCode(tmp_path / "made")
     run = Run(tmp_path / "run", *data, "optimization.max_update=41")
     torch.save(checkpoint, run.folder / "checkpoint_last.pt")
@@ -105,7 +106,7 @@ def test_a_strangers_checkpoint_in_the_folder_runs_no_code(data: list[str], stra
 
 
 def test_weights_at_fault_are_named(data: list[str], straight: Any, tmp_path: Path) -> None:
-    checkpoint = torch.load(straight(1).folder / "checkpoint_last.pt", weights_only=False)
+    checkpoint = load_torch_file(straight(1).folder / "checkpoint_last.pt", trust=True)
     name = "speech_encoder.transformer.layers.1.ffn.fc1.bias"
     checkpoint["model"][name][0] = float("nan")
     run = Run(tmp_path, *data, "optimization.max_update=50")
