@@ -110,7 +110,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"skill-{name} = skill_fairseq.cli.{name}:main"
-            for name in ("manifest", "cluster", "shrink", "export", "probe", "bench", "labels", "report")
+            for name in ("manifest", "cluster", "shrink", "export", "info", "probe", "bench", "labels", "report")
         ]
     },
 )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from skill_fairseq.checkpoints.plain_files import parse_json
 from skill_fairseq.checkpoints.safetensors_file import load_metadata, load_tensors
 from skill_fairseq.checkpoints.source import EncoderSource, State, reading_config
 from skill_fairseq.files import PathLike, atomic_write
@@ -87,7 +88,8 @@ def read_export(path: Path) -> EncoderSource:
             f"reads {FORMAT_VERSION!r}: upgrade skill_fairseq"
         )
     with reading_config(path):
-        config = EncoderConfig.from_dict(json.loads(metadata["config"]))
-        provenance = json.loads(metadata.get("provenance", "{}"))
+        fields = parse_json(metadata["config"], path, "its config")
+        provenance = parse_json(metadata.get("provenance", "{}"), path, "its provenance")
+        config = EncoderConfig.from_dict(fields)
     tensors = load_tensors(path)
     return EncoderSource("an exported encoder", config, tensors, lambda name: name, provenance=provenance)

@@ -153,11 +153,11 @@ def encoder_source(
         ValueError: another model, or a feature that this encoder does not have.
     """
     name = model_name(fields)
-    fields = {
-        **fields,
-        "normalize": _flag(fields.get("normalize"), task.get("normalize")),
-        "sample_rate": fields.get("sample_rate") or task.get("sample_rate"),
-    }
+    said = [value for value in (fields.get("normalize"), task.get("normalize")) if isinstance(value, bool)]
+    rate = fields.get("sample_rate") or task.get("sample_rate")
+    unsaid = {"waveforms as they are, not normalised": not said, "waveforms at 16000 Hz": not rate}
+    assumed = tuple(f"{what}: assumed; the file's config does not say" for what, is_so in unsaid.items() if is_so)
+    fields = {**fields, "normalize": _flag(*said), "sample_rate": rate}
     if any(key.startswith(OWN) for key in state):
         with reading_config(path):
             config = EncoderConfig.from_fairseq(fields)
@@ -168,6 +168,7 @@ def encoder_source(
             lambda own: OWN + own,
             PRETRAINING + CTC_HEAD,
             provenance=provenance,
+            assumed=assumed,
         )
     if name not in MODELS:
         raise ValueError(
@@ -188,6 +189,7 @@ def encoder_source(
         PRETRAINING + CTC_HEAD,
         ADDED_HERE,
         provenance,
+        assumed,
     )
 
 
@@ -199,7 +201,8 @@ def encoder_names(config: EncoderConfig) -> Callable[[str], str]:
 def with_projection(state: State, config: EncoderConfig) -> State:
     """fairseq leaves the projection out where the conv features have the model's width: the identity."""
     width = config.conv_feature_layers[-1][0]
-    if width == config.encoder_embed_dim and not any(key.startswith("post_extract_proj.") for key in state):
+    absent = width == config.encoder_embed_dim and not any(key.startswith("post_extract_proj.") for key in state)
+    if absent and width**2 < sum(tensor.numel() for tensor in state.values()):  # else far more is missing
         state["post_extract_proj.weight"] = torch.eye(width)
         state["post_extract_proj.bias"] = torch.zeros(width)
     return state

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from skill_fairseq.checkpoints.plain_files import look_alike, read_json
 from skill_fairseq.checkpoints.safe_load import load_torch_file
 from skill_fairseq.checkpoints.safetensors_file import load_tensors
 from skill_fairseq.checkpoints.source import (
@@ -80,6 +80,7 @@ def read_folder(folder: Path, trust: bool = False) -> EncoderSource:
     """
     fields = read_json(folder / "config.json")
     kind = fields.get("model_type")
+    audio = _feature_extractor(folder)
     if kind not in MODEL_TYPES:
         raise ValueError(
             f"{folder}: recognised as a Hugging Face folder, but config.json has model_type = {kind!r}; "
@@ -87,19 +88,28 @@ def read_folder(folder: Path, trust: bool = False) -> EncoderSource:
         )
     refuse(folder / "config.json", fields, SUPPORTED)
     with reading_config(folder / "config.json"):
-        config = _config(fields, folder)
+        config = _config(fields, audio)
     state = {_spelling(name, kind): tensor for name, tensor in _read_weights(folder, trust).items()}
+    assumed = (
+        f"waveforms at {config.sample_rate} Hz, {'normalised' if config.normalize else 'as they are'}: assumed, as the "
+        "folder has no preprocessor_config.json",
+    )
     return EncoderSource(
-        f"a Hugging Face folder of {kind}", config, state, renaming(ENCODER_NAMES), TASK_HEADS, ADDED_HERE
+        f"a Hugging Face folder of {kind}",
+        config,
+        state,
+        renaming(ENCODER_NAMES),
+        TASK_HEADS,
+        ADDED_HERE,
+        assumed=assumed if audio is None else (),
     )
 
 
-def _config(fields: Mapping[str, Any], folder: Path) -> EncoderConfig:
+def _config(fields: Mapping[str, Any], audio: Mapping[str, Any] | None) -> EncoderConfig:
     """The shape; absent fields have the defaults of transformers, which are those of the Base models."""
     conv = [fields.get(name, default) for name, default in _CONV_DEFAULTS.items()]
     if len({len(numbers) for numbers in conv}) != 1:
         raise ValueError(f"{', '.join(_CONV_DEFAULTS)} must have the same length; found {conv}")
-    audio = _feature_extractor(folder)
     data2vec = fields["model_type"] == "data2vec-audio"  # its code normalises all convolutions, whatever is written
     norm = "layer" if data2vec else fields.get("feat_extract_norm", "group")
     depth = fields.get("num_conv_pos_embeddings", 5) if data2vec else 1
@@ -136,6 +146,8 @@ def _feature_extractor(folder: Path) -> Mapping[str, Any] | None:
     processor, extractor = folder / "processor_config.json", folder / "preprocessor_config.json"
     if processor.exists():
         found = read_json(processor).get("feature_extractor")
+        if found is not None and not isinstance(found, dict):
+            raise ValueError(f"{processor}: feature_extractor is {_short(found)}; expected an object")
         if found:
             return found
     return read_json(extractor) if extractor.exists() else None
@@ -161,10 +173,12 @@ def _read_weights(folder: Path, trust: bool) -> State:
         if not name.endswith(".index.json"):
             return _read_shard(folder / name, trust)
         state: State = {}
-        shards = set(read_json(folder / name).get("weight_map", {}).values())
-        for shard in sorted(shards):
+        shards = read_json(folder / name).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ValueError(f"{folder / name}: weight_map is {_short(shards)}; expected a file for each weight")
+        for shard in sorted(set(shards.values())):
             if Path(shard).name != shard:
-                raise ValueError(f"{folder / name}: names the shard {shard!r}; expected one beside it")
+                raise ValueError(f"{folder / name}: names the shard {_short(shard)}; expected one beside it")
             state.update(_read_shard(folder / shard, trust))
         return state
     raise FileNotFoundError(
@@ -176,21 +190,12 @@ def _read_weights(folder: Path, trust: bool) -> State:
 def _read_shard(path: Path, trust: bool) -> State:
     if not path.exists():
         raise FileNotFoundError(f"{path}: this piece of the weights is missing; fetch the folder again")
+    look_alike(path, "weights")
     if path.suffix == ".safetensors":
         return load_tensors(path)
     return tensors_of(load_torch_file(path, trust), path)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The fields of a JSON file.
-
-    Raises:
-        ValueError: it is no JSON, or no object; names the file.
-    """
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is no JSON ({error}); fetch it again") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: holds {type(fields).__name__}; expected an object with named fields")
-    return fields
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."

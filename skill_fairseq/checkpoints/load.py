@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from skill_fairseq.checkpoints.own_folders import (
     read_own_folder,
     read_s3prl_folder,
 )
+from skill_fairseq.checkpoints.plain_files import look_alike
 from skill_fairseq.checkpoints.s3prl_import import KEYS as S3PRL_KEYS
 from skill_fairseq.checkpoints.s3prl_import import read_s3prl
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
 from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
-from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
+from skill_fairseq.checkpoints.source import EncoderSource, build_encoder, reading_file
 from skill_fairseq.checkpoints.torchaudio_import import is_torchaudio, read_torchaudio
 from skill_fairseq.files import PathLike
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -30,15 +33,6 @@ EXPECTED = (
     "a Microsoft WavLM file, a fairseq checkpoint of hubert, wav2vec2, data2vec_audio, wavlm or skill_student (also "
     "fine-tuned by hubert_ctc or wav2vec_ctc), a Hugging Face folder of WavLM, HuBERT, wav2vec 2.0 or data2vec-audio, "
     "an s3prl conversion, a TorchAudio state dict, a DPHuBERT model, or a file of skill-export"
-)
-
-_LOOKALIKES = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
-    (b"<", "an HTML or XML page, perhaps a download that failed"),
-    (b"fLaC", "FLAC audio"),
-    (b"RIFF", "WAV audio"),
-    (b"{", "JSON text"),
-    (b"\x1f\x8b", "a gzip archive"),
 )
 
 
@@ -80,7 +74,13 @@ def read_source(path: PathLike, trust: bool = False) -> EncoderSource:
     Raises:
         as :func:`load_encoder`.
     """
-    path = Path(path)
+    with reading_file(Path(path)):
+        source = _read_source(Path(path), trust)
+        _check_provenance(source.provenance)
+    return source
+
+
+def _read_source(path: Path, trust: bool) -> EncoderSource:
     if path.is_dir():
         if is_own_folder(path):
             return read_own_folder(path)
@@ -95,17 +95,21 @@ def read_source(path: PathLike, trust: bool = False) -> EncoderSource:
         )
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected {EXPECTED}, on this machine")
+    look_alike(path, EXPECTED)
     with open(path, "rb") as file:
         head = file.read(64)
-    if not head:
-        raise ValueError(f"{path}: is empty; fetch it again")
     if looks_like_safetensors(head):
         return read_export(path)
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return _read_checkpoint(load_torch_file(path, trust), path)
-    unknown = f"it begins with {head[:8]!r}"
-    kind = next((kind for start, kind in _LOOKALIKES if head.lstrip().startswith(start)), unknown)
-    raise ValueError(f"{path}: is no checkpoint ({kind}); expected {EXPECTED}")
+    raise ValueError(f"{path}: is no checkpoint (it begins with {head[:8]!r}); expected {EXPECTED}")
+
+
+def _check_provenance(provenance: Any) -> None:
+    """Raises an error unless it can be handed on in every kind of file."""
+    if not isinstance(provenance, Mapping):
+        raise ValueError(f"what it says of its origin is {type(provenance).__name__}; expected named fields")
+    json.dumps(dict(provenance), allow_nan=False)
 
 
 def _read_checkpoint(checkpoint: Any, path: Path) -> EncoderSource:

@@ -22,6 +22,8 @@ def read_microsoft(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
     relative = bool(fields.get("relative_position_embedding", False))
     refuse(path, fields, {"gru_rel_pos": relative})  # their bias comes gated, or not at all
     # 1280 is their default for files that do not say; those published say 800.
+    assumed = ("relative positions up to 1280 frames: assumed, as in Microsoft's code; the file does not say",)
+    known = not relative or "max_distance" in fields
     fields = {"max_distance": 1280, **fields, "relative_position": relative, "padding_rule": "chunks"}
     with reading_config(path):
         config = EncoderConfig.from_fairseq(fields)
@@ -32,4 +34,5 @@ def read_microsoft(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
         encoder_names(config),
         PRETRAINING,
         ADDED_HERE,
+        assumed=() if known else assumed,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from skill_fairseq.checkpoints.export import read_export
-from skill_fairseq.checkpoints.huggingface import read_json
+from skill_fairseq.checkpoints.plain_files import look_alike, read_json
 from skill_fairseq.checkpoints.safetensors_file import load_tensors
 from skill_fairseq.checkpoints.source import EncoderSource, reading_config
 from skill_fairseq.modules.config import EncoderConfig
@@ -34,6 +34,7 @@ def read_s3prl_folder(folder: Path) -> EncoderSource:
     Raises:
         ValueError: a damaged file.
     """
+    look_alike(folder / "model.safetensors", "weights")
     return read_export(folder / "model.safetensors")._replace(format="an s3prl upstream of skill-export")
 
 
@@ -49,6 +50,7 @@ def read_own_folder(folder: Path) -> EncoderSource:
         raise ValueError(f"{folder}: config.json has model_type {fields.get('model_type')!r}; expected {OWN_TYPE!r}")
     with reading_config(folder / "config.json"):
         config = EncoderConfig.from_dict(fields["encoder_shape"])
+    look_alike(folder / "model.safetensors", "weights")
     return EncoderSource(
         "a Hugging Face folder of skill-export",
         config,

@@ -26,7 +26,11 @@ def read_s3prl(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
     fields, task = plain(checkpoint["model_cfg"]), plain(checkpoint["task_cfg"])
     name = model_name(fields) or _guess(checkpoint, fields)
     state = model_state(checkpoint["model_weight"], path)
-    return encoder_source(f"s3prl's conversion of {name!r}", {**fields, "_name": name}, task, state, path, {})
+    source = encoder_source(f"s3prl's conversion of {name!r}", {**fields, "_name": name}, task, state, path, {})
+    if model_name(fields):
+        return source
+    guess = f"a model of kind {name!r}: assumed from the file's other parts; its config does not say"
+    return source._replace(assumed=(guess, *source.assumed))
 
 
 def _guess(checkpoint: Mapping[str, Any], fields: Mapping[str, Any]) -> str:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-from torch import Tensor
+import torch
+import torch.overrides
+from torch import Tensor, nn
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.size import count_parameters, static_shape, widths_of
+
+logger = logging.getLogger(__name__)
 
 Rules = tuple[tuple[str, str], ...]
 State = dict[str, Tensor]
@@ -31,6 +38,7 @@ class EncoderSource(NamedTuple):
         ignorable: regular expressions of names that are known not to belong to the encoder.
         optional: names of our encoder that the file may lack.
         provenance: what the file says about where it comes from.
+        assumed: what the file leaves open and was decided here, in words.
     """
 
     format: str
@@ -40,6 +48,7 @@ class EncoderSource(NamedTuple):
     ignorable: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = {}
+    assumed: tuple[str, ...] = ()
 
 
 def renaming(rules: Rules) -> Callable[[str], str]:
@@ -62,15 +71,23 @@ def weight_norm_spelling(name: str) -> str:
 
 
 def build_encoder(source: EncoderSource, path: Path) -> SpeechEncoder:
-    """Makes the encoder in float32 and fills it.
+    """Makes the encoder in float32 and fills it. Where torch can, its weights are those of the source, not copies.
+
+    Weights of other parts of a model (heads, quantisers) are left out; see :func:`left_out`.
 
     Raises:
-        ValueError: a weight is missing, left over, or of another shape than the config says; lists them.
+        ValueError: a weight is missing, left over, not finite, or of another shape than the config says; lists them.
     """
-    encoder = SpeechEncoder(source.config)
+    with reading_file(path):
+        return _build(source, path)
+
+
+def _build(source: EncoderSource, path: Path) -> SpeechEncoder:
+    _check_size(source, path)
+    encoder = _hollow(source.config)
     encoder.gather_gates(source.state, source.foreign_name("gates.log_alpha")[: -len("gates.log_alpha")])
     state: State = {}
-    missing, misshapen, used = [], [], set()
+    missing, misshapen, not_finite, used = [], [], [], set()
     for name, wanted in encoder.state_dict().items():
         foreign = source.foreign_name(name)
         found = source.state.get(foreign)
@@ -79,27 +96,110 @@ def build_encoder(source: EncoderSource, path: Path) -> SpeechEncoder:
             if name not in source.optional:
                 missing.append(foreign)
             state[name] = wanted
-        elif found.shape != wanted.shape:
-            misshapen.append(f"{foreign} {tuple(found.shape)} instead of {tuple(wanted.shape)}")
+        elif found.shape != wanted.shape or found.is_floating_point() != wanted.is_floating_point():
+            misshapen.append(f"{foreign} {_shape(found)} instead of {_shape(wanted)}")
+        elif not torch.isfinite(found).all():
+            not_finite.append(foreign)
         else:
-            state[name] = found.to(wanted.dtype)
-    ignorable = re.compile("|".join(source.ignorable) or r"(?!)")
-    left_over = [name for name in source.state if name not in used and not ignorable.fullmatch(name)]
+            state[name] = found.detach().to(wanted.dtype)
     problems = [
         f"{len(names)} {kind}: {_shorten(names)}"
-        for kind, names in (("missing", missing), ("left over", left_over), ("of another shape", misshapen))
+        for kind, names in (
+            ("missing", missing),
+            ("left over", _left_over(source, used, of_the_encoder=True)),
+            ("of another shape", misshapen),
+            ("with NaN or infinite values", not_finite),
+        )
         if names
     ]
     if problems:
         raise ValueError(
             f"{path}: recognised as {source.format}, but its weights do not fit its config; " + "; ".join(problems)
+            if len(problems) > 1 or not not_finite
+            else f"{path}: recognised as {source.format}, but its weights are damaged; {problems[0]}"
         )
-    encoder.load_state_dict(state)
+    _fill(encoder, state)
+    for assumption in source.assumed:
+        logger.warning(f"{path}: {assumption}")
+    unused = _left_over(source, used, of_the_encoder=False)
+    if unused:
+        logger.info(f"{path}: left out, as the encoder has no use for them: {_shorten(unused)}")
     return encoder
 
 
+def left_out(source: EncoderSource, encoder: SpeechEncoder) -> list[str]:
+    """Names of weights of other parts of the model: heads that the encoder does not need, and that nobody knew."""
+    return _left_over(source, {source.foreign_name(name) for name in encoder.state_dict()}, of_the_encoder=False)
+
+
+def _left_over(source: EncoderSource, used: set[str], of_the_encoder: bool) -> list[str]:
+    """Weights that were not used, of the encoder's own parts (the first word of a name) or of others."""
+    ignorable = re.compile("|".join(source.ignorable) or r"(?!)")
+    parts = {name.partition(".")[0] for name in used}
+    return [
+        name
+        for name in source.state
+        if name not in used and (name.partition(".")[0] in parts) == of_the_encoder and not ignorable.fullmatch(name)
+    ]
+
+
+def _check_size(source: EncoderSource, path: Path) -> None:
+    """Raises ValueError where a config asks for far more numbers than the file holds: no memory is taken for it."""
+    wanted = int(count_parameters(static_shape(source.config), widths_of(source.config)))
+    storages = {_storage(tensor).data_ptr(): tensor for tensor in source.state.values()}
+    held = sum(_storage(tensor).nbytes() // tensor.element_size() for tensor in storages.values())
+    if wanted > 2 * held + 1_000_000:
+        raise ValueError(
+            f"{path}: recognised as {source.format}, but its weights do not fit its config, which asks for {wanted:,} "
+            f"parameters; the file holds {held:,} numbers"
+        )
+
+
+def _storage(tensor: Tensor) -> Any:
+    return tensor.untyped_storage() if hasattr(tensor, "untyped_storage") else tensor.storage()
+
+
+_ASSIGNS = "assign" in inspect.signature(nn.Module.load_state_dict).parameters  # torch >= 2.1
+
+
+def _hollow(config: EncoderConfig) -> SpeechEncoder:
+    """The encoder to be filled: its weights are not drawn, so that the system need not give memory for them."""
+    with _NoDraws() if _ASSIGNS else contextlib.nullcontext():
+        return SpeechEncoder(config)
+
+
+class _NoDraws(*((torch.overrides.TorchFunctionMode,) if _ASSIGNS else ())):  # type: ignore[misc]
+    """Inside, nothing is drawn at random; weights are what memory holds."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.randn:
+            function = torch.empty
+        elif getattr(function, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return (*args, *(kwargs or {}).values())[0]
+        return function(*args, **(kwargs or {}))
+
+
+def _fill(encoder: SpeechEncoder, state: State) -> None:
+    """The encoder takes the tensors over, each with memory of its own; gates are copied, as they may share theirs."""
+    if not _ASSIGNS or encoder.config.pruning_units:
+        encoder.load_state_dict(state)
+        return
+    taken: set[int] = set()
+    for name, tensor in state.items():
+        whole = tensor.is_contiguous() and _storage(tensor).nbytes() == tensor.numel() * tensor.element_size()
+        if not whole or tensor.data_ptr() in taken:
+            state[name] = tensor.clone(memory_format=torch.contiguous_format)
+        taken.add(tensor.data_ptr())
+    encoder.load_state_dict(state, assign=True)
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else f' {tensor.dtype}'}"
+
+
 def _shorten(names: list[str], limit: int = 20) -> str:
-    return ", ".join(names[:limit]) + (f", ... ({len(names) - limit} more)" if len(names) > limit else "")
+    shown = ", ".join(name if len(name) <= 200 else name[:200] + "..." for name in names[:limit])
+    return shown + (f", ... ({len(names) - limit} more)" if len(names) > limit else "")
 
 
 def tensors_of(state: Any, path: Path) -> State:
@@ -108,7 +208,9 @@ def tensors_of(state: Any, path: Path) -> State:
     Raises:
         ValueError: it does not.
     """
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{path}: its weights are {type(state).__name__}; expected a state dict of tensors")
     return dict(state)
 
@@ -122,8 +224,31 @@ def reading_config(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: its config cannot be used: {error}") from error
+    except Exception as error:  # fields of any other type raise nearly anything
+        raise ValueError(f"{path}: its config cannot be used: {_short(error)}") from error
+
+
+@contextlib.contextmanager
+def reading_file(path: Path) -> Iterator[None]:
+    """Whatever a broken file makes of the block, there is one error, and it names the file.
+
+    Raises:
+        ValueError, OSError: the file is broken, foreign, missing or cannot be read.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: is damaged or of an unknown kind ({_short(error)})") from error
+
+
+def _short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    kind = "" if type(error) is ValueError and text else f"{type(error).__name__}: "
+    return kind + (text if len(text) <= 1000 else text[:1000] + "...")
 
 
 def refuse(path: Path, config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:

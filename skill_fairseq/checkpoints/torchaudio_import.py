@@ -88,8 +88,9 @@ def read_torchaudio(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
         raise ValueError(f"{path}: its config is {type(fields).__name__}; expected keyword arguments by name")
     refuse(path, fields, SUPPORTED)
     state = _own_names(tensors_of(checkpoint.get("state_dict", checkpoint), path), path)
+    assumed: list[str] = []
     with reading_config(path):
-        config = _config(state, fields)
+        config = _config(state, fields, assumed)
     format = "TorchAudio's state dict" + (" with its config" if fields else "")
     if "encoder_use_attention" in fields:
         format = "DPHuBERT's model"
@@ -102,6 +103,7 @@ def read_torchaudio(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
         lambda name: _from_transformers(_transformers_name(name)),
         HEADS_AND_MASKING + unused,
         ADDED_HERE,
+        assumed=tuple(f"{what}: assumed, as in TorchAudio's own models; the file does not say" for what in assumed),
     )
 
 
@@ -126,8 +128,11 @@ def _own_names(state: State, path: Path) -> State:
     return found
 
 
-def _config(state: State, fields: Mapping[str, Any]) -> EncoderConfig:
-    """The shape: what the config says, otherwise what the tensors tell, otherwise the module's rules."""
+def _config(state: State, fields: Mapping[str, Any], assumed: list[str]) -> EncoderConfig:
+    """The shape: what the config says, otherwise what the tensors tell, otherwise the module's rules.
+
+    What comes of the rules is added to ``assumed``, in words.
+    """
 
     def given(name: str, otherwise: Any) -> Any:
         return otherwise if fields.get(name) is None else fields[name]
@@ -144,35 +149,47 @@ def _config(state: State, fields: Mapping[str, Any]) -> EncoderConfig:
     widths = _each(given("encoder_ff_interm_features", [rows(n) if n in state else 0 for n in ffn]), count)
     widths = [width if used else None for width, used in zip(widths, use_ffn)]
     dim = given("encoder_embed_dim", rows("encoder.feature_projection.projection.weight"))
-    full_heads, heads = _heads(state, fields, dim, count)
+    full_heads, heads = _heads(state, fields, dim, count, assumed)
     several_norms = "feature_extractor.conv_layers.1.layer_norm.weight" in state
     mode = given("extractor_mode", "layer_norm" if several_norms else "group_norm")
     kernel = state.get("encoder.transformer.pos_conv_embed.conv.weight_v")
     if kernel is None:
         raise ValueError("the weights lack encoder.transformer.pos_conv_embed.conv.weight_v")
     table = state.get(f"{_LAYER}0.attention.rel_attn_embed.weight")
+    large = mode == "layer_norm"
+    conv = given("extractor_conv_layer_config", None) or _conv_layers(state)
+    for name, what in (
+        ("extractor_conv_layer_config", f"convolution strides {','.join(str(stride) for _, _, stride in conv)}"),
+        ("encoder_layer_norm_first", f"LayerNorm {'before' if large else 'after'} each sublayer"),
+        ("normalize_waveform", f"waveforms {'normalised' if large else 'as they are'}"),
+        ("encoder_max_distance", f"relative positions up to {MAX_DISTANCE} frames" if table is not None else None),
+    ):
+        if what and fields.get(name) is None:
+            assumed.append(what)
     return EncoderConfig(
         extractor_mode={"group_norm": "default"}.get(mode, mode),
-        conv_feature_layers=given("extractor_conv_layer_config", None) or _conv_layers(state),
+        conv_feature_layers=conv,
         conv_bias=given("extractor_conv_bias", "feature_extractor.conv_layers.0.conv.bias" in state),
         encoder_layers=count,
         encoder_embed_dim=dim,
         encoder_ffn_embed_dim=max((width for width in widths if width), default=1),
         encoder_attention_heads=full_heads,
-        layer_norm_first=given("encoder_layer_norm_first", mode == "layer_norm"),
+        layer_norm_first=given("encoder_layer_norm_first", large),
         conv_pos=given("encoder_pos_conv_kernel", kernel.size(2)),
         conv_pos_groups=given("encoder_pos_conv_groups", dim // kernel.size(1)),
         relative_position=table is not None,
         num_buckets=given("encoder_num_buckets", 320 if table is None else table.size(0)),
         max_distance=given("encoder_max_distance", MAX_DISTANCE),
-        normalize=given("normalize_waveform", mode == "layer_norm"),
+        normalize=given("normalize_waveform", large),
         padding_rule="convolution",
         heads=heads,
         ffn_dims=widths,
     )
 
 
-def _heads(state: State, fields: Mapping[str, Any], dim: int, count: int) -> tuple[int, list[list[int] | None]]:
+def _heads(
+    state: State, fields: Mapping[str, Any], dim: int, count: int, assumed: list[str]
+) -> tuple[int, list[list[int] | None]]:
     """Number of heads before pruning, and the heads left in each layer."""
     queries = [state.get(f"{_LAYER}{i}.attention.q_proj.weight") for i in range(count)]
     gates = [state.get(f"{_LAYER}{i}.attention.gru_rel_pos_const") for i in range(count)]
@@ -199,6 +216,8 @@ def _heads(state: State, fields: Mapping[str, Any], dim: int, count: int) -> tup
                 "keyword arguments of torchaudio.models.wav2vec2_model"
             )
         left = [list(range(full))] * count
+        if gate is None:
+            assumed.append(f"{full} attention heads, from the width {dim} alone")
     return full, [heads if attention else None for heads, attention in zip(_each(left, count), used)]
 
 

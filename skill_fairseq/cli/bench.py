@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import sys
@@ -64,9 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(torch.device(args.device).index or 0)
     if args.threads:
         torch.set_num_threads(args.threads)
-    record = {"what": args.what, **args.measure(args), "machine": _machine(args)}
+    # The table makes room for JSON that another program may be waiting for.
+    with contextlib.redirect_stdout(sys.stderr) if args.json is None else contextlib.nullcontext():
+        record = {"what": args.what, **args.measure(args), "machine": _machine(args)}
     if args.json is None:
-        print(f"\n{json.dumps(record)}")
+        print(json.dumps(record))
     else:
         write_json(args.json, record)
     return 0

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.teacher = args.teacher.absolute()  # a folder may be given as "."
     _check_options(args)
     manifest = read_manifest(args.manifest)
-    encoder = load_encoder(args.teacher, args.device)
+    encoder = load_encoder(args.teacher, args.device, args.trust)
     layers = list(range(1 if args.no_layer_0 else 0, encoder.config.encoder_layers + 1))
     make_groups(1.0 - np.eye(len(layers)), args)  # options out of range fail before the work
 
@@ -217,6 +217,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="any file or folder that load_encoder reads",
+    )
+    add(
+        "--trust",
+        action="store_true",
+        help="read a teacher with unknown pickled classes, which runs code of whoever made it",
     )
     add("--manifest", required=True, type=Path, metavar="TSV", help="audio to choose the calibration set from")
     add(

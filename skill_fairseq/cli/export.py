@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from skill_fairseq.checkpoints.export import DTYPES, save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.own_folders import UPSTREAM
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
+from skill_fairseq.cli import info
 from skill_fairseq.cli._common import Parser, run
-from skill_fairseq.exporting.describe import as_dict, as_lines, describe
 from skill_fairseq.exporting.folder import check_folder
 from skill_fairseq.exporting.huggingface_folder import save_huggingface
 from skill_fairseq.exporting.onnx_graph import NEEDED, OPSET, save_onnx
@@ -29,14 +28,15 @@ SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2", "hu
 
 EPILOG = f"""examples:
   skill-export outputs/final/checkpoint_last.pt student.safetensors
-  skill-export student.safetensors student.onnx --to onnx
-  skill-export student.safetensors student.pt2 --to torch --padding-mask
+  skill-export student.safetensors student.onnx
+  skill-export student.safetensors student.pt2 --padding-mask
   skill-export student.safetensors student_hf --to huggingface
   skill-export student.safetensors student_s3prl --to s3prl
-  skill-export --info student_hf
 
 CHECKPOINT is anything that skill_fairseq.load_encoder reads. The encoder alone is written: no teacher, no
 optimizer, no prediction head, nothing of the checkpoint that could run code.
+OUT's ending says what is written; folders have none and need --to.
+skill-info says what a file is.
 
   safetensors  one file that describes itself; skill_fairseq.load_encoder needs torch and safetensors to read it
   onnx         opset {OPSET}, for onnxruntime; any batch size, any length from 400 samples on; all hidden states
@@ -62,11 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.info is not None:
         if args.checkpoint is not None:
             parser.error("--info FILE takes no other file")
-        found = describe(args.info, args.trust)
-        print(json.dumps(as_dict(found), indent=2) if args.json else "\n".join(as_lines(found)))
-        return 0
+        return info.main([str(args.info), *["--json"] * args.json, *["--trust"] * args.trust])
     if args.out is None:
-        parser.error("CHECKPOINT and OUT are needed, or --info FILE")
+        parser.error("CHECKPOINT and OUT are needed")
     _check(args)
     source = read_source(args.checkpoint, args.trust)
     encoder = build_encoder(source, args.checkpoint).eval()
@@ -82,6 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    """Finds out what is to be written, and refuses what does not go together."""
+    if args.to is None:
+        args.to = next((to for to, suffix in SUFFIXES.items() if suffix and suffix == args.out.suffix), None)
+    if args.to is None:
+        endings = ", ".join(filter(None, SUFFIXES.values()))
+        folders = " or ".join(f"--to {to}" for to, suffix in SUFFIXES.items() if not suffix)
+        raise ValueError(f"OUT: {args.out}; expected a name that ends in {endings}, or {folders} for a folder")
     suffix = SUFFIXES[args.to]
     if suffix and args.out.suffix != suffix:
         raise ValueError(f"OUT: {args.out}; expected a name that ends in {suffix} with --to {args.to}")
@@ -135,22 +140,22 @@ def provenance(source: EncoderSource, path: Path) -> dict[str, object]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="skill-export",
-        description="Write the encoder of a checkpoint for other programs, or say what a file is.",
+        description="Write the encoder of a checkpoint for other programs.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="file or folder to read")
     add("out", type=Path, nargs="?", metavar="OUT", help="file (.safetensors, .onnx, .pt2) or folder to write")
-    add("--to", choices=list(SUFFIXES), default="safetensors", help="what to write (default: safetensors)")
+    add("--to", choices=list(SUFFIXES), help="what to write (default: what OUT's ending says)")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: float32)")
     add(
         "--padding-mask",
         action="store_true",
         help="give a graph (onnx, torch) a second input: (batch, samples) bool, true = padding, at each row's end",
     )
-    add("--info", type=Path, metavar="FILE", help="print what a file or folder is, write nothing")
-    add("--json", action="store_true", help="with --info: as JSON")
+    add("--info", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # skill-info, by its older name
+    add("--json", action="store_true", help=argparse.SUPPRESS)
     add(
         "--trust",
         action="store_true",

@@ -73,6 +73,7 @@ def plot_bars(entries: Sequence[dict[str, Any]], tasks: Sequence[Task], path: Pa
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is no formula
     from matplotlib import pyplot
 
     models = list(dict.fromkeys(entry["model"] for entry in entries))

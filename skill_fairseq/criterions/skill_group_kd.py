@@ -77,6 +77,9 @@ class SkillGroupKDConfig(FairseqDataclass):
     )
 
 
+MAX_GROUPS_FILE = 1_000_000
+
+
 def read_groups(cfg: SkillGroupKDConfig) -> Any:
     """The raw value of the groups, from the config or from the file it names.
 
@@ -94,10 +97,16 @@ def read_groups(cfg: SkillGroupKDConfig) -> Any:
     path = Path(cfg.groups_file)
     if not path.is_file():
         raise FileNotFoundError(f"criterion.groups_file: {path} does not exist; write it with skill-cluster")
+    if path.stat().st_size > MAX_GROUPS_FILE:
+        raise ValueError(
+            f"criterion.groups_file: {path} has {path.stat().st_size:,} bytes; expected at most {MAX_GROUPS_FILE:,}: "
+            "name the file of skill-cluster"
+        )
+    with named("criterion.groups_file"):
+        text = read_text(path)
     try:
-        with named("criterion.groups_file"):
-            content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # as dates, keys and nesting raise them
         raise ValueError(f"criterion.groups_file: {path} is no YAML ({error}); write it with skill-cluster") from error
     found = content.get("groups") if isinstance(content, dict) else None
     if found is None and isinstance(content, dict) and isinstance(content.get("criterion"), dict):

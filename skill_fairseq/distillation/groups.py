@@ -5,6 +5,7 @@ Layers are numbered as hidden states are: 0 before the positional convolution, i
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def parse_groups(value: Any, num_layers: int, field: str = "criterion.groups") -
             raise ValueError(f"{field} has the group {_shown(group)}, which is no list of layers; {remedy}")
         for layer in group:
             if isinstance(layer, bool) or not isinstance(layer, int):
-                raise ValueError(f"{field} names the layer {layer!r}, which is no integer; {remedy}")
+                raise ValueError(f"{field} names the layer {_shown(layer)}, which is no integer; {remedy}")
             if not 0 <= layer <= num_layers:
                 raise ValueError(f"{field} names layer {layer}, which the teacher has not; {remedy}")
             if layer in seen:
@@ -221,9 +222,15 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A config value on one line; omegaconf's lists look like lists."""
-    return repr(_plain(value))
+    """A config value on one line; omegaconf's lists look like lists. What is long or deep is cut."""
+    return _SHORT.repr(_plain(value))
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if _is_sequence(value) else value
+def _plain(value: Any, depth: int = 0) -> Any:
+    if not _is_sequence(value):
+        return value
+    return [_plain(item, depth + 1) for item in value[:100]] if depth < 3 else "..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 3, 30, 100, 100

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from skill_fairseq.checkpoints.load import read_source
-from skill_fairseq.checkpoints.source import build_encoder, reading_config
+from skill_fairseq.checkpoints.plain_files import parse_json
+from skill_fairseq.checkpoints.source import build_encoder, left_out, reading_config, reading_file
 from skill_fairseq.exporting.onnx_graph import read_onnx_info
 from skill_fairseq.exporting.torch_program import read_program_info
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers
@@ -23,12 +24,16 @@ class Description(NamedTuple):
         types: types of the stored numbers.
         config: the shape.
         provenance: where it comes from.
+        assumed: what the file leaves open and was decided here, in words.
+        left_out: names of weights that the encoder has no use for.
     """
 
     format: str
     types: list[str]
     config: EncoderConfig
     provenance: Mapping[str, Any]
+    assumed: Sequence[str] = ()
+    left_out: Sequence[str] = ()
 
 
 def describe(path: Path, trust: bool = False) -> Description:
@@ -42,13 +47,15 @@ def describe(path: Path, trust: bool = False) -> Description:
     Raises:
         FileNotFoundError, ValueError: as ``load_encoder``; also where a package to read ONNX is missing.
     """
-    graph = _describe_graph(path) if path.is_file() else None
+    with reading_file(path):
+        graph = _describe_graph(path) if path.is_file() else None
     if graph is not None:
         return graph
     source = read_source(path, trust)
     encoder = build_encoder(source, path)
     types = {str(tensor.dtype).replace("torch.", "") for tensor in source.state.values() if tensor.is_floating_point()}
-    return Description(source.format, sorted(types), encoder.config, source.provenance)
+    unused = left_out(source, encoder)
+    return Description(source.format, sorted(types), encoder.config, source.provenance, source.assumed, unused)
 
 
 def _describe_graph(path: Path) -> Description | None:
@@ -61,9 +68,13 @@ def _describe_graph(path: Path) -> Description | None:
         if found is None:
             return None
         text, format = found[0], f"an ONNX graph of skill-export, opset {found[1]}"
+    info = parse_json(text, path, "its description")
     with reading_config(path):
-        info = json.loads(text)
-        return Description(format, ["float32"], EncoderConfig.from_dict(info["config"]), info["provenance"])
+        config = EncoderConfig.from_dict(info["config"])
+    provenance = info.get("provenance", {})
+    if not isinstance(provenance, dict):
+        raise ValueError(f"{path}: its provenance is {type(provenance).__name__}; expected named fields")
+    return Description(format, ["float32"], config, provenance)
 
 
 def as_dict(found: Description) -> dict[str, Any]:
@@ -82,6 +93,8 @@ def as_dict(found: Description) -> dict[str, Any]:
         "normalize": config.normalize,
         "shape": config.to_dict(),
         "provenance": dict(found.provenance),
+        "assumed": list(found.assumed),
+        "left_out": list(found.left_out),
     }
 
 
@@ -109,3 +122,6 @@ def as_lines(found: Description) -> Iterator[str]:
     yield f"waveforms     {config.sample_rate} Hz, {'normalised' if config.normalize else 'as they are'}"
     yield f"gates         {', '.join(config.pruning_units) or 'none'}"
     yield f"provenance    {json.dumps(dict(found.provenance))}"
+    yield from (f"assumed       {what}" for what in found.assumed)
+    if found.left_out:
+        yield f"left out      {', '.join(found.left_out)}"

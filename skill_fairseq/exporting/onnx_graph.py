@@ -58,6 +58,7 @@ def save_onnx(
     _name_sizes(model.graph.input, ("batch", "samples"))
     _name_sizes(model.graph.output, ("batch", "frames"))
     model.graph.ClearField("value_info")  # it repeats the old names of these sizes
+    _forget_sources(model)
     onnx.helper.set_model_props(
         model,
         {
@@ -86,6 +87,14 @@ def read_onnx_info(path: Path) -> tuple[str, int] | None:
     found = {entry.key: entry.value for entry in model.metadata_props}
     versions = [entry.version for entry in model.opset_import if not entry.domain]
     return (found[INFO_NAME], versions[0]) if INFO_NAME in found and versions else None
+
+
+def _forget_sources(model: Any) -> None:
+    """Nodes and functions carry the names of Python's modules and the paths of this machine: they stay here."""
+    for graph in (model.graph, *model.functions):
+        for part in (graph, *graph.node, *getattr(graph, "initializer", ())):
+            part.ClearField("metadata_props")
+            part.ClearField("doc_string")
 
 
 def _name_sizes(values: Any, names: tuple[str, ...]) -> None:

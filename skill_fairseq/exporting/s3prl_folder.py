@@ -72,9 +72,14 @@ def save_s3prl(
         dtype: type of the weights in the file, "float32", "float16" or "bfloat16".
 
     Raises:
-        ValueError: the dtype is unknown, or a weight is beyond its range.
+        ValueError: the dtype is unknown, a weight is beyond its range, or the encoder is not for s3prl's 16 kHz.
         FileExistsError: the folder is there already.
     """
+    if encoder.config.sample_rate != 16000:
+        raise ValueError(
+            f"the encoder is for waveforms of {encoder.config.sample_rate} Hz; s3prl gives all its upstreams 16000 Hz: "
+            "export to another form"
+        )
     with atomic_folder(folder) as temporary:
         save_encoder(encoder, temporary / "model.safetensors", provenance, dtype)
         card = model_card(encoder, provenance or {}, USAGE, "s3prl")

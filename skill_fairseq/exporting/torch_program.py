@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import torch
 
+from skill_fairseq.checkpoints.plain_files import MAX_JSON
 from skill_fairseq.exporting.traceable import INFO_NAME, describe_graph, record
 from skill_fairseq.files import PathLike, atomic_write
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -42,9 +43,18 @@ def save_torch_program(
 
 
 def read_program_info(path: Path) -> str | None:
-    """What :func:`describe_graph` wrote, read without loading the program; None if this is no such file."""
+    """What :func:`describe_graph` wrote, read without loading the program; None if this is no such file.
+
+    Raises:
+        ValueError: it is longer than any such text.
+        Exception: others too, where the file is damaged.
+    """
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.rpartition("/")[2] == INFO_NAME]
-        return archive.read(names[0]).decode() if names else None
+        found = [member for member in archive.infolist() if member.filename.rpartition("/")[2] == INFO_NAME]
+        if not found:
+            return None
+        if found[0].file_size > MAX_JSON:
+            raise ValueError(f"{path}: its {INFO_NAME} has {found[0].file_size:,} bytes; expected at most {MAX_JSON:,}")
+        return archive.read(found[0]).decode()

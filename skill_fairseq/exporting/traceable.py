@@ -8,15 +8,41 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
+import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.positional_conv import PositionalConv
 
 NEEDED_TORCH = (2, 6)
 """The oldest torch whose torch.export and torch.onnx take dimensions of unknown size in the form used here."""
 
 INFO_NAME = "skill_fairseq.json"
 """Name under which a graph keeps the encoder's shape and provenance."""
+
+
+class FoldedPositionalConv(nn.Module):
+    """The positional convolution with its weight norm computed: a constant, as quantisers want it.
+
+    Args:
+        conv: is left as it is.
+    """
+
+    def __init__(self, conv: PositionalConv) -> None:
+        super().__init__()
+        dim, _, kernel_size = conv.weight_v.shape
+        self.conv = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=conv.groups)
+        with torch.no_grad():
+            self.conv.weight.copy_(conv.weight())
+            self.conv.bias.copy_(conv.bias)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) frames to (B, T, D) position embeddings."""
+        y = self.conv(x.transpose(1, 2))
+        if self.conv.kernel_size[0] % 2 == 0:  # an even kernel makes one frame too many
+            y = y[..., :-1]
+        return F.gelu(y).transpose(1, 2)
 
 
 class AllStates(nn.Module):
@@ -83,8 +109,21 @@ def record(encoder: SpeechEncoder, padding_mask: bool = False) -> torch.export.E
         inputs += (torch.arange(samples).expand(2, -1) >= torch.tensor([[samples], [samples // 2]]),)
     open_sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     model = AllStates(copy.deepcopy(encoder).cpu().float()).eval()
+    transformer = model.encoder.transformer
+    if isinstance(transformer.pos_conv, PositionalConv):
+        transformer.pos_conv = FoldedPositionalConv(transformer.pos_conv)  # type: ignore[assignment]
     with torch.no_grad():
-        return torch.export.export(model, inputs, dynamic_shapes=(open_sizes,) * len(inputs), strict=False)
+        program = torch.export.export(model, inputs, dynamic_shapes=(open_sizes,) * len(inputs), strict=False)
+    _forget_sources(program)
+    return program
+
+
+def _forget_sources(program: torch.export.ExportedProgram) -> None:
+    """Every operation has the lines of code that it comes from, with the paths of this machine: they stay here."""
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            for name in ("stack_trace", "source_fn_stack", "torch_fn", "from_node"):
+                node.meta.pop(name, None)
 
 
 def describe_graph(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> str:

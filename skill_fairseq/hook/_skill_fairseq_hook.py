@@ -300,21 +300,71 @@ def find_run_configs(hydra_module: ModuleType) -> None:
     hydra_class.create_main_hydra2 = staticmethod(create_main_hydra2)
 
 
-def load_own_checkpoints(module: ModuleType) -> None:
-    """torch >= 2.6, fairseq loading a checkpoint, or handing an object to another process.
+def load_checkpoints(module: ModuleType) -> None:
+    """torch >= 2.6, fairseq loading a checkpoint.
 
-    "UnpicklingError: Weights only load failed": fairseq's checkpoints hold DictConfig, Namespace and
-    Dictionary. ``torch.load`` as this module of fairseq sees it keeps its old default; everyone else's is
-    untouched. torch < 1.13 has no such argument.
+    "UnpicklingError: Weights only load failed": fairseq's checkpoints hold DictConfig, Namespace and Dictionary.
+    ``torch.load`` as ``fairseq.checkpoint_utils`` sees it reads tensors and objects of known harmless classes, with any
+    torch, and refuses others by name, as their code would run. ``SKILL_FAIRSEQ_TRUST=1`` reads any.
     """
+    load = module.torch.load
+
+    def load_checkpoint(file: Any, *args: Any, **kwargs: Any) -> Any:
+        if "weights_only" in kwargs or not hasattr(file, "seek"):
+            return load(file, *args, **kwargs)
+        reader = None if os.environ.get("SKILL_FAIRSEQ_TRUST") == "1" else checkpoint_reader()
+        if reader is None:
+            return load(file, *args, **_any_pickle(load), **kwargs)
+        try:
+            return reader.read(file, real_classes=True)
+        except reader.Refused as error:
+            raise ValueError(
+                f"{getattr(file, 'name', 'the checkpoint')}: holds an object of class {error.name}, which is not read "
+                "because it could run code; if you trust where the file comes from, set SKILL_FAIRSEQ_TRUST=1 in the "
+                "environment"
+            ) from error
+
+    module.torch = View(module.torch, load=load_checkpoint)  # type: ignore[attr-defined]
+
+
+def checkpoint_reader() -> Any:
+    """skill_fairseq's reader of torch files, run by itself: the package would register its parts with fairseq.
+
+    None where skill_fairseq is not installed.
+    """
+    from importlib.util import find_spec, module_from_spec, spec_from_file_location
+
+    name = "_skill_fairseq_unpickling"
+    if name not in sys.modules:
+        package = find_spec("skill_fairseq")
+        if package is None or not package.submodule_search_locations:
+            return None
+        path = os.path.join(package.submodule_search_locations[0], "checkpoints", "unpickling.py")
+        spec = spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+    return sys.modules[name]
+
+
+def _any_pickle(load: Callable[..., Any]) -> dict[str, bool]:
+    """The argument that makes torch.load read any pickle; torch < 1.13 always does, and knows no argument."""
     from inspect import signature
 
-    load = module.torch.load
-    if "weights_only" not in signature(load).parameters:
-        return
+    return {"weights_only": False} if "weights_only" in signature(load).parameters else {}
 
-    def load_with_old_default(*args: Any, weights_only: bool | None = None, **kwargs: Any) -> Any:
-        return load(*args, weights_only=bool(weights_only), **kwargs)
+
+def load_from_other_ranks(module: ModuleType) -> None:
+    """torch >= 2.6, fairseq handing an object to the other processes of a run.
+
+    "UnpicklingError: Weights only load failed": ``torch.load`` as ``fairseq.distributed.utils`` sees it keeps its old
+    default. What it reads was written by another rank of the same run, not by a file.
+    """
+    load = module.torch.load
+
+    def load_with_old_default(*args: Any, **kwargs: Any) -> Any:
+        return load(*args, **{**_any_pickle(load), **kwargs})
 
     module.torch = View(module.torch, load=load_with_old_default)  # type: ignore[attr-defined]
 
@@ -386,8 +436,8 @@ BEFORE = (allow_dataclass_defaults, restore_find_module, restore_typing_io, name
 AFTER = {
     "hydra._internal.utils": (print_exceptions, find_config_dir),
     "hydra._internal.hydra": (find_run_configs,),
-    "fairseq.checkpoint_utils": (load_own_checkpoints,),
-    "fairseq.distributed.utils": (load_own_checkpoints, pass_signals_on),
+    "fairseq.checkpoint_utils": (load_checkpoints,),
+    "fairseq.distributed.utils": (load_from_other_ranks, pass_signals_on),
     "fairseq.data.data_utils": (restore_numpy_int,),
     "fairseq.optim.amp_optimizer": (give_amp_one_optimizer,),
 }

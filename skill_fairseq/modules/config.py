@@ -17,6 +17,8 @@ _NUMBERS = r"\(\s*{0}\s*,\s*{0}\s*,\s*{0}\s*\)"
 _CONV_TUPLE = re.compile(_NUMBERS.format(r"(\d+)"))
 _CONV_TERM = re.compile(r"\[\s*({0}(?:\s*,\s*{0})*)\s*,?\s*\](?:\s*\*\s*(\d+))?".format(_NUMBERS.format(r"\d+")))
 MAX_CONV_LAYERS = 64
+LIMITS = {"encoder_layers": 1000, "encoder_attention_heads": 1024, "pos_conv_depth": 100}
+"""Of numbers that cost time and memory before a weight is looked at; the largest published are 48, 20 and 5."""
 
 
 def parse_conv_layers(value: Any) -> ConvLayers:
@@ -32,6 +34,8 @@ def parse_conv_layers(value: Any) -> ConvLayers:
         ValueError: the string is not a sum of lists of triples, there are too many, or a number is not positive.
     """
     if isinstance(value, str):
+        if len(value) > 10_000:
+            raise ValueError(f"conv_feature_layers: a text of {len(value):,} letters; expected a few hundred at most")
         rest = value.strip()
         layers: List[Any] = []
         while rest:
@@ -52,6 +56,8 @@ def parse_conv_layers(value: Any) -> ConvLayers:
             elif rest:
                 raise ValueError(f"conv_feature_layers: unexpected {rest!r} in {value!r}; join lists by '+'")
     else:
+        if len(value) > MAX_CONV_LAYERS:
+            raise ValueError(f"conv_feature_layers: {len(value)} layers; expected at most {MAX_CONV_LAYERS}")
         layers = [tuple(int(n) for n in triple) for triple in value]
     if not layers or any(len(triple) != 3 or min(triple) < 1 for triple in layers):
         raise ValueError(
@@ -130,6 +136,9 @@ class EncoderConfig:
             value = getattr(self, f.name)
             if f.type in expected and (type(value).__name__ != f.type or (f.type == "int" and value < 1)):
                 raise ValueError(f"model.{f.name}: {value!r} is not usable; expected {expected[f.type]}")
+        for name, most in LIMITS.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"model.{name}: {getattr(self, name)} is not usable; expected at most {most}")
 
     def _validate(self) -> None:
         def require(ok: bool, field: str, expected: str) -> None:

@@ -242,6 +242,7 @@ class SkillTrainer(Trainer):
                 self.optimizer._multiply_factor = 1.0  # in bf16, fairseq's zero_grad leaves that of the skipped update
             self._skipped_in_a_row += 1
             update = self.get_num_updates() + 1
+            self._check_weights(update, reason)
             logger.warning(f"update {update} is skipped: {reason}; {self._files(samples)}")
             if self._skipped_in_a_row > self._limit("max_skipped_updates"):
                 raise FloatingPointError(
@@ -253,6 +254,17 @@ class SkillTrainer(Trainer):
         if output is not None:
             self._skipped_in_a_row = 0
         return output
+
+    def _check_weights(self, update: int, reason: UpdateSkipped) -> None:
+        """Raises FloatingPointError where weights, and no audio file, are at fault: all further updates would fail."""
+        teacher = getattr(getattr(self.task, "_teacher", None), "encoder", None)
+        for whose, module in (("student", self.get_model()), ("criterion", self.get_criterion()), ("teacher", teacher)):
+            for name, weight in () if module is None else module.named_parameters():
+                if not torch.isfinite(weight).all():
+                    raise FloatingPointError(
+                        f"update {update}: {reason}, as the weight {name} of the {whose} is NaN or infinite; no audio "
+                        "file is at fault. Go on from an older checkpoint, or from a sound file of the model"
+                    ) from None
 
     def clip_grad_norm(self, clip_norm: float) -> Any:
         """fairseq's, called when the gradients of all ranks have been summed.

@@ -103,11 +103,17 @@ def test_without_the_pretrained_config_it_says_what_to_do(foreign, tmp_path):
         load_encoder(path)
 
 
-def test_other_weights_are_left_over(foreign, tmp_path):
+def test_other_weights_of_the_encoder_are_left_over_and_those_of_other_parts_named(foreign, tmp_path, caplog):
     pretrained, cfg = foreign.fairseq("hubert", "base")
     path = foreign.save_fairseq(pretrained, cfg, tmp_path / "pretrained.pt")
     model, written, _ = fine_tuned(foreign, "hubert_ctc", path, tmp_path, normalize=False)
-    state = {**model.state_dict(), "w2v_encoder.adapter.weight": torch.ones(1)}
-    path = foreign.save_fairseq(state, written, tmp_path / "more.pt")
-    with pytest.raises(ValueError, match="1 left over: w2v_encoder.adapter.weight"):
+    name = "w2v_encoder.w2v_model.encoder.adapter.weight"
+    path = foreign.save_fairseq({**model.state_dict(), name: torch.ones(1)}, written, tmp_path / "more.pt")
+    with pytest.raises(ValueError, match="1 left over: encoder.adapter.weight"):
         load_encoder(path)
+    path = foreign.save_fairseq(
+        {**model.state_dict(), "w2v_encoder.adapter.weight": torch.ones(1)}, written, tmp_path / "head.pt"
+    )
+    caplog.set_level("INFO")
+    load_encoder(path)
+    assert "left out" in caplog.text and "w2v_encoder.adapter.weight" in caplog.text

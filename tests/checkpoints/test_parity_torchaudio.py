@@ -16,6 +16,7 @@ import torch
 
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.load import read_source
+from skill_fairseq.cli.info import main as skill_info
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,21 @@ def test_a_model_in_pretraining(foreign, torchaudio, tmp_path):
     model = torchaudio.hubert_pretrain_model(**shape_of(foreign, "base", 768, 12), **masking)
     torch.save(foreign.randomise(model).state_dict(), tmp_path / "model.pth")
     compare(foreign, load_encoder(tmp_path / "model.pth"), model.wav2vec2)
+
+
+def test_what_the_tensors_leave_open_is_said_to_be_assumed(foreign, torchaudio, tmp_path, caplog, capsys):
+    shape = shape_of(foreign, "base", 768, 12)
+    model = torchaudio.wav2vec2_model(**shape, aux_num_out=None)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    torch.save({"state_dict": model.state_dict(), "config": {**shape, "normalize_waveform": False}}, tmp_path / "a.pth")
+    load_encoder(tmp_path / "bare.pth")
+    for said in ("12 attention heads", "from the width 768 alone", "strides 5,2,2,2,2,2,2", "LayerNorm after"):
+        assert any(said in message and "assumed" in message for message in caplog.messages), said
+    assert skill_info([str(tmp_path / "bare.pth")]) == 0
+    assert "assumed       12 attention heads, from the width 768 alone" in capsys.readouterr().out
+    caplog.clear()
+    load_encoder(tmp_path / "a.pth")
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("style", ["base", "large"])

@@ -11,6 +11,7 @@ import torch
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.cli.export import main
+from skill_fairseq.cli.info import main as info
 from skill_fairseq.files import sha256
 from skill_fairseq.modules.config import hubert_base
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -78,18 +79,32 @@ def test_gates_go_along_and_are_mentioned(config, tmp_path, capsys):
     assert len(list(load_encoder(tmp_path / "a.safetensors").named_gates())) == 2
 
 
+def test_the_ending_says_what_is_written(config, tmp_path, capsys, monkeypatch):
+    checkpoint(config, tmp_path / "a.pt")
+    written = []
+    for writer in ("save_onnx", "save_torch_program"):
+        monkeypatch.setattr(f"skill_fairseq.cli.export.{writer}", lambda encoder, path, *rest: written.append(path))
+    for name in ("a.onnx", "a.pt2", "a.safetensors"):
+        assert main([str(tmp_path / "a.pt"), str(tmp_path / name)]) == 0
+    assert [path.name for path in written] == ["a.onnx", "a.pt2"] and (tmp_path / "a.safetensors").is_file()
+    capsys.readouterr()
+    assert main([str(tmp_path / "a.pt"), str(tmp_path / "folder")]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("OUT", "folder", ".safetensors, .onnx, .pt2", "--to huggingface"))
+
+
 def test_info(config, tmp_path, capsys):
     small = config.replace(heads=[[1], None], ffn_dims=[3, 0], original_parameters=99_999)
     encoder = SpeechEncoder(small)
     save_encoder(encoder, tmp_path / "a.safetensors", {"source": "stage2.pt"}, "bfloat16")
-    assert main(["--info", str(tmp_path / "a.safetensors")]) == 0
+    assert info([str(tmp_path / "a.safetensors")]) == 0
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     assert lines["format"] == "an exported encoder, stored as bfloat16"
     assert lines["parameters"] == f"{encoder.num_parameters():,} of 99,999 before pruning"
     assert lines["heads"] == "1 -" and lines["FFN"] == "units     3 0"
     assert lines["channels"] == "8 8 8 8 8 8 8"
     assert json.loads(lines["provenance"]) == {"source": "stage2.pt"}
-    assert main(["--info", str(tmp_path / "a.safetensors"), "--json"]) == 0
+    assert main(["--info", str(tmp_path / "a.safetensors"), "--json"]) == 0  # its older name
     found = json.loads(capsys.readouterr().out)
     assert found["types"] == ["bfloat16"] and found["shape"]["ffn_dims"] == [3, 0]
     assert (found["parameters"], found["original_parameters"]) == (encoder.num_parameters(), 99_999)

@@ -9,6 +9,7 @@ import torch
 
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.cli.export import main
+from skill_fairseq.cli.info import main as skill_info
 from skill_fairseq.exporting.traceable import NEEDED_TORCH
 
 OLD_TORCH = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2]) < NEEDED_TORCH
@@ -166,7 +167,7 @@ def test_s3prl(exporting, student, export, speech, tmp_path):
 def test_info_knows_every_way(exporting, student, export, way, format, capsys):
     path = export(way)
     capsys.readouterr()
-    assert main(["--info", str(path), "--json"]) == 0
+    assert skill_info([str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["format"] == format and found["types"] == ["float32"]
     assert found["parameters"] == student.num_parameters()

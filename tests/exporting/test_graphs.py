@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from skill_fairseq.exporting.onnx_graph import OPSET, save_onnx
 from skill_fairseq.exporting.torch_program import save_torch_program
 from skill_fairseq.exporting.traceable import NEEDED_TORCH, record
 
+REPO = Path(__file__).resolve().parents[2]
 OLD_TORCH = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2]) < NEEDED_TORCH
 new_torch = pytest.mark.skipif(
     OLD_TORCH, reason=f"torch.export needs torch >= {NEEDED_TORCH[0]}.{NEEDED_TORCH[1]}; this is {torch.__version__}"
@@ -30,6 +34,36 @@ LARGE = {
 }
 
 
+def contents(path):
+    """The bytes of a file, or of every member of an archive."""
+    if not zipfile.is_zipfile(path):
+        return [path.read_bytes()]
+    with zipfile.ZipFile(path) as archive:
+        return [archive.read(name) for name in archive.namelist()]
+
+
+@new_torch
+@pytest.mark.slow
+def test_onnxruntime_quantises_a_graph(exporting, small, tmp_path):
+    """Its weights are constants, that of the positional convolution too."""
+    import onnxruntime
+    from onnxruntime.quantization import quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    encoder = small.random_encoder(conv_feature_layers="[(16,10,5)] + [(16,3,4)]", encoder_layers=1)
+    save_onnx(encoder, tmp_path / "a.onnx")
+    quant_pre_process(str(tmp_path / "a.onnx"), str(tmp_path / "prepared.onnx"))
+    quantize_dynamic(str(tmp_path / "a.onnx"), str(tmp_path / "b.onnx"))
+    quantize_dynamic(str(tmp_path / "prepared.onnx"), str(tmp_path / "c.onnx"))
+    source = torch.randn(2, 800, generator=torch.Generator().manual_seed(0))
+    wanted = encoder(source).x.detach()
+    for name, most in (("prepared", 1e-4), ("b", 0.1), ("c", 0.1)):
+        session = onnxruntime.InferenceSession(str(tmp_path / f"{name}.onnx"))
+        found = torch.from_numpy(session.run(["x"], {"source": source.numpy()})[0])
+        assert float((found - wanted).abs().max()) < most * float(wanted.abs().max()), name
+    assert (tmp_path / "c.onnx").stat().st_size < (tmp_path / "prepared.onnx").stat().st_size
+
+
 @new_torch
 @pytest.mark.slow
 def test_large_style(exporting, small, tmp_path):
@@ -46,6 +80,10 @@ def test_large_style(exporting, small, tmp_path):
     assert [entry.version for entry in model.opset_import if entry.domain == ""] == [OPSET]
     properties = {entry.key: entry.value for entry in model.metadata_props}
     assert (properties["normalize"], properties["sample_rate"], properties["downsampling"]) == ("true", "16000", "40")
+    assert (tmp_path / "a.onnx").stat().st_size < 4 * encoder.num_parameters() + 150_000  # the graph, no stack traces
+    for file in ("a.onnx", "a.pt2"):  # nothing of the machine that wrote it
+        for text in contents(tmp_path / file):
+            assert not any(str(place).encode() in text for place in (REPO, sys.prefix, torch.__path__[0], Path.home()))
     session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"))
     assert [i.name for i in session.get_inputs()] == ["source"] and len(session.get_outputs()) == 3
     program = torch.export.load(tmp_path / "a.pt2").module()

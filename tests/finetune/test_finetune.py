@@ -265,6 +265,24 @@ def test_hubert_pretraining_fine_tunes_too(labels: Path, stages: dict[int, Path]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+class RunsCode:
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize("name", ["hubert_ctc", "wav2vec_ctc"])
+def test_a_strangers_student_runs_no_code(labels: Path, stages: dict[int, Path], tmp_path: Path, name: str) -> None:
+    checkpoint = load_torch_file(stages[2], trust=True)
+    checkpoint["extra_state"]["more"] = RunsCode(tmp_path / "made")
+    torch.save(checkpoint, tmp_path / "stranger.pt")
+    with pytest.raises(ValueError, match="stranger.pt: .*posix.mkdir.*SKILL_FAIRSEQ_TRUST"):
+        build(labels, tmp_path / "stranger.pt", f"model._name={name}")
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize("name", ["hubert_ctc", "wav2vec_ctc"])
 def test_fine_tuned_checkpoints_stand_alone(
     request: pytest.FixtureRequest, labels: Path, stages: dict[int, Path], tmp_path: Path, name: str

@@ -132,6 +132,38 @@ print("np.int", error(lambda: np.int))
     assert seen["np.int"] == ("AttributeError" if version(numpy) >= (1, 24) else "None")
 
 
+STRANGER = """
+import os
+import torch
+from fairseq import checkpoint_utils
+from fairseq.distributed import utils as distributed_utils
+
+class RunsCode:
+    def __reduce__(self):
+        return os.mkdir, ("made",)
+
+torch.save({"args": None, "model": {}, "extra_state": RunsCode()}, "stranger.pt", _use_new_zipfile_serialization=ZIPPED)
+try:
+    checkpoint_utils.load_checkpoint_to_cpu("stranger.pt")
+except ValueError as error:
+    print(error)
+print("made", os.path.exists("made"), "skill_fairseq" in sys.modules)
+os.environ["SKILL_FAIRSEQ_TRUST"] = "1"
+checkpoint_utils.torch.load(open("stranger.pt", "rb"))
+print("trusted", os.path.exists("made"))
+"""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_fairseq_runs_no_code_of_a_checkpoint_unless_it_is_trusted(python, zipped):
+    result = python(STRANGER.replace("ZIPPED", str(zipped)))
+    assert result.returncode == 0, result.stderr
+    refused, made, trusted = result.stdout.splitlines()
+    assert "stranger.pt: " in refused and "posix.mkdir" in refused and "SKILL_FAIRSEQ_TRUST=1" in refused
+    assert made == "made False False"  # and other programs of fairseq do not get this package
+    assert trusted == "trusted True"
+
+
 def test_without_the_hook_fairseq_fails_from_python_3_11(python):
     result = python("import fairseq", hook=False)
     assert (result.returncode != 0) == (sys.version_info >= (3, 11)), result.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from disturbed import Run, same_outcome
 
 from skill_fairseq.checkpoints import load_encoder
+from skill_fairseq.checkpoints.safe_load import load_torch_file
 
 pytestmark = pytest.mark.slow
 
@@ -82,3 +85,32 @@ def test_a_run_of_an_earlier_version_says_why_it_cannot_go_on_and_what_can(
     assert all(word in said for word in ("version 0.1", "checkpoint.reset_optimizer=true", "gates"))
     longer = Run(tmp_path, *overrides[:2], "optimization.max_update=8", "checkpoint.reset_optimizer=true").finish()
     assert longer.last_update() == 8
+
+
+class RunsCode:
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.folder,)
+
+
+def test_a_strangers_checkpoint_in_the_folder_runs_no_code(data: list[str], straight: Any, tmp_path: Path) -> None:
+    checkpoint = load_torch_file(straight(1).folder / "checkpoint_last.pt", trust=True)
+    checkpoint["extra_state"]["more"] = RunsCode(tmp_path / "made")
+    run = Run(tmp_path / "run", *data, "optimization.max_update=41")
+    torch.save(checkpoint, run.folder / "checkpoint_last.pt")
+    assert run.start().wait() == [1]
+    assert "checkpoint_last.pt: holds an object of class posix.mkdir" in run.log()
+    assert not (tmp_path / "made").exists()
+
+
+def test_weights_at_fault_are_named(data: list[str], straight: Any, tmp_path: Path) -> None:
+    checkpoint = load_torch_file(straight(1).folder / "checkpoint_last.pt", trust=True)
+    name = "speech_encoder.transformer.layers.1.ffn.fc1.bias"
+    checkpoint["model"][name][0] = float("nan")
+    run = Run(tmp_path, *data, "optimization.max_update=50")
+    torch.save(checkpoint, run.folder / "checkpoint_last.pt")
+    assert run.start().wait() == [1]
+    assert re.search(rf"FloatingPointError: update 41: .*{name} of the student is NaN", run.log())
+    assert "is skipped" not in run.log() and ".wav" not in run.log().split("FloatingPointError")[-1]

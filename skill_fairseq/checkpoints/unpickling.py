@@ -1,0 +1,478 @@
+"""Reading what ``torch.save`` wrote, running none of a file's code, in memory and time bounded by the file's size.
+
+``torch.load`` is not used: its safe mode reads pickle protocol 2 alone, and both modes believe what a file says of
+itself (a storage's length, deflated members, references to references). Here a class is read only if its name is known
+to be harmless, every checksum is compared, and nothing is allocated that the file does not hold.
+
+The start-up hook runs this file by itself, so that fairseq reads checkpoints through it too: it imports nothing of the
+package.
+"""
+
+from __future__ import annotations
+
+import codecs
+import importlib
+import io
+import os
+import pickle
+import re
+import struct
+import sys
+import tarfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+HARMLESS = (
+    "argparse.Namespace",
+    "fairseq.data.dictionary.Dictionary",
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Boolean", "Float", "Integer", "String")),
+    "typing.Any",
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),
+)
+"""Classes of which configurations and vocabularies are made."""
+
+MAX_PICKLE = 4_000_000
+"""Bytes of a file that may be pickle rather than numbers; an object takes up to a hundred times its pickle's bytes."""
+
+MAX_REAL_PICKLE = 250_000_000
+"""The same where objects are made as what they are: by programs whose vocabularies may be large."""
+
+_CHUNK = 1 << 24
+_STORAGES = {
+    **{f"{kind}Storage": getattr(torch, kind.lower()) for kind in ("Double", "Float", "Half", "Long", "Int", "Short")},
+    **{"CharStorage": torch.int8, "ByteStorage": torch.uint8, "UntypedStorage": torch.uint8},
+    **{"BoolStorage": torch.bool, "BFloat16Storage": torch.bfloat16},
+    **{"ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128},
+}
+_LEGACY = (0x1950A86A20F9469CFC6C, 1001)
+"""What a file of torch before 1.6 begins with: a number, and the version of the format."""
+
+
+class Refused(pickle.UnpicklingError):
+    """The file holds an object of a class that is not known to be harmless.
+
+    Attributes:
+        name: the class.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"holds an object of class {name}, which could run code")
+        self.name = name
+
+
+class Placeholder:
+    """Stands for an object of a harmless class: keeps its attributes and runs none of its code."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def _placeholder(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    return type(name, (Placeholder,), {"__module__": module})
+
+
+PLACEHOLDERS = {path: _placeholder(path) for path in HARMLESS}
+
+
+def real_class(path: str) -> Any:
+    """The harmless class itself, for programs that need more of it than its attributes."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def read(file: BinaryIO, real_classes: bool = False) -> Any:
+    """What ``torch.save`` wrote into an open file, on the CPU.
+
+    Args:
+        file: at its beginning; of torch's zip format, or that of torch before 1.6.
+        real_classes: make objects of harmless classes as what they are, not as :class:`Placeholder`.
+
+    Raises:
+        Refused: it holds an object of another class.
+        Exception: nearly any, where the file is damaged or of another format.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    zipped = file.read(2) == b"PK"
+    file.seek(0)
+    return _read_zip(file, size, real_classes) if zipped else _read_legacy(file, size, real_classes)
+
+
+def open_archive(file: Any) -> zipfile.ZipFile:
+    """A zip file that holds no more than its own size.
+
+    Raises:
+        zipfile.BadZipFile: it is damaged, compressed, or names the same bytes or the same member twice.
+    """
+    archive = zipfile.ZipFile(file)
+    members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise zipfile.BadZipFile("its members are compressed, which torch.save never does")
+    size = archive.fp.seek(0, os.SEEK_END)  # type: ignore[union-attr]
+    if len({member.filename for member in members}) < len(members) or sum(m.file_size for m in members) > size:
+        raise zipfile.BadZipFile("its members overlap")
+    return archive
+
+
+def read_pickle(archive: zipfile.ZipFile, most: int) -> tuple[bytes, str]:
+    """The pickle in an archive of torch, and the name of the folder that it lies in, with a slash.
+
+    Raises:
+        zipfile.BadZipFile, ValueError: it is not there, damaged or too long.
+    """
+    names = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
+    if len(names) != 1:
+        raise ValueError(f"it has {len(names)} members data.pkl; expected one")
+    length = archive.getinfo(names[0]).file_size
+    if length > most:
+        raise ValueError(f"its pickle has {length:,} bytes; expected at most {most:,}")
+    return archive.read(names[0]), names[0][: -len("data.pkl")]
+
+
+def _most(real_classes: bool) -> int:
+    return MAX_REAL_PICKLE if real_classes else MAX_PICKLE
+
+
+def _read_zip(file: BinaryIO, size: int, real_classes: bool) -> Any:
+    with open_archive(file) as archive:
+        text, folder = read_pickle(archive, _most(real_classes))
+        order = folder + "byteorder"
+        if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
+            raise ValueError("its numbers are in the byte order of another kind of processor")
+
+        def fill(buffer: bytearray, key: str) -> None:
+            if archive.getinfo(f"{folder}data/{key}").file_size != len(buffer):
+                raise ValueError(f"its storage {key} is not as long as its pickle says")
+            with archive.open(f"{folder}data/{key}") as member:  # compares the checksum when it comes to the end
+                _fill(buffer, member)
+                member.read(1)
+
+        return Unpickler(Whole(text, len(text)), real_classes, Storages(size, fill)).load()
+
+
+def _read_legacy(file: BinaryIO, size: int, real_classes: bool) -> Any:
+    """The format of torch before 1.6: pickles, then every storage behind its length."""
+    try:
+        tarfile.open(fileobj=file, mode="r:").close()
+    except tarfile.TarError:
+        file.seek(0)
+    else:
+        raise ValueError("it is a tar file of a torch before 0.2, which is not read")
+    text = Whole(file, _most(real_classes))
+    storages = Storages(size)
+    start = tuple(Unpickler(text, real_classes, storages).load() for _ in _LEGACY)
+    if start != _LEGACY:
+        raise ValueError("it does not begin as torch's files do")
+    _, found, keys = (Unpickler(text, real_classes, storages).load() for _ in range(3))
+    if sorted(keys) != sorted(storages.buffers):
+        raise ValueError("its storages are not those that its pickle names")
+    for key in keys:
+        buffer, dtype = storages.buffers[key], storages.made[key].dtype
+        (length,) = struct.unpack("<q", Whole(file, 8).read(8))
+        if length * _width(dtype) != len(buffer):
+            raise ValueError(f"its storage {key} is not as long as its pickle says")
+        _fill(buffer, file)
+    return found
+
+
+def _fill(buffer: bytearray, file: Any) -> None:
+    view, done = memoryview(buffer), 0
+    while done < len(buffer):
+        read = file.readinto(view[done : done + _CHUNK])
+        if not read:
+            raise EOFError("it ends in the middle of a tensor: it is truncated")
+        done += read
+
+
+def _width(dtype: torch.dtype) -> int:
+    return torch.empty(0, dtype=dtype).element_size()
+
+
+class Storages:
+    """The numbers behind the tensors: memory is given out as long as the file may hold as much.
+
+    Args:
+        size: bytes of the file.
+        fill: reads the storage of a key into a buffer; None: the caller will.
+    """
+
+    def __init__(self, size: int, fill: Callable[[bytearray, str], None] | None = None) -> None:
+        self.left = size
+        self.fill = fill
+        self.buffers: dict[str, bytearray] = {}
+        self.made: dict[str, Tensor] = {}
+
+    def get(self, kind: Any, key: Any, count: Any) -> Tensor:
+        """(count,) tensor of a kind of storage, the same one for the same key."""
+        if not (isinstance(key, str) and type(count) is int and count >= 0 and isinstance(kind, torch.dtype)):
+            raise pickle.UnpicklingError("a storage is described wrongly")
+        if key not in self.made:
+            length = count * _width(kind)
+            self.left -= length
+            if self.left < 0:
+                raise ValueError("its tensors are larger than the file: it is truncated")
+            buffer = self.buffers[key] = bytearray(length)
+            if self.fill is not None:
+                self.fill(buffer, key)
+            self.made[key] = torch.frombuffer(buffer, dtype=kind) if count else torch.empty(0, dtype=kind)
+        found = self.made[key]
+        if found.dtype != kind or len(found) != count:
+            raise pickle.UnpicklingError(f"the storage {key} is described in two ways")
+        return found
+
+
+class Whole:
+    """Reads from bytes or a file what is asked for, or nothing: pickle takes what is cut short for the whole."""
+
+    def __init__(self, source: Any, most: int) -> None:
+        self.source = io.BytesIO(source) if isinstance(source, bytes) else source
+        self.most = self.left = most
+
+    def read(self, length: int) -> bytes:
+        self._count(length)
+        return self._checked(self.source.read(length), length)
+
+    def readline(self) -> bytes:
+        line: bytes = self.source.readline(self.left)
+        self._count(len(line))
+        return self._checked(line, len(line) + (not line.endswith(b"\n")))
+
+    def _count(self, length: int) -> None:
+        self.left -= length
+        if self.left < 0:
+            raise ValueError(f"its pickle is cut short or has more than {self.most:,} bytes: it may be truncated")
+
+    @staticmethod
+    def _checked(data: bytes, length: int) -> bytes:
+        if len(data) < length:
+            raise EOFError("its pickle is truncated")
+        return data
+
+
+_Python: Any = pickle._Unpickler  # written in Python: its single steps can be replaced
+
+
+class BoundedUnpickler(_Python):
+    """Makes containers, texts and numbers; what else may be made, and called, is for :meth:`find_class` to say.
+
+    Keys are texts and numbers, so that no hash walks through a container; a container is copied only as often as the
+    pickle's length pays for.
+    """
+
+    def __init__(self, file: Whole) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.copies_left = max(MAX_PICKLE, file.most)
+
+    def copied(self, items: Iterable[Any] = ()) -> list[Any]:
+        """The items as a list, if there are not too many over the whole file."""
+        found = list(items) if hasattr(items, "__len__") else []
+        self.copies_left -= 50 + len(found)
+        if self.copies_left < 0:
+            raise pickle.UnpicklingError("containers are copied too often")
+        return found
+
+    def check_keys(self, keys: Iterable[Any]) -> None:
+        """Raises UnpicklingError where a key is no text, number, or short tuple of these."""
+        for key in keys:
+            for part in key if type(key) is tuple and len(key) < 10 else (key,):
+                if part is not None and not isinstance(part, (str, bytes, int, float, torch.dtype)):
+                    raise pickle.UnpicklingError(f"a {type(part).__name__} serves as a key")
+
+    def load_setitem(self) -> None:
+        self.check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self.check_keys(self.stack[::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        self.check_keys(self.stack[::2])
+        super().load_dict()
+
+    def load_empty_set(self) -> None:
+        self.copied()
+        super().load_empty_set()
+
+    def load_additems(self) -> None:
+        self.check_keys(self.stack)
+        super().load_additems()
+
+    def load_frozenset(self) -> None:
+        self.copied()
+        self.check_keys(self.stack)
+        super().load_frozenset()
+
+    def load_bytearray8(self) -> None:
+        raise pickle.UnpicklingError("bytearrays are not read")
+
+    dispatch = {
+        **_Python.dispatch,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.EMPTY_SET[0]: load_empty_set,
+        pickle.ADDITEMS[0]: load_additems,
+        pickle.FROZENSET[0]: load_frozenset,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+    }
+
+
+class Unpickler(BoundedUnpickler):
+    """Makes tensors, and objects of :data:`HARMLESS` classes.
+
+    Args:
+        file: the pickle.
+        real_classes: see :func:`read`.
+        storages: the tensors' numbers.
+    """
+
+    def __init__(self, file: Whole, real_classes: bool, storages: Storages) -> None:
+        super().__init__(file)
+        self.storages = storages
+        self.find = real_class if real_classes else PLACEHOLDERS.__getitem__
+        self.functions: dict[str, Any] = {
+            "builtins.set": self._set,
+            "builtins.frozenset": lambda items=(): frozenset(self._set(items)),
+            "collections.OrderedDict": self._ordered,
+            "collections.defaultdict": lambda *default: {},
+            "torch.Size": lambda items: torch.Size(self.copied(items)[:64]),
+            "torch.device": torch.device,
+            "torch._utils._rebuild_tensor": _tensor,
+            "torch._utils._rebuild_tensor_v2": _tensor,
+            "torch._utils._rebuild_parameter": _parameter,
+            "torch.nn.parameter.Parameter": _parameter,
+            "numpy.dtype": _number_type,
+            "numpy.core.multiarray.scalar": _number,
+            "numpy._core.multiarray.scalar": _number,
+            "_codecs.encode": _latin,
+        }
+        self.classes: set[type] = {OrderedDict}
+
+    def find_class(self, module: str, name: str) -> Any:
+        path = f"{module}.{name}".replace("__builtin__.long", "builtins.int")
+        path = path.replace("__builtin__.", "builtins.")  # names of Python 2, which pickle protocol 2 uses
+        if path in self.functions:
+            return self.functions[path]
+        if path in PLACEHOLDERS:
+            found = self.find(path)
+            if isinstance(found, type) and found.__module__ != "builtins":
+                self.classes.add(found)
+            return found
+        storage = re.fullmatch(r"torch\.(?:storage\.)?(\w+)", path)
+        if storage and storage[1] in _STORAGES:
+            return _STORAGES[storage[1]]
+        if storage and isinstance(getattr(torch, storage[1], None), torch.dtype):
+            return getattr(torch, storage[1])
+        raise Refused(path)
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        """A storage: (what, type, key, device, count), in the old format with a part of it that is meant."""
+        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] not in ("storage", b"storage"):
+            raise pickle.UnpicklingError("a storage is described wrongly")
+        found = self.storages.get(pid[1], pid[2], pid[4])
+        if len(pid) == 6 and pid[5] is not None:
+            _, offset, count = pid[5]
+            return _tensor(found, offset, (count,), (1,))
+        return found
+
+    def load_reduce(self) -> None:
+        function = self.stack[-2]
+        if not self._known(function) and not any(function is known for known in self.functions.values()):
+            raise pickle.UnpicklingError(f"calls a {type(function).__name__}")
+        super().load_reduce()
+
+    def load_build(self) -> None:
+        """Sets the state of an object; a state for a class or a function would change the running program."""
+        state, made = self.stack.pop(), self.stack[-1]
+        if not self._known(type(made)) or not isinstance(state, (dict, tuple)):
+            raise pickle.UnpicklingError(f"sets attributes of a {type(made).__name__}")
+        if isinstance(made, np.dtype):
+            return  # made whole
+        if not isinstance(state, dict):
+            raise pickle.UnpicklingError(f"sets a {type(made).__name__} to a {type(state).__name__}")
+        self.copied(state)
+        made.__dict__.update(state)
+
+    def _known(self, kind: Any) -> bool:
+        return isinstance(kind, type) and (kind in self.classes or issubclass(kind, np.dtype))
+
+    def _instantiate(self, kind: Any, args: Any) -> None:
+        if not self._known(kind):
+            raise pickle.UnpicklingError(f"makes a {getattr(kind, '__name__', type(kind).__name__)}")
+        super()._instantiate(kind, args)
+
+    def load_newobj(self) -> None:
+        if not self._known(self.stack[-2]):
+            raise pickle.UnpicklingError("makes an object of an unknown kind")
+        super().load_newobj()
+
+    def load_newobj_ex(self) -> None:
+        if not self._known(self.stack[-3]):
+            raise pickle.UnpicklingError("makes an object of an unknown kind")
+        super().load_newobj_ex()
+
+    def _set(self, items: Any = ()) -> set[Any]:
+        found = self.copied(items)
+        self.check_keys(found)
+        return set(found)
+
+    def _ordered(self, items: Any = ()) -> OrderedDict[Any, Any]:
+        pairs = self.copied(items)
+        self.check_keys(key for key, _ in pairs)
+        return OrderedDict(pairs)
+
+    dispatch = {
+        **BoundedUnpickler.dispatch,
+        pickle.REDUCE[0]: load_reduce,
+        pickle.BUILD[0]: load_build,
+        pickle.NEWOBJ[0]: load_newobj,
+        pickle.NEWOBJ_EX[0]: load_newobj_ex,
+    }
+
+
+def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, requires_grad: bool = False, *hooks: Any) -> Tensor:
+    """The view of a storage that a pickle describes; it repeats no number."""
+    last = sum((n - 1) * step for n, step in zip(size, stride)) if min(size, default=1) > 0 else -1
+    count = int(np.prod([int(n) for n in size], dtype=object)) if size else 1
+    if len(size) != len(stride) or min((offset, *size, *stride)) < 0 or len(size) > 8:
+        raise pickle.UnpicklingError("a tensor is described wrongly")
+    if offset + last >= len(storage) or count > len(storage):
+        raise pickle.UnpicklingError(f"a tensor of shape {tuple(size)} is larger than its storage of {len(storage)}")
+    return torch.as_strided(storage, size, stride, offset).requires_grad_(requires_grad is True)
+
+
+def _parameter(tensor: Tensor, requires_grad: bool = True, *hooks: Any) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=bool(requires_grad))
+
+
+def _number_type(code: Any, *flags: Any) -> np.dtype[Any]:
+    if not isinstance(code, str) or not re.fullmatch(r"[biufc]\d{1,2}", code):
+        raise pickle.UnpicklingError(f"numbers of numpy's type {str(code)[:40]!r}")
+    return np.dtype(code)
+
+
+def _number(kind: Any, data: Any) -> Any:
+    if not isinstance(kind, np.dtype) or not isinstance(data, bytes) or len(data) != kind.itemsize:
+        raise pickle.UnpicklingError("a number is described wrongly")
+    return np.frombuffer(data, kind)[0]
+
+
+def _latin(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"bytes in the encoding {str(encoding)[:40]!r}")
+    return codecs.latin_1_encode(text)[0]

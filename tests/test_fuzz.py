@@ -1,0 +1,173 @@
+"""Files of every kind that is read, cut short and with bits flipped: a clean error or a whole result, in bounds.
+
+A kind is a function that writes sound files into a folder, and one that reads the folder as users do.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import shutil
+import signal
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from skill_fairseq.audio.manifest import read_manifest
+from skill_fairseq.checkpoints import load_encoder, save_encoder
+from skill_fairseq.clustering.config_file import merge_groups, read_config
+from skill_fairseq.distillation.groups import parse_groups
+from skill_fairseq.exporting.describe import as_lines, describe
+from skill_fairseq.exporting.huggingface_folder import save_huggingface
+from skill_fairseq.exporting.s3prl_folder import save_s3prl
+from skill_fairseq.files import read_json, write_json
+from tests.conftest import random_encoder
+
+CASES = 40
+"""Of each kind: half are cut short, half have a bit flipped."""
+SECONDS = 20
+GIGABYTES = 2
+
+
+def checkpoint(folder: Path, **options: Any) -> None:
+    encoder = random_encoder()
+    state = {f"speech_encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    cfg = {"model": {"_name": "skill_student", **encoder.config.to_dict()}, "task": {"normalize": False}}
+    history = [{"num_updates": 7}]
+    torch.save({"cfg": cfg, "model": state, "optimizer_history": history}, folder / "a.pt", **options)
+
+
+def weights_and_index(folder: Path) -> None:
+    save_huggingface(random_encoder(), folder / "a")
+    from safetensors.torch import load_file
+
+    state = load_file(folder / "a" / "model.safetensors")
+    (folder / "a" / "model.safetensors").unlink()
+    torch.save(state, folder / "a" / "pytorch_model-1.bin")
+    index = {"weight_map": dict.fromkeys(state, "pytorch_model-1.bin")}
+    (folder / "a" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def graph(folder: Path) -> None:
+    info = {"config": random_encoder().config.to_dict(), "provenance": {"source": "a.pt"}}
+    with zipfile.ZipFile(folder / "a.pt2", "w") as archive:
+        archive.writestr("a/extra/skill_fairseq.json", json.dumps(info))
+        archive.writestr("a/data.bin", bytes(1000))
+
+
+def onnx_graph(folder: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    value = onnx.helper.make_tensor_value_info("x", 1, ["n"])
+    made = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [value], [value])
+    model = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 18)])
+    info = {"config": random_encoder().config.to_dict(), "provenance": {"source": "a.pt"}}
+    onnx.helper.set_model_props(model, {"skill_fairseq.json": json.dumps(info)})
+    (folder / "a.onnx").write_bytes(model.SerializeToString())
+
+
+def read_groups_file(path: Path) -> Any:
+    from skill_fairseq.criterions.skill_group_kd import SkillGroupKDConfig, read_groups
+
+    cfg = SkillGroupKDConfig()
+    cfg.groups_file = str(path)
+    return parse_groups(read_groups(cfg), 12)
+
+
+GROUPS = "criterion:\n  _name: skill_group_kd  # ours\n  groups: [[0], [1, 2], [12]]\ntask:\n  data: here\n"
+
+
+class Kind(NamedTuple):
+    write: Callable[[Path], Any]
+    read: Callable[[Path], Any]
+    exact: bool = False  # whether what is read despite the change must be what was written
+
+
+KINDS = {
+    "safetensors": Kind(lambda d: save_encoder(random_encoder(), d / "a"), lambda d: load_encoder(d / "a")),
+    "fairseq checkpoint": Kind(checkpoint, lambda d: load_encoder(d / "a.pt"), exact=True),
+    "fairseq checkpoint, pickle protocol 4": Kind(
+        lambda d: checkpoint(d, pickle_protocol=4), lambda d: load_encoder(d / "a.pt"), exact=True
+    ),
+    "fairseq checkpoint of an old torch": Kind(
+        lambda d: checkpoint(d, _use_new_zipfile_serialization=False), lambda d: load_encoder(d / "a.pt")
+    ),
+    "Hugging Face folder": Kind(lambda d: save_huggingface(random_encoder(), d / "a"), lambda d: load_encoder(d / "a")),
+    "Hugging Face folder in pieces": Kind(weights_and_index, lambda d: load_encoder(d / "a")),
+    "Hugging Face folder of our own": Kind(
+        lambda d: save_huggingface(random_encoder(ffn_dims=[3, None, 48]), d / "a"), lambda d: load_encoder(d / "a")
+    ),
+    "s3prl folder": Kind(lambda d: save_s3prl(random_encoder(), d / "a"), lambda d: load_encoder(d / "a")),
+    "torch.export program": Kind(graph, lambda d: list(as_lines(describe(d / "a.pt2")))),
+    "ONNX graph": Kind(onnx_graph, lambda d: list(as_lines(describe(d / "a.onnx")))),
+    "groups": Kind(lambda d: (d / "groups.yaml").write_text(GROUPS), lambda d: read_groups_file(d / "groups.yaml")),
+    "training config": Kind(
+        lambda d: (d / "a.yaml").write_text(GROUPS),
+        lambda d: merge_groups(read_config(d / "a.yaml"), [[0], [3]], str(d / "a.yaml")),
+    ),
+    "manifest": Kind(
+        lambda d: (d / "a.tsv").write_text("/data\n" + "".join(f"a{i}.flac\t{16000 + i}\n" for i in range(20))),
+        lambda d: read_manifest(d / "a.tsv"),
+    ),
+    "JSON": Kind(lambda d: write_json(d / "a.json", {"a": [1, 2.5, "x"], "b": {}}), lambda d: read_json(d / "a.json")),
+}
+
+
+@pytest.fixture
+def bounds() -> Iterator[None]:
+    """No hang, and no memory beyond what there was and two gigabytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (GIGABYTES << 30), before[1]))
+    handler = signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"no answer in {SECONDS} s"))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def spoiled(content: bytes, number: int, dice: random.Random) -> bytes:
+    if number % 2:
+        return content[: dice.randrange(len(content))]
+    # Half of the flips where the structure is: at the file's ends.
+    near = dice.choice((len(content), min(len(content), 600)))
+    place = dice.choice((dice.randrange(near), len(content) - 1 - dice.randrange(near)))
+    return content[:place] + bytes([content[place] ^ (1 << dice.randrange(8))]) + content[place + 1 :]
+
+
+def same(one: Any, two: Any) -> bool:
+    return one.config == two.config and all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values())
+    )
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_damaged_file_ends_in_a_clean_error_or_a_whole_result(name: str, tmp_path: Path, bounds: None) -> None:
+    kind, dice = KINDS[name], random.Random(name)
+    (tmp_path / "sound").mkdir()
+    kind.write(tmp_path / "sound")
+    whole = kind.read(tmp_path / "sound")
+    files = [p.relative_to(tmp_path / "sound") for p in sorted((tmp_path / "sound").rglob("*")) if p.is_file()]
+    files = [file for file in files if file.suffix not in (".py", ".md", ".txt")]  # nobody reads these
+    errors = 0
+    for number in range(CASES):
+        folder = shutil.copytree(tmp_path / "sound", tmp_path / str(number))
+        path = folder / dice.choice(files)
+        path.write_bytes(spoiled(path.read_bytes(), number, dice))
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            found = kind.read(folder)
+        except (ValueError, OSError) as error:
+            assert "\x00" not in str(error) and len(str(error)) < 5000
+            errors += 1
+        else:
+            assert not kind.exact or same(found, whole)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        shutil.rmtree(folder)
+    assert errors > CASES // 4  # the damage is seen
