@@ -29,6 +29,18 @@ began=$SECONDS
 step() { printf '\n== %s  (%d s)\n' "$1" $((SECONDS - began)); }
 trap 'printf "\nStopped. What was finished stays; the same command goes on from there.\n" >&2; exit 130' INT TERM
 
+pip() {
+    "$venv/bin/python" -m pip --quiet --disable-pip-version-check install "$@" 2>&1 |
+        { grep -v -e WARNING -e DEPRECATION || true; }
+}
+
+tool() {  # a command of the environment: the first line of its file cannot hold every folder's name
+    "$venv/bin/python" -c 'import sys; from importlib.metadata import entry_points
+sys.argv, sys.path = sys.argv[1:], [folder for folder in sys.path if folder]
+(command,) = {entry for entry in entry_points(group="console_scripts") if entry.name == sys.argv[0]}
+sys.exit(command.load()())' "$@"
+}
+
 environment() {  # that of examples/tiny/run.sh, or one of our own
     venv=$tiny/out/venv
     if [ -f "$venv/ready" ] && [ -x "$venv/bin/skill-labels" ]; then return; fi
@@ -36,9 +48,8 @@ environment() {  # that of examples/tiny/run.sh, or one of our own
     if [ -f "$venv/ready" ]; then return; fi
     rm -rf "$venv"
     "${PYTHON:-python3}" -m venv "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check 'pip<24.1' 2>&1 | { grep -v -e WARNING -e DEPRECATION || true; }
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$repo/tests/constraints.txt" "$repo" 2>&1 |
-        { grep -v -e WARNING -e DEPRECATION || true; }
+    pip 'pip<24.1'
+    (cd "$repo" && pip --constraint tests/constraints.txt .)
     touch "$venv/ready"
 }
 
@@ -54,7 +65,7 @@ labels() {  # folder, options ...
         echo "is done: $folder"
         return
     fi
-    skill-labels "$data"/{train,valid,test}.tsv --transcripts "$out/transcripts.tsv" --out "$folder" "$@"
+    tool skill-labels "$data"/{train,valid,test}.tsv --transcripts "$out/transcripts.tsv" --out "$folder" "$@"
     touch "$folder/done"
 }
 
@@ -76,7 +87,7 @@ finetune() {  # folder, labels, overrides ...
     shift 2
     if [ ! -f "$run/done" ]; then
         mkdir -p "$run"
-        if ! fairseq-hydra-train --config-dir "$repo/config/finetune" --config-name tiny_ctc task.data="$folder" \
+        if ! tool fairseq-hydra-train --config-dir "$repo/config/finetune" --config-name tiny_ctc task.data="$folder" \
             model.w2v_path="$student" hydra.run.dir="$run" checkpoint.save_dir="$run" "$@" 2>&1 |
             tee "$run/log" | progress; then
             tail -n 20 "$run/log" >&2
@@ -85,7 +96,7 @@ finetune() {  # folder, labels, overrides ...
         touch "$run/done"
     fi
     if [ ! -f "$run/wer.txt" ]; then
-        python "$here/decode.py" "$run/checkpoint_last.pt" "$folder" train valid test --out "$run/recognised" \
+        "$venv/bin/python" "$here/decode.py" "$run/checkpoint_last.pt" "$folder" train valid test --out "$run/recognised" \
             2> "$run/decode.log" | grep WER > "$run/wer.txt.partial" || { tail -n 20 "$run/decode.log" >&2; return 1; }
         mv "$run/wer.txt.partial" "$run/wer.txt"
     fi
@@ -104,7 +115,6 @@ fi
 step "environment"
 environment
 echo "$venv"
-export PATH=$venv/bin:$PATH
 
 step "labels"
 transcripts > "$out/transcripts.tsv"

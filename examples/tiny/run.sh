@@ -31,6 +31,18 @@ step() {  # ends the step before, and says how long it took
 times=
 trap 'printf "\nStopped. What was finished stays; the same command goes on from there.\n" >&2; exit 130' INT TERM
 
+pip() {
+    "$out/venv/bin/python" -m pip --quiet --disable-pip-version-check install "$@" 2>&1 |
+        { grep -v -e WARNING -e DEPRECATION || true; }
+}
+
+tool() {  # a command of the environment: the first line of its file cannot hold every folder's name
+    "$out/venv/bin/python" -c 'import sys; from importlib.metadata import entry_points
+sys.argv, sys.path = sys.argv[1:], [folder for folder in sys.path if folder]
+(command,) = {entry for entry in entry_points(group="console_scripts") if entry.name == sys.argv[0]}
+sys.exit(command.load()())' "$@"
+}
+
 install() {
     local wanted python=${PYTHON:-python3} constraints=constraints.txt
     if [ "$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = 3.10 ]; then
@@ -73,7 +85,7 @@ train() {  # folder, config folder, overrides ...
         return
     fi
     mkdir -p "$run"
-    if ! fairseq-hydra-train --config-dir "config/$config" --config-name tiny task.data="$data" task.teacher="$teacher" \
+    if ! tool fairseq-hydra-train --config-dir "$repo/config/$config" --config-name tiny task.data="$data" task.teacher="$teacher" \
         criterion.groups_file="$out/clusters/groups.yaml" hydra.run.dir="$run" checkpoint.save_dir="$run" "$@" 2>&1 |
         tee "$run/log" | progress; then
         tail -n 20 "$run/log" >&2
@@ -84,11 +96,9 @@ train() {  # folder, config folder, overrides ...
 
 step "install"
 install
-export PATH=$out/venv/bin:$PATH
-
 step "cluster the teacher's layers"
 if [ ! -f "$out/clusters/groups.yaml" ]; then
-    skill-cluster --teacher "$teacher" --manifest "$data/train.tsv" --max-seconds 120 --out "$out/clusters"
+    tool skill-cluster --teacher "$teacher" --manifest "$data/train.tsv" --max-seconds 120 --out "$out/clusters"
 else
     cat "$out/clusters/groups.yaml"
 fi
@@ -98,7 +108,7 @@ train "$out/stage1" distill
 
 step "shrink"
 if [ ! -f "$out/shrunk.safetensors" ]; then
-    skill-shrink "$out/stage1/checkpoint_last.pt" "$out/shrunk.safetensors"
+    tool skill-shrink "$out/stage1/checkpoint_last.pt" "$out/shrunk.safetensors"
 fi
 
 step "stage 2: distil the shrunk student"
@@ -106,12 +116,12 @@ train "$out/stage2" final model.init_from="$out/stage1/checkpoint_last.pt"
 
 step "export"
 if [ ! -f "$out/student.safetensors" ]; then
-    skill-export "$out/stage2/checkpoint_last.pt" "$out/student.safetensors"
+    tool skill-export "$out/stage2/checkpoint_last.pt" "$out/student.safetensors"
 fi
 
 step "probe"
 if [ ! -f "$out/probe.json" ]; then
-    skill-probe "teacher=$teacher" "shrunk=$out/shrunk.safetensors" "student=$out/student.safetensors" \
+    tool skill-probe "teacher=$teacher" "shrunk=$out/shrunk.safetensors" "student=$out/student.safetensors" \
         "random=random:$out/student.safetensors" logmel \
         --task "$data/tasks/digit" --task "$data/tasks/speaker" \
         --json "$out/probe.json" --plot "$out/probe.png" | tee "$out/probe.txt.partial"

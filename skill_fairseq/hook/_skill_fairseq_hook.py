@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-PACKAGES = ("antlr4", "fairseq", "hydra", "omegaconf")
+PACKAGES = ("antlr4", "fairseq", "fairseq_cli", "hydra", "omegaconf")
 USER_DIR = "SKILL_FAIRSEQ_USER_DIR"
 FOUND = "SKILL_FAIRSEQ_FOUND"
 
@@ -381,11 +381,63 @@ def restore_numpy_int(data_utils: ModuleType) -> None:
     data_utils.np = View(data_utils.np, int=int)  # type: ignore[attr-defined]
 
 
+def take_any_path(hydra_train: ModuleType) -> None:
+    """``fairseq-hydra-train task.data=/home/jürgen/data``, and other characters that hydra's grammar has no room for.
+
+    "LexerNoViableAltException", "mismatched input '='", or for a comma "Ambiguous value": an override that hydra
+    cannot read, and whose value is a path, is quoted for it. So is one that it would misread, for a backslash, where
+    there is such a path.
+    """
+    plain_main = hydra_train.cli_main
+
+    def cli_main() -> None:
+        multirun = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+        for place, word in enumerate(sys.argv):
+            if place > 0 and sys.argv[place - 1] not in WITH_VALUE:
+                sys.argv[place] = contained(quote_path, word, multirun) or word
+        plain_main()
+
+    hydra_train.cli_main = cli_main  # type: ignore[attr-defined]
+
+
+WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p")
+"""Options of hydra that take the next word."""
+
+
+def quote_path(word: str, multirun: bool) -> str:
+    """An override as hydra 1.0 reads it: ``field='value'`` where it cannot read ``field=value`` and this is a path.
+
+    Args:
+        word: of the command line.
+        multirun: a comma parts the values of a sweep.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ValueType
+    from hydra.errors import HydraException
+
+    field, equals, value = word.partition("=")
+    if word.startswith("-") or not equals or value[:1] in ("", "'", '"', "[", "{"):
+        return word
+    try:
+        parsed = OverridesParser.create().parse_override(word)
+        if parsed.is_sweep_override():
+            keep = multirun or parsed.value_type != ValueType.SIMPLE_CHOICE_SWEEP or "/" not in value
+        else:
+            misread = parsed.value() != value and (os.path.exists(value) or value.endswith(" "))
+            keep = "/" not in value or not misread
+    except HydraException:
+        keep = "/" not in value and not os.path.exists(value)
+    if keep:
+        return word
+    quoted = value.replace("'", "\\'")
+    return f"{field}='{quoted}'"
+
+
 BEFORE = (allow_dataclass_defaults, restore_find_module, restore_typing_io, name_user_dir, requeue_from_start_up)
 AFTER = {
-    "hydra._internal.utils": (print_exceptions, find_config_dir),
-    "hydra._internal.hydra": (find_run_configs,),
+    "hydra._internal.utils": (print_exceptions,),
     "fairseq.checkpoint_utils": (load_checkpoints,),
     "fairseq.distributed.utils": (load_from_other_ranks, pass_signals_on),
+    "fairseq_cli.hydra_train": (take_any_path,),
     "fairseq.data.data_utils": (restore_numpy_int,),
 }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import yaml
+from runs import ENVIRONMENT, WORST
 
 from skill_fairseq import __file__ as package_file
 
@@ -182,3 +186,43 @@ def test_other_programs_of_hydra_are_as_without_the_hook(started):
     assert result.returncode == 1 and "Key 'nodes' not in 'BasicLauncherConf'" in result.stderr
     shown = started("--info", config_path="elsewhere").stdout
     assert "elsewhere" in shown and os.path.dirname(USER_DIR) not in shown
+
+
+def quoted(python, words: list[str], multirun: bool = False) -> list[str]:
+    result = python(f"import hydra, json\nprint(json.dumps([hook.quote_path(w, {multirun}) for w in {words!r}]))\n")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_any_path_in_an_override_is_the_path_that_hydra_reads(python, tmp_path):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (tmp_path / "a\\(b").mkdir()  # hydra would read it as a(b
+    names = [WORST, "j\u00f6rg", "it's", "a,b", "a=b", "C#", "Kim (2024)", "ends\\", "\\'", "x ", "{a: b}", "plain"]
+    paths = [f"/data/{name}" for name in names] + [f"{tmp_path}/a\\(b", "data/j\u00f6rg"]
+    words = quoted(python, [f"task.data={path}" for path in paths])
+    found = OverridesParser.create().parse_overrides(words)
+    assert [each.value() for each in found] == paths and not any(each.is_sweep_override() for each in found)
+    assert words[names.index("plain")] == "task.data=/data/plain"
+
+
+def test_overrides_that_are_no_paths_stay_as_they_are(python, tmp_path):
+    """Also what hydra refuses; and a comma, where it parts the runs of a sweep."""
+    (tmp_path / "true").touch()
+    words = ["common.cpu=true", "+run=cpu", "criterion.groups=[[0],[1,2]", "a=1,2", "a=choice(/x,/y)", "a='/x,y'"]
+    words += ["a={b:1}", "optimizer.adam_betas=(0.9,0.98)", "~task", "--config-dir=/a=b", "x="]
+    assert quoted(python, words) == words
+    assert quoted(python, ["a=/x,/y", "a=/\u00fc"], multirun=True) == ["a=/x,/y", "a='/\u00fc'"]
+    assert quoted(python, ["a=/x,/y"]) == ["a='/x,/y'"]
+
+
+def test_fairseq_hydra_train_takes_any_path(tmp_path):
+    """As the README writes it; the word after --config-dir is no override."""
+    folder = tmp_path / "a=b" / WORST
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text("# @package _group_\ntask:\n  data: ???\n")
+    command = [str(Path(sys.executable).with_name("fairseq-hydra-train")), "--config-dir", os.path.join("a=b", WORST)]
+    command += ["--config-name", "mine", f"task.data={folder}", "--cfg", "job"]
+    result = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(result.stdout)["task"]["data"] == str(folder)

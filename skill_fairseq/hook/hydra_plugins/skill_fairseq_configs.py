@@ -21,6 +21,8 @@ class SkillFairseqConfigs(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Called by hydra before it adds ``--config-dir`` and its own last entry, "schema"."""
+        if os.environ.get("SKILL_FAIRSEQ_HOOK") == "0":
+            return
         package = os.environ.get("SKILL_FAIRSEQ_USER_DIR", "")
         folders = [os.path.join(parent, "config") for parent in (package, os.path.dirname(package))]
         config = next((folder for folder in folders if os.path.isdir(os.path.join(folder, "run"))), None)
