@@ -370,7 +370,9 @@ def pass_signals_on(module: ModuleType) -> None:
 def _is_ours(cfg: Any = None) -> bool:
     """Whether a config of fairseq is that of a run with our user dir."""
     user_dir = getattr(getattr(cfg, "common", None), "user_dir", None)
-    return bool(user_dir) and (user_dir == os.environ.get(USER_DIR) or os.path.basename(user_dir) == "skill_fairseq")
+    if not isinstance(user_dir, str):
+        return False
+    return user_dir == os.environ.get(USER_DIR) or os.path.basename(user_dir) == "skill_fairseq"
 
 
 def restore_numpy_int(data_utils: ModuleType) -> None:
