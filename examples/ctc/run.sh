@@ -21,6 +21,8 @@ tiny=$repo/examples/tiny
 data=$tiny/data/tasks/digit
 mkdir -p "${1:-$here/out}"
 out=$(cd "${1:-$here/out}" && pwd)
+# shellcheck source=examples/environment.sh
+. "$repo/examples/environment.sh"
 student=${2:-$tiny/out/stage2/checkpoint_last.pt}
 [[ $student = /* ]] || student=$PWD/$student
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a model this small gains nothing from threads, and waits for them
@@ -29,27 +31,12 @@ began=$SECONDS
 step() { printf '\n== %s  (%d s)\n' "$1" $((SECONDS - began)); }
 trap 'printf "\nStopped. What was finished stays; the same command goes on from there.\n" >&2; exit 130' INT TERM
 
-pip() {
-    "$venv/bin/python" -m pip --quiet --disable-pip-version-check install "$@" 2>&1 |
-        { grep -v -e WARNING -e DEPRECATION || true; }
-}
-
-tool() {  # a command of the environment: the first line of its file cannot hold every folder's name
-    "$venv/bin/python" -c 'import sys; from importlib.metadata import entry_points
-sys.argv, sys.path = sys.argv[1:], [folder for folder in sys.path if folder]
-(command,) = {entry for entry in entry_points(group="console_scripts") if entry.name == sys.argv[0]}
-sys.exit(command.load()())' "$@"
-}
-
 environment() {  # that of examples/tiny/run.sh, or one of our own
     venv=$tiny/out/venv
     if [ -f "$venv/ready" ] && [ -x "$venv/bin/skill-labels" ]; then return; fi
     venv=$out/venv
     if [ -f "$venv/ready" ]; then return; fi
-    rm -rf "$venv"
-    "${PYTHON:-python3}" -m venv "$venv"
-    pip 'pip<24.1'
-    (cd "$repo" && pip --constraint tests/constraints.txt .)
+    make_environment "$venv" ''
     touch "$venv/ready"
 }
 

@@ -14,6 +14,9 @@ repo=$(cd "$here/../.." && pwd)
 mkdir -p "${1:-$here/out}"
 out=$(cd "${1:-$here/out}" && pwd)
 data=$here/data
+venv=$out/venv
+# shellcheck source=examples/environment.sh
+. "$repo/examples/environment.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a model this small gains nothing from threads, and waits for them
 teacher=$here/teacher/teacher.safetensors
 began=$SECONDS
@@ -31,36 +34,17 @@ step() {  # ends the step before, and says how long it took
 times=
 trap 'printf "\nStopped. What was finished stays; the same command goes on from there.\n" >&2; exit 130' INT TERM
 
-pip() {
-    "$out/venv/bin/python" -m pip --quiet --disable-pip-version-check install "$@" 2>&1 |
-        { grep -v -e WARNING -e DEPRECATION || true; }
-}
-
-tool() {  # a command of the environment: the first line of its file cannot hold every folder's name
-    "$out/venv/bin/python" -c 'import sys; from importlib.metadata import entry_points
-sys.argv, sys.path = sys.argv[1:], [folder for folder in sys.path if folder]
-(command,) = {entry for entry in entry_points(group="console_scripts") if entry.name == sys.argv[0]}
-sys.exit(command.load()())' "$@"
-}
-
 install() {
-    local wanted python=${PYTHON:-python3} constraints=constraints.txt
-    if [ "$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = 3.10 ]; then
-        constraints=constraints-oldest.txt  # the other's packages need a later Python
-    fi
-    wanted=$("$python" --version && cd "$repo" && { git rev-parse HEAD && git status --porcelain -- skill_fairseq config setup.py; } 2>/dev/null ||
+    local wanted
+    wanted=$("${PYTHON:-python3}" --version && cd "$repo" && { git rev-parse HEAD && git status --porcelain -- skill_fairseq config setup.py; } 2>/dev/null ||
         cat "$repo/setup.py")
-    if [ -f "$out/venv/ready" ] && [ "$(cat "$out/venv/ready")" = "$wanted" ]; then
-        echo "environment is there: $out/venv"
+    if [ -f "$venv/ready" ] && [ "$(cat "$venv/ready")" = "$wanted" ]; then
+        echo "environment is there: $venv"
         return
     fi
-    rm -rf "$out/venv"
-    "$python" -m venv "$out/venv"
-    "$out/venv/bin/pip" install --quiet --disable-pip-version-check 'pip<24.1' 2>&1 | { grep -v -e WARNING -e DEPRECATION || true; }
-    "$out/venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$repo/tests/$constraints" \
-        "$repo[plots,probe]" 2>&1 | { grep -v -e WARNING -e DEPRECATION || true; }
-    "$out/venv/bin/skill-cluster" --help > /dev/null  # the installation works
-    printf '%s' "$wanted" > "$out/venv/ready"
+    make_environment "$venv" '[plots,probe]'
+    tool skill-cluster --help > /dev/null  # the installation works
+    printf '%s' "$wanted" > "$venv/ready"
 }
 
 progress() {  # fairseq's log on stdin, one short line on the screen
