@@ -185,7 +185,8 @@ def test_other_programs_of_hydra_are_as_without_the_hook(started):
     result = started("hydra.launcher.nodes=1", config_path="elsewhere")
     assert result.returncode == 1 and "Key 'nodes' not in 'BasicLauncherConf'" in result.stderr
     shown = started("--info", config_path="elsewhere").stdout
-    assert "elsewhere" in shown and os.path.dirname(USER_DIR) not in shown
+    ours = [os.path.join(parent, "config") for parent in (USER_DIR, os.path.dirname(USER_DIR))]
+    assert "elsewhere" in shown and not any(f"file://{folder} " in shown for folder in ours)
 
 
 def quoted(python, words: list[str], multirun: bool = False) -> list[str]:
