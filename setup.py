@@ -96,11 +96,12 @@ setup(
     extras_require={"plots": PLOTS, "probe": PROBE, "hf": HF, "onnx": ONNX, "slurm": SLURM, "tests": TESTS},
     # The hook is a top-level module, so that starting it imports neither torch nor fairseq; the configs
     # travel inside the package, so that whoever installed a wheel has them.
-    packages=[*find_packages(include=["skill_fairseq", "skill_fairseq.*"]), "skill_fairseq.config"],
+    packages=[*find_packages(include=["skill_fairseq", "skill_fairseq.*"]), "skill_fairseq.config", "hydra_plugins"],
     package_dir={
         "": "skill_fairseq/hook",
         "skill_fairseq": "skill_fairseq",
         "skill_fairseq.config": "config",
+        "hydra_plugins": "skill_fairseq/hook/hydra_plugins",  # a namespace package, shared with hydra's other plugins
     },
     package_data={"skill_fairseq.config": ["**/*.yaml"]},
     py_modules=["_skill_fairseq_hook"],

@@ -6,7 +6,8 @@
 #   PYTHONS="3.10 3.13" bash tests/matrix.sh    these alone
 #
 # 3.10 runs the oldest torch, the others that of tests/constraints.txt (see run.sh). As many at a time as there are
-# processors. Where pip offers no CPU build of torch, an environment takes about 5 GB.
+# processors. Where pip offers no CPU build of torch, an environment takes about 5 GB. Exit code 77: nothing failed, but a
+# Python is not here.
 set -euo pipefail
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 if [ $# -gt 0 ]; then
@@ -59,4 +60,5 @@ wait
 } >"$folder/table.txt"
 printf '\n'
 cat "$folder/table.txt"
-! grep -q FAILED "$folder/table.txt"
+if grep -q FAILED "$folder/table.txt"; then exit 1; fi
+if grep -q 'no such Python' "$folder/table.txt"; then exit 77; fi

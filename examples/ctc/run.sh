@@ -21,6 +21,8 @@ tiny=$repo/examples/tiny
 data=$tiny/data/tasks/digit
 mkdir -p "${1:-$here/out}"
 out=$(cd "${1:-$here/out}" && pwd)
+# shellcheck source=examples/environment.sh
+. "$repo/examples/environment.sh"
 student=${2:-$tiny/out/stage2/checkpoint_last.pt}
 [[ $student = /* ]] || student=$PWD/$student
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a model this small gains nothing from threads, and waits for them
@@ -34,11 +36,7 @@ environment() {  # that of examples/tiny/run.sh, or one of our own
     if [ -f "$venv/ready" ] && [ -x "$venv/bin/skill-labels" ]; then return; fi
     venv=$out/venv
     if [ -f "$venv/ready" ]; then return; fi
-    rm -rf "$venv"
-    "${PYTHON:-python3}" -m venv "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check 'pip<24.1' 2>&1 | { grep -v -e WARNING -e DEPRECATION || true; }
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$repo/tests/constraints.txt" "$repo" 2>&1 |
-        { grep -v -e WARNING -e DEPRECATION || true; }
+    make_environment "$venv" ''
     touch "$venv/ready"
 }
 
@@ -54,7 +52,7 @@ labels() {  # folder, options ...
         echo "is done: $folder"
         return
     fi
-    skill-labels "$data"/{train,valid,test}.tsv --transcripts "$out/transcripts.tsv" --out "$folder" "$@"
+    tool skill-labels "$data"/{train,valid,test}.tsv --transcripts "$out/transcripts.tsv" --out "$folder" "$@"
     touch "$folder/done"
 }
 
@@ -76,7 +74,7 @@ finetune() {  # folder, labels, overrides ...
     shift 2
     if [ ! -f "$run/done" ]; then
         mkdir -p "$run"
-        if ! fairseq-hydra-train --config-dir "$repo/config/finetune" --config-name tiny_ctc task.data="$folder" \
+        if ! tool fairseq-hydra-train --config-dir "$repo/config/finetune" --config-name tiny_ctc task.data="$folder" \
             model.w2v_path="$student" hydra.run.dir="$run" checkpoint.save_dir="$run" "$@" 2>&1 |
             tee "$run/log" | progress; then
             tail -n 20 "$run/log" >&2
@@ -85,7 +83,7 @@ finetune() {  # folder, labels, overrides ...
         touch "$run/done"
     fi
     if [ ! -f "$run/wer.txt" ]; then
-        python "$here/decode.py" "$run/checkpoint_last.pt" "$folder" train valid test --out "$run/recognised" \
+        "$venv/bin/python" "$here/decode.py" "$run/checkpoint_last.pt" "$folder" train valid test --out "$run/recognised" \
             2> "$run/decode.log" | grep WER > "$run/wer.txt.partial" || { tail -n 20 "$run/decode.log" >&2; return 1; }
         mv "$run/wer.txt.partial" "$run/wer.txt"
     fi
@@ -104,7 +102,6 @@ fi
 step "environment"
 environment
 echo "$venv"
-export PATH=$venv/bin:$PATH
 
 step "labels"
 transcripts > "$out/transcripts.tsv"

@@ -7,11 +7,14 @@
 #   job.sh export  OUT                                                        OUT/student.safetensors
 #
 # A step whose result is there does nothing; a result is there whole or not at all: a folder is renamed when it is
-# complete, a stage gets the file "done". A stage that was stopped goes on where it was. Paths are absolute.
+# complete, a stage gets the file "done". A stage that was stopped goes on where it was. Paths are absolute; the start-up
+# hook quotes them for hydra. CONFIG is a name in config/distill (stage1) or config/final (stage2) of this clone, or the
+# path of a config without ".yaml".
 set -euo pipefail
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 
 checkpoint=checkpoints/checkpoint_last.pt
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)  # within a Slurm job this is Slurm's own copy
 
 cluster() {  # out, data, teacher, options ...
     local out=$1 data=$2 teacher=$3
@@ -27,6 +30,7 @@ train() {  # folder, config folder, data, teacher, config, run config, groups fi
     shift 7
     if [ -e "$run/done" ]; then return; fi
     mkdir -p "$run"
+    if [[ $config != */* ]]; then config=$(cd "$here/../../config/$stage" && pwd)/$config; fi
     if [ -n "$groups" ]; then set -- "criterion.groups_file=$groups" "$@"; fi
     if [ -n "${SLURM_JOB_ID:-}" ]; then
         # A task that fails ends the others, which would wait for it. Since Slurm 22.05 srun forgets the job's CPUs.
@@ -36,8 +40,10 @@ train() {  # folder, config folder, data, teacher, config, run config, groups fi
         fi
     fi
     rm -f "$run/preempted"
-    SKILL_PREEMPTED_FILE=$run/preempted "${launch[@]}" fairseq-hydra-train --config-dir "config/$stage" --config-name "$config" "+run=$run_config" \
-        "task.data=$data" "task.teacher=$teacher" "hydra.run.dir=$run" checkpoint.save_dir=checkpoints "$@" || status=$?
+    SKILL_PREEMPTED_FILE=$run/preempted "${launch[@]}" \
+        fairseq-hydra-train --config-dir "${config%/*}" --config-name "${config##*/}" "+run=$run_config" \
+        "task.data=$data" "task.teacher=$teacher" "hydra.run.dir=$run" \
+        checkpoint.save_dir=checkpoints "$@" || status=$?
     case $status in
         0)
             # srun answers 0 for a lost node as well.
@@ -68,7 +74,7 @@ go_on_later() {  # the training was told to stop, has saved its state, and is to
 step=$1
 out=$2
 shift 2
-cd "$out"
+cd -- "$out"
 case $step in
     cluster) cluster "$out" "$@" ;;
     stage1) train "$out/stage1" distill "$@" ;;

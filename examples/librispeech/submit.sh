@@ -34,7 +34,7 @@ fail() {
 
 existing() {  # option, path: its absolute name
     if [ ! -e "$2" ]; then fail "$1: $2: no such file or folder"; fi
-    printf '%s/%s\n' "$(cd "$(dirname "$2")" && pwd)" "$(basename "$2")"
+    printf '%s/%s\n' "$(cd -- "$(dirname -- "$2")" && pwd)" "$(basename -- "$2")"
 }
 
 data='' teacher='' out='' groups=''
@@ -87,6 +87,7 @@ for file in distill/$config final/$final_config run/$run_config; do
         fail "config/$file.yaml: no such config; there are: $(cd "$configs/${file%/*}" && echo *.yaml)"
     fi
 done
+case "$data$teacher$out$groups$configs" in *'${'*) fail "a path holds \${, which hydra takes for a reference; rename it" ;; esac
 data=$(existing --data "$data")
 existing --data "$data/train.tsv" >/dev/null
 teacher=$(existing --teacher "$teacher")
@@ -100,8 +101,8 @@ if [ "$print" = 0 ]; then commands+=(sbatch squeue scancel); fi
 for command in "${commands[@]}"; do
     if [ -z "$(command -v "$command")" ]; then fail "$command: not found; put it on PATH (activate the environment)"; fi
 done
-if [ "$print" = 0 ]; then mkdir -p "$out/logs"; fi
-out=$(realpath -m "$out")
+if [ "$print" = 0 ]; then mkdir -p -- "$out/logs"; fi
+out=$(realpath -m -- "$out")
 if [ "$groups_file" = clusters/groups.yaml ]; then groups_file=$out/clusters/groups.yaml; fi
 
 of_run_config() {  # field of hydra.launcher
@@ -113,7 +114,7 @@ arguments() {  # step: those of sbatch and of job.sh, into the array command
     gpus=$(of_run_config gpus_per_node)
     local -n more=sbatch_$step
     command=(
-        sbatch --parsable "--job-name=skill-$step" "--chdir=$out" "--output=$out/logs/$step.log" --open-mode=append
+        sbatch --parsable "--job-name=skill-$step" "--chdir=$out" "--output=${out//%/%%}/logs/$step.log" --open-mode=append
         --export=ALL --requeue --kill-on-invalid-dep=yes "--cpus-per-task=$(of_run_config cpus_per_task)"
     )
     case $step in
@@ -138,8 +139,8 @@ arguments() {  # step: those of sbatch and of job.sh, into the array command
     command+=("${more[@]}" "$here/job.sh" "$step" "$out")
     case $step in
         cluster) command+=("$data" "$teacher" "--device=$device" "${cluster_args[@]}") ;;
-        stage1) command+=("$data" "$teacher" "$config" "$run_config" "$groups_file" "${sets_stage1[@]}") ;;
-        stage2) command+=("$data" "$teacher" "$final_config" "$run_config" "$groups_file" "${sets_stage2[@]}") ;;
+        stage1) command+=("$data" "$teacher" "$configs/distill/$config" "$run_config" "$groups_file" "${sets_stage1[@]}") ;;
+        stage2) command+=("$data" "$teacher" "$configs/final/$final_config" "$run_config" "$groups_file" "${sets_stage2[@]}") ;;
     esac
 }
 
@@ -156,7 +157,7 @@ queued() {  # step: "id state dependency" of its job, once it is known whether a
     if [ "$print" = 1 ]; then return; fi
     while :; do
         found=$(squeue --noheader --user="$(id -un)" --name="skill-$1" --format='%i %T %E %Z' |
-            awk -v out="$out" 'substr($0, length($0) - length(out)) == " " out { print $1, $2, $3; exit }')
+            out=$out awk 'substr($0, length($0) - length(ENVIRON["out"])) == " " ENVIRON["out"] { print $1, $2, $3; exit }')
         if [[ $found != *' COMPLETING '* ]]; then break; fi
         sleep 1
     done

@@ -14,6 +14,9 @@ repo=$(cd "$here/../.." && pwd)
 mkdir -p "${1:-$here/out}"
 out=$(cd "${1:-$here/out}" && pwd)
 data=$here/data
+venv=$out/venv
+# shellcheck source=examples/environment.sh
+. "$repo/examples/environment.sh"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a model this small gains nothing from threads, and waits for them
 teacher=$here/teacher/teacher.safetensors
 began=$SECONDS
@@ -32,23 +35,16 @@ times=
 trap 'printf "\nStopped. What was finished stays; the same command goes on from there.\n" >&2; exit 130' INT TERM
 
 install() {
-    local wanted python=${PYTHON:-python3} constraints=constraints.txt
-    if [ "$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = 3.10 ]; then
-        constraints=constraints-oldest.txt  # the other's packages need a later Python
-    fi
-    wanted=$("$python" --version && cd "$repo" && { git rev-parse HEAD && git status --porcelain -- skill_fairseq config setup.py; } 2>/dev/null ||
+    local wanted
+    wanted=$("${PYTHON:-python3}" --version && cd "$repo" && { git rev-parse HEAD && git status --porcelain -- skill_fairseq config setup.py; } 2>/dev/null ||
         cat "$repo/setup.py")
-    if [ -f "$out/venv/ready" ] && [ "$(cat "$out/venv/ready")" = "$wanted" ]; then
-        echo "environment is there: $out/venv"
+    if [ -f "$venv/ready" ] && [ "$(cat "$venv/ready")" = "$wanted" ]; then
+        echo "environment is there: $venv"
         return
     fi
-    rm -rf "$out/venv"
-    "$python" -m venv "$out/venv"
-    "$out/venv/bin/pip" install --quiet --disable-pip-version-check 'pip<24.1' 2>&1 | { grep -v -e WARNING -e DEPRECATION || true; }
-    "$out/venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$repo/tests/$constraints" \
-        "$repo[plots,probe]" 2>&1 | { grep -v -e WARNING -e DEPRECATION || true; }
-    "$out/venv/bin/skill-cluster" --help > /dev/null  # the installation works
-    printf '%s' "$wanted" > "$out/venv/ready"
+    make_environment "$venv" '[plots,probe]'
+    tool skill-cluster --help > /dev/null  # the installation works
+    printf '%s' "$wanted" > "$venv/ready"
 }
 
 progress() {  # fairseq's log on stdin, one short line on the screen
@@ -73,7 +69,7 @@ train() {  # folder, config folder, overrides ...
         return
     fi
     mkdir -p "$run"
-    if ! fairseq-hydra-train --config-dir "config/$config" --config-name tiny task.data="$data" task.teacher="$teacher" \
+    if ! tool fairseq-hydra-train --config-dir "$repo/config/$config" --config-name tiny task.data="$data" task.teacher="$teacher" \
         criterion.groups_file="$out/clusters/groups.yaml" hydra.run.dir="$run" checkpoint.save_dir="$run" "$@" 2>&1 |
         tee "$run/log" | progress; then
         tail -n 20 "$run/log" >&2
@@ -84,11 +80,9 @@ train() {  # folder, config folder, overrides ...
 
 step "install"
 install
-export PATH=$out/venv/bin:$PATH
-
 step "cluster the teacher's layers"
 if [ ! -f "$out/clusters/groups.yaml" ]; then
-    skill-cluster --teacher "$teacher" --manifest "$data/train.tsv" --max-seconds 120 --out "$out/clusters"
+    tool skill-cluster --teacher "$teacher" --manifest "$data/train.tsv" --max-seconds 120 --out "$out/clusters"
 else
     cat "$out/clusters/groups.yaml"
 fi
@@ -98,7 +92,7 @@ train "$out/stage1" distill
 
 step "shrink"
 if [ ! -f "$out/shrunk.safetensors" ]; then
-    skill-shrink "$out/stage1/checkpoint_last.pt" "$out/shrunk.safetensors"
+    tool skill-shrink "$out/stage1/checkpoint_last.pt" "$out/shrunk.safetensors"
 fi
 
 step "stage 2: distil the shrunk student"
@@ -106,12 +100,12 @@ train "$out/stage2" final model.init_from="$out/stage1/checkpoint_last.pt"
 
 step "export"
 if [ ! -f "$out/student.safetensors" ]; then
-    skill-export "$out/stage2/checkpoint_last.pt" "$out/student.safetensors"
+    tool skill-export "$out/stage2/checkpoint_last.pt" "$out/student.safetensors"
 fi
 
 step "probe"
 if [ ! -f "$out/probe.json" ]; then
-    skill-probe "teacher=$teacher" "shrunk=$out/shrunk.safetensors" "student=$out/student.safetensors" \
+    tool skill-probe "teacher=$teacher" "shrunk=$out/shrunk.safetensors" "student=$out/student.safetensors" \
         "random=random:$out/student.safetensors" logmel \
         --task "$data/tasks/digit" --task "$data/tasks/speaker" \
         --json "$out/probe.json" --plot "$out/probe.png" | tee "$out/probe.txt.partial"

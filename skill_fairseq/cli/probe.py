@@ -76,6 +76,7 @@ def plot_bars(entries: Sequence[dict[str, Any]], tasks: Sequence[Task], path: Pa
     matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is no formula
     from matplotlib import pyplot
 
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is no formula
     models = list(dict.fromkeys(entry["model"] for entry in entries))
     figure, panels = pyplot.subplots(
         1,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from skill_fairseq.cli._common import Parser, in_range, run
-from skill_fairseq.files import atomic_write, check_output
+from skill_fairseq.files import check_output
 from skill_fairseq.messages import require
 from skill_fairseq.reporting.benchmark_report import benchmark_report
 from skill_fairseq.reporting.run_folder import read_folder
@@ -31,16 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
     require("skill-report", "matplotlib")
-    check_output((args.out or args.folder / "report") / "report.html", "--out")
-    folder = read_folder(args.folder, args.teacher, args.data)
     out = args.out or args.folder / "report"
+    if args.out is None and out.is_symlink():
+        raise ValueError(f"{out}: is a link to {out.readlink()}, outside of the run; give --out DIR, or remove it")
+    check_output(out / "report.html", "--out")
+    folder = read_folder(args.folder, args.teacher, args.data)
     out.mkdir(parents=True, exist_ok=True)
-    if folder.benchmark is not None:
-        text = benchmark_report(folder, out)
-    else:
-        text = run_report(folder, out, args.max_seconds)
-    with atomic_write(out / "report.html") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as made:
+        if folder.benchmark is not None:
+            text = benchmark_report(folder, Path(made))
+        else:
+            text = run_report(folder, Path(made), args.max_seconds)
+        # Names of folders may be no text.
+        Path(made, "report.html").write_text(text, encoding="utf-8", errors="backslashreplace")
+        for file in Path(made).iterdir():
+            file.replace(out / file.name)  # in the place of a link, not through it
     print(f"wrote {out / 'report.html'}, {(out / 'report.html').stat().st_size / 1e6:.2f} MB")
     return 0
 

@@ -80,7 +80,8 @@ def plot_clusters(
         axis.set_ticklabels([str(layers[leaf]) for leaf in order])
         for leaf, label in zip(order, axis.get_ticklabels()):
             label.set(color=colours[leaf], fontweight="bold")
-    figure.suptitle(title, fontsize=12)
+    shown = title.encode(errors="backslashreplace").decode()  # a file's name may be no text
+    figure.suptitle(shown, fontsize=12, parse_math=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary)
 

@@ -3,7 +3,7 @@
 ``skill_fairseq_hook.pth`` in site-packages starts this module with every Python of the environment, so it
 reaches ``fairseq-hydra-train``, torchrun, spawned children and Slurm jobs alike. Until fairseq, hydra,
 omegaconf or antlr4 is imported it does nothing; where omegaconf is not 2.0.x it steps aside;
-``SKILL_FAIRSEQ_HOOK=0`` in the environment switches it off.
+``SKILL_FAIRSEQ_HOOK=0`` in the environment switches it off. A patch that fails says so and breaks no import.
 
 It is installed at the top level, beside the package: it must not import torch, fairseq or skill_fairseq.
 Each function below that takes no argument, or one module, is one patch, named after what it does; its
@@ -17,14 +17,14 @@ import sys
 
 TYPE_CHECKING = False  # as typing's, which would cost start-up time
 if TYPE_CHECKING:
-    from argparse import ArgumentParser
     from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
 
-PACKAGES = ("antlr4", "fairseq", "hydra", "omegaconf")
+PACKAGES = ("antlr4", "fairseq", "fairseq_cli", "hydra", "omegaconf")
 USER_DIR = "SKILL_FAIRSEQ_USER_DIR"
+FOUND = "SKILL_FAIRSEQ_FOUND"
 
 
 def install() -> None:
@@ -51,17 +51,28 @@ class Finder:
                 sys.meta_path.remove(cls)  # type: ignore[arg-type]
                 return None
             for patch in BEFORE:
-                patch()
-        return _spec_with_patches(name, path, AFTER[name]) if name in AFTER else None
+                contained(patch)
+        return contained(_spec_with_patches, name, path, AFTER[name]) if name in AFTER else None
 
 
 def _old_omegaconf() -> bool:
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
 
     try:
         return version("omegaconf").startswith("2.0.")
-    except PackageNotFoundError:
+    except Exception:  # it has no metadata, or damaged ones
         return False
+
+
+def contained(patch: Callable[..., Any], *args: Any) -> Any:
+    """Calls a patch; where it fails, stderr says so and None is returned: the import that it was for goes on."""
+    try:
+        return patch(*args)
+    except Exception as error:
+        if sys.stderr:
+            what = f"{patch.__name__} failed ({type(error).__name__}: {error})"
+            sys.stderr.write(f"skill_fairseq's start-up hook: {what}; SKILL_FAIRSEQ_HOOK=0 switches the hook off\n")
+        return None
 
 
 def _spec_with_patches(
@@ -77,7 +88,7 @@ def _spec_with_patches(
     def run_and_patch(module: ModuleType) -> None:
         run(module)
         for patch in patches:
-            patch(module)
+            contained(patch, module)
 
     spec.loader.exec_module = run_and_patch  # type: ignore[method-assign]
     return spec
@@ -154,18 +165,20 @@ def restore_typing_io() -> None:
 
 
 def name_user_dir() -> None:
-    """Sets ``SKILL_FAIRSEQ_USER_DIR`` to the folder of the installed skill_fairseq.
+    """Sets ``SKILL_FAIRSEQ_USER_DIR``, unless the user has, to the folder of the installed skill_fairseq.
 
     Our configs say ``common.user_dir: ${env:SKILL_FAIRSEQ_USER_DIR,skill_fairseq}``: without the variable
     fairseq looks for ``skill_fairseq`` in the working directory, then beside itself in site-packages, and
     an editable install is in neither ("FileNotFoundError: .../skill_fairseq"). The package is located, not
-    imported.
+    imported. A second variable tells what the hook of a parent process has set from what the user has.
     """
     from importlib.util import find_spec
 
+    if os.environ.get(USER_DIR) != os.environ.get(FOUND):
+        return
     spec = find_spec("skill_fairseq")
     if spec is not None and spec.origin and spec.submodule_search_locations:
-        os.environ[USER_DIR] = spec.submodule_search_locations[0]
+        os.environ[USER_DIR] = os.environ[FOUND] = spec.submodule_search_locations[0]
 
 
 def requeue_from_start_up() -> None:
@@ -215,7 +228,7 @@ def _ours(arguments: Sequence[str]) -> bool:
     name = values.get("--config-name", values.get("-cn", ""))
     text = values.get("common.user_dir", "") + values.get("--user-dir", "")
     if folder is not None and name:
-        path = os.path.join(packaged_config_dir(folder), name if name.endswith(".yaml") else name + ".yaml")
+        path = os.path.join(folder, name if name.endswith(".yaml") else name + ".yaml")
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
                 text += file.read()
@@ -239,65 +252,6 @@ def print_exceptions(hydra_utils: ModuleType) -> None:
         traceback.print_exception(type(value), value, tb)
 
     hydra_utils.print_exception = print_exception  # type: ignore[attr-defined]
-
-
-def find_config_dir(hydra_utils: ModuleType) -> None:
-    """``--config-dir config/distill`` from any working directory.
-
-    "Additional config directory '.../config/distill' not found": a folder that is not in the working
-    directory is looked up in the package (wheel) and beside it (checkout).
-    """
-    plain_parser = hydra_utils.get_args_parser
-
-    def get_args_parser() -> ArgumentParser:
-        parser = plain_parser()
-        parser._option_string_actions["--config-dir"].type = packaged_config_dir
-        return parser
-
-    hydra_utils.get_args_parser = get_args_parser  # type: ignore[attr-defined]
-
-
-def packaged_config_dir(path: str) -> str:
-    """``path`` where it exists or is found nowhere, else the same folder of the installed skill_fairseq."""
-    return path if os.path.exists(path) else packaged_dir(path) or path
-
-
-def packaged_dir(path: str) -> str | None:
-    """The folder ``path`` in the installed skill_fairseq (wheel) or beside it (checkout); None where neither has it."""
-    user_dir = os.environ.get(USER_DIR)
-    if user_dir:
-        for parent in (user_dir, os.path.dirname(user_dir)):
-            if os.path.isdir(os.path.join(parent, path)):
-                return os.path.join(parent, path)
-    return None
-
-
-def find_run_configs(hydra_module: ModuleType) -> None:
-    """``+run=slurm_1gpu`` beside any ``--config-dir``, with and without a launcher of submitit.
-
-    hydra 1.0 looks for groups in the one ``--config-dir``, and takes ``+run=slurm_1gpu`` without a word for a new key
-    "run" (or, where that folder has a group of the name: "Could not load run/slurm_1gpu"): the folder ``config`` of
-    skill_fairseq now comes after all others. "Error merging run=slurm_1gpu: Key 'name' not in 'BasicLauncherConf'": a
-    run config sets options of submitit's launcher, for which the launcher of a plain run, which does not look at
-    them, has no field; its schema now is open.
-    """
-    hydra_class = hydra_module.Hydra
-    plain_main_hydra = hydra_class.create_main_hydra2
-
-    def create_main_hydra2(task_name: str, config_search_path: Any, strict: bool | None) -> Any:
-        from hydra.core.config_search_path import SearchPathQuery
-        from hydra.core.config_store import ConfigStore
-
-        run_configs = packaged_dir(os.path.join("config", "run"))
-        if run_configs:
-            schema = SearchPathQuery(provider="schema")  # hydra wants this one to be the last
-            config_search_path.prepend("skill_fairseq", f"file://{os.path.dirname(run_configs)}", anchor=schema)
-            store = ConfigStore.instance()
-            basic = dict(store.load("hydra/launcher/basic.yaml").node)
-            store.store(group="hydra/launcher", name="basic", node=basic, provider="hydra")
-        return plain_main_hydra(task_name, config_search_path, strict)
-
-    hydra_class.create_main_hydra2 = staticmethod(create_main_hydra2)
 
 
 def load_checkpoints(module: ModuleType) -> None:
@@ -370,7 +324,7 @@ def load_from_other_ranks(module: ModuleType) -> None:
 
 
 def pass_signals_on(module: ModuleType) -> None:
-    """One node, several GPUs, a process each, spawned by fairseq: SIGTERM or SIGUSR1 before a job's end.
+    """One node, several GPUs, a process each, spawned by fairseq for a run of ours: SIGTERM or SIGUSR1 before its end.
 
     No error: the signal kills the parent, whose end kills the ranks in the middle of an update. Signals go on to the
     ranks, and 75, the exit code of ranks that wrote a checkpoint and want to be started again, is the parent's too.
@@ -382,7 +336,8 @@ def pass_signals_on(module: ModuleType) -> None:
         import signal
         import threading
 
-        if not join or threading.current_thread() is not threading.main_thread():
+        ours = _is_ours(*args[1:2])  # fairseq's are the function to run, the config, and more
+        if not ours or not join or threading.current_thread() is not threading.main_thread():
             return spawn(fn, args=args, nprocs=nprocs, join=join, **kwargs)
         ranks = spawn(fn, args=args, nprocs=nprocs, join=False, **kwargs)
         received: list[int] = []
@@ -412,6 +367,14 @@ def pass_signals_on(module: ModuleType) -> None:
     module.torch = View(torch, multiprocessing=View(torch.multiprocessing, spawn=spawn_and_pass_on))  # type: ignore
 
 
+def _is_ours(cfg: Any = None) -> bool:
+    """Whether a config of fairseq is that of a run with our user dir."""
+    user_dir = getattr(getattr(cfg, "common", None), "user_dir", None)
+    if not isinstance(user_dir, str):
+        return False
+    return user_dir == os.environ.get(USER_DIR) or os.path.basename(user_dir) == "skill_fairseq"
+
+
 def restore_numpy_int(data_utils: ModuleType) -> None:
     """numpy >= 1.24, masking with ``no_mask_overlap``.
 
@@ -420,24 +383,63 @@ def restore_numpy_int(data_utils: ModuleType) -> None:
     data_utils.np = View(data_utils.np, int=int)  # type: ignore[attr-defined]
 
 
-def give_amp_one_optimizer(amp_optimizer: ModuleType) -> None:
-    """``common.amp``: hand on to fairseq's optimizer, not to the torch optimizer inside it.
+def take_any_path(hydra_train: ModuleType) -> None:
+    """``fairseq-hydra-train task.data=/home/jürgen/data``, and other characters that hydra's grammar has no room for.
 
-    With ``composite``: "AttributeError: 'CompositeOptimizer' object has no attribute 'param_groups'", and at the
-    first checkpoint "... no attribute '_optimizer_state_dict_pre_hooks'". With all others no error, but gradients
-    are divided by the loss scale twice, and soon are nothing beside Adam's epsilon: torch's scaler remembers by
-    object what it has unscaled, and was handed torch's optimizer to unscale, fairseq's to step.
+    "LexerNoViableAltException", "mismatched input '='", or for a comma "Ambiguous value": an override that hydra
+    cannot read, and whose value is a path, is quoted for it. So is one that it would misread, for a backslash, where
+    there is such a path.
     """
-    kind = amp_optimizer.AMPOptimizer
-    kind.optimizer = property(lambda self: self.fp32_optimizer, kind.optimizer.fset)
+    plain_main = hydra_train.cli_main
+
+    def cli_main() -> None:
+        multirun = not {"-m", "--multirun"}.isdisjoint(sys.argv)
+        for place, word in enumerate(sys.argv):
+            if place > 0 and sys.argv[place - 1] not in WITH_VALUE:
+                sys.argv[place] = contained(quote_path, word, multirun) or word
+        plain_main()
+
+    hydra_train.cli_main = cli_main  # type: ignore[attr-defined]
+
+
+WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p")
+"""Options of hydra that take the next word."""
+
+
+def quote_path(word: str, multirun: bool) -> str:
+    """An override as hydra 1.0 reads it: ``field='value'`` where it cannot read ``field=value`` and this is a path.
+
+    Args:
+        word: of the command line.
+        multirun: a comma parts the values of a sweep.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import ValueType
+    from hydra.errors import HydraException
+
+    field, equals, value = word.partition("=")
+    if word.startswith("-") or not equals or value[:1] in ("", "'", '"', "[", "{"):
+        return word
+    try:
+        parsed = OverridesParser.create().parse_override(word)
+        if parsed.is_sweep_override():
+            keep = multirun or parsed.value_type != ValueType.SIMPLE_CHOICE_SWEEP or "/" not in value
+        else:
+            misread = parsed.value() != value and (os.path.exists(value) or value.endswith(" "))
+            keep = "/" not in value or not misread
+    except HydraException:
+        keep = "/" not in value and not os.path.exists(value)
+    if keep:
+        return word
+    quoted = value.replace("'", "\\'")
+    return f"{field}='{quoted}'"
 
 
 BEFORE = (allow_dataclass_defaults, restore_find_module, restore_typing_io, name_user_dir, requeue_from_start_up)
 AFTER = {
-    "hydra._internal.utils": (print_exceptions, find_config_dir),
-    "hydra._internal.hydra": (find_run_configs,),
+    "hydra._internal.utils": (print_exceptions,),
     "fairseq.checkpoint_utils": (load_checkpoints,),
     "fairseq.distributed.utils": (load_from_other_ranks, pass_signals_on),
+    "fairseq_cli.hydra_train": (take_any_path,),
     "fairseq.data.data_utils": (restore_numpy_int,),
-    "fairseq.optim.amp_optimizer": (give_amp_one_optimizer,),
 }

@@ -22,13 +22,9 @@ def benchmark_report(folder: RunFolder, out: Path) -> str:
     Args:
         folder: with the content of results.json, as examples/benchmark/run.py writes it.
         out: folder of the pictures.
-
-    Raises:
-        ValueError: results.json has no results.
     """
     summary = folder.benchmark
-    if not isinstance(summary, dict) or not summary.get("rows"):
-        raise ValueError(f"{folder.path / 'results.json'}: has no results; make it with examples/benchmark/run.py")
+    assert summary is not None
     missing = list(folder.missing)
     if summary.get("found") != summary.get("wanted"):
         missing.append(f"{summary['wanted'] - summary['found']} of {summary['wanted']} results are not there yet")
@@ -62,7 +58,8 @@ def _sparsity(rows: Sequence[Row], summary: Mapping[str, Any], sparsity: Any, ou
         ]
         if lines:
             label = f"{task}, {summary['tasks'][task]['metric']}: points above {baseline}"
-            path = pictures.forest(out / f"difference_{task}_{sparsity}.png", lines, label, 0.0, zoom=True)
+            path = pictures.file_of(out, "difference", task, str(sparsity))
+            pictures.forest(path, lines, label, 0.0, zoom=True)
             alt = f"difference of each method to {baseline} on {task}"
             why = summary["tasks"][task]["no_interval"]
             caption = f"no interval: {why}" if why else "in colour: intervals without 0"
@@ -72,7 +69,8 @@ def _sparsity(rows: Sequence[Row], summary: Mapping[str, Any], sparsity: Any, ou
     for kind, name in SHOWN.items():
         label = f"{name} to the teacher"
         curves = {row["method"]: (range(len(row["layers"][kind])), row["layers"][kind]) for row in rows}
-        path = pictures.curves(out / f"distance_{kind}_{sparsity}.png", curves, label, xlabel="layer", log=True)
+        path = pictures.file_of(out, "distance", kind, str(sparsity))
+        pictures.curves(path, curves, label, xlabel="layer", log=True)
         shown.append(page.figure(path, f"{label} of each method, by layer"))
     tables = sparsity_tables(rows, summary)
     wanted = [("probes", "Probes"), ("distance", "Distance to the teacher"), ("costs", "Size and time")]

@@ -77,7 +77,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], words_last: bool =
         rows: plain text.
         words_last: the last column too stands to the left.
     """
-    short = all(len(line[0]) <= LONGEST_STAYING for line in [head, *rows])
+    short = all(len(line[0]) <= LONGEST_STAYING for line in [head, *rows] if line)
     kinds = " ".join(kind for kind, holds in (("short", short), ("words", words_last)) if holds)
     lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]

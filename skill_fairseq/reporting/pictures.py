@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +34,18 @@ DPI = 220
 MOST_IN_LINE = 44  # characters of that width
 
 
+def file_of(out: Path, *words: str) -> Path:
+    """A PNG file in a folder, and not elsewhere: words may come from a file, hold anything, and be of any length.
+
+    Letters, digits and ``. _ -`` stay; where others had to go, a hash keeps names distinct.
+    """
+    name = "_".join(words)
+    safe = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[:100]
+    if safe != name:
+        safe += f"-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
+    return out / f"{safe}.png"
+
+
 def draw(path: Path, painter: Callable[[Any], None], size: tuple[float, float]) -> Path:
     """Saves what the painter draws on a set of axes.
 
@@ -43,16 +57,18 @@ def draw(path: Path, painter: Callable[[Any], None], size: tuple[float, float]) 
     Returns:
         the path.
     """
-    from matplotlib.figure import Figure  # an extra; without pyplot no display is needed
+    from matplotlib import rc_context  # an extra; without pyplot no display is needed
+    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#E8E8E8", lw=0.6)
-    axes.set_axisbelow(True)
-    painter(axes)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary)
+    with rc_context({"text.parse_math": False}):  # a $ in a name is no formula
+        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+        axes = figure.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#E8E8E8", lw=0.6)
+        axes.set_axisbelow(True)
+        painter(axes)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary)
     return path
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
 import yaml
 
+from skill_fairseq.reporting.shapes import HYDRA, PROBES, check, check_benchmark, check_clusters
 from skill_fairseq.reporting.training_log import KINDS, Entry, read_log
 
 MODELS = ("shrunk", "student")
@@ -25,12 +27,16 @@ class Stage:
         log: kind -> entries, see :func:`skill_fairseq.reporting.training_log.parse_log`.
         config: what hydra saved of the settings, or None.
         command: the words of the command that trained, as far as hydra saved them.
+        cwd: the folder that it was given in, which relative paths start from.
+        checkpoint: its last one, relative to the run's folder where it lies in that.
     """
 
     name: str
     log: dict[str, list[Entry]]
     config: Optional[dict[str, Any]]
     command: list[str]
+    cwd: Path
+    checkpoint: str
 
     @property
     def prunes(self) -> bool:
@@ -79,8 +85,9 @@ def read_folder(path: Path, teacher: Optional[Path] = None, data: Optional[Path]
     for option, given in (("--teacher", teacher), ("--data", data)):
         if given is not None and not given.exists():
             raise FileNotFoundError(f"{option}: {given} does not exist; give the path on this machine, or leave it out")
-    clusters, benchmark = _json(path / "clusters" / "clusters.json"), _json(path / "results.json")
-    probes = (_json(path / "probe.json") or {}).get("results", [])
+    clusters = _read(path / "clusters" / "clusters.json", check_clusters)
+    benchmark = _read(path / "results.json", check_benchmark)
+    probes = (_read(path / "probe.json", lambda content: check(content, PROBES)) or {}).get("results", [])
     stages = _stages(path)
     missing = []
     if clusters is None:
@@ -89,11 +96,10 @@ def read_folder(path: Path, teacher: Optional[Path] = None, data: Optional[Path]
         return RunFolder(path, clusters, [], {}, [], None, benchmark, missing)
 
     models = {stem: file for stem in MODELS if (file := path / f"{stem}.safetensors").is_file()}
-    config = next((stage.config for stage in stages if stage.config), None)
-    teacher = teacher or _named(config, "teacher")
+    teacher = teacher or _named(stages, "teacher")
     if teacher:
         models = {"teacher": teacher, **models}
-    folder = data or _named(config, "data")
+    folder = data or _named(stages, "data")
     valid = folder / "valid.tsv" if folder and (folder / "valid.tsv").is_file() else None
     if not (clusters or stages or probes or set(models) - {"teacher"}):
         raise ValueError(
@@ -119,48 +125,68 @@ def _stages(path: Path) -> list[Stage]:
     for folder in [path, *sorted(child for child in path.iterdir() if child.is_dir())]:
         log = read_log(folder)
         if any(log[kind] for kind in KINDS):
+            config = _read(folder / ".hydra" / "config.yaml", lambda content: check(content, {str: object}))
             name = "training" if folder == path else folder.name
-            found.append(Stage(name, log, _yaml(folder / ".hydra" / "config.yaml"), _command(folder)))
+            found.append(Stage(name, log, config, *_command(folder), _checkpoint(path, folder, config)))
     return found
 
 
-def _command(folder: Path) -> list[str]:
-    """The training's command: hydra saves the config's name and the overrides, but not --config-dir."""
-    hydra, overrides = _yaml(folder / ".hydra" / "hydra.yaml"), _yaml(folder / ".hydra" / "overrides.yaml")
-    if not isinstance(hydra, dict):
-        return []
-    name = hydra["hydra"]["job"]["config_name"]
-    own = [str(word) for word in hydra["hydra"]["overrides"].get("hydra", [])]
-    return [
-        "fairseq-hydra-train",
-        "--config-dir",
-        "CONFIG_DIR",
-        "--config-name",
-        str(name),
-        *map(str, overrides or []),
-        *own,
-    ]
+def _command(folder: Path) -> tuple[list[str], Path]:
+    """The training's command, and the folder that it was given in: hydra saves the config's name and the overrides,
+    but not --config-dir."""
+    saved = _read(folder / ".hydra" / "hydra.yaml", lambda content: check(content, HYDRA))
+    overrides = _read(folder / ".hydra" / "overrides.yaml", lambda content: check(content, [str])) or []
+    if saved is None:
+        return [], folder
+    hydra = saved["hydra"]
+    words = ["fairseq-hydra-train", "--config-dir", "CONFIG_DIR", "--config-name", str(hydra["job"]["config_name"])]
+    words += [*overrides, *hydra.get("overrides", {}).get("hydra", [])]
+    return words, Path(hydra.get("runtime", {}).get("cwd", folder))
 
 
-def _named(config: Optional[Mapping[str, Any]], field: str) -> Optional[Path]:
-    """A path in the task's settings, where it exists on this machine."""
-    value = ((config or {}).get("task") or {}).get(field)
-    return Path(value) if isinstance(value, str) and Path(value).exists() else None
+def _checkpoint(path: Path, folder: Path, config: Optional[Mapping[str, Any]]) -> str:
+    """``checkpoint_last.pt`` where the settings or fairseq's default put it, or beside the log: the first that exists,
+    else the first."""
+    places = [_setting(config, "checkpoint", "save_dir"), ".", "checkpoints"]
+    files = [folder.absolute() / place / "checkpoint_last.pt" for place in places if isinstance(place, str)]
+    file = next(filter(os.path.isfile, files), files[0])
+    return str(file.relative_to(path.absolute()) if file.is_relative_to(path.absolute()) else file)
 
 
-def _json(path: Path) -> Any:
+def _named(stages: Sequence[Stage], field: str) -> Optional[Path]:
+    """A path in the settings of the first training that has some, where it exists on this machine."""
+    for stage in stages:
+        if stage.config:
+            value = _setting(stage.config, "task", field)
+            file = stage.cwd / value if isinstance(value, str) and value else None
+            return file if file and (os.path.isfile(file) or os.path.isdir(file)) else None
+    return None
+
+
+def _setting(config: Optional[Mapping[str, Any]], block: str, field: str) -> Any:
+    fields = (config or {}).get(block)
+    return fields.get(field) if isinstance(fields, dict) else None
+
+
+def _read(path: Path, checked: Callable[[Any], None]) -> Any:
+    """Content of a JSON or YAML file, once it is checked; None where there is no such file.
+
+    Raises:
+        ValueError: it is damaged, or is not what it should be; names the file.
+    """
     if not path.is_file():
         return None
+    kind = path.suffix[1:].upper()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is no JSON ({error}); make it again, or remove it to leave it out") from error
-
-
-def _yaml(path: Path) -> Any:
-    if not path.is_file():
-        return None
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
+    except Exception as error:  # PyYAML raises nearly anything for odd dates, numbers and keys
+        if isinstance(error, OSError):
+            raise
+        said = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path}: is no {kind} ({said}); make it again, or remove it to leave it out") from error
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: is no YAML ({error}); make it again, or remove it to leave it out") from error
+        checked(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; make it again, or remove it to leave it out") from error
+    return content

@@ -49,7 +49,7 @@ def run_report(folder: RunFolder, out: Path, max_seconds: float) -> str:
         try:
             html = distance_section(encoders, folder.valid, max_seconds, groups, out)
             sections.append(("Distance to the teacher", html))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             missing.append(f"distance to the teacher: {error}")
     if folder.stages:
         sections.append(("Training", training_section(folder.stages, out)))
@@ -92,7 +92,7 @@ def probe_section(entries: list[dict[str, Any]], out: Path) -> str:
         ]
         teacher = cells.get(("teacher", task))
         reference = None if teacher is None else 100 * teacher["value"]
-        path = pictures.forest(out / f"probe_{task}.png", lines, f"{task}: {metric}, %", reference)
+        path = pictures.forest(pictures.file_of(out, "probe", task), lines, f"{task}: {metric}, %", reference)
         caption = "dashed: the teacher's value; in colour: what has it outside its interval" if teacher else None
         shown.append(page.figure(path, f"{metric} on {task} with intervals", caption))
     head = ["model", "parameters", *(f"{task}: {metric}, %" for task, metric in tasks.items())]
@@ -103,7 +103,7 @@ def probe_section(entries: list[dict[str, Any]], out: Path) -> str:
 
 
 def _count(entry: Mapping[str, Any]) -> str:
-    return f", {entry['correct']} of {entry['total']}" if "correct" in entry else ""
+    return f", {entry['correct']} of {entry['total']}" if "correct" in entry and "total" in entry else ""
 
 
 def _estimate(entry: Mapping[str, Any]) -> tuple[float, Optional[float], Optional[float]]:
@@ -168,7 +168,10 @@ class _Dumper(yaml.SafeDumper):
 
 def as_yaml(content: Any) -> str:
     """Settings as they would stand in a config."""
-    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=100)).strip()
+    try:
+        return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=100)).strip()
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        return f"cannot be shown: {error}"
 
 
 def repeat_section(folder: RunFolder, provenance: Mapping[str, Mapping[str, Any]]) -> str:
@@ -181,12 +184,12 @@ def repeat_section(folder: RunFolder, provenance: Mapping[str, Mapping[str, Any]
         if stage.command:
             commands.append(_with_config_dir(stage))
         if stage.prunes:
-            pruned = stage.name
+            pruned = stage.checkpoint
     if pruned and "shrunk" in folder.models:
-        commands.append(["skill-shrink", f"{pruned}/checkpoint_last.pt", "shrunk.safetensors"])
+        commands.append(["skill-shrink", pruned, "shrunk.safetensors"])
         commands[-1] += _shrink_options(provenance.get("shrunk", {}))
     if "student" in folder.models and folder.stages:
-        commands.append(["skill-export", f"{folder.stages[-1].name}/checkpoint_last.pt", "student.safetensors"])
+        commands.append(["skill-export", folder.stages[-1].checkpoint, "student.safetensors"])
     if folder.probes:
         tasks = list(dict.fromkeys(entry["task"] for entry in folder.probes))
         models = list(dict.fromkeys(entry["model"] for entry in folder.probes))
@@ -213,9 +216,10 @@ def repeat_section(folder: RunFolder, provenance: Mapping[str, Mapping[str, Any]
 def _shrink_options(provenance: Mapping[str, Any]) -> list[str]:
     """How the size was chosen, as far as the file says it."""
     sizes = provenance.get("sparsity")
-    if not isinstance(sizes, dict) or "asked" not in sizes:
-        return []
-    return ["--by-rounding"] if sizes["asked"] is None else ["--sparsity", f"{sizes['asked']:g}"]
+    asked = sizes.get("asked", "") if isinstance(sizes, dict) else ""
+    if isinstance(asked, (int, float)):
+        return ["--sparsity", f"{asked:g}"]
+    return ["--by-rounding"] if asked is None else []
 
 
 def cluster_command(clusters: Mapping[str, Any]) -> list[str]:

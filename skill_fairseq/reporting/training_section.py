@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -31,15 +32,16 @@ def training_section(stages: Sequence[Stage], out: Path) -> str:
         losses = {"training": series(train, "distillation_loss"), "validation": series(valid, "distillation_loss")}
         losses = {label: line for label, line in losses.items() if line[0]}
         if losses:
-            path = pictures.curves(out / f"{stage.name}_loss.png", losses, "distillation loss")
+            path = pictures.curves(pictures.file_of(out, stage.name, "loss"), losses, "distillation loss")
             shown.append(page.figure(path, f"distillation loss of {stage.name} over updates"))
         if stage.prunes:
             sizes = {"expected": series(train, "expected_sparsity"), "target": series(train, "target_sparsity")}
-            path = pictures.curves(out / f"{stage.name}_sparsity.png", sizes, "sparsity", dashed=["target"])
+            path = pictures.curves(pictures.file_of(out, stage.name, "sparsity"), sizes, "sparsity", dashed=["target"])
             shown.append(page.figure(path, f"expected and target sparsity of {stage.name} over updates"))
         groups = {f"group {g}": series(train, f"l1_g{g}") for g in range(_groups(train))}
         if groups:
-            path = pictures.curves(out / f"{stage.name}_groups.png", groups, "L1 to the teacher's group mean")
+            path = pictures.file_of(out, stage.name, "groups")
+            pictures.curves(path, groups, "L1 to the teacher's group mean")
             shown.append(page.figure(path, f"L1 of each group of {stage.name} over updates"))
         parts.append(page.figures(shown) + page.folded(f"Numbers of {stage.name}", points_table(train)))
     return "".join(parts)
@@ -50,15 +52,17 @@ def summary(stage: Stage) -> str:
     train, valid = stage.log["train_inner"] or stage.log["train"], stage.log["valid"]
     if not train:
         return "Nothing of its training is in the log."
-    first, last = train[0], train[-1]
+    last = train[-1]
     said = [f"{last['num_updates']:.0f} updates."]
-    if "distillation_loss" in last:
-        said.append(
-            f"Distillation loss {first['distillation_loss']:.4f} at first, {last['distillation_loss']:.4f} at last."
-        )
+    losses = [(entry["num_updates"], entry["distillation_loss"]) for entry in train if "distillation_loss" in entry]
+    if losses:
+        said.append(f"Distillation loss {losses[0][1]:.4f} at first, {losses[-1][1]:.4f} at last.")
+        bad = [update for update, loss in losses if not math.isfinite(loss)]
+        if bad:
+            said.append(f"{len(bad)} of {len(losses)} logged are not finite, the first at update {bad[0]:.0f}.")
     if valid and "distillation_loss" in valid[-1]:
         said.append(f"On the valid set {valid[-1]['distillation_loss']:.4f}.")
-    if stage.prunes:
+    if "expected_sparsity" in last and "target_sparsity" in last:
         said.append(f"Expected sparsity {last['expected_sparsity']:.4f}, target {last['target_sparsity']:.4f}.")
     if "wall" in last:
         said.append(f"{last['wall']:.0f} s by fairseq's own clock, since its last start.")

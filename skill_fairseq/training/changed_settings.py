@@ -24,6 +24,9 @@ ORDINARY = (
     "dataset.num_workers",
     "dataset.validate_*",
     "distributed_training.*",
+    "*.distributed_world_size",  # these three repeat a field above
+    "*.ddp_backend",
+    "*.data_buffer_size",
     "optimization.max_epoch",
     "optimization.max_update",
     "optimization.stop_time_hours",

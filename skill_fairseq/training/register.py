@@ -11,6 +11,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.data import iterators
 from fairseq.models import distributed_fairseq_model
+from fairseq.optim.amp_optimizer import AMPOptimizer
 from fairseq.trainer import Trainer
 
 from skill_fairseq.messages import require_linux
@@ -42,6 +43,18 @@ def register_trainer() -> None:
     distributed_fairseq_model.LegacyDistributedDataParallel = DistributedByType
     distributed_fairseq_model.DistributedDataParallel = DistributedAnywhere
     shield_workers(iterators)
+    give_amp_one_optimizer()
+
+
+def give_amp_one_optimizer() -> None:
+    """``common.amp``: hand on to fairseq's optimizer, not to the torch optimizer inside it.
+
+    With ``composite``: "AttributeError: 'CompositeOptimizer' object has no attribute 'param_groups'", and at the
+    first checkpoint "... no attribute '_optimizer_state_dict_pre_hooks'". With all others no error, but gradients
+    are divided by the loss scale twice, and soon are nothing beside Adam's epsilon: torch's scaler remembers by
+    object what it has unscaled, and was handed torch's optimizer to unscale, fairseq's to step.
+    """
+    AMPOptimizer.optimizer = property(lambda self: self.fp32_optimizer, AMPOptimizer.optimizer.fset)
 
 
 def _stopping(validate_and_save: Any) -> Any:

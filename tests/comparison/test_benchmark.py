@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import soundfile
 import yaml
+from runs import WORST
 
 import skill_fairseq
 from skill_fairseq.audio.manifest import write_manifest
@@ -50,7 +51,8 @@ def write_task(folder: Path, small: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path, speech: Path, small: Any) -> list[str]:
-    folder = tmp_path_factory.mktemp("benchmark")
+    folder = tmp_path_factory.mktemp("benchmark") / WORST
+    folder.mkdir()
     stage = {
         "config": "distill/tiny",
         "overrides": ["dataset.max_tokens=60000", "checkpoint.save_interval_updates=4", "common.log_interval=1"],

@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = """# @package _group_
@@ -91,13 +92,16 @@ def test_configs_are_within_reach(environment):
 
 
 def test_fairseq_hydra_train_from_a_foreign_folder(environment, tmp_path):
-    """The configs' folder, the user dir and the patches, in the working directory that hydra makes."""
+    """The user dir, the run configs and the patches, in the working directory that hydra makes."""
     script = shutil.which("fairseq-hydra-train", path=os.path.dirname(sys.executable))
-    command = ["--config-dir", "config/install", "--config-name", "probe", "hydra.run.dir=made"]
+    configs = environment.project / "config" / "install"
+    command = ["--config-dir", str(configs), "--config-name", "probe", "hydra.run.dir=made", "+run=cpu"]
     result = run(environment.python, script, *command, cwd=tmp_path, env=environment.env)
     package = (environment.project if environment.editable else environment.site) / "skill_fairseq"
     assert f"imported: {package / '__init__.py'} in {tmp_path / 'made'}\n" in result.stdout, result.stderr
     assert "AssertionError: Must specify batch size" in result.stderr
+    config = yaml.safe_load((tmp_path / "made" / ".hydra" / "config.yaml").read_text())
+    assert config["common"]["cpu"] is True and config["distributed_training"]["distributed_world_size"] == 1
 
 
 def test_uninstall_leaves_nothing(environment):

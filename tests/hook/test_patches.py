@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -169,39 +170,11 @@ def test_without_the_hook_fairseq_fails_from_python_3_11(python):
     assert (result.returncode != 0) == (sys.version_info >= (3, 11)), result.stderr
 
 
-@pytest.mark.skipif(version(torch) < (2, 3), reason="torch < 2.3 has no gradient scaler for the CPU")
-@pytest.mark.parametrize("patched", [True, False])
-def test_amp_unscales_gradients_once(python, patched):
-    """Gradients well above Adam's epsilon, and far below it once divided by the scale a second time."""
-    result = python(
-        f"""
-import torch
-from fairseq.optim import amp_optimizer
-if not {patched}:
-    AMP = amp_optimizer.AMPOptimizer
-    AMP.optimizer = property(lambda self: self.fp32_optimizer.optimizer, AMP.optimizer.fset)
-from fairseq.dataclass.configs import FairseqConfig
-from fairseq.optim.adam import FairseqAdamConfig
-from omegaconf import OmegaConf
-
-cfg = OmegaConf.structured(FairseqConfig)
-cfg.optimizer = OmegaConf.merge(OmegaConf.structured(FairseqAdamConfig), {{"_name": "adam", "lr": [0.1]}})
-weight = torch.nn.Parameter(torch.ones(2))
-optimizer = amp_optimizer.AMPOptimizer.build_optimizer(cfg, [weight])
-optimizer._grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-optimizer.backward((weight * 1e-4).sum())
-optimizer.clip_grad_norm(0.0)
-optimizer.step()
-print(round(1 - weight[0].item(), 2))
-"""
-    )
-    assert result.stdout.split()[-1:] == ["0.1" if patched else "0.0"], result.stderr
-
-
 SPAWN = """
 import os, signal, time
+from argparse import Namespace
 
-def rank(index, code):
+def rank(index, main, cfg, code):
     received = []
     signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
     open(f"ready{index}", "w").close()
@@ -223,7 +196,8 @@ if __name__ == "__main__":
 
     threading.Thread(target=ask).start()
     signal.signal(signal.SIGUSR1, lambda number, frame: print("requeued after", sorted(os.listdir())))
-    utils.torch.multiprocessing.spawn(rank, args=(CODE,), nprocs=2, join=True)
+    common = Namespace(user_dir="/somewhere/skill_fairseq")
+    utils.torch.multiprocessing.spawn(rank, args=(None, Namespace(common=common), CODE), nprocs=2, join=True)
 """
 
 
@@ -244,14 +218,15 @@ import omegaconf
 os.kill(os.getpid(), signal.{name})
 print("lives")
 """
-OURS = ["--config-dir", "config/distill", "--config-name", "tiny"]
+CONFIG = Path(__file__).resolve().parents[2] / "config"
+OURS = ["--config-dir", str(CONFIG / "distill"), "--config-name", "tiny"]
 
 
 @pytest.mark.parametrize(
     ("program", "arguments", "environment", "name", "code"),
     [
         ("fairseq-hydra-train", OURS, {}, "SIGTERM", 75),
-        ("fairseq-hydra-train", ["--config-dir=config/final", "--config-name=tiny.yaml"], {}, "SIGUSR2", 75),
+        ("fairseq-hydra-train", [f"--config-dir={CONFIG}/final", "--config-name=tiny.yaml"], {}, "SIGUSR2", 75),
         ("fairseq-train", ["--user-dir", "/somewhere/skill_fairseq"], {}, "SIGUSR1", 75),
         ("fairseq-hydra-train", OURS, {"WORLD_SIZE": "2"}, "SIGUSR1", 75),
         ("fairseq-hydra-train", OURS, {"SLURM_NTASKS": "2"}, "SIGTERM", -15),  # another task may have failed
@@ -281,3 +256,33 @@ def test_other_handlers_stay(python):
     code = "import signal\nsignal.signal(signal.SIGUSR2, lambda *_: print('own'))\n"
     result = python(code + START_UP.format(argv=["fairseq-hydra-train", *OURS], name="SIGUSR2"))
     assert result.stdout == "own\nlives\n", result.stderr
+
+
+def test_other_runs_of_fairseq_spawn_as_without_the_hook(python):
+    """The exit code of a rank is an error, whatever it is, and no signal is taken over."""
+    result = python(
+        """
+from argparse import Namespace
+
+def rank(index, *args):
+    sys.exit(75)
+
+if __name__ == "__main__":
+    import signal
+    from fairseq.distributed import utils
+    taken, signal.signal = [], lambda *args: taken.append(args)
+    other, none = Namespace(user_dir="/examples/wav2vec"), Namespace(user_dir=None)
+    for cfg in (Namespace(common=other), Namespace(common=none), 3):
+        try:
+            utils.torch.multiprocessing.spawn(rank, args=(None, cfg, {}), nprocs=1, join=True)
+        except utils.torch.multiprocessing.ProcessExitedException as error:
+            print(error.exit_code, taken)
+"""
+    )
+    assert result.stdout == "75 []\n" * 3, result.stderr
+
+
+def test_amp_of_other_runs_is_fairseqs_own(python):
+    code = "from fairseq.optim.amp_optimizer import AMPOptimizer as A\nprint(A.optimizer.fget.__code__.co_filename)\n"
+    result = python(code)
+    assert result.stdout.endswith("amp_optimizer.py\n"), result.stderr

@@ -16,8 +16,8 @@ from skill_fairseq.audio.manifest import read_manifest
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.comparison.layer_distance import layer_distances
 from skill_fairseq.reporting.run_folder import read_folder
-from skill_fairseq.reporting.run_report import run_report
-from skill_fairseq.reporting.training_section import thinned
+from skill_fairseq.reporting.run_report import repeat_section, run_report
+from skill_fairseq.reporting.training_section import thinned, training_section
 
 
 def report(path: Path, out: Path, **options: Path) -> str:
@@ -139,6 +139,68 @@ def test_settings_and_commands_to_repeat(made: tuple, run_folder: Path, teacher_
     assert "skill-shrink stage1/checkpoint_last.pt shrunk.safetensors --sparsity 0.4<" in repeat
     assert f"skill-report {run_folder} --teacher {teacher_file} --data {speech}<" in repeat
     assert "Words in capitals (TASKS) stand" in repeat and "Of skill-cluster's files only the names" in repeat
+
+
+@pytest.mark.parametrize(
+    ("saved", "there", "shown"),
+    [
+        ("checkpoints", None, "stage1/checkpoints/checkpoint_last.pt"),  # the README's and submit.sh's layout
+        ("{run}/stage1", None, "stage1/checkpoint_last.pt"),  # that of examples/tiny/run.sh
+        ("/elsewhere/my runs", None, "'/elsewhere/my runs/checkpoint_last.pt'"),
+        ("/before/it/was/moved", "stage1/checkpoint_last.pt", "stage1/checkpoint_last.pt"),
+        ("/before/it/was/moved", "stage1/checkpoints/checkpoint_last.pt", "stage1/checkpoints/checkpoint_last.pt"),
+    ],
+)
+def test_commands_name_the_checkpoint_where_it_lies(
+    saved: str, there: str | None, shown: str, run_folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(run_folder / "stage1", path / "stage1")
+    for name in ("shrunk.safetensors", "student.safetensors"):
+        shutil.copy(run_folder / name, path)
+    save_dir = saved.format(run=path)
+    (path / "stage1" / ".hydra" / "config.yaml").write_text(f"checkpoint: {{save_dir: {save_dir}}}\n")
+    if there:
+        (path / there).parent.mkdir(exist_ok=True)
+        (path / there).touch()
+    repeat = unescape(re.sub("</?span>", "", repeat_section(read_folder(path), {})))
+    assert f"skill-shrink {shown} shrunk.safetensors" in repeat
+    assert f"skill-export {shown} student.safetensors" in repeat
+
+
+def test_relative_paths_of_the_settings_start_where_the_command_was_given(
+    run_folder: Path, tmp_path: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(run_folder / "stage1", path / "stage1")
+    hydra = f"hydra: {{job: {{config_name: tiny}}, runtime: {{cwd: {teacher_file.parent}}}}}\n"
+    (path / "stage1" / ".hydra" / "hydra.yaml").write_text(hydra)
+    (path / "stage1" / ".hydra" / "config.yaml").write_text(f"task: {{teacher: {teacher_file.name}}}\n")
+    monkeypatch.chdir(tmp_path)
+    assert read_folder(path).models == {"teacher": teacher_file}
+
+
+def test_losses_that_are_not_finite_are_said_and_not_drawn(run_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(run_folder / "stage1", path / "stage1")
+    log = path / "stage1" / "hydra_train.log"
+    log.write_text(log.read_text().replace("loss=-0.5123", "loss=nan").replace("loss=-0.7345", "loss=inf"))
+    html = training_section(read_folder(path).stages, tmp_path)
+    assert "Distillation loss nan at first, inf at last. 2 of 3 logged are not finite, the first at update 10." in html
+    assert ["10", "nan", "0.0123", "0.2000", "1.500"] in rows(html) and html.count("<img") == 3
+    log.write_text(log.read_text().replace("distillation_loss=nan, ", "").replace("expected_sparsity=0.4987, ", ""))
+    html = training_section(read_folder(path).stages, tmp_path)
+    assert "Distillation loss -0.6234 at first, inf at last." in html and "Expected sparsity 0" not in html
+
+
+def test_logs_of_submit_are_no_trainings(run_folder: Path, tmp_path: Path) -> None:
+    """logs/stage1.log, a job's screen, repeats what stage1/hydra_train.log has; a copy beside it does too."""
+    path = tmp_path / "run"
+    shutil.copytree(run_folder / "stage1", path / "stage1")
+    for copy in ("logs/stage1.log", "old.log"):
+        (path / copy).parent.mkdir(exist_ok=True)
+        shutil.copy(path / "stage1" / "hydra_train.log", path / copy)
+    assert [stage.name for stage in read_folder(path).stages] == ["stage1"]
 
 
 def test_the_page_is_self_contained_and_its_pictures_are_the_files(made: tuple) -> None:

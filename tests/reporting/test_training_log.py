@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from skill_fairseq.reporting.training_log import parse_log, read_log, series
@@ -24,43 +25,63 @@ PLAIN = "2026-11-25 04:10:10 | INFO | train_inner | epoch 001:  5 / 24 loss=1.5,
 
 
 def test_simple_format() -> None:
-    found = parse_log(SIMPLE)
+    found = parse_log(SIMPLE.splitlines())
     assert [entry["num_updates"] for entry in found["train_inner"]] == [10, 30]
     first = found["train_inner"][0]
     assert (first["distillation_loss"], first["expected_sparsity"], first["lambda1"]) == (-0.892, 2.1e-05, -0.0226)
-    assert first["wps"] == 719671 and first["train_wall"] == 2 and "gnorm" not in first
+    assert first["wps"] == 719671 and first["train_wall"] == 2 and first["gnorm"] == math.inf
     assert found["train"] == [{"distillation_loss": -0.8, "train_wall": 5, "num_updates": 24, "wall": 9}]
     assert found["valid"] == [{"loss": -0.71, "distillation_loss": -0.71, "num_updates": 30}]
 
 
 def test_json_format() -> None:
-    found = parse_log(JSON)
-    assert found["train_inner"] == [{"update": 0.083, "distillation_loss": -0.8, "num_updates": 1}]
+    found = parse_log(JSON.splitlines())
+    (first,) = found["train_inner"]
+    assert math.isnan(first.pop("gnorm"))
+    assert first == {"update": 0.083, "distillation_loss": -0.8, "num_updates": 1}
     assert found["valid"] == [{"distillation_loss": -0.7, "num_updates": 4, "bsz": 2}]
     assert found["train"][0]["train_wall"] == 1 and found["train"][0]["num_updates"] == 12
 
 
 def test_fairseq_train_without_hydra() -> None:
-    assert parse_log(PLAIN)["train_inner"] == [{"loss": 1.5, "num_updates": 5}]
+    assert parse_log(PLAIN.splitlines())["train_inner"] == [{"loss": 1.5, "num_updates": 5}]
 
 
 def test_after_an_interruption_the_later_numbers_stay() -> None:
     line = "[t][train_inner][INFO] - epoch 001: 1 / 9 loss={}, num_updates={}\n"
     before = "".join(line.format(update, update) for update in (10, 20, 30))
     after = "".join(line.format(update + 0.5, update) for update in (20, 40))
-    found = parse_log(before + after)["train_inner"]
+    found = parse_log((before + after).splitlines())["train_inner"]
     assert [(e["num_updates"], e["loss"]) for e in found] == [(10, 10), (20, 20.5), (40, 40.5)]
 
 
-def test_series_skips_entries_without_the_name() -> None:
-    entries = parse_log(SIMPLE)["train_inner"]
+def test_series_skips_entries_without_the_name_or_a_finite_number() -> None:
+    entries = parse_log(SIMPLE.splitlines())["train_inner"]
     assert series(entries, "l1_g0") == ([10.0], [0.1056]) and series(entries, "expected_sparsity")[1] == [2.1e-05, 0.5]
+    assert series(entries, "gnorm") == ([], [])
+
+
+def test_what_is_no_entry_is_passed_over() -> None:
+    """An update that is no number, lists in place of numbers, JSON nested without end, a line of a megabyte."""
+    start = "[t][train_inner][INFO] - "
+    deep = '{"num_updates": ' * 5000
+    lines = ["epoch 1: loss=1, num_updates=nan", '{"num_updates": [1]}', deep, "num_updates=1 " + "a" * 1_000_000]
+    assert parse_log(start + line for line in lines) == {"train_inner": [], "train": [], "valid": []}
+    assert parse_log([start + '{"num_updates": "3", "loss": [1], "b": null}'])["train_inner"] == [{"num_updates": 3}]
+
+
+def test_long_words_cost_no_more_than_short_ones() -> None:
+    """Of a word of n letters no part is looked at as a name: n^2 steps, here 10^10, would not end."""
+    line = "[t][train_inner][INFO] - num_updates=1 " + "a" * 99_000
+    assert len(parse_log([line] * 20)["train_inner"]) == 1
 
 
 def test_the_log_of_a_folder(tmp_path: Path) -> None:
-    assert read_log(tmp_path) == {"train_inner": [], "train": [], "valid": []}
-    (tmp_path / "other.log").write_text(PLAIN)
-    assert read_log(tmp_path)["train_inner"][0]["loss"] == 1.5
+    """No other file: submit.sh keeps the screens of all steps as logs/*.log, and a copy may lie anywhere."""
+    nothing = {"train_inner": [], "train": [], "valid": []}
+    assert read_log(tmp_path) == nothing
+    (tmp_path / "stage1.log").write_text(PLAIN)
+    assert read_log(tmp_path) == nothing
     (tmp_path / "log").write_text(SIMPLE)
     (tmp_path / "hydra_train.log").write_text("nothing here\n")
     assert len(read_log(tmp_path)["train_inner"]) == 2

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from runs import ENVIRONMENT, WORST
+
+from skill_fairseq.checkpoints import load_encoder
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SUBMIT = EXAMPLES / "librispeech" / "submit.sh"
@@ -17,9 +22,9 @@ DATA, TEACHER = EXAMPLES / "tiny" / "data", EXAMPLES / "tiny" / "teacher" / "tea
 STEPS = ["cluster", "stage1", "stage2", "export"]
 
 
-def submit(*options: object) -> subprocess.CompletedProcess[str]:
+def submit(*options: object, script: Path = SUBMIT) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(["bash", str(SUBMIT), *map(str, options)], capture_output=True, text=True, env=env)
+    return subprocess.run(["bash", str(script), *map(str, options)], capture_output=True, text=True, env=env)
 
 
 def printed(out: Path, *options: object) -> dict[str, list[str]]:
@@ -104,6 +109,61 @@ def test_groups_that_are_there_need_no_clustering(tmp_path: Path) -> None:
     commands = printed(tmp_path / "out", "--groups", groups)
     assert list(commands) == STEPS[1:] and str(groups) in commands["stage1"]
     assert "" in printed(tmp_path / "out", "--groups", "none")["stage1"]
+
+
+def test_paths_are_handed_on_whatever_they_hold(tmp_path: Path) -> None:
+    folder = tmp_path / WORST
+    folder.mkdir()
+    (folder / "clone").symlink_to(EXAMPLES.parent)
+    (folder / "data").symlink_to(DATA)
+    (folder / "teacher").symlink_to(TEACHER)
+    script = folder / "clone" / "examples" / "librispeech" / "submit.sh"
+    options = ["--data", folder / "data", "--teacher", folder / "teacher", "--out", folder / "out", "--print"]
+    result = submit(*options, script=script)
+    assert result.returncode == 0, result.stderr
+    lines = [shlex.split(line) for line in result.stdout.splitlines() if line.startswith("sbatch ")]
+    for command, step in zip(lines, STEPS):
+        job = command[command.index(str(script.with_name("job.sh"))) :]
+        assert job[1:3] == [step, str(folder / "out")]
+        assert value(command, "--output") == f"{folder / 'out'}/logs/{step}.log".replace("%", "%%")  # Slurm's own sign
+        if step != "export":
+            assert job[3:5] == [str(folder / "data"), str(folder / "teacher")]
+    for command, kind in zip(lines[1:3], ("distill", "final")):
+        assert f"{folder / 'clone' / 'config' / kind / 'wavlm_base_plus_librispeech'}" in command
+    result = submit(*options[:3], "${x}", *options[4:])
+    assert result.returncode == 2 and "${" in result.stderr
+
+
+@pytest.mark.slow
+def test_job_trains_under_any_path(tmp_path: Path, speech: Path, teacher_file: Path) -> None:
+    """Clone, data, teacher and results: both stages and the student."""
+    folder = tmp_path / WORST
+    folder.mkdir()
+    (folder / "clone").symlink_to(EXAMPLES.parent)
+    shutil.copytree(speech, folder / "data")
+    shutil.copy(teacher_file, folder / "teacher.safetensors")
+    (folder / "groups.yaml").write_text("groups: [[0], [1, 2], [3]]\n")
+    (folder / "out").mkdir()
+    script = folder / "clone" / "examples" / "librispeech" / "job.sh"
+    where = [folder / "out", folder / "data", folder / "teacher.safetensors", "tiny", "cpu", folder / "groups.yaml"]
+    few = ["optimization.max_update=4", "dataset.max_tokens=60000"]
+    warmup = "lr_scheduler.warmup_updates=1"
+    gates = [f"optimizer.groups.{group}.{warmup}" for group in ("default", "gates", "multipliers")]
+    steps = [
+        ["stage1", *where, *few, *gates, "criterion.sparsity_warmup=2"],
+        ["stage2", *where, *few, warmup],
+        ["export", folder / "out"],
+    ]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {name: text for name, text in {**ENVIRONMENT, "PATH": path}.items() if name != "SLURM_JOB_ID"}
+    for step in steps:
+        done = subprocess.run(["bash", script, *map(str, step)], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    config = yaml.safe_load((folder / "out" / "stage2" / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+    assert config["task"]["data"] == str(folder / "data")
+    assert config["model"]["init_from"] == f"{folder}/out/stage1/checkpoints/checkpoint_last.pt"
+    student = load_encoder(folder / "out" / "student.safetensors")
+    assert student.num_parameters() < load_encoder(teacher_file).num_parameters()
 
 
 @pytest.mark.parametrize(

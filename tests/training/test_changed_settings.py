@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from disturbed import Run
+from fairseq.dataclass.configs import FairseqConfig
 from omegaconf import OmegaConf
 
 from skill_fairseq.checkpoints import save_encoder
@@ -57,6 +58,19 @@ def test_what_changes_in_the_ordinary_way_is_not() -> None:
     assert changed_settings(CFG, now) == {}
     alone = changed(CFG, optimizer__groups__gates__lr_scheduler__total_num_update=500)
     assert changed_settings(CFG, alone) == {"optimizer.groups.gates.lr_scheduler.total_num_update": (400, 500)}
+
+
+def test_the_number_of_ranks_is_not_wherever_fairseq_repeats_it() -> None:
+    def resolved(*overrides: str) -> Any:
+        cfg = OmegaConf.merge(OmegaConf.structured(FairseqConfig), OmegaConf.from_dotlist(list(overrides)))
+        return OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+
+    ranks = ["distributed_training.distributed_world_size=4", "distributed_training.ddp_backend=legacy_ddp"]
+    before, now = resolved(), resolved(*ranks, "dataset.data_buffer_size=3", "common.fp16=true")
+    assert now["bmuf"]["distributed_world_size"] == 4 != before["bmuf"]["distributed_world_size"]
+    for cfg in (before, now):  # as the criterion adaptive_loss and fine-tuned models have it
+        cfg["criterion"] = {"ddp_backend": cfg["distributed_training"]["ddp_backend"]}
+    assert changed_settings(before, now) == {"common.fp16": (False, True)}
 
 
 class Strange:

@@ -26,7 +26,7 @@ done
 pretrain() {  # round, label rate, overrides ...
     local round=$1 rate=$2
     shift 2
-    fairseq-hydra-train --config-dir config/pretrain --config-name wavlm_tiny_speech \
+    fairseq-hydra-train --config-dir "$here/../../../config/pretrain" --config-name wavlm_tiny_speech \
         task.data="$out/manifests" task.label_dir="$out/$round" task.label_rate="$rate" \
         hydra.run.dir="$out/$round" checkpoint.save_dir="$out/$round" "$@"
 }
