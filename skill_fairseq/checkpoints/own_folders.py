@@ -56,6 +56,6 @@ def read_own_folder(folder: Path) -> EncoderSource:
         config,
         load_tensors(folder / "model.safetensors"),
         lambda name: OWN_PREFIX + name,
-        ignorable=(r"encoder\..*\.heads", r"encoder\.gates\.(positions|fixed_widths)"),
+        ignorable=(r"encoder\..*\.heads", r"encoder\.gates\.(fixed_widths|positions)"),  # buffers that follow the shape
         provenance=fields.get(PROVENANCE_FIELD, {}),
     )

@@ -29,7 +29,9 @@ def save_onnx(
     """Writes one ONNX file of operator set :data:`OPSET`, weights included.
 
     Input ``source`` (batch, samples) float32. Outputs ``x`` (batch, frames, D) and ``hidden_state_0`` to
-    ``hidden_state_L`` of the same shape. Batch size and length are free, from one frame (400 samples) on.
+    ``hidden_state_L`` of the same shape. Batch size and length are free, from one frame (400 samples) on. onnxruntime's
+    ``quantize_dynamic`` takes the file as it is; its ``quant_pre_process`` wants ``auto_merge=True``, as it cannot tell
+    that two formulas for the number of frames are one.
 
     Args:
         encoder: without gates.

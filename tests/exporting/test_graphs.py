@@ -52,7 +52,7 @@ def test_onnxruntime_quantises_a_graph(exporting, small, tmp_path):
 
     encoder = small.random_encoder(conv_feature_layers="[(16,10,5)] + [(16,3,4)]", encoder_layers=1)
     save_onnx(encoder, tmp_path / "a.onnx")
-    quant_pre_process(str(tmp_path / "a.onnx"), str(tmp_path / "prepared.onnx"))
+    quant_pre_process(str(tmp_path / "a.onnx"), str(tmp_path / "prepared.onnx"), auto_merge=True)
     quantize_dynamic(str(tmp_path / "a.onnx"), str(tmp_path / "b.onnx"))
     quantize_dynamic(str(tmp_path / "prepared.onnx"), str(tmp_path / "c.onnx"))
     source = torch.randn(2, 800, generator=torch.Generator().manual_seed(0))
