@@ -239,14 +239,17 @@ class SkillDistillationTask(AudioPretrainingTask):
 
         What counts as 1 is the same for all of an update, and otherwise free. It keeps weights near 1, for half
         precision: with one process the update's first batch (one batch an update has the weight 1), with several the
-        mean batch of the epoch, which all know.
+        mean batch of the epoch, which all know (batches of one size have the weight 1).
         """
         if self.frames_of_weight_1 is None:
             several = torch.distributed.is_available() and torch.distributed.is_initialized()
             self.frames_of_weight_1 = frames
             if several and torch.distributed.get_world_size() > 1:
                 assert self._training_data is not None and self.student_config is not None
-                self.frames_of_weight_1 = self.student_config.num_frames(int(self._training_data.batch_samples))
+                data = self._training_data
+                if data.mean_frames is None:  # once an epoch
+                    data.mean_frames = float(self.student_config.num_frames(data.heard).sum()) / data.num_batches
+                self.frames_of_weight_1 = data.mean_frames
         return frames / self.frames_of_weight_1
 
     def train_step(

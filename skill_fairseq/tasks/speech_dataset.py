@@ -99,7 +99,9 @@ class SpeechDataset(FileAudioDataset):
         self.seed = 0
         self.epoch = 1
         self.num_shards = 1  # ranks that share the batches, set by the task
-        self.batch_samples = 0.0  # of a training batch of this epoch, on average
+        self.num_batches = 0  # for training, in this epoch
+        self.heard = np.zeros(0, dtype=np.int64)  # samples of each utterance in them
+        self.mean_frames: Optional[float] = None  # of them, kept here by the task
 
     def _shorten(self, most: int) -> None:
         """Cuts lengths down, and says whose."""
@@ -245,7 +247,6 @@ class SpeechDataset(FileAudioDataset):
         batches = super().batch_by_size(indices, max_tokens, **limits)
         batches = split_batches([[int(i) for i in batch] for batch in batches], self.num_shards)
         lengths = np.minimum(self.sizes, self.max_sample_size)
-        lengths = lengths if self.pad else self._to_bucket(lengths)
-        heard = (lengths[batch].sum() if self.pad else len(batch) * lengths[batch].min() for batch in batches)
-        self.batch_samples = float(np.mean(list(heard)))
+        heard = [lengths[b] if self.pad else np.full(len(b), self.crop_length(lengths[b].tolist())) for b in batches]
+        self.num_batches, self.heard, self.mean_frames = len(batches), np.concatenate(heard), None
         return batches

@@ -73,6 +73,9 @@ def test_training_batches_hold_utterances_of_like_length_cropped_to_the_shortest
         assert source.size(1) == lengths.min() and source.numel() <= MAX_TOKENS
         total, wasted = total + lengths.sum(), wasted + (lengths - lengths.min()).sum()
     assert wasted / total < 0.2
+    shapes = [batch["net_input"]["source"].shape for batch in batches(task, "train")]
+    assert task.dataset("train").num_batches == len(shapes)
+    assert sorted(task.dataset("train").heard) == sorted(samples for rows, samples in shapes for _ in range(rows))
 
 
 def test_crops_come_from_all_over_the_utterance(small: Any, tmp_path: Path) -> None:
