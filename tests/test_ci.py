@@ -98,13 +98,13 @@ def load_learned() -> Any:
         ({"actual": 0.761}, "of the shrunk student 0.7610"),
         ({"loss": -0.2}, "distillation loss: -0.2000"),
         ({"loss": float("nan")}, "distillation loss: nan"),
-        ({"student": [0.26, 0.4]}, "starts at 0.260"),
+        ({"student": 90}, "starts at 0.251"),
     ],
 )
 def test_each_thing_that_a_student_has_not_learned_is_found(
     changes: dict[str, Any], failed: str | None, tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {"expected": 0.745, "actual": 0.751, "loss": -0.9, "student": [0.78, 0.87], **changes}
+    found = {"expected": 0.745, "actual": 0.751, "loss": -0.9, "student": 250, **changes}
     learned = load_learned()
     monkeypatch.setattr(learned, "random_students_loss", lambda out: -0.2)
     for stage, line in {
@@ -116,8 +116,8 @@ def test_each_thing_that_a_student_has_not_learned_is_found(
         (tmp_path / stage / "hydra_train.log").write_text(line + "\n")
     save_encoder(small.random_encoder(), tmp_path / "shrunk.safetensors", {"sparsity": {"actual": found["actual"]}})
     entries = [
-        {"model": name, "task": "digit", "interval": interval}
-        for name, interval in {"student": found["student"], "random": [0.17, 0.27]}.items()
+        {"model": name, "task": "digit", "correct": correct, "total": 300}
+        for name, correct in {"student": found["student"], "random": 66}.items()
     ]
     (tmp_path / "probe.json").write_text(json.dumps({"results": entries}))
     lines = learned.failures(tmp_path)
