@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import PackageNotFoundError
+import sys
+from importlib import metadata
+from pathlib import Path
 
-import numpy
 import pytest
-import scipy
-import sklearn
-import torch
 
-import skill_fairseq
 from skill_fairseq.versions import versions
 
 
-def test_they_are_those_of_what_runs_here() -> None:
-    assert versions("scipy", "scikit-learn") == {
-        "skill_fairseq": skill_fairseq.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "scipy": scipy.__version__,
-        "scikit-learn": sklearn.__version__,
-    }
+def test_what_is_recorded_is_what_is_installed_and_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of another name than its module's, and one that hides another of its name."""
+    for folder, number in (("first", "9.8.7"), ("second", "1.2.3")):
+        (tmp_path / folder / "made_up-1.dist-info").mkdir(parents=True)
+        text = f"Metadata-Version: 2.1\nName: made-up\nVersion: {number}\n"
+        (tmp_path / folder / "made_up-1.dist-info" / "METADATA").write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second"), *sys.path])
+    found = versions("made-up", "scikit-learn")
+    assert found.pop("made-up") == "9.8.7" and sys.version.startswith(found.pop("python"))
+    assert found == {name: metadata.version(name) for name in ("skill_fairseq", "torch", "numpy", "scikit-learn")}
 
 
 def test_a_package_that_is_not_there_is_named() -> None:
-    with pytest.raises(PackageNotFoundError, match="no-such-package"):
+    with pytest.raises(metadata.PackageNotFoundError, match="no-such-package"):
         versions("no-such-package")

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,17 +44,31 @@ def measure(arguments: list[str], tmp_path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("against", ["transformers", "plain"])
 def test_training_step(against: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--model", model, "--sparsity", "0.5", "--against", against, *SMALL]
+    began = time.monotonic()
     results = measure(arguments, tmp_path)["results"]
+    elapsed = time.monotonic() - began
     assert list(results) == ["skill_fairseq", against]
     for result in results.values():
         phases = {phase: times["min"] for phase, times in result["seconds"].items()}
         total = phases.pop("total")
         assert list(phases) == ["teacher", "student forward, loss", "backward", "optimizer"]
-        assert 0 < sum(phases.values()) <= total * 1.0001
-        assert result["peak bytes"] > 50e6
+        assert min(phases.values()) > 0
         assert result["audio seconds per second"] == pytest.approx(0.5 / total)
+    totals = [result["seconds"]["total"]["min"] for result in results.values()]
+    assert 3 * sum(totals) < elapsed  # three steps of each, in turn
     table = capsys.readouterr().out
     assert "time ratio" in table and f"{results[against]['seconds']['total']['min']:.3f}" in table
+
+
+@pytest.mark.slow
+def test_the_peak_grows_by_what_a_larger_batch_holds(model: str, tmp_path: Path) -> None:
+    """At least its samples and the 16 channels that the first convolution makes of every 5 of them."""
+    peaks = []
+    for batch in (1, 9):
+        arguments = ["infer", "--model", model, "--repeats", "1", "--warmup", "0", "--seconds", "20"]
+        peaks.append(measure([*arguments, "--batch", str(batch)], tmp_path)["results"]["skill_fairseq"]["peak bytes"])
+    held = 8 * 20 * 16000 * 4 * (1 + 16 / 5)
+    assert held < peaks[1] - peaks[0] < 10 * held
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from messages import says
 
 from skill_fairseq.audio.manifest import Manifest, load_audio
 from skill_fairseq.audio.pieces import pieces
@@ -72,9 +73,7 @@ def test_equal_lengths_stand_side_by_side():
 
 
 def test_nothing_fits():
-    with pytest.raises(
-        ValueError, match=r"none of the 8 utterances of train.tsv fits into 0.5 s.*the shortest has 1.00 s"
-    ):
+    with pytest.raises(ValueError, match=says("8 utterances", "train.tsv", "0.5 s", "1.00 s")):
         choose_utterances(manifest(SIZES), max_seconds=0.5)
 
 
@@ -140,12 +139,12 @@ def test_broken_audio_is_skipped_and_named(files, tmp_path, caplog):
     for measure, matrix in expected.distances().items():
         np.testing.assert_array_equal(found.distances()[measure], matrix)
     assert [next(f for f in broken if str(f) in record.message) for record in caplog.records] == broken
-    with pytest.raises(ValueError, match="none of the 3 recordings .*gone.wav"):
+    with pytest.raises(ValueError, match=says("none", "3 recordings", "gone.wav")):
         layer_similarity(encoder(), broken)
 
 
 def test_broken_teachers_are_named(files):
     model = encoder()
     torch.nn.init.constant_(model.transformer.layers[1].ffn_norm.bias, float("inf"))
-    with pytest.raises(ValueError, match=r"0.wav: hidden_states: NaN or infinity in layers \[2, 3\]"):
+    with pytest.raises(ValueError, match=says("0.wav", "hidden_states", "NaN", "layers [2, 3]")):
         layer_similarity(model, files)

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from messages import says
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 
@@ -125,19 +126,19 @@ def test_equal_layers_have_no_silhouette_but_no_nan_either():
 
 def test_clear_errors():
     tree = linkage.link(PLAIN)
-    with pytest.raises(ValueError, match="ward needs a Euclidean measure, and 'cka' is none; choose the measure l2"):
+    with pytest.raises(ValueError, match=says("ward", "'cka'", "measure l2")):
         linkage.check_linkage("ward", "cka")
     linkage.check_linkage("ward", "l2")
-    with pytest.raises(ValueError, match="linkage: 'median' is unknown; choose from average"):
+    with pytest.raises(ValueError, match=says("linkage", "'median'", "average")):
         linkage.check_linkage("median", "l2")
-    with pytest.raises(ValueError, match="number of groups: 10; expected 1 to 9"):
+    with pytest.raises(ValueError, match=says("groups: 10", "1 to 9")):
         linkage.cut_to_number(tree, 10)
-    with pytest.raises(ValueError, match="number of groups: 0; expected 1 to 9"):
+    with pytest.raises(ValueError, match=says("groups: 0", "1 to 9")):
         linkage.cut_to_number(tree, 0)
-    with pytest.raises(ValueError, match="height: -1; expected 0 or more"):
+    with pytest.raises(ValueError, match=says("height: -1")):
         linkage.cut_at_height(tree, -1)
     for least, most in [(1, 3), (4, 3), (2, 9)]:
-        with pytest.raises(ValueError, match=f"from {least} to {most} groups; expected MIN <= MAX within 2 to 8"):
+        with pytest.raises(ValueError, match=says(f"{least} to {most}", "MIN <= MAX", "2 to 8")):
             linkage.cut_by_silhouette(tree, PLAIN, least, most)
-    with pytest.raises(ValueError, match="1 layer; at least 2"):
+    with pytest.raises(ValueError, match=says("1 layer", "at least 2")):
         linkage.link(np.zeros((1, 1)))

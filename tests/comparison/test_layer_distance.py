@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from messages import says
 
 from skill_fairseq.audio.pieces import pieces
 from skill_fairseq.clustering.similarity import LayerSimilarity
@@ -93,18 +94,18 @@ def test_long_recordings_are_compared_in_pieces(tmp_path: Path, small: Any, monk
 
 
 def test_other_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"states \[\(3, 4\)\], teacher states \[\(3, 8\)\]: expected the same"):
+    with pytest.raises(ValueError, match=says("states [(3, 4)]", "teacher states [(3, 8)]")):
         state_distances([torch.zeros(3, 4)], [torch.zeros(3, 8)])
 
 
 def test_a_recording_too_short_for_cka_is_named(tmp_path: Path, small: Any) -> None:
     soundfile.write(str(tmp_path / "short.wav"), small.tone(0.065, 0), 16000)
-    with pytest.raises(ValueError, match="short.wav: [123] frames, expected at least 4; leave it out"):
+    with pytest.raises(ValueError, match=says("short.wav", "3 frames", "at least 4")):
         layer_distances(small.random_encoder(), small.random_encoder(), [tmp_path / "short.wav"])
 
 
 def test_no_recordings_are_refused(small: Any) -> None:
-    with pytest.raises(ValueError, match="none given; expected at least one"):
+    with pytest.raises(ValueError, match=says("none", "at least one")):
         layer_distances(small.random_encoder(), small.random_encoder(), [])
 
 

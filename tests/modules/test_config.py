@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+from messages import says
 
 from skill_fairseq.modules.config import (
     EncoderConfig,
@@ -73,7 +74,7 @@ def test_other_conv_strings_are_refused_and_nothing_is_run(text, tmp_path):
 
 
 def test_a_huge_conv_string_is_refused_without_making_it():
-    with pytest.raises(ValueError, match="conv_feature_layers: .* has more than 64 layers"):
+    with pytest.raises(ValueError, match=says("conv_feature_layers", "99999999999", "64")):
         parse_conv_layers("[(512,10,5)] * 99999999999")
 
 
@@ -111,7 +112,7 @@ def test_dictionaries_round_trip():
     )
     assert EncoderConfig.from_dict(config.to_dict()) == config and not config.is_full()
     assert wavlm_large().is_full() and wavlm_large() != hubert_large()
-    with pytest.raises(ValueError, match=r"unknown fields \['rotary'\]"):
+    with pytest.raises(ValueError, match=says("fields", "'rotary'")):
         EncoderConfig.from_dict({"rotary": True})
 
 
@@ -140,6 +141,5 @@ def test_dictionaries_round_trip():
     ],
 )
 def test_bad_values_name_the_field_and_the_value(field, value):
-    with pytest.raises(ValueError, match=f"model.{field}") as error:
+    with pytest.raises(ValueError, match=says(f"model.{field}", repr(value))):
         EncoderConfig(**{field: value})
-    assert repr(value) in str(error.value)

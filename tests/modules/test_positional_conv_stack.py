@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from messages import says
 from torch import nn
 
 from skill_fairseq.modules.config import EncoderConfig, data2vec_base
@@ -54,7 +55,7 @@ def test_kernel_follows_fairseqs_rule(conv_pos, depth, kernel):
 
 @pytest.mark.parametrize("depth", [0, -1, 2.0, "5", True])
 def test_bad_depths_are_named(depth):
-    with pytest.raises(ValueError, match="model.pos_conv_depth"):
+    with pytest.raises(ValueError, match=says("model.pos_conv_depth", repr(depth))):
         EncoderConfig(**TINY, pos_conv_depth=depth)
 
 

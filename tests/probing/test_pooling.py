@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
+from messages import says
 from torch import Tensor
 
 from skill_fairseq.audio.pieces import pieces
@@ -92,13 +93,13 @@ def test_recordings_that_cannot_be_read_are_left_out_and_named(
     files[1].write_bytes(bytes(32000))
     pooled = pool_files(lambda wave: [[wave[:, None]]], files)
     assert list(pooled) == [files[0], files[2]] and str(files[1]) in caplog.text
-    with pytest.raises(ValueError, match=r"none of the 1 recordings .*b\.raw"):
+    with pytest.raises(ValueError, match=says("none", "1 recordings", "b.raw")):
         pool_files(lambda wave: [[wave[:, None]]], files[1:2])
 
 
 def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     file = write(tmp_path, "a.flac", 500)
-    with pytest.raises(ValueError, match="a.flac: the model .broken. gives features that are NaN"):
+    with pytest.raises(ValueError, match=says("a.flac", "broken", "NaN")):
         pool_files(lambda wave: [[wave[:, None] / 0]], [file], "broken")
 
 

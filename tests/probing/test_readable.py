@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from messages import says
 
 from skill_fairseq.audio.manifest import Manifest
 from skill_fairseq.probing.readable import readable_part
@@ -42,7 +43,7 @@ def test_labels_go_with_their_recordings() -> None:
     assert part.manifests["train"].sizes == [1000, 1002]
     assert part.labels == {"train": ["one", "train"], "valid": ["one", "two", "valid"], "test": ["two", "test"]}
     assert part.speakers == ["b", "c"]
-    with pytest.raises(ValueError, match=r"valid\.tsv: none of its 3 recordings"):
+    with pytest.raises(ValueError, match=says("valid.tsv", "none", "3 recordings")):
         readable_part(whole, without(whole, "valid0.flac", "valid1.flac", "valid2.flac"))
 
 
@@ -53,5 +54,5 @@ def test_trials_keep_their_recordings() -> None:
     names = [[part.manifests["test"].paths[i] for i in pair] for _, *pair in part.trials or []]
     assert names == [["test0.flac", "test2.flac"], ["test3.flac", "test2.flac"], ["test3.flac", "test0.flac"]]
     assert [same for same, *_ in part.trials or []] == [True, True, False]
-    with pytest.raises(ValueError, match="no trial is left"):
+    with pytest.raises(ValueError, match=says("no trial")):
         readable_part(whole, without(whole, "test2.flac", "test3.flac"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from messages import says
 
 from skill_fairseq.audio.manifest import read_manifest, write_manifest
 from skill_fairseq.files import sha256
@@ -59,31 +60,30 @@ def test_the_notice_names_the_speakers_of_each_split() -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "message"),
+    ("file", "text", "said"),
     [
-        ("test.labels.tsv", "utterance\tlabel\n", r"line 1: found .*expected the header"),
-        ("test.labels.tsv", "utterance\tspeaker\tlabel\nd\tspeaker\tx\n", "1 rows for the 2 recordings"),
+        ("test.labels.tsv", "utterance\tlabel\n", ["line 1", "header"]),
+        ("test.labels.tsv", "utterance\tspeaker\tlabel\nd\tspeaker\tx\n", ["1 rows", "2 recordings"]),
         (
             "test.labels.tsv",
             "utterance\tspeaker\tlabel\ne\ts\ty\nd\ts\tx\n",
-            "line 2: utterance 'e', expected 'd'",
+            ["line 2", "'e'", "expected 'd'"],
         ),
-        ("test.labels.tsv", "utterance\tspeaker\tlabel\nd\ts\tx\ne\ty\n", "line 3: 2 columns, expected 3"),
+        ("test.labels.tsv", "utterance\tspeaker\tlabel\nd\ts\tx\ne\ty\n", ["line 3", "2 columns", "expected 3"]),
         (
             "test.labels.tsv",
             "utterance\tspeaker\tlabel\nd\ts\tx\ne\ts\tz\n",
-            "label 'z' never occurs in train",
+            ["label 'z'", "train.labels.tsv"],
         ),
-        ("test.labels.tsv", "utterance\tspeaker\tlabel\nd\t\tx\ne\ts\ty\n", "line 2: no speaker"),
-        ("train.labels.tsv", "utterance\tspeaker\tlabel\na\ts\tx\nb\ts\tx\n", "1 class, expected 2 or more"),
+        ("test.labels.tsv", "utterance\tspeaker\tlabel\nd\t\tx\ne\ts\ty\n", ["line 2", "speaker"]),
+        ("train.labels.tsv", "utterance\tspeaker\tlabel\na\ts\tx\nb\ts\tx\n", ["1 class", 2]),
     ],
 )
-def test_bad_tables(tmp_path: Path, file: str, text: str, message: str) -> None:
+def test_bad_tables(tmp_path: Path, file: str, text: str, said: list) -> None:
     task = make_task(tmp_path)
     (task / file).write_text(text)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=says(task / file, *said)):
         read_task(task)
-    assert str(task / file) in str(caught.value)
 
 
 @pytest.mark.parametrize("gone", ["tasks/vowels/valid.tsv", "tasks/vowels/valid.labels.tsv", "c.flac"])
@@ -95,7 +95,7 @@ def test_missing_parts(tmp_path: Path, gone: str) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such task folder"):
+    with pytest.raises(FileNotFoundError, match=says(tmp_path / "nothing", "task folder")):
         read_task(tmp_path / "nothing")
 
 
@@ -126,35 +126,35 @@ def test_verification_task_names_recordings_by_path(tmp_path: Path) -> None:
 def test_speakers_of_verification_come_from_a_file(tmp_path: Path) -> None:
     read = read_task(make_trials(tmp_path, *GOOD, speakers="a a b c"))
     assert read.speakers == ["a", "a", "b", "c"] and "test.speakers.tsv" in read.hashes
-    with pytest.raises(ValueError, match=r"trials.tsv, line 2: same is 1, but the speakers are 'a' and 'b'"):
+    with pytest.raises(ValueError, match=says("trials.tsv, line 2", "same", 1, "'a'", "'b'")):
         read_task(make_trials(tmp_path, *GOOD, speakers="a b b c"))
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "said"),
     [
-        ("2\tid1/x/00001\tid1/x/00002", "line 4: same is '2', expected 0 or 1"),
-        ("1\t00001\tid1/x/00002", "line 4: '00001' is not in .*test.tsv, expected a path as it stands there"),
-        ("0\tid2/y/00001\tid1/x/00002", "line 4: .*'id2/y/00001.wav' and 'id2/y/00001.flac'.* with its ending"),
-        ("1\tid1/x/00001\tid1/x/00001.wav", "line 4: 'id1/x/00001' is paired with itself"),
-        ("0\tid1/x/00001.wav\tid2/y/00001.wav", "line 4: the same pair as line 3"),
-        ("1\tid1/x/00002\tid1/x/00001", "line 4: the same pair as line 2"),
+        ("2\tid1/x/00001\tid1/x/00002", ["same", "'2'", "0 or 1"]),
+        ("1\t00001\tid1/x/00002", ["'00001'", "test.tsv", "path"]),
+        ("0\tid2/y/00001\tid1/x/00002", ["'id2/y/00001.wav'", "'id2/y/00001.flac'", "ending"]),
+        ("1\tid1/x/00001\tid1/x/00001.wav", ["'id1/x/00001'", "itself"]),
+        ("0\tid1/x/00001.wav\tid2/y/00001.wav", ["same pair", "line 3"]),
+        ("1\tid1/x/00002\tid1/x/00001", ["same pair", "line 2"]),
     ],
 )
-def test_bad_trials(tmp_path: Path, line: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_bad_trials(tmp_path: Path, line: str, said: list) -> None:
+    with pytest.raises(ValueError, match=says("trials.tsv", "line 4", *said)):
         read_task(make_trials(tmp_path, *GOOD, line))
 
 
 def test_trials_of_one_kind_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="1 trials of one kind"):
+    with pytest.raises(ValueError, match=says("trials.tsv", "1 trials", "one kind")):
         read_task(make_trials(tmp_path, GOOD[0]))
 
 
 def test_a_recording_that_stands_twice_is_refused(tmp_path: Path) -> None:
     task = make_task(tmp_path)
     write_manifest(task / "test.tsv", "../..", ["d.flac", "a.flac"], [400, 400])  # a is trained on
-    with pytest.raises(ValueError, match=r"test.tsv, line 3: .*a.flac stands in .*train.tsv, line 2 too"):
+    with pytest.raises(ValueError, match=says("test.tsv, line 3", "a.flac", "train.tsv, line 2")):
         read_task(task)
 
 
@@ -163,7 +163,7 @@ def test_speakers_of_a_manifest(tmp_path: Path) -> None:
     assert read_speakers(read_manifest(task / "test.tsv")) == ["a", "a", "b", "c"]
     rows = (task / "test.speakers.tsv").read_text().splitlines()
     (task / "test.speakers.tsv").write_text("\n".join([rows[0], *reversed(rows[1:])]))
-    with pytest.raises(ValueError, match="line 2: utterance 'id2/y/00001.flac', expected '00001'; keep the order"):
+    with pytest.raises(ValueError, match=says("line 2", "'id2/y/00001.flac'", "expected '00001'", "order")):
         read_speakers(read_manifest(task / "test.tsv"))
     (task / "test.speakers.tsv").unlink()
     assert read_speakers(read_manifest(task / "test.tsv")) is None

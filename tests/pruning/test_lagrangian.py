@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import says
 
 from skill_fairseq.modules.gate_bank import GateBank
 from skill_fairseq.modules.size import sparsity
@@ -118,5 +119,5 @@ def test_multipliers_stay_float32_in_their_own_group() -> None:
 
 @pytest.mark.parametrize("target", [-0.1, 1.0, 75])
 def test_impossible_target(target: float) -> None:
-    with pytest.raises(ValueError, match=rf"target_sparsity is {target}, but must lie in \[0, 1\)"):
+    with pytest.raises(ValueError, match=says("target_sparsity", target, "[0, 1)")):
         SizeConstraint(target)
