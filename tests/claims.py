@@ -1,0 +1,229 @@
+"""What the pages claim, and what holds each claim: a test, or the command whose output it is.
+
+``python tests/claims.py`` prints the table; ``tests/test_claims.py`` makes sure that every claim stands in its page and
+that every test exists. A claim that loses its evidence leaves its page.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Claim(NamedTuple):
+    """One claim.
+
+    Attributes:
+        page: path of the page.
+        words: as they stand there, line breaks aside.
+        evidence: "tests/FILE.py::TEST", or a command.
+    """
+
+    page: str
+    words: str
+    evidence: str
+
+
+README = "README.md"
+CONFIGS = "config/README.md"
+CLAIMS = [
+    Claim(
+        README,
+        "The student loads without fairseq: torch and safetensors are enough",
+        "tests/test_import.py::test_a_broken_fairseq_is_in_the_way_of_training_alone",
+    ),
+    Claim(
+        README,
+        "a patch that fails says so on stderr and breaks no import",
+        "tests/hook/test_hook.py::test_a_patch_that_fails_breaks_no_import",
+    ),
+    Claim(
+        README,
+        "quotes paths that hydra's grammar cannot read",
+        "tests/hook/test_hook.py::test_fairseq_hydra_train_takes_any_path",
+    ),
+    Claim(
+        README,
+        "other programs of hydra keep theirs",
+        "tests/hook/test_hook.py::test_other_programs_of_hydra_are_as_without_the_hook",
+    ),
+    Claim(
+        README,
+        "`pip uninstall skill_fairseq` removes them",
+        "tests/hook/test_install.py::test_uninstall_leaves_nothing",
+    ),
+    Claim(
+        README,
+        "the student has 23,595,303 parameters",
+        "skill-shrink, as the README runs it",
+    ),
+    Claim(
+        README,
+        "11 more than a quarter of 94,381,168",
+        "tests/modules/test_size.py::test_full_models",
+    ),
+    Claim(
+        README,
+        "it goes on exactly: the test's student is the undisturbed one's, bit for bit",
+        "tests/training/test_resume.py::test_three_kills_change_nothing",
+    ),
+    Claim(
+        README,
+        "exits with code 75, on all ranks",
+        "tests/training/test_preemption.py::test_signals_to_every_process_lose_no_update",
+    ),
+    Claim(
+        README,
+        "before training has begun it exits with 75 at once",
+        "tests/training/test_preemption.py::test_a_signal_while_a_run_starts_up",
+    ),
+    Claim(
+        README,
+        "requeues a job whose training exits with 75",
+        "bash tests/slurm/run.sh",
+    ),
+    Claim(
+        README,
+        "Every rank gets as many batches as the others in an epoch, no utterance twice",
+        "tests/training/test_data_parallel.py::test_every_utterance_is_seen_once_an_epoch_and_no_rank_idles",
+    ),
+    Claim(
+        README,
+        "gradients of one batch with all their frames (to 1e-5 of the largest), whatever their lengths",
+        "tests/training/test_data_parallel.py::test_gradients_of_unequal_batches_are_weighed_by_their_frames",
+    ),
+    Claim(
+        README,
+        "every rank draws the same gates",
+        "tests/training/test_data_parallel.py::test_gates_are_those_of_the_update_on_every_rank_and_in_every_batch",
+    ),
+    Claim(
+        README,
+        "with the next epoch where the present one has other batches now",
+        "tests/training/test_epoch_batches.py::test_a_run_goes_on_with_the_next_epoch",
+    ),
+    Claim(
+        README,
+        "A warning names the changed settings, old value and new",
+        "tests/training/test_changed_settings.py::test_a_run_that_goes_on_names_what_has_changed",
+    ),
+    Claim(
+        README,
+        "the loss depends neither on `dataset.max_tokens_valid` nor on the number of ranks",
+        "tests/criterions/test_skill_group_kd.py::test_validation_does_not_depend_on_the_batch_size",
+    ),
+    Claim(
+        README,
+        "`fully_sharded`, `slowmo` and BMUF are refused",
+        "tests/training/test_data_parallel.py::test_backends_that_cannot_train_one_student_are_refused",
+    ),
+    Claim(
+        README,
+        "cuts to within 0.1 %",
+        "tests/pruning/test_shrink.py::test_base_size_within_a_thousandth",
+    ),
+    Claim(
+        README,
+        "pickles of strangers are read without running their code, by fairseq too",
+        "tests/hook/test_patches.py::test_fairseq_runs_no_code_of_a_checkpoint_unless_it_is_trusted",
+    ),
+    Claim(
+        README,
+        "All hidden states agree to 1e-5 of the original's going in, and to 1e-4 coming out",
+        "python tests/tables.py",
+    ),
+    Claim(
+        README,
+        "outputs and every gradient in float64 to 1e-9",
+        "tests/modules/test_fast_path.py::test_same_outputs_and_gradients",
+    ),
+    Claim(
+        README,
+        "in float32 outputs and the gradients together to 1e-5",
+        "tests/modules/test_fast_path.py::test_in_float32_to_1e_5",
+    ),
+    Claim(
+        README,
+        "The kernels that a GPU takes are held against the plain path on a CPU",
+        "tests/modules/test_attention_kernels.py::",
+    ),
+    Claim(
+        README,
+        "it is tried on a CPU with small shapes",
+        "tests/test_gpu.py::test_the_checks_for_a_gpu_run_on_a_cpu",
+    ),
+    Claim(
+        README,
+        "instead of keeping its activations, with the same gradients",
+        "tests/modules/test_checkpoint_activations.py::",
+    ),
+    Claim(
+        README,
+        "restarts are exact",
+        "tests/training/test_half_precision.py::test_kills_change_nothing",
+    ),
+    Claim(
+        README,
+        "50 updates stay beside float32",
+        "tests/test_mixed_precision.py::test_fifty_updates_stay_beside_float32",
+    ),
+    Claim(
+        README,
+        "bash examples/tiny/run.sh",
+        "python tests/learned.py examples/tiny/out",
+    ),
+    Claim(
+        README,
+        "`--against transformers`: the same audio and loss",
+        "skill-bench train --seconds 30 --against transformers",
+    ),
+    Claim(
+        README,
+        "normalisation statistics keep running over the original channels, so shrinking changes no output",
+        "tests/pruning/test_shrink.py::test_outputs_stay",
+    ),
+    Claim(
+        README,
+        "an emptied sublayer keeps its bias",
+        "tests/pruning/test_shrink.py::test_removed_and_emptied_sublayers",
+    ),
+    Claim(
+        README,
+        "relative position outlives the first layer",
+        "tests/pruning/test_shrink.py::test_first_layer_may_lose_its_attention_and_relative_position_stays",
+    ),
+    Claim(
+        README,
+        "Below are means over sparsities 0.5, 0.75 and 0.875 and 3 seeds",
+        "python examples/benchmark/run.py out --name full",
+    ),
+    Claim(
+        CONFIGS,
+        "The four values to look at first",
+        "tests/test_configs.py::",
+    ),
+    Claim(
+        CONFIGS,
+        "Seconds of audio in a batch of one GPU",
+        "tests/test_batch_sizes.py::",
+    ),
+    Claim(
+        CONFIGS,
+        "tests run two updates of both stages on small random teachers of these kinds",
+        "tests/test_recipes_run.py::",
+    ),
+    Claim(
+        CONFIGS,
+        "in `distill` and `final` are relative to where the command is typed",
+        "tests/training/test_paths.py::test_both_stages_by_relative_paths",
+    ),
+]
+
+
+def table() -> str:
+    """The claims as Markdown."""
+    rows = ["| page | claim | evidence |", "|---|---|---|"]
+    return "\n".join([*rows, *(f"| {claim.page} | {claim.words} | `{claim.evidence}` |" for claim in CLAIMS)])
+
+
+if __name__ == "__main__":
+    print(table())
