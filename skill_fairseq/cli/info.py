@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from skill_fairseq.cli._common import run
+from skill_fairseq.cli._common import Parser, run
 from skill_fairseq.exporting.describe import as_dict, as_lines, describe
 
 EPILOG = """examples:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="skill-info",
         description="Say what a file or folder is, what shape its encoder has and where it comes from.",
         epilog=EPILOG,

@@ -9,19 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Callable
 
 import pytest
 import torch
 
+from skill_fairseq.cli import _common
 from skill_fairseq.cli._common import Parser, check_device, in_range, run
 from skill_fairseq.files import write_json
 
-COMMANDS = sorted(
-    point.value.partition(":")[0] for point in entry_points(group="console_scripts") if point.name.startswith("skill-")
-)
+COMMANDS = sorted(f"skill_fairseq.cli.{file.stem}" for file in Path(_common.__file__).parent.glob("[a-z]*.py"))
 
 
 def command(body: Callable[[], Any]) -> Callable[..., int]:
@@ -101,6 +99,7 @@ def test_what_is_printed_comes_after_the_files_and_shows_no_controls(
 PROGRAM = """
 import sys
 sys.modules["fairseq"] = None  # not needed here, and slow to import
+from skill_fairseq.cli import _common
 from skill_fairseq.cli._common import run
 from skill_fairseq.files import atomic_write
 @run

@@ -7,6 +7,7 @@
 # OUT is made, and gets results.json, table.md and a log of each step. Needs an environment with the package and its
 # extras hf (tests/run.sh makes one: PATH=$PWD/tests/.venv/bin:$PATH). Exit code 1: a check failed, or a step did.
 set -euo pipefail
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 if [ $# -lt 1 ]; then sed -n '2,9p' "$0"; exit 2; fi
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
