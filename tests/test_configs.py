@@ -10,8 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import _skill_fairseq_hook as hook
-import hydra._internal.hydra
 import pytest
 from fairseq.dataclass.configs import FairseqConfig
 from fairseq.dataclass.initialize import add_defaults, hydra_init
@@ -36,9 +34,6 @@ FILES = {name: path for name, path in PATHS.items() if name not in RUN_CONFIGS}
 BASE = "wavlm_base_plus_librispeech"
 BLOCKS = ("common", "checkpoint", "distributed_training", "task", "dataset", "criterion", "optimization", "optimizer")
 BLOCKS += ("lr_scheduler", "model")
-
-# pytest loads hydra by itself, for hydra comes with a pytest plugin, and the start-up hook does not see it.
-hook.find_run_configs(hydra._internal.hydra)
 
 
 def read(name: str) -> dict[str, Any]:
