@@ -114,14 +114,14 @@ def test_large_style(exporting, small, tmp_path):
 def test_gates_have_no_place_in_a_graph(small, tmp_path):
     encoder = small.random_encoder(pruning_units=["ffn"])
     for save, name in ((save_onnx, "a.onnx"), (save_torch_program, "a.pt2")):
-        with pytest.raises(ValueError, match=r"has gates \(ffn\).*skill-shrink"):
+        with pytest.raises(ValueError, match=says("gates", "ffn", "skill-shrink")):
             save(encoder, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not OLD_TORCH, reason=f"torch {torch.__version__} has what an older one lacks")
 def test_an_old_torch_is_named(small, tmp_path, capsys):
-    with pytest.raises(ValueError, match=rf"torch {re.escape(torch.__version__)}.*torch >= 2.6"):
+    with pytest.raises(ValueError, match=says(f"torch {torch.__version__}", "torch >= 2.6")):
         record(small.random_encoder())
 
 
