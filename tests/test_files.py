@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -13,6 +14,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from messages import says
 
 from skill_fairseq.exporting.folder import atomic_folder
 from skill_fairseq.files import atomic_write, check_output, content_sha256, read_json, sha256, write_json
@@ -44,7 +46,7 @@ def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path: Path, erro
 
 
 def test_atomic_write_refuses_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError, match="name a file inside it"):
+    with pytest.raises(IsADirectoryError, match=says(tmp_path, "file")):
         with atomic_write(tmp_path):
             pass
 
@@ -120,7 +122,7 @@ def test_a_device_is_written_to_and_its_refusal_names_it() -> None:
     with atomic_write("/dev/null") as temporary:
         temporary.write_text("nobody reads this")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
-    with pytest.raises(OSError, match="^/dev/full: cannot be written .*No space left"):
+    with pytest.raises(OSError, match=says("/dev/full", os.strerror(errno.ENOSPC))):
         with atomic_write("/dev/full") as temporary:
             temporary.write_text("no room")
 
@@ -162,16 +164,15 @@ def test_errors_name_the_file_and_never_the_temporary_one(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     cases = [tmp_path / "file" / "a.json", tmp_path / ("n" * 256), Path("/proc/nothing/a.json"), Path("/proc/a.json")]
     for path in cases:
-        with pytest.raises(OSError, match="cannot be written") as caught:
+        with pytest.raises(OSError) as caught:
             write_json(path, [])
         assert str(caught.value).startswith(f"{path}: ") and ".skill-" not in str(caught.value)
-        with pytest.raises(OSError, match="cannot be written") as caught:
+        with pytest.raises(OSError, match=says("--json", path)):
             check_output(path, "--json")
-        assert str(caught.value).startswith(f"--json: {path}: ")
     with pytest.raises(OSError) as caught:
         with atomic_write(tmp_path / "a.json") as temporary:
             raise OSError(errno.ENOSPC, "No space left on device")
-    assert str(caught.value).startswith(f"{tmp_path / 'a.json'}: cannot be written (No space left on device)")
+    assert re.search(says(tmp_path / "a.json", "No space left on device"), str(caught.value))
     with pytest.raises(OSError) as caught:
         with atomic_write(tmp_path / "a.json") as temporary:
             raise RuntimeError(f"{temporary}: some library's words")
@@ -184,13 +185,13 @@ def test_errors_name_the_file_and_never_the_temporary_one(tmp_path: Path) -> Non
 
 def test_a_file_that_may_not_be_written_is_refused(tmp_path: Path) -> None:
     """The same for root, whom permissions do not bind: a file that nobody may change stands for it."""
-    with pytest.raises(OSError, match="is a folder"):
+    with pytest.raises(OSError, match=says("OUT", tmp_path, "folder")):
         check_output(tmp_path, "OUT")
     source = tmp_path / "in.safetensors"
     source.write_text("input")
     (tmp_path / "link.safetensors").symlink_to(source)
     for out in (source, tmp_path / "link.safetensors"):
-        with pytest.raises(ValueError, match="OUT: .*safetensors is read from and would be overwritten"):
+        with pytest.raises(ValueError, match=says("OUT", out, "overwritten")):
             check_output(out, "OUT", [source])
     check_output(tmp_path / "new" / "folder" / "a.json", "OUT", [source])
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.safetensors", "link.safetensors"]
@@ -239,7 +240,7 @@ def test_atomic_folder_names_itself_in_errors_and_follows_a_link(tmp_path: Path)
     with atomic_folder(tmp_path / "link") as temporary:
         (temporary / "a").write_text("1")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "a").read_text() == "1"
-    with pytest.raises(OSError, match="new: cannot be written .*No space") as caught:
+    with pytest.raises(OSError, match=says(tmp_path / "new", os.strerror(errno.ENOSPC))) as caught:
         with atomic_folder(tmp_path / "new") as temporary:
             raise OSError(errno.ENOSPC, "No space left on device", str(temporary / "model.safetensors"))
     assert ".skill-" not in str(caught.value)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from messages import says
 
 SCRIPT = Path(__file__).with_name("tables.py")
 spec = importlib.util.spec_from_file_location("tables", SCRIPT)
@@ -70,7 +71,7 @@ def test_tables_of_markers(tmp_path):
 
 
 def test_readme_without_a_place_for_the_table():
-    with pytest.raises(ValueError, match="the lines <!-- formats --> and <!-- /formats --> are missing"):
+    with pytest.raises(ValueError, match=says("<!-- formats -->", "<!-- /formats -->", "missing")):
         tables.split("# Title\n<!-- formats -->\n", "formats")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -191,5 +192,5 @@ def test_bad_config_ends_before_training_with_the_field_and_the_remedy(data: lis
         [*command, "criterion.groups=[[0],[7]]"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert result.returncode != 0
-    assert "criterion.groups names layer 7, which the teacher has not" in result.stderr + result.stdout
+    assert re.search("criterion.groups.*layer 7.*0..3", result.stderr + result.stdout)
     assert not list(tmp_path.rglob("*.pt"))

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from messages import says
 
 from skill_fairseq.audio.features import deltas, log_mel, mfcc
 
@@ -109,9 +110,9 @@ def test_deltas_of_a_line_are_its_slope() -> None:
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="399 samples, expected at least one window of 400"):
+    with pytest.raises(ValueError, match=says("399 samples", 400)):
         log_mel(torch.zeros(399))
-    with pytest.raises(ValueError, match=r"shape \(1, 800\), expected \(N,\)"):
+    with pytest.raises(ValueError, match=says("(1, 800)", "(N,)")):
         log_mel(torch.zeros(1, 800))
-    with pytest.raises(ValueError, match="n_cepstra: 24, expected 1 to n_mels = 23"):
+    with pytest.raises(ValueError, match=says("n_cepstra: 24", "n_mels = 23")):
         mfcc(torch.zeros(800), n_cepstra=24)

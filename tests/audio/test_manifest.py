@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from messages import says
 
 from skill_fairseq.audio.manifest import (
     check_manifest,
@@ -49,27 +50,26 @@ def test_relative_root_is_relative_to_the_manifest(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "said"),
     [
-        ("", "lists no audio"),
-        ("/root\n", "lists no audio"),
-        ("a.flac\t400\n", "line 1: .*expected the root"),
-        ("/root\na.flac\t400\nb.flac 400\n", "line 3: found 'b.flac 400'"),
-        ("/root\na.flac\t-5\n", "line 2: .*number of samples above 0"),
-        ("/root\na.flac\t0\n", "line 2"),
-        ("/root\n\t400\n", "line 2"),
-        ("/root\na.flac\t400\tgeorge\n", "line 2"),
-        ("/root\n a.flac\t400\n", "line 2: the path ' a.flac' begins with a blank.*rename"),
-        ("/root\n\u3000a.flac\t400\n", "line 2: .*begins with a blank"),
-        ("/root \na.flac\t400\n", "line 1: the root '/root ' begins or ends with a blank"),
-        ("/root\na.flac\t9999999999999999\n", "line 2"),
+        ("", ["no audio"]),
+        ("/root\n", ["no audio"]),
+        ("a.flac\t400\n", ["line 1", "root"]),
+        ("/root\na.flac\t400\nb.flac 400\n", ["line 3", "'b.flac 400'"]),
+        ("/root\na.flac\t-5\n", ["line 2", "samples", "above 0"]),
+        ("/root\na.flac\t0\n", ["line 2"]),
+        ("/root\n\t400\n", ["line 2"]),
+        ("/root\na.flac\t400\tgeorge\n", ["line 2"]),
+        ("/root\n a.flac\t400\n", ["line 2", "' a.flac'", "blank", "rename"]),
+        ("/root\n\u3000a.flac\t400\n", ["line 2", "blank"]),
+        ("/root \na.flac\t400\n", ["line 1", "'/root '", "blank"]),
+        ("/root\na.flac\t9999999999999999\n", ["line 2"]),
     ],
 )
-def test_malformed_manifest(tmp_path: Path, text: str, message: str) -> None:
+def test_malformed_manifest(tmp_path: Path, text: str, said: list) -> None:
     (tmp_path / "train.tsv").write_text(text)
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=says(tmp_path / "train.tsv", *said)):
         read_manifest(tmp_path / "train.tsv")
-    assert str(tmp_path / "train.tsv") in str(caught.value)
 
 
 def test_missing_manifest(tmp_path: Path) -> None:
@@ -81,11 +81,11 @@ def test_missing_files_are_counted_and_named(tmp_path: Path) -> None:
     (tmp_path / "there.flac").touch()
     names = ["gone0.flac", "there.flac", "gone1.flac", "gone2.flac", "gone3.flac"]
     write_manifest(tmp_path / "train.tsv", ".", names, [400] * 5)
-    with pytest.raises(FileNotFoundError, match="4 of 5 files are missing") as caught:
+    with pytest.raises(FileNotFoundError, match=says("4 of 5", "missing")) as caught:
         check_manifest(read_manifest(tmp_path / "train.tsv"))
     assert all(name in str(caught.value) for name in ("gone0", "gone1", "gone2"))
     assert "gone3" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="1 of 2 files .*of 5 in all"):
+    with pytest.raises(FileNotFoundError, match=says("1 of 2", 5)):
         check_manifest(read_manifest(tmp_path / "train.tsv"), [1, 4])
     check_manifest(read_manifest(tmp_path / "train.tsv"), [1])
     write_manifest(tmp_path / "train.tsv", ".", ["there.flac"], [400])
@@ -96,12 +96,12 @@ def test_missing_files_are_counted_and_named(tmp_path: Path) -> None:
     "name", ["a\tb.flac", "a\nb.flac", "a\x85b.flac", "", " a.flac", "\u00a0a.flac", "\udce9.flac"]
 )
 def test_unstorable_path_writes_nothing(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="rename the file"):
+    with pytest.raises(ValueError, match=says("rename", "file")):
         write_manifest(tmp_path / "train.tsv", ".", ["good.flac", name], [400, 400])
-    with pytest.raises(ValueError, match="1 paths but 2 sizes"):
+    with pytest.raises(ValueError, match=says("1 paths", "2 sizes")):
         write_manifest(tmp_path / "train.tsv", ".", ["good.flac"], [400, 400])
     for root in (f"/data/{name}", f"{tmp_path} ") if name not in ("", " a.flac", "\u00a0a.flac") else (f"{name} ",):
-        with pytest.raises(ValueError, match="manifest's root cannot; rename the folder"):
+        with pytest.raises(ValueError, match=says("root", "rename", "folder")):
             write_manifest(tmp_path / "train.tsv", root, ["good.flac"], [400])
     assert list(tmp_path.iterdir()) == []
 
@@ -123,38 +123,37 @@ def test_load_audio_gives_the_samples(tmp_path: Path, ending: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("samples", "rate", "message"),
+    ("samples", "rate", "said"),
     [
-        (tone(8000), 8000, r"sample rate 8000 Hz, expected 16000 Hz; convert it: ffmpeg .*-ar 16000"),
-        (np.stack([tone(8000)] * 2, axis=1), 16000, r"2 channels, expected 1 \(mono\); convert it"),
-        (tone(399), 16000, r"399 samples, expected at least 400 \(0.025 s\)"),
+        (tone(8000), 8000, ["sample rate", "8000 Hz", "16000 Hz", "ffmpeg", "-ar 16000"]),
+        (np.stack([tone(8000)] * 2, axis=1), 16000, ["2 channels", "mono", "ffmpeg"]),
+        (tone(399), 16000, ["399 samples", 400, "0.025 s"]),
         (
             np.r_[tone(500), np.nan, np.inf].astype(np.float32),
             16000,
-            "2 samples are NaN or infinite, the first at 500",
+            ["2 samples", "NaN", 500],
         ),
     ],
 )
-def test_load_audio_names_what_is_wrong(tmp_path: Path, samples: np.ndarray, rate: int, message: str) -> None:
+def test_load_audio_names_what_is_wrong(tmp_path: Path, samples: np.ndarray, rate: int, said: list) -> None:
     file = tmp_path / "bad.wav"
     soundfile.write(file, samples, rate, subtype="FLOAT")
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=says(file, *said)):
         load_audio(file)
-    assert str(file) in str(caught.value)
 
 
 def test_load_audio_of_no_audio(tmp_path: Path) -> None:
     (tmp_path / "text.flac").write_text("no audio at all")
-    with pytest.raises(ValueError, match="text.flac: cannot be decoded"):
+    with pytest.raises(ValueError, match=says("text.flac", "decoded")):
         load_audio(tmp_path / "text.flac")
-    with pytest.raises(FileNotFoundError, match="gone.flac: no such audio file"):
+    with pytest.raises(FileNotFoundError, match=says("gone.flac", "audio file")):
         load_audio(tmp_path / "gone.flac")
 
 
 def test_min_samples_is_inclusive(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.flac", tone(400), 16000)
     assert len(load_audio(tmp_path / "a.flac")) == 400
-    with pytest.raises(ValueError, match="400 samples, expected at least 401"):
+    with pytest.raises(ValueError, match=says("400 samples", 401)):
         load_audio(tmp_path / "a.flac", min_samples=401)
 
 
@@ -168,39 +167,39 @@ def flac(samples: int) -> bytes:
     return bytes(header)
 
 
-def damaged() -> dict[str, tuple[bytes, str]]:
+def damaged() -> dict[str, tuple[bytes, list]]:
     """Files by name, and what the message must say."""
     ogg, mp3 = io.BytesIO(), io.BytesIO()
     wave = np.concatenate([soundfile.read(io.BytesIO(FLAC), dtype="float32")[0]] * 3)
     soundfile.write(ogg, wave, 16000, format="OGG", subtype="VORBIS")
     files = {
-        "unknown.flac": (flac(0), "no length.*ffmpeg"),
-        "gigabytes.flac": (flac(1 << 35), "34359738368 samples.*at most 4 hours"),
-        "twice.flac": (flac(2 * soundfile.info(io.BytesIO(FLAC)).frames), "cannot be decoded"),
-        "half.flac": (FLAC[: len(FLAC) // 2], "cannot be decoded"),
-        "start.ogg": (ogg.getvalue()[:3000], "cannot be decoded"),
-        "numbers.raw": (bytes(32000), "cannot be decoded.*samplerate"),
-        "empty.wav": (b"", "cannot be decoded"),
+        "unknown.flac": (flac(0), ["no length", "ffmpeg"]),
+        "gigabytes.flac": (flac(1 << 35), ["34359738368 samples", "4 hours"]),
+        "twice.flac": (flac(2 * soundfile.info(io.BytesIO(FLAC)).frames), ["decoded"]),
+        "half.flac": (FLAC[: len(FLAC) // 2], ["decoded"]),
+        "start.ogg": (ogg.getvalue()[:3000], ["decoded"]),
+        "numbers.raw": (bytes(32000), ["decoded", "samplerate"]),
+        "empty.wav": (b"", ["decoded"]),
     }
     if "MP3" in soundfile.available_formats():
         soundfile.write(mp3, wave, 16000, format="MP3", bitrate_mode="VARIABLE", compression_level=0.5)
         data = mp3.getvalue()
         second = data.index(data[:2], data.index(b"Xing"))  # the frame behind the one that has the length
-        files["half.mp3"] = (data[: len(data) // 2], f"of the {len(wave)} samples")
-        files["no_header.mp3"] = (data[second:], "has more than .* variable bit rate.*ffmpeg")
+        files["half.mp3"] = (data[: len(data) // 2], [f"{len(wave)} samples"])
+        files["no_header.mp3"] = (data[second:], ["more than", "variable bit rate", "ffmpeg"])
     return files
 
 
 @pytest.mark.parametrize("name", damaged())
 def test_damaged_audio_is_a_value_error_that_names_it_and_costs_no_memory(tmp_path: Path, name: str) -> None:
-    content, message = damaged()[name]
+    content, said = damaged()[name]
     (tmp_path / name).write_bytes(content)
     tracemalloc.start()
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=says(tmp_path / name, *said)):
         load_audio(tmp_path / name)
     peak = tracemalloc.get_traced_memory()[1]  # numpy reports its arrays
     tracemalloc.stop()
-    assert str(tmp_path / name) in str(caught.value) and peak < 40_000_000
+    assert peak < 40_000_000
 
 
 def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
@@ -208,7 +207,7 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
     (tmp_path / "folder.wav").mkdir()
     for name in ("pipe.wav", "folder.wav"):
         for read in (load_audio, lambda path: open_audio(path).__enter__()):
-            with pytest.raises(FileNotFoundError, match=f"{name}: is no regular file"):
+            with pytest.raises(FileNotFoundError, match=says(name, "regular file")):
                 read(tmp_path / name)
 
 
@@ -230,7 +229,7 @@ def test_readable_recordings_are_given_and_others_counted_and_named(
     assert [(file.name, len(wave)) for file, wave in found] == [("a.flac", 400), ("b.flac", 400)]
     assert skipped == [tmp_path / "broken.flac", tmp_path / "gone.flac"]
     assert [str(file) in record.message for file, record in zip(skipped, caplog.records)] == [True, True]
-    with pytest.raises(ValueError, match="none of the 1 recordings .*broken.flac: its header gives no length"):
+    with pytest.raises(ValueError, match=says("none", "1 recordings", "broken.flac", "no length")):
         list(readable([tmp_path / "broken.flac"], []))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import says
 from safetensors.torch import load_file, save, save_file
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
@@ -43,14 +45,14 @@ def test_pointers_and_pages_in_a_folder_are_recognised(small, tmp_path, capsys, 
         (tmp_path / "a" / "model.safetensors").unlink()
     (tmp_path / "a" / file).write_bytes(content)
     error = info_error(tmp_path / "a", capsys)
-    assert f"{file}: is " in error and said in error
+    assert re.search(says(file, said), error)
 
 
 @pytest.mark.parametrize("save_folder", [save_huggingface, save_s3prl])
 def test_pointers_in_folders_of_our_own_are_recognised(small, tmp_path, capsys, save_folder):
     save_folder(small.random_encoder(ffn_dims=[3, None, 48]), tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").write_bytes(LFS)
-    assert "model.safetensors: is a Git LFS pointer" in info_error(tmp_path / "a", capsys)
+    assert re.search(says("model.safetensors", "Git LFS"), info_error(tmp_path / "a", capsys))
 
 
 @pytest.mark.parametrize("index", [{"weight_map": []}, {}, {"weight_map": {"a": 1}}, {"weight_map": None}])
@@ -58,8 +60,7 @@ def test_an_index_without_a_map_is_named(small, tmp_path, capsys, index):
     save_huggingface(small.random_encoder(), tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").unlink()
     (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
-    error = info_error(tmp_path / "a", capsys)
-    assert "model.safetensors.index.json: weight_map" in error and "expected a file" in error
+    assert re.search(says("model.safetensors.index.json", "weight_map"), info_error(tmp_path / "a", capsys))
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_a_foreign_identity_projection_is_not_made_larger_than_the_file(foreign,
     model, cfg = foreign.fairseq("hubert", "base")
     cfg["model"].update(conv_feature_layers="[(100000,10,5)]", encoder_embed_dim=100_000, encoder_attention_heads=1)
     path = foreign.save_fairseq({"layer_norm.weight": torch.ones(10)}, cfg, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="a.pt: .*its config, which asks for .* the file holds 10 numbers"):
+    with pytest.raises(ValueError, match=says("a.pt", "config", 10)):
         load_encoder(path)
 
 
@@ -156,7 +157,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(small, tmp_path, value)
     tensors[name][0, 0] = value
     metadata = {**METADATA, "config": json.dumps(encoder.config.to_dict())}
     save_file(tensors, tmp_path / "a.safetensors", metadata)
-    with pytest.raises(ValueError, match=f"a.safetensors: .*1 with NaN or infinite values: {name}"):
+    with pytest.raises(ValueError, match=says("a.safetensors", "NaN", name)):
         load_encoder(tmp_path / "a.safetensors")
 
 
@@ -180,7 +181,7 @@ def test_heads_that_the_encoder_does_not_need_are_named_and_left_out(small, tmp_
     assert json.loads(capsys.readouterr().out)["left_out"] == ["final_proj.bias", "final_proj.weight"]
     adapter = {"encoder.layers.0.adapter.weight": torch.ones(2)}  # this one would change what the encoder computes
     save_file({**state, **adapter}, tmp_path / "a" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="1 left over: encoder.layers.0.adapter.weight"):
+    with pytest.raises(ValueError, match=says("1 left over", "encoder.layers.0.adapter.weight")):
         load_encoder(tmp_path / "a")
 
 
@@ -212,7 +213,7 @@ def test_the_origin_of_a_file_is_named_fields(small, tmp_path, provenance):
     encoder = small.random_encoder()
     metadata = {**METADATA, "provenance": provenance, "config": json.dumps(encoder.config.to_dict())}
     (tmp_path / "a.safetensors").write_bytes(save(encoder.state_dict(), metadata))
-    with pytest.raises(ValueError, match="a.safetensors: its provenance"):
+    with pytest.raises(ValueError, match=says("a.safetensors", "provenance")):
         load_encoder(tmp_path / "a.safetensors")
 
 
@@ -275,13 +276,13 @@ def test_the_sample_rate_reaches_every_file(small, tmp_path, kind, capsys):
     assert load_encoder(tmp_path / "a").config.sample_rate == 8000
     assert skill_info([str(tmp_path / "a")]) == 0
     assert "8000 Hz" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="8000 Hz.*16000 Hz"):
+    with pytest.raises(ValueError, match=says("8000 Hz", "16000 Hz")):
         save_s3prl(encoder, tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 
 def test_unset_fields_and_limits_of_the_shape():
-    with pytest.raises(ValueError, match="model.encoder_layers: 1001.*at most 1000"):
+    with pytest.raises(ValueError, match=says("model.encoder_layers", 1001, 1000)):
         EncoderConfig(encoder_layers=1001)
 
 
@@ -289,5 +290,5 @@ def test_a_pipe_is_no_model(tmp_path):
     import os
 
     os.mkfifo(tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="a.pt: is no regular file"):
+    with pytest.raises(ValueError, match=says("a.pt", "regular file")):
         read_source(tmp_path / "a.pt")

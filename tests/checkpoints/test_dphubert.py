@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from messages import says
 
 from skill_fairseq import shrink
 from skill_fairseq.checkpoints import load_encoder, save_encoder
@@ -269,20 +270,20 @@ def test_is_a_teacher_and_a_student(foreign, small, speech, tmp_path):
     ("config", "said"),
     [
         ({**WAVLM, "encoder_prune_attention_heads": True}, "encoder_prune_attention_heads = True"),
-        ({**WAVLM, "encoder_ff_interm_features": FFN[:3]}, "has 3 entries; expected 4"),
+        ({**WAVLM, "encoder_ff_interm_features": FFN[:3]}, "3 entries"),
         ({**WAVLM, "encoder_total_num_heads": [4, 4, 4, 2]}, "encoder_total_num_heads"),
-        ({**HUBERT, "encoder_num_heads": [3, 2, 0, 4]}, "of another shape: encoder.transformer.layers.1.attention.q_p"),
+        ({**HUBERT, "encoder_num_heads": [3, 2, 0, 4]}, "encoder.transformer.layers.1.attention.q_proj.weight"),
     ],
 )
 def test_configs_that_do_not_fit(config, said, tmp_path):
     weights = random_state(HUBERT if "encoder_num_heads" in config else WAVLM)
     torch.save({"state_dict": weights, "config": config}, tmp_path / "student.pth")
-    with pytest.raises(ValueError, match=f"student.pth: .*{said}"):
+    with pytest.raises(ValueError, match=says("student.pth", said)):
         load_encoder(tmp_path / "student.pth")
 
 
 def test_left_over_weights_are_listed(tmp_path):
     gate = {"encoder.transformer.layers.0.attention.hard_concrete_for_heads.log_alpha": torch.ones(4)}
     save(HUBERT, tmp_path / "student.pth", state=gate)
-    with pytest.raises(ValueError, match="DPHuBERT's model.* 1 left over: .*hard_concrete_for_heads"):
+    with pytest.raises(ValueError, match=says("DPHuBERT", "1 left over", *gate)):
         load_encoder(tmp_path / "student.pth")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import says
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -94,13 +95,13 @@ def test_half_precision_files_load_as_float32(encoder, foreign, dtype, tolerance
 def test_what_float16_cannot_hold_is_refused_and_nothing_is_written(encoder, tmp_path):
     with torch.no_grad():
         encoder.transformer.layer_norm.weight[3] = 1e6
-    with pytest.raises(ValueError, match="transformer.layer_norm.weight has values too large for float16"):
+    with pytest.raises(ValueError, match=says("transformer.layer_norm.weight", "too large", "float16")):
         save_encoder(encoder, tmp_path / "a.safetensors", dtype="float16")
     with torch.no_grad():
         encoder.transformer.layer_norm.weight[3] = float("nan")
-    with pytest.raises(ValueError, match="transformer.layer_norm.weight has infinite or NaN values"):
+    with pytest.raises(ValueError, match=says("transformer.layer_norm.weight", "NaN")):
         save_encoder(encoder, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="dtype: 'int8'; expected one of"):
+    with pytest.raises(ValueError, match=says("dtype", "'int8'", "float16")):
         save_encoder(encoder, tmp_path / "a.safetensors", dtype="int8")
     assert not list(tmp_path.iterdir())
 
@@ -111,26 +112,25 @@ def test_truncated_foreign_and_future_files(encoder, tmp_path):
     whole = path.read_bytes()
     for size in (50, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"encoder.safetensors: is truncated, damaged .*bytes"):
+        with pytest.raises(ValueError, match=says("encoder.safetensors", "truncated", "bytes")):
             load_encoder(path)
     path.write_bytes(whole)
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not views of the file
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     for changes, said in (
-        ({"format": "pt"}, r"metadata .*'pt'.*expected|not that of an exported encoder"),
-        ({"format_version": "2"}, "format_version '2'.*upgrade skill_fairseq"),
-        ({"config": "{"}, "its config cannot be used"),
-        ({"config": json.dumps({"encoder_layers": 2, "rotary": True})}, r"unknown fields \['rotary'\]"),
-        ({"config": json.dumps({**json.loads(metadata["config"]), "heads": [[9]]})}, "model.heads"),
+        ({"format": "pt"}, ["metadata"]),
+        ({"format_version": "2"}, ["format_version", "'2'", "upgrade"]),
+        ({"config": "{"}, ["config"]),
+        ({"config": json.dumps({"encoder_layers": 2, "rotary": True})}, ["config", "['rotary']"]),
+        ({"config": json.dumps({**json.loads(metadata["config"]), "heads": [[9]]})}, ["config", "model.heads"]),
     ):
         save_file(tensors, path, {**metadata, **changes})
-        with pytest.raises(ValueError, match=said) as error:
+        with pytest.raises(ValueError, match=says(path, *said)):
             load_encoder(path)
-        assert str(path) in str(error.value)
     del tensors["transformer.layer_norm.bias"]
     save_file(tensors, path, metadata)
-    with pytest.raises(ValueError, match="1 missing: transformer.layer_norm.bias"):
+    with pytest.raises(ValueError, match=says("1 missing", "transformer.layer_norm.bias")):
         load_encoder(path)
 
 

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from messages import says
 
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.load import read_source
@@ -99,7 +100,7 @@ def test_without_the_pretrained_config_it_says_what_to_do(foreign, tmp_path):
     model, written, _ = fine_tuned(foreign, "hubert_ctc", path, tmp_path, normalize=False)
     written["model"]["w2v_args"] = None
     path = foreign.save_fairseq(model, written, tmp_path / "bare.pt")
-    with pytest.raises(ValueError, match="bare.pt: .*w2v_args.*audio_finetuning.*pretrained.pt"):
+    with pytest.raises(ValueError, match=says("bare.pt", "w2v_args", "audio_finetuning", "pretrained.pt")):
         load_encoder(path)
 
 
@@ -109,7 +110,7 @@ def test_other_weights_of_the_encoder_are_left_over_and_those_of_other_parts_nam
     model, written, _ = fine_tuned(foreign, "hubert_ctc", path, tmp_path, normalize=False)
     name = "w2v_encoder.w2v_model.encoder.adapter.weight"
     path = foreign.save_fairseq({**model.state_dict(), name: torch.ones(1)}, written, tmp_path / "more.pt")
-    with pytest.raises(ValueError, match="1 left over: encoder.adapter.weight"):
+    with pytest.raises(ValueError, match=says("1 left over", "encoder.adapter.weight")):
         load_encoder(path)
     path = foreign.save_fairseq(
         {**model.state_dict(), "w2v_encoder.adapter.weight": torch.ones(1)}, written, tmp_path / "head.pt"

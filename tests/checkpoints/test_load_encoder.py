@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from messages import says
 
 import skill_fairseq
 from skill_fairseq.checkpoints import load_encoder, save_encoder
@@ -62,47 +63,45 @@ def test_gated_and_shrunk_students(foreign, tmp_path):
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing.pt: no such file or folder; expected .*WavLM"):
+    with pytest.raises(FileNotFoundError, match=says("nothing.pt", "file or folder", "WavLM")):
         load_encoder(tmp_path / "nothing.pt")
-    with pytest.raises(ValueError, match="folder without config.json"):
+    with pytest.raises(ValueError, match=says(tmp_path, "config.json")):
         load_encoder(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is empty"),
+        (b"", "empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
         (b"<!DOCTYPE html>", "HTML"),
         (b"fLaC\0\0\0\x22", "FLAC audio"),
-        (b"hello world", "begins with b'hello wo'"),
+        (b"hello world", "b'hello wo'"),
     ],
 )
 def test_files_that_are_no_checkpoints(content, said, tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=says(path, said)):
         load_encoder(path)
-    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("checkpoint", "said"),
     [
-        ([1, 2], "object of type list; expected"),
-        ({"epoch": 1, "optimizer": {}}, r"keys \['epoch', 'optimizer'\]; expected a Microsoft WavLM file"),
-        ({"encoder.weight": torch.ones(1)}, "bare state dict without a config"),
-        ({"cfg": {"lr": 1}, "model": {}}, r"keys \['cfg', 'model'\]"),
-        ({"cfg": {"model": {"_name": "w2v_ctc"}}, "model": {"a.b": torch.ones(1)}}, "'w2v_ctc'.*'a.b'"),
-        ({"cfg": {"model": {"_name": "hubert"}}, "model": [1]}, "weights are list"),
+        ([1, 2], ["list"]),
+        ({"epoch": 1, "optimizer": {}}, ["['epoch', 'optimizer']", "Microsoft WavLM"]),
+        ({"encoder.weight": torch.ones(1)}, ["state dict", "config"]),
+        ({"cfg": {"lr": 1}, "model": {}}, ["['cfg', 'model']"]),
+        ({"cfg": {"model": {"_name": "w2v_ctc"}}, "model": {"a.b": torch.ones(1)}}, ["'w2v_ctc'", "'a.b'"]),
+        ({"cfg": {"model": {"_name": "hubert"}}, "model": [1]}, ["weights", "list"]),
     ],
 )
 def test_foreign_torch_files(checkpoint, said, tmp_path):
     path = tmp_path / "model.pt"
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=says(path, *said)):
         load_encoder(path)
-    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +120,7 @@ def test_unsupported_fairseq_features_are_named(field, value, foreign, tmp_path)
     model, cfg = foreign.fairseq("wav2vec2", "base")
     cfg["model"][field] = value
     path = foreign.save_fairseq(model, cfg, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=f"model.pt: its config .*{field}"):
+    with pytest.raises(ValueError, match=says("model.pt", "config", field)):
         load_encoder(path)
 
 
@@ -145,7 +144,7 @@ def test_unsupported_hugging_face_features_are_named(field, value, foreign, tmp_
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**fields, field: value}))
     theirs = {"hidden_act": "activation_fn", "feat_extract_norm": "extractor_mode"}.get(field, field)
-    with pytest.raises(ValueError, match=f"{tmp_path}.*{theirs}"):
+    with pytest.raises(ValueError, match=says(tmp_path, theirs)):
         load_encoder(tmp_path)
 
 
@@ -156,22 +155,18 @@ def test_missing_left_over_and_misshapen_weights_are_listed(foreign, tmp_path):
     del state["encoder.layers.2.fc1.bias"]
     state["layer_norm.weight"] = torch.ones(3)
     path = foreign.save_fairseq(state, cfg, tmp_path / "model.pt")
-    with pytest.raises(ValueError) as error:
+    missing = ("1 missing", "encoder.layers.2.fc1.bias")
+    left_over = ("1 left over", "encoder.layers.1.adapter.weight")
+    misshapen = ("shape", "layer_norm.weight", "(3,)", "(16,)")
+    with pytest.raises(ValueError, match=says("model.pt", "fairseq", "'hubert'", *missing, *left_over, *misshapen)):
         load_encoder(path)
-    for said in (
-        "model.pt: recognised as a fairseq checkpoint of model 'hubert'",
-        "1 missing: encoder.layers.2.fc1.bias",
-        "1 left over: encoder.layers.1.adapter.weight",
-        "1 of another shape: layer_norm.weight (3,) instead of (16,)",
-    ):
-        assert said in str(error.value)
 
 
 def test_damaged_hugging_face_folders(foreign, tmp_path):
     foreign.huggingface("wavlm", "base").save_pretrained(tmp_path, max_shard_size="50KB", safe_serialization=True)
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     shards[1].write_bytes(shards[1].read_bytes()[:-100])
-    with pytest.raises(ValueError, match=f"{shards[1].name}: is truncated"):
+    with pytest.raises(ValueError, match=says(shards[1].name, "truncated")):
         load_encoder(tmp_path)
     shards[1].unlink()
     with pytest.raises(FileNotFoundError, match=shards[1].name):
@@ -181,10 +176,10 @@ def test_damaged_hugging_face_folders(foreign, tmp_path):
     with pytest.raises(ValueError, match="elsewhere"):
         load_encoder(tmp_path)
     index.unlink()
-    with pytest.raises(FileNotFoundError, match="no weights; expected one of .*model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=says("no weights", "model.safetensors")):
         load_encoder(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json: is no JSON"):
+    with pytest.raises(ValueError, match=says("config.json", "JSON")):
         load_encoder(tmp_path)
 
 

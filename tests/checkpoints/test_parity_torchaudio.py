@@ -13,6 +13,7 @@ import types
 
 import pytest
 import torch
+from messages import says
 
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.load import read_source
@@ -129,12 +130,12 @@ def test_a_config_beside_it_settles_what_the_tensors_leave_open(foreign, torchau
         torch.save({"state_dict": model.state_dict(), "config": config}, tmp_path / "model.pth")
         compare(foreign, load_encoder(tmp_path / "model.pth"), model)
     for missing, said in (
-        ("encoder_num_heads", "width 48 leaves the number of attention heads open; save .*'config'"),
-        ("extractor_conv_layer_config", r"kernels \(8, 4, 3, 2\) leaves their strides open; save .*'config'"),
+        ("encoder_num_heads", ["width 48", "heads", "'config'"]),
+        ("extractor_conv_layer_config", ["(8, 4, 3, 2)", "strides", "'config'"]),
     ):
         left = {name: value for name, value in shape.items() if name != missing}
         torch.save({"state_dict": model.state_dict(), "config": left}, tmp_path / "model.pth")
-        with pytest.raises(ValueError, match=f"model.pth: its config cannot be used: .*{said}"):
+        with pytest.raises(ValueError, match=says("model.pth", *said)):
             load_encoder(tmp_path / "model.pth")
 
 
@@ -199,15 +200,11 @@ def test_weights_are_accounted_for(foreign, torchaudio, tmp_path):
     state["encoder.transformer.adapter.weight"] = torch.ones(2)
     del state["encoder.transformer.layers.1.feed_forward.output_dense.bias"]
     torch.save(state, tmp_path / "model.pth")
-    with pytest.raises(ValueError) as error:
+    missing = ("1 missing", "encoder.transformer.layers.1.feed_forward.output_dense.bias")
+    left_over = ("1 left over", "encoder.transformer.adapter.weight")
+    with pytest.raises(ValueError, match=says("model.pth", "TorchAudio", *missing, *left_over)):
         load_encoder(tmp_path / "model.pth")
-    for said in (
-        "model.pth: recognised as TorchAudio's state dict",
-        "1 missing: encoder.transformer.layers.1.feed_forward.output_dense.bias",
-        "1 left over: encoder.transformer.adapter.weight",
-    ):
-        assert said in str(error.value)
     several = {f"{name}.{key}": tensor for name in ("student", "teacher") for key, tensor in model.state_dict().items()}
     torch.save({"state_dict": several}, tmp_path / "several.pth")
-    with pytest.raises(ValueError, match=r"holds several models .*\['student.', 'teacher.'\]"):
+    with pytest.raises(ValueError, match=says("several", "['student.', 'teacher.']")):
         read_source(tmp_path / "several.pth")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from messages import says
 
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.modules.relative_position import relative_position_bucket
@@ -56,7 +57,7 @@ def test_data2vec_has_one_architecture_whatever_its_config_says(foreign, tmp_pat
 @pytest.mark.parametrize("name", ["num_conv_pos_embeddings", "conv_pos_kernel_size"])
 def test_stacks_that_are_none_are_refused(foreign, name, tmp_path):
     foreign.huggingface("data2vec-audio", "base", **{name: 1}).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"config.json: its config cannot be used: .*{name} = 1"):
+    with pytest.raises(ValueError, match=says("config.json", f"{name} = 1")):
         load_encoder(tmp_path)
 
 

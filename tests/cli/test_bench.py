@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from messages import says
 
 from skill_fairseq.benchmarking import turns
 from skill_fairseq.benchmarking.contestants import huggingface_encoder
@@ -101,7 +103,7 @@ def test_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(turns, "Contestant", OfKnownSize)
     for limit, batch in ((10, 1), (59, 5), (69, 6), (1000, 7)):
         assert turns.largest_batch(Setup(), limit, lambda: None) == (batch, 10 * batch)
-    with pytest.raises(ValueError, match="do not hold one training step"):
+    with pytest.raises(ValueError, match=says("--memory", "0.00 GB", "--seconds")):
         turns.largest_batch(Setup(), 5, lambda: None)
 
     class Broken(OfKnownSize):
@@ -138,8 +140,8 @@ def test_a_crash_or_a_kill_is_no_lack_of_memory(
     arguments = ["train", "--model", model, "--find-max-tokens", "--memory", "100", *SMALL]
     assert main(arguments) == 2
     printed, error = capsys.readouterr()
-    assert f"its process was ended by {signal.Signals(number).name}" in error and "max_tokens" not in printed
-    assert "do not hold" not in error and ("reports no lack of memory" in error) == (number == signal.SIGKILL)
+    assert re.search(says("error", "process", signal.Signals(number).name), error) and "max_tokens" not in printed
+    assert "--memory" not in error and ("lack of memory" in error) == (number == signal.SIGKILL)
 
 
 def test_a_kill_by_a_system_without_memory_is_one(
@@ -149,7 +151,7 @@ def test_a_kill_by_a_system_without_memory_is_one(
     counts = iter(range(100))
     monkeypatch.setattr(turns, "oom_kills", lambda: next(counts))
     killer(signal.SIGKILL)
-    with pytest.raises(ValueError, match="do not hold one training step"):
+    with pytest.raises(ValueError, match=says("--memory", "100.00 GB", "--seconds")):
         turns.largest_batch(Setup(model=model, seconds=0.5), 10**11, lambda: None)
 
 
@@ -163,7 +165,7 @@ def test_memory_that_a_process_cannot_get_is_a_batch_that_does_not_fit(model: st
 def test_a_batch_is_really_run(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A process with torch alone takes more than this."""
     assert main(["train", "--model", model, "--find-max-tokens", "--memory", "0.05", "--seconds", "1"]) == 2
-    assert "0.05 GB do not hold one training step of 1 s" in capsys.readouterr().err
+    assert re.search(says("--memory", "0.05 GB", "1 s"), capsys.readouterr().err)
 
 
 def test_clustering_and_loading(model: str, tmp_path: Path) -> None:
@@ -212,11 +214,11 @@ def test_groups_that_stand_in_for_clusters() -> None:
         (["infer", "--batch", "1e3"], "--batch: '1e3'"),
         (["train", "--find-max-tokens", "--memory", "inf"], "--memory: inf"),
         (["infer", "--device", "cuda:9"], "--device: 'cuda:9'"),
-        (["infer", "--json", "/proc/none/a.json"], "--json: /proc/none/a.json: cannot be written"),
+        (["infer", "--json", "/proc/none/a.json"], "--json: /proc/none/a.json"),
         (["load", "--manifest", "train.tsv", "--workers", "-1"], "--workers: -1"),
         (["train", "--keep-conv", "0.5"], "--keep-conv: 0.5"),
         (["train", "--find-max-tokens"], "--memory"),
-        (["infer", "--model", "missing.pt"], "missing.pt: no such file"),
+        (["infer", "--model", "missing.pt"], "missing.pt"),
     ],
 )
 def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

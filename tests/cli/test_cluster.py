@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from messages import says
 
 from skill_fairseq.audio.manifest import read_manifest, write_manifest
 from skill_fairseq.checkpoints import load_encoder, save_encoder
@@ -69,7 +71,7 @@ def test_recordings_that_cannot_be_read_are_skipped_named_and_counted(command, t
     write_manifest(tmp_path / "all.tsv", tmp_path, *zip(*rows, ("broken.raw", 16000)))
     assert command(manifest=tmp_path / "good.tsv", out=tmp_path / "good")[0] == 0
     code, _, err = command(manifest=tmp_path / "all.tsv", out=tmp_path / "all")
-    assert code == 0 and "skipped 1 of 6 recordings" in err
+    assert code == 0 and re.search(says("skipped", "1 of 6"), err)
     found, expected = record(tmp_path, "all"), record(tmp_path, "good")
     assert found["calibration"]["skipped"] == ["broken.raw"] and expected["calibration"]["skipped"] == []
     for name in ("num_utterances", "num_frames", "seconds"):
@@ -93,7 +95,7 @@ def test_only_the_sampled_files_of_a_large_manifest_are_looked_at(command, tmp_p
     assert len(made) < 100
     (tmp_path / "few.tsv").write_text(f"{manifest.root}\ngone/a.flac\t16000\n{manifest.paths[short[0]]}\t16000\n")
     code, _, err = command(manifest=tmp_path / "few.tsv")
-    assert code == 2 and "1 of 2 files are missing" in err and "gone/a.flac" in err
+    assert code == 2 and re.search(says("1 of 2", "missing", "gone/a.flac"), err)
 
 
 def test_files_agree_with_the_library(command, teacher, tmp_path):
@@ -220,48 +222,48 @@ def test_without_matplotlib_there_is_no_picture_but_all_else(command, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "words, said",
     [
         (
             ["--linkage", "ward"],
-            "ward needs a Euclidean measure, and 'cka_minibatch' is none; choose the measure l2",
+            ["ward", "'cka_minibatch'", "measure l2"],
         ),
-        (["--num-groups", "7"], "number of groups: 7; expected 1 to 6"),
-        (["--silhouette", "2", "6"], "silhouette: from 2 to 6 groups; expected MIN <= MAX within 2 to 5"),
-        (["--height", "-1"], "--height: -1.0; expected a number at least 0"),
-        (["--max-seconds", "0"], "--max-seconds: 0.0; expected a number above 0"),
-        (["--max-seconds", "0.01"], "raise --max-seconds"),
-        (["--max-utterances", "0"], "--max-utterances: 0; expected a whole number at least 1"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: no such config"),
-        (["--manifest", "nowhere.tsv"], "nowhere.tsv: no such manifest"),
-        (["--teacher", "nowhere.pt"], "nowhere.pt: no such file"),
-        (["--teacher", str(SPEECH)], "valid.tsv"),
+        (["--num-groups", "7"], ["groups: 7", "1 to 6"]),
+        (["--silhouette", "2", "6"], ["silhouette", "2 to 6", "MIN <= MAX", "2 to 5"]),
+        (["--height", "-1"], ["--height: -1.0", "at least 0"]),
+        (["--max-seconds", "0"], ["--max-seconds: 0.0", "above 0"]),
+        (["--max-seconds", "0.01"], ["0.01 s", "--max-seconds"]),
+        (["--max-utterances", "0"], ["--max-utterances: 0", "at least 1"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "config"]),
+        (["--manifest", "nowhere.tsv"], ["nowhere.tsv", "manifest"]),
+        (["--teacher", "nowhere.pt"], ["nowhere.pt"]),
+        (["--teacher", str(SPEECH)], ["valid.tsv"]),
     ],
 )
-def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, words, message):
+def test_bad_input_is_one_line_and_nothing_is_written(command, tmp_path, words, said):
     code, out, err = command(*words)
     assert code == 2 and out == ""
-    assert message in err and len(err.strip().splitlines()) == 1
+    assert re.search(says("error", *said), err) and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_audio_and_empty_manifest(command, tmp_path):
     (tmp_path / "missing.tsv").write_text(".\nnot_there.flac\t16000\n")
     code, _, err = command(manifest=tmp_path / "missing.tsv")
-    assert code == 2 and "not_there.flac" in err and "1 of 1 files are missing" in err
+    assert code == 2 and re.search(says("not_there.flac", "1 of 1", "missing"), err)
     (tmp_path / "empty.tsv").write_text(".\n")
     code, _, err = command(manifest=tmp_path / "empty.tsv")
-    assert code == 2 and "lists no audio" in err
+    assert code == 2 and re.search(says("empty.tsv", "no audio"), err)
 
 
 def test_unusable_config_is_refused_before_the_work(command, tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("task: {}\n")
     code, _, err = command("--config", config)
-    assert code == 2 and "no 'criterion:' section" in err
+    assert code == 2 and re.search(says(config, "'criterion:'"), err)
     assert config.read_text() == "task: {}\n" and not (tmp_path / "out").exists()
 
 
 def test_two_cuts_at_once_are_refused(command):
     code, _, err = command("--num-groups", 3, "--height", 0.5)
-    assert code == 2 and err.startswith("error: --height: not allowed with") and err.count("\n") == 1
+    assert code == 2 and re.search(says("error", "--height", "--num-groups"), err) and err.count("\n") == 1

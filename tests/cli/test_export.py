@@ -126,15 +126,15 @@ def test_info_of_gates_and_of_the_encoder_before_pruning(config, tmp_path, capsy
 def test_errors_are_one_line_and_leave_nothing(config, tmp_path, capsys):
     checkpoint(config, tmp_path / "odd.pt", extra_state=pathlib.PurePosixPath("x"))
     for arguments, said in (
-        (["nothing.pt", "a.safetensors"], "nothing.pt: no such file or folder"),
-        (["odd.pt", "a.pt"], "a.pt; expected a name that ends in .safetensors"),
-        (["odd.pt", "a.safetensors"], "--trust"),
-        (["--info", "odd.pt"], "PurePosixPath"),
+        (["nothing.pt", "a.safetensors"], ["nothing.pt"]),
+        (["odd.pt", "a.pt"], ["a.pt", ".safetensors"]),
+        (["odd.pt", "a.safetensors"], ["odd.pt", "--trust"]),
+        (["--info", "odd.pt"], ["PurePosixPath"]),
     ):
         paths = [word if word.startswith("--") else str(tmp_path / word) for word in arguments]
         assert main(paths) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and error.startswith("error: ") and said in error
+        assert error.count("\n") == 1 and error.startswith("error: ") and all(part in error for part in said)
     assert [entry.name for entry in tmp_path.iterdir()] == ["odd.pt"]
     assert main([str(tmp_path / "odd.pt"), str(tmp_path / "a.safetensors"), "--trust"]) == 0
     for arguments in ([], [str(tmp_path / "odd.pt")], ["a", "b", "--info", "c"]):
@@ -150,6 +150,6 @@ def test_foreign_files_that_look_like_ours_are_one_line(tmp_path, capsys):
         archive.writestr("x/extra/skill_fairseq.json", "{}")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_bytes('{"model_type": "hubert"}'.encode("utf-16"))
-    for path, said in ((tmp_path / "x.pt2", "x.pt2"), (tmp_path / "folder", "config.json: is no JSON")):
+    for path, said in ((tmp_path / "x.pt2", "x.pt2"), (tmp_path / "folder", "config.json")):
         assert main(["--info", str(path)]) == 2
         assert said in capsys.readouterr().err

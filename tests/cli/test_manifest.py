@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from messages import says
 
 from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest
 from skill_fairseq.cli.manifest import main
@@ -82,15 +84,19 @@ def test_good_files_stay_and_bad_ones_are_listed(tmp_path: Path, capsys: pytest.
         "text.flac",
         "empty.wav",
     } | {repr("a\tb.flac")}
-    assert reasons["short.flac"] == "too short\t0.990 s, expected 1 s or more"
-    assert reasons["long.flac"] == "too long\t4.010 s, expected 4 s or less"
-    assert reasons["stereo.wav"] == "not mono\t2 channels, expected 1"
-    assert reasons["phone.wav"] == "other sample rate\t8000 Hz, expected 16000 Hz"
-    assert all(reasons[name].startswith("unreadable\t") for name in ("cut.flac", "text.flac", "empty.wav"))
+    for name, kind, *values in (
+        ("short.flac", "too short", "0.990 s", "1 s"),
+        ("long.flac", "too long", "4.010 s", "4 s"),
+        ("stereo.wav", "not mono", "2 channels"),
+        ("phone.wav", "other sample rate", "8000 Hz", "16000 Hz"),
+        *((name, "unreadable") for name in ("cut.flac", "text.flac", "empty.wav")),
+    ):
+        found, reason = reasons[name].split("\t")
+        assert found == kind and re.search(says(*values or [name]), reason)
     printed, warned = capsys.readouterr()
-    assert "8 files were left out, 4 taken" in warned
+    assert re.search(says("8 files", "left out", 4), warned)
     assert "left out: 8 files" in printed and "unreadable: 3: " in printed
-    assert "other sample rate: 1: phone.wav (8000 Hz, expected 16000 Hz)" in printed and "ffmpeg -i" in printed
+    assert re.search(r"other sample rate: 1: phone\.wav.*8000 Hz.*16000 Hz", printed) and "ffmpeg -i" in printed
     assert "4 recordings, 0.003 hours" in printed
 
 
@@ -103,7 +109,7 @@ def test_damage_in_the_middle_needs_decode(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "audio"), str(tmp_path / "out"), "--valid-percent", "0"]
     assert main(arguments) == 0 and splits(tmp_path / "out") == {"train": ["good.wav", "nan.wav"]}
     assert main([*arguments, "--decode"]) == 0 and splits(tmp_path / "out") == {"train": ["good.wav"]}
-    assert "1 samples are NaN or infinite, the first at 5000" in left_out(tmp_path / "out")["nan.wav"]
+    assert re.search(says("1 samples", "NaN", 5000), left_out(tmp_path / "out")["nan.wav"])
 
 
 def test_nothing_that_the_decoder_meets_ends_the_scan(tmp_path: Path) -> None:
@@ -171,10 +177,10 @@ def fails(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder, out = many(tmp_path / "audio", 3), tmp_path / "out"
-    assert "no such folder" in fails(capsys, tmp_path / "nothing", out)
-    assert "no files ending in flac" in fails(capsys, folder, out, "--ext", "flac")
-    assert "--valid-percent: 100.0; expected" in fails(capsys, folder, out, "--valid-percent", 100)
-    assert "expected 0 <= min <= max" in fails(capsys, folder, out, "--min-seconds", 2, "--max-seconds", 1)
+    assert re.search(says(tmp_path / "nothing", "folder"), fails(capsys, tmp_path / "nothing", out))
+    assert re.search(says("no files", "flac"), fails(capsys, folder, out, "--ext", "flac"))
+    assert "--valid-percent: 100.0" in fails(capsys, folder, out, "--valid-percent", 100)
+    assert "0 <= min <= max" in fails(capsys, folder, out, "--min-seconds", 2, "--max-seconds", 1)
     for option, value in (
         ("--min-seconds", "nan"),
         ("--max-seconds", "inf"),
@@ -190,8 +196,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "file").touch()
     assert f"OUT: {tmp_path / 'file'}/" in fails(capsys, folder, tmp_path / "file")
     assert not out.exists()
-    assert "leave none for train.tsv" in fails(capsys, folder, out, "--valid-percent", 50, "--test-percent", 50)
-    assert "none of 3 files is usable" in fails(capsys, folder, out, "--min-seconds", 5)
+    assert "train.tsv" in fails(capsys, folder, out, "--valid-percent", 50, "--test-percent", 50)
+    assert re.search(says("none", "3 files"), fails(capsys, folder, out, "--min-seconds", 5))
     assert splits(out) == {} and len(left_out(out)) == 3
 
 
@@ -199,7 +205,7 @@ def test_a_stale_split_is_not_left_beside_a_new_train_set(tmp_path: Path, capsys
     folder, out = many(tmp_path / "audio", 4), tmp_path / "out"
     assert main([str(folder), str(out), "--test-percent", "25"]) == 0
     before = splits(out)
-    assert "test.tsv exists, but --test-percent is 0" in fails(capsys, folder, out)
+    assert re.search(says("test.tsv", "exists", "--test-percent"), fails(capsys, folder, out))
     assert splits(out) == before
 
 
@@ -248,7 +254,7 @@ def test_folders_named_like_test_sets_are_warned_of(tmp_path: Path, capsys: pyte
     corpus, out = librispeech(tmp_path / "LibriSpeech"), str(tmp_path / "out")
     write(corpus / "devon" / "testimony" / "1.flac", tone(0.5))
     assert main([str(corpus), out]) == 0
-    assert "8 recordings come from folders named like test sets (dev-clean)" in capsys.readouterr().err
+    assert re.search(says("warning", "8 recordings", "dev-clean"), capsys.readouterr().err)
     assert main([str(corpus), out, "--exclude", "dev-*"]) == 0
     assert "warning" not in capsys.readouterr().err
 
@@ -272,7 +278,7 @@ def test_a_root_that_no_manifest_can_hold_is_refused_before_the_scan(
     tmp_path: Path, capsys: pytest.CaptureFixture, name: str
 ) -> None:
     folder = many(tmp_path / "plain", 2).rename(tmp_path / name)
-    assert "rename the folder" in fails(capsys, folder, tmp_path / "out")
+    assert "rename" in fails(capsys, folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

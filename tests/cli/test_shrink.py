@@ -170,14 +170,14 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     folder = stage1.parent
     out = folder / "small.safetensors"
-    assert "it has no gates" in fails(capsys, teacher_file, out)
-    assert "no such file" in fails(capsys, folder / "gone.pt", out)
-    assert "--sparsity: 0.999 cannot be reached" in fails(capsys, stage1, out, "--sparsity", 0.999)
-    assert "--sparsity: 1.5; expected a number at least 0 and below 1" in fails(capsys, stage1, out, "--sparsity", 1.5)
-    assert "ends in .safetensors" in fails(capsys, stage1, folder / "small.pt")
+    assert re.search(says(teacher_file, "gates"), fails(capsys, teacher_file, out))
+    assert re.search(says(folder / "gone.pt"), fails(capsys, folder / "gone.pt", out))
+    assert re.search(says("--sparsity: 0.999", "cannot"), fails(capsys, stage1, out, "--sparsity", 0.999))
+    assert re.search(says("--sparsity: 1.5", "below 1"), fails(capsys, stage1, out, "--sparsity", 1.5))
+    assert ".safetensors" in fails(capsys, stage1, folder / "small.pt")
     untargeted = folder / "untargeted.safetensors"
     save_encoder(gated, untargeted)
-    assert "without criterion.target_sparsity" in fails(capsys, untargeted, out)
+    assert "criterion.target_sparsity" in fails(capsys, untargeted, out)
     broken = folder / "broken.pt"
     broken.write_bytes(b"PK\x03\x04 and nothing more")
     assert "truncated" in fails(capsys, broken, out)

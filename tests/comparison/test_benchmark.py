@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import soundfile
 import yaml
+from messages import says
 from runs import WORST
 
 import skill_fairseq
@@ -95,7 +97,7 @@ def test_interrupted_and_started_again_it_goes_on_and_compares(command: list[str
     assert done.returncode == 0, done.stdout + done.stderr
     log = (first / "stage1" / "log").read_text()
     assert "Loaded checkpoint" in log and json.loads((first / "stage1" / "done").read_text())["attempts"] == 2
-    assert "3 of 3 results are there" in done.stdout and (out / "table.md").read_text() in done.stdout
+    assert "3 of 3" in done.stdout and (out / "table.md").read_text() in done.stdout
 
     found = {path.parent.name: json.loads(path.read_text()) for path in out.glob("runs/*/result.json")}
     assert set(found) == {"dphubert-0.5-1", "skill-0.5-1", "no_distillation-0.5-1"}
@@ -122,7 +124,7 @@ def test_what_is_done_is_not_done_again(command: list[str]) -> None:
     out = Path(command[2])
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*.json")}
     done = run(command)
-    assert done.returncode == 0 and "0 of 3 runs are to be made" in done.stdout
+    assert done.returncode == 0 and "0 of 3" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*.json")} == before and len(before) == 6
 
 
@@ -159,8 +161,8 @@ def test_a_method_that_now_means_something_else_is_refused(command: list[str], t
 
     assert table(1).returncode == 0
     refused = table(2)
-    assert refused.returncode == 2 and "few-0.5-1/target.json: {'groups': [[0, 1, 2, 3]]" in refused.stderr
-    assert "but few is now {'groups': [[" in refused.stderr and "rename the variant" in refused.stderr
+    assert refused.returncode == 2 and refused.stderr.count("{'groups': [[") == 2
+    assert re.search(says("few-0.5-1/target.json", "{'groups': [[0, 1, 2, 3]]", "rename"), refused.stderr)
     shutil.rmtree(folder)
 
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from messages import says
 from safetensors.torch import load_file
 
 from skill_fairseq.checkpoints import load_encoder
@@ -146,6 +147,6 @@ def test_attention_masks_are_checked(small, transformers):
     wanted = encoder(source, mask == 0).x
     for dtype in (torch.int64, torch.bool, torch.float32):
         assert torch.equal(model(source, mask.to(dtype)).last_hidden_state, wanted)
-    for wrong, said in ((mask[:, :12], "attention_mask: shape"), (mask * 3, "0 and 1"), (mask.flip(1), "row 1")):
-        with pytest.raises(ValueError, match=said):
+    for wrong, said in ((mask[:, :12], "(2, 12)"), (mask * 3, "0 and 1"), (mask.flip(1), "row 1")):
+        with pytest.raises(ValueError, match=says("attention_mask", said)):
             model(source, wrong)

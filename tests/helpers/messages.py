@@ -17,7 +17,7 @@ def says(*parts: object) -> str:
 
 
 def _whole(text: str) -> str:
-    """A word or number does not go on: neither by a letter or digit, nor after a dot or dash."""
-    before = r"(?<!\w)(?<!\w[.-])" if re.match(r"\w", text) else ""
+    """A word does not go on by a letter or digit, nor after a dot or dash; a number begins there as well."""
+    before = r"(?<!\w)(?<!\w[.-])" if text[0].isdigit() else r"(?<!\w)" if re.match(r"\w", text) else ""
     after = r"(?!\w|[.-]\w)" if re.search(r"\w$", text) else ""
     return before + re.escape(text) + after

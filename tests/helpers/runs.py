@@ -12,7 +12,7 @@ from pathlib import Path
 import skill_fairseq
 
 CONFIG = Path(__file__).resolve().parents[2] / "config"
-WORST = "J\u00fcrgen's \"runs\" (a=b), [1] {c} @#~$HOME & 50%"
+WORST = 'J\u00fcrgen\'s "runs" (a=b), [1] {c} @#~$HOME & 50%'
 """A name of a folder that a file system takes, and that shells, hydra's grammar and file patterns have meanings for."""
 ENVIRONMENT = {
     **os.environ,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from messages import says
 from omegaconf.errors import ConfigKeyError
 from torch import Tensor
 
@@ -100,7 +102,7 @@ def test_stage_1_checkpoint_is_shrunk_to_its_target(build: Any, small: Any, tmp_
     save_encoder(gated, path, {"target_sparsity": 0.6})
     model = build(path)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert f"model.init_from: {path}: target_sparsity: 0.6 is " in warning and "that the gates expect" in warning
+    assert re.search(says("model.init_from", path, "target_sparsity: 0.6", "gates"), warning)
     expected = shrink(gated, 0.6)
     assert model.speech_encoder.config == expected.config and not list(model.speech_encoder.named_gates())
     assert abs(model.speech_encoder.num_parameters() / gated.num_parameters() - 0.4) < 2e-3
@@ -110,7 +112,7 @@ def test_stage_1_checkpoint_is_shrunk_to_its_target(build: Any, small: Any, tmp_
         small.student_config("gone.pt", **fairseq_fields(expected.config)), True
     )
     rebuilt.load_state_dict(model.state_dict(), strict=True)
-    with pytest.raises(ValueError, match=r"model\.init_from: .* already has gates; leave model\.pruning_units"):
+    with pytest.raises(ValueError, match=says("model.init_from", path, "gates", "model.pruning_units")):
         build(path, pruning_units=["ffn"])
     caplog.clear()
     save_encoder(gated, path, {"target_sparsity": round(expected_sparsity(gated), 2)})
@@ -133,12 +135,12 @@ def test_a_shrunk_student_can_be_gated_again(build: Any, small: Any, tmp_path: P
 
 @pytest.mark.parametrize("make", [lambda folder: folder / "gone.pt", lambda folder: folder])
 def test_unusable_start_is_refused(build: Any, tmp_path: Path, make: Any) -> None:
-    with pytest.raises((FileNotFoundError, ValueError), match=tmp_path.name):
+    with pytest.raises((FileNotFoundError, ValueError), match=says("model.init_from", tmp_path)):
         build(make(tmp_path))
 
 
 def test_unknown_pruning_unit_is_refused(build: Any) -> None:
-    with pytest.raises(ValueError, match=r"model\.pruning_units: \['neurons'\] is not usable"):
+    with pytest.raises(ValueError, match=says("model.pruning_units", "['neurons']")):
         build(pruning_units=["neurons"])
 
 
@@ -317,8 +319,8 @@ def test_initial_student_of_an_ungated_config_is_the_file_itself(small: Any, tea
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("feature_grad_mult", 0.1, "does nothing in distillation"),
-        ("mask_prob", 0.3, "does nothing in distillation"),
+        ("feature_grad_mult", 0.1, "does nothing"),
+        ("mask_prob", 0.3, "does nothing"),
         ("conv_drop_rate", 0.0, "between 0 and 1"),
         ("conv_drop_rate", 1.0, "between 0 and 1"),
         ("ffn_drop_rate", -0.5, "between 0 and 1"),
@@ -326,17 +328,16 @@ def test_initial_student_of_an_ungated_config_is_the_file_itself(small: Any, tea
         ("layer_drop_rate", 2.0, "between 0 and 1"),
         ("dropout", 1.0, "below 1"),
         ("encoder_layerdrop", -0.1, "below 1"),
-        ("encoder_layers", 4, "has 3; leave the field out"),
+        ("encoder_layers", 4, "has 3"),
         ("encoder_embed_dim", 64, "has 32"),
-        ("conv_feature_layers", "[(16,10,5)]", "leave the field out"),
+        ("conv_feature_layers", "[(16,10,5)]", "leave"),
         ("normalize", True, "has False"),
-        ("heads", [[0], [0], [0]], "leave the field out"),
+        ("heads", [[0], [0], [0]], "leave"),
     ],
 )
 def test_fields_that_do_nothing_or_cannot_be_are_named(build: Any, field: str, value: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=rf"^model\.{field}: ") as error:
+    with pytest.raises(ValueError, match=says(f"model.{field}", value, said)):
         build(**{field: value})
-    assert said in str(error.value)
 
 
 def test_a_shape_that_is_the_files_may_be_written_out(build: Any, small: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from fairseq.optim import build_optimizer
 from fairseq.optim.lr_scheduler import build_lr_scheduler
+from messages import says
 from omegaconf import OmegaConf
 
 from skill_fairseq.pruning.lagrangian import updates_of
@@ -52,9 +53,9 @@ def test_updates_or_a_fraction_of_them(value: float, total: int, updates: int) -
 
 @pytest.mark.parametrize("value", [-1, -0.5, 1.5, float("nan"), float("inf")])
 def test_neither_updates_nor_a_fraction(value: float) -> None:
-    with pytest.raises(ValueError, match=rf"some\.field: {value}; expected a whole number of updates, or a fraction"):
+    with pytest.raises(ValueError, match=says("some.field", value, "whole number", "fraction")):
         updates_of(value, 100, "some.field")
-    with pytest.raises(ValueError, match=r"some\.field: 0\.5 is a fraction of optimization\.max_update, which is 0"):
+    with pytest.raises(ValueError, match=says("some.field", 0.5, "fraction", "optimization.max_update")):
         updates_of(0.5, 0, "some.field")
 
 
@@ -65,5 +66,5 @@ def test_a_fraction_is_the_same_schedule() -> None:
 
 @pytest.mark.parametrize(("warmup", "total"), [(100, 100), (15000, 400)])
 def test_warmup_must_end_before_training_does(warmup: int, total: int) -> None:
-    with pytest.raises(ValueError, match=rf"warmup_updates: {warmup} is not below the {total} updates"):
+    with pytest.raises(ValueError, match=says("warmup_updates", warmup, total)):
         make_scheduler(warmup, total)

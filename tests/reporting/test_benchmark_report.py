@@ -8,6 +8,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+from messages import says
 
 from skill_fairseq.comparison.table import introduction
 from skill_fairseq.reporting.benchmark_report import benchmark_report
@@ -46,7 +47,7 @@ def test_tables_have_the_summarys_numbers(made: tuple, benchmark_folder: Path) -
 def test_the_verdict_says_who_wins_and_what_cannot_be_told(made: tuple) -> None:
     assert "<li><strong>skill</strong> against" in made[0]
     said = re.findall(r"<li>(.*?)</li>", re.sub("</?strong>", "", made[0]))
-    skill = next(line for line in said if line.startswith("skill against dphubert, over all sparsities, 3 seeds"))
+    skill = next(line for line in said if re.match("skill against dphubert, .*3 seeds", line))
     assert re.search(r"digit \+\d+\.\d \[\+.*\] points: higher", skill)
     other = next(line for line in said if line.startswith("a_method_with_quite_a_long_name"))
     assert re.search(r"digit [-+]\d+\.\d \[-.*, \+.*\] points: not distinguishable within \u00b1\d", other)
@@ -54,13 +55,13 @@ def test_the_verdict_says_who_wins_and_what_cannot_be_told(made: tuple) -> None:
 
 def test_the_page_says_what_intervals_mean_as_the_text_does(made: tuple, benchmark_folder: Path) -> None:
     said = introduction(json.loads((benchmark_folder / "results.json").read_text()))
-    assert said.startswith("18 of 20 results are there. Probes: digit, accuracy in per cent, 200 recordings. Intervals")
-    assert "A difference to dphubert is paired" in said and f"<p>{said}</p>" in made[0]
+    assert re.search(says("18 of 20", "digit", "accuracy", "200 recordings", "difference to dphubert", "paired"), said)
+    assert f"<p>{said}</p>" in made[0]
 
 
 def test_what_is_not_there_yet_is_named(made: tuple) -> None:
     left_out = made[0][made[0].index("<h2>Left out</h2>") :]
-    assert "2 of 20 results are not there yet" in left_out and "skill-0.875-1: failed" in left_out
+    assert "2 of 20" in left_out and "skill-0.875-1: failed" in left_out
 
 
 def test_pictures_of_differences_and_distances(made: tuple) -> None:
@@ -92,7 +93,7 @@ def test_without_intervals_it_says_why(benchmark_folder: Path, tmp_path: Path) -
             row["difference"]["digit"] = {"estimate": [0.1, None, None], "verdict": "no interval", "within": None}
     (tmp_path / "results.json").write_text(json.dumps(summary))
     page = benchmark_report(read_folder(tmp_path), tmp_path)
-    assert "<figcaption>no interval: 2 speakers, an interval needs 3 or more</figcaption>" in page
+    assert re.search("<figcaption>no interval: 2 speakers.*3.*</figcaption>", page)
     assert "Without an interval: digit (2 speakers" in page and "<td>+10.0 (no interval)</td>" in page
 
 
@@ -103,5 +104,5 @@ def test_the_command_to_repeat_it(made: tuple) -> None:
 
 def test_results_without_rows_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match="results.json: rows: has no results"):
+    with pytest.raises(ValueError, match=says("results.json", "rows")):
         read_folder(tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from messages import says
 
 from skill_fairseq.audio.manifest import read_manifest
 from skill_fairseq.checkpoints import load_encoder, save_encoder
@@ -61,11 +62,11 @@ def test_curves_have_the_logs_numbers(made: tuple) -> None:
     assert ["update", "distillation loss", "expected sparsity", "target", "gradient norm"] in rows(html)
     assert ["20", "-0.6234", "0.3456", "0.4000", "1.500"] in rows(html)
     assert ["20", "-0.8888", "1.500"] in rows(html)  # stage 2, logged as JSON, has no sparsity
-    assert "30 updates. Distillation loss -0.5123 at first, -0.7345 at last. On the valid set -0.6543." in html
-    assert "Expected sparsity 0.4987, target 0.5000." in html
+    assert re.search(r"30 updates\..* -0\.5123 .*, -0\.7345 .* -0\.6543\b", html)
+    assert re.search(r"sparsity 0\.4987, .* 0\.5000\b", html)
     alts = re.findall(r'alt="([^"]*)"', html)
-    assert "expected and target sparsity of stage1 over updates" in alts
-    assert "distillation loss of stage2 over updates" in alts and len(alts) == 5
+    assert sum(bool(re.search(says("sparsity", "stage1"), alt)) for alt in alts) == 1
+    assert sum(bool(re.search(says("loss", "stage2"), alt)) for alt in alts) == 1 and len(alts) == 5
 
 
 def test_curves_are_drawn_through_the_logs_points(
@@ -138,7 +139,7 @@ def test_settings_and_commands_to_repeat(made: tuple, run_folder: Path, teacher_
     assert f"skill-probe teacher={teacher_file} student=student.safetensors logmel --task TASKS/digit" in repeat
     assert "skill-shrink stage1/checkpoint_last.pt shrunk.safetensors --sparsity 0.4<" in repeat
     assert f"skill-report {run_folder} --teacher {teacher_file} --data {speech}<" in repeat
-    assert "Words in capitals (TASKS) stand" in repeat and "Of skill-cluster's files only the names" in repeat
+    assert "(TASKS)" in repeat
 
 
 @pytest.mark.parametrize(
@@ -186,11 +187,11 @@ def test_losses_that_are_not_finite_are_said_and_not_drawn(run_folder: Path, tmp
     log = path / "stage1" / "hydra_train.log"
     log.write_text(log.read_text().replace("loss=-0.5123", "loss=nan").replace("loss=-0.7345", "loss=inf"))
     html = training_section(read_folder(path).stages, tmp_path)
-    assert "Distillation loss nan at first, inf at last. 2 of 3 logged are not finite, the first at update 10." in html
+    assert re.search(r"loss nan .*, inf .* 2 of 3 .*not finite.* update 10\b", html)
     assert ["10", "nan", "0.0123", "0.2000", "1.500"] in rows(html) and html.count("<img") == 3
     log.write_text(log.read_text().replace("distillation_loss=nan, ", "").replace("expected_sparsity=0.4987, ", ""))
     html = training_section(read_folder(path).stages, tmp_path)
-    assert "Distillation loss -0.6234 at first, inf at last." in html and "Expected sparsity 0" not in html
+    assert re.search(r"loss -0\.6234 .*, inf ", html) and "Expected sparsity 0" not in html
 
 
 def test_logs_of_submit_are_no_trainings(run_folder: Path, tmp_path: Path) -> None:
@@ -258,12 +259,12 @@ def test_long_tables_are_thinned_to_first_and_last() -> None:
 
 
 def test_empty_damaged_and_absent_folders(tmp_path: Path, run_folder: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder; give the folder of a run"):
+    with pytest.raises(FileNotFoundError, match=says(tmp_path / "none", "folder of a run")):
         read_folder(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds nothing to report; expected clusters/"):
+    with pytest.raises(ValueError, match=says(tmp_path, "clusters/")):
         read_folder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="--teacher: .* does not exist"):
+    with pytest.raises(FileNotFoundError, match=says("--teacher", tmp_path / "none.pt")):
         read_folder(run_folder, teacher=tmp_path / "none.pt")
     (tmp_path / "probe.json").write_text("{")
-    with pytest.raises(ValueError, match=r"probe.json: is no JSON .*; make it again"):
+    with pytest.raises(ValueError, match=says("probe.json", "JSON", "make it again")):
         read_folder(tmp_path)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from messages import says
 from runs import ENVIRONMENT, WORST
 
 from skill_fairseq.checkpoints import load_encoder
@@ -167,21 +168,21 @@ def test_job_trains_under_any_path(tmp_path: Path, speech: Path, teacher_file: P
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "said"),
     [
-        (["--data"], "--data: expected a value"),
-        (["--data", "absent", "--teacher", TEACHER, "--out", "x"], "--data: absent: no such file or folder"),
-        (["--data", DATA, "--out", "x"], "--teacher is missing"),
-        (["--data", TEACHER.parent, "--teacher", TEACHER, "--out", "x"], "train.tsv: no such file"),
-        (["--data", DATA, "--teacher", TEACHER, "--out", "x", "--config", "huge"], "config/distill/huge.yaml"),
-        (["--data", DATA, "--teacher", TEACHER, "--out", "x", "--run-config", "moon"], "there are: cpu.yaml"),
-        (["--dta", DATA], "--dta: no such option"),
+        (["--data"], ["--data: ", "value"]),
+        (["--data", "absent", "--teacher", TEACHER, "--out", "x"], ["--data", "absent"]),
+        (["--data", DATA, "--out", "x"], ["--teacher", "missing"]),
+        (["--data", TEACHER.parent, "--teacher", TEACHER, "--out", "x"], ["train.tsv"]),
+        (["--data", DATA, "--teacher", TEACHER, "--out", "x", "--config", "huge"], ["config/distill/huge.yaml"]),
+        (["--data", DATA, "--teacher", TEACHER, "--out", "x", "--run-config", "moon"], ["moon.yaml", "cpu.yaml"]),
+        (["--dta", DATA], ["--dta", "option"]),
     ],
 )
-def test_bad_options_are_named(options: list[object], message: str) -> None:
+def test_bad_options_are_named(options: list[object], said: list) -> None:
     result = submit(*options)
     assert result.returncode == 2
-    assert message in result.stderr and result.stderr.count("\n") == 1
+    assert re.search(says(*said), result.stderr) and result.stderr.count("\n") == 1
 
 
 def test_job_outside_of_slurm_is_the_step_itself(tmp_path: Path) -> None:
@@ -191,7 +192,7 @@ def test_job_outside_of_slurm_is_the_step_itself(tmp_path: Path) -> None:
     assert subprocess.run([*job, "export", str(tmp_path)]).returncode == 0
     assert (tmp_path / "student.safetensors").read_bytes() == b"there"
     result = subprocess.run([*job, "stage3", str(tmp_path)], capture_output=True, text=True)
-    assert result.returncode == 2 and "stage3: no such step" in result.stderr
+    assert result.returncode == 2 and re.search(says("stage3", "step"), result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -209,4 +210,4 @@ def test_a_job_that_was_told_to_stop_goes_on_later(tmp_path: Path, end: str, cod
     job = ["bash", str(SUBMIT.with_name("job.sh")), "stage1", str(tmp_path), str(DATA), str(TEACHER), "tiny", "cpu", ""]
     result = subprocess.run(job, env=env, capture_output=True, text=True)
     assert result.returncode == code
-    assert ("the same command goes on from here" in result.stderr) == (code == 75)
+    assert ("same command" in result.stderr) == (code == 75)

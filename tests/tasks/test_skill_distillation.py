@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from messages import says
 from runs import run, script
 
 from skill_fairseq.audio.manifest import write_manifest
@@ -161,27 +163,28 @@ def test_audio_that_cannot_be_used_is_named(tmp_path: Path, small: Any) -> None:
     wave = small.tone(0.5, 0)
     bad = wave.copy()
     bad[123] = np.nan
-    for name, samples, rate, message in (
-        ("nan", bad, 16000, "1 samples are NaN or infinite, the first at 123"),
-        ("rate", wave, 8000, "sample rate 8000 Hz, expected 16000 Hz"),
-        ("short", wave[:200], 16000, "200 samples, expected at least 400"),
-        ("stereo", np.stack([wave, wave], 1), 16000, "2 channels, expected 1"),
+    for name, samples, rate, *said in (
+        ("nan", bad, 16000, "1 samples", "NaN", 123),
+        ("rate", wave, 8000, "8000 Hz", "16000 Hz"),
+        ("short", wave[:200], 16000, "200 samples", 400),
+        ("stereo", np.stack([wave, wave], 1), 16000, "2 channels"),
     ):
         dataset = broken(tmp_path / name, small, samples, rate)
         samples = [dataset[0], dataset[1]]
         batch = dataset.collater(samples)
         assert batch["id"].tolist() == [0] and batch["net_input"]["source"].shape == (1, 8000)
         assert batch["files"] == [str(tmp_path / name / "data" / "train" / "0.wav")]
-        assert len(batch["unreadable"]) == 1 and f"1.wav: {message}" in batch["unreadable"][0]
+        (problem,) = batch["unreadable"]
+        assert re.search(says(tmp_path / name / "data" / "train" / "1.wav", *said), problem)
         assert set(dataset.collater(samples[1:])) == {"unreadable"}
 
 
 def test_missing_files_are_an_error_before_training(tmp_path: Path, small: Any) -> None:
     data = small.write_speech(tmp_path / "data", {"train": [0.5, 0.5, 0.5]})
     (data / "train" / "2.wav").unlink()
-    with pytest.raises(FileNotFoundError, match=r"train\.tsv: 1 of 3 files are missing, the first: .*2\.wav"):
+    with pytest.raises(FileNotFoundError, match=says("train.tsv", "1 of 3", "missing", "train/2.wav")):
         small.make_task(data).load_dataset("train")
-    with pytest.raises(FileNotFoundError, match=r"valid\.tsv: no such manifest; .*skill-manifest"):
+    with pytest.raises(FileNotFoundError, match=says("valid.tsv", "skill-manifest")):
         small.make_task(data).load_dataset("valid")
 
 
@@ -202,11 +205,11 @@ def test_a_sample_of_the_files_is_looked_for_or_all(
     small.make_task(tmp_path).load_dataset("train")
     assert len(looked) == len(set(looked)) == 1000
     looked.clear()
-    with pytest.raises(FileNotFoundError, match=r"train\.tsv: 1 of 5000 files are missing, the first: .*4711\.wav"):
+    with pytest.raises(FileNotFoundError, match=says("train.tsv", "1 of 5000", "missing", "4711.wav")):
         small.make_task(tmp_path, check_all_files=True).load_dataset("train")
     assert looked == names
     missing.update(names)
-    with pytest.raises(FileNotFoundError, match=r"1000 of 1000 files .*of 5000 in all,.* /corpus"):
+    with pytest.raises(FileNotFoundError, match=says("1000 of 1000", 5000, "/corpus")):
         small.make_task(tmp_path).load_dataset("train")
 
 
@@ -238,11 +241,12 @@ def test_the_first_rank_looks_for_files_and_every_rank_hears_of_it(tmp_path: Pat
     log = run([*script(tmp_path, LOOK, 2)], tmp_path)
     for rank in (0, 1):
         assert f"whole, rank {rank}: looked for {(2, 0)[rank]}: nothing" in log
-        assert f"short, rank {rank}: looked for {(3, 0)[rank]}: short.tsv: 1 of 3 files are missing" in log
+        (told,) = re.findall(rf"short, rank {rank}: looked for {(3, 0)[rank]}: (.*)", log)
+        assert re.search(says("short.tsv", "1 of 3", "missing", "2.wav"), told)
 
 
 def test_nothing_long_enough_is_an_error(speech: Path, small: Any) -> None:
-    with pytest.raises(ValueError, match=r"train\.tsv: no utterance has task\.min_sample_size=99999 samples"):
+    with pytest.raises(ValueError, match=says("train.tsv", "no utterance", "task.min_sample_size=99999")):
         small.make_task(speech, min_sample_size=99999).load_dataset("train")
 
 
@@ -251,7 +255,7 @@ def test_teacher_is_loaded_when_first_asked_for(speech: Path, small: Any, teache
     task.load_dataset("train")
     with pytest.raises(FileNotFoundError, match="no_such_teacher"):
         _ = task.teacher
-    with pytest.raises(ValueError, match="task.teacher: not set"):
+    with pytest.raises(ValueError, match=says("task.teacher")):
         _ = small.make_task(speech).teacher
     task = small.make_task(speech, teacher_file)
     assert task.teacher is task.teacher
@@ -281,10 +285,10 @@ def test_teacher_is_frozen_and_outside_of_everything(speech: Path, small: Any, t
 def test_teacher_of_another_normalisation_is_refused(
     speech: Path, small: Any, teacher_file: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"task\.normalize: True, but the teacher .*set task\.normalize=false"):
+    with pytest.raises(ValueError, match=says("task.normalize: True", "teacher", "task.normalize=false")):
         _ = small.make_task(speech, teacher_file, normalize=True).teacher
     save_encoder(small.random_encoder(normalize=True), tmp_path / "normalised.safetensors")
-    with pytest.raises(ValueError, match=r"task\.normalize: False, .*set task\.normalize=true"):
+    with pytest.raises(ValueError, match=says("task.normalize: False", "teacher", "task.normalize=true")):
         _ = small.make_task(speech, tmp_path / "normalised.safetensors").teacher
 
 
@@ -332,7 +336,7 @@ def test_long_recordings_are_cut_in_validation_and_named(
     task = valid(limit)
     (warning,) = warnings()
     longer = [i for i, length in enumerate(lengths) if length > limit]
-    assert len(longer) == 2 and warning.startswith("2 recordings are longer than")
+    assert len(longer) == 2 and "2 recordings" in warning
     assert all(str(speech / "valid" / f"{i}.wav") in warning for i in longer)
     assert f"task.max_valid_sample_size={limit}" in warning
     cut = task.dataset("valid")
@@ -343,7 +347,7 @@ def test_long_recordings_are_cut_in_validation_and_named(
     assert max(heard) == limit
     task.load_dataset("train")
     assert max(task.dataset("train").sizes) > limit and len(warnings()) == 1  # training has its own limit
-    with pytest.raises(ValueError, match="task.max_valid_sample_size: 0; expected"):
+    with pytest.raises(ValueError, match=says("task.max_valid_sample_size: 0")):
         valid(0)
 
 

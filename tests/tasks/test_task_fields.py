@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from messages import says
 
 from skill_fairseq.checkpoints import save_encoder
 
@@ -43,21 +44,21 @@ def test_what_is_refused_before_anything_is_read(
 ) -> None:
     task = small.make_task(speech, teacher_file, **{field: value})
     for start in (lambda: task.load_dataset("train"), lambda: task.build_model(small.student_config(teacher_file))):
-        with pytest.raises(ValueError, match=rf"^task\.{field}: {value}.*{expected}"):
+        with pytest.raises(ValueError, match=says(f"task.{field}", value, expected)):
             start()
 
 
 def test_crops_must_be_long_enough_for_the_student(small: Any, speech: Path, teacher_file: Path) -> None:
     task = small.make_task(speech, teacher_file, max_sample_size=399)
-    with pytest.raises(ValueError, match=r"task\.max_sample_size: 399 .*at least 400"):
+    with pytest.raises(ValueError, match=says("task.max_sample_size", 399, "at least 400")):
         task.build_model(small.student_config(teacher_file))
 
 
 def test_subsets_that_are_not_there_are_named(small: Any, speech: Path) -> None:
     task = small.make_task(speech)
-    with pytest.raises(FileNotFoundError, match=r"dataset\.valid_subset: .*dev\.tsv"):
+    with pytest.raises(FileNotFoundError, match=says("dataset.valid_subset", "dev.tsv")):
         task.load_dataset("dev")
-    with pytest.raises(FileNotFoundError, match=r"dataset\.train_subset: .*other\.tsv"):
+    with pytest.raises(FileNotFoundError, match=says("dataset.train_subset", "other.tsv")):
         task.load_dataset("other", data_selector=None)  # as fairseq's trainer asks for its training data
 
 
@@ -70,7 +71,7 @@ def test_training_data_may_have_another_name(small: Any, speech: Path) -> None:
 
 def test_batches_that_hold_no_utterance_are_refused_by_name(small: Any, speech: Path) -> None:
     task = loaded(small, speech, max_sample_size=16000)
-    with pytest.raises(ValueError, match=r"dataset\.max_tokens: 4000; .*shortest of 24 utterances has \d+ samples"):
+    with pytest.raises(ValueError, match=says("dataset.max_tokens", 4000, min(task.dataset("train").sizes))):
         batches(task, max_tokens=4000, max_positions=(4000, 4000), ignore_invalid_inputs=True)
 
 
@@ -101,7 +102,7 @@ def test_training_batches_may_be_padded(small: Any, speech: Path) -> None:
             padded += 1
             assert (~mask).sum(1).tolist() == lengths.tolist() and not source[mask].any()
     assert padded
-    with pytest.raises(ValueError, match=r"task\.crop_multiple: 4000 beside task\.enable_padding"):
+    with pytest.raises(ValueError, match=says("task.crop_multiple", 4000, "task.enable_padding")):
         loaded(small, speech, enable_padding=True, crop_multiple=4000)
 
 
@@ -119,11 +120,11 @@ def test_teacher_of_another_sample_rate_is_refused(
 ) -> None:
     telephone = tmp_path / "telephone.safetensors"
     save_encoder(small.random_encoder(sample_rate=8000), telephone)
-    with pytest.raises(ValueError, match=r"task\.sample_rate: 16000, .* with 8000; set task\.sample_rate=8000"):
+    with pytest.raises(ValueError, match=says("task.sample_rate: 16000", 8000, "task.sample_rate=8000")):
         _ = small.make_task(speech, telephone).teacher
     task = small.make_task(speech, telephone, sample_rate=8000)
     assert task.teacher.config.sample_rate == 8000
-    with pytest.raises(ValueError, match=r"task\.sample_rate: 8000, but model\.init_from=.* with 16000"):
+    with pytest.raises(ValueError, match=says("task.sample_rate: 8000", "model.init_from", 16000)):
         task.build_model(small.student_config(teacher_file))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 from disturbed import Run, same_outcome
+from messages import says
 
 pytestmark = pytest.mark.slow
 
@@ -89,8 +90,7 @@ def test_too_many_unreadable_files_end_the_run(
     run = Run(tmp_path / "run", *where(own_speech, teacher_file), *TWELVE, limit, world_size=world_size)
     assert run.start().wait() == [1] * world_size
     for rank in range(world_size):
-        assert "ValueError: 3 train files of this epoch could not be read" in run.log(rank)
-        assert "task.max_unreadable_files allows 2" in run.log(rank)
+        assert re.search("ValueError: 3 train files.*task.max_unreadable_files.* 2", run.log(rank))
 
 
 @pytest.mark.faults(
@@ -138,8 +138,7 @@ def test_too_many_skipped_updates_end_the_run(own_speech: Path, teacher_file: Pa
     run = Run(tmp_path / "run", *where(own_speech, teacher_file), *TWELVE, "task.max_skipped_updates=2")
     assert run.start().wait() == [1]
     assert len(re.findall("update 1 is skipped", run.log())) == 3
-    assert "FloatingPointError: 3 updates in a row were skipped" in run.log()
-    assert "task.max_skipped_updates allows 2" in run.log()
+    assert re.search("FloatingPointError: 3 updates.*task.max_skipped_updates.* 2", run.log())
 
 
 @pytest.mark.faults(
@@ -171,7 +170,7 @@ def test_a_full_disk_ends_the_run_and_older_checkpoints_stay_whole(
     refused = re.findall(r"CheckpointNotWritten: (?:.*/)?(\S+): the checkpoint could not be written", run.log())
     name = rf"checkpoint_(\d+_{number}|last)\.pt"  # last: at the end of an epoch
     assert len(refused) == 1 and re.fullmatch(name, refused[0])
-    assert "File too large" in run.log() and "GB are free there" in run.log()
+    assert re.search("File too large.* GB", run.log())
     assert {path.name: path.read_bytes() for path in tmp_path.glob("checkpoint*.pt*")} == whole
     run.finish()
     same_outcome(run, straight(1))
@@ -193,7 +192,7 @@ def test_a_truncated_last_checkpoint_costs_what_came_after_the_one_before(
     with open(last, "r+b") as file:
         file.truncate(last.stat().st_size - 1000)
     run.finish()
-    assert "checkpoint_last.pt: truncated or damaged" in run.log()
+    assert re.search("checkpoint_last.pt: .*damaged", run.log())
     assert (tmp_path / "checkpoint_last.pt.damaged").exists()
     assert re.findall(r"Loaded checkpoint (?:.*/)?(checkpoint\S+) ", run.log()) == [newest]
     same_outcome(run, straight(1))
@@ -211,7 +210,7 @@ def test_a_teacher_that_is_gone_is_an_error_before_training(speech: Path, teache
     ):
         run = Run(tmp_path / field, f"task.data={speech}", *overrides)
         assert run.start().wait() == [1]
-        assert f"FileNotFoundError: {field}: {gone}: no such file or folder" in run.log()
+        assert f"FileNotFoundError: {field}: {gone}" in run.log()
         assert "begin training epoch" not in run.log()
 
 
@@ -252,7 +251,7 @@ def test_out_of_memory_drops_the_batch_with_a_hint(data: list[str], tmp_path: Pa
     assert sorted(run.updates()) == list(range(1, 13))
     log = run.log(world_size - 1)
     assert "attempting to recover from OOM" in log
-    assert "out of memory: lower dataset.max_tokens, now 40000, for example to 32000" in log
+    assert re.search("out of memory: .*dataset.max_tokens.* 40000.* 32000", log)
 
 
 @pytest.mark.faults(
@@ -263,7 +262,6 @@ def test_out_of_memory_in_validation_has_a_hint_of_its_own(data: list[str], tmp_
     program = out_of_memory(tmp_path, "calls.count(False) == 1 and not self.training")
     run = Run(tmp_path, *data, *TWELVE, "dataset.max_tokens_valid=30000", program=program).finish()
     assert "ran out of memory in validation step, retrying batch" in run.log()
-    assert re.findall("out of memory.*(?:max_tokens|update).*", run.log()) == [
-        "out of memory in validation: lower dataset.max_tokens_valid, now 30000, for example to 24000"
-    ]
+    (hint,) = re.findall("out of memory.*(?:max_tokens|update).*", run.log())
+    assert re.search(says("validation", "dataset.max_tokens_valid", 30000, 24000), hint)
     assert sorted(run.updates()) == list(range(1, 13)) and "[valid][INFO]" in run.log()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -111,8 +112,8 @@ def test_the_warning_has_an_end(tmp_path: Path, caplog: pytest.LogCaptureFixture
         warn_of_changes(path, {"task": {f"field{i:02}": i for i in range(14)}})
     (record,) = caplog.records
     cut = "'" + "x" * 56 + "..."
-    assert f"it: task.field00: {cut} -> 0, task.field01: {cut} -> 1," in record.message
-    assert f"task.field09: {cut} -> 9, and 4 more. " in record.message
+    assert all(f"task.field0{i}: {cut} -> {i}," in record.message for i in range(10))
+    assert "field10" not in record.message and "4 more" in record.message
 
 
 @pytest.mark.faults(
@@ -138,11 +139,12 @@ def test_a_run_that_goes_on_names_what_has_changed(
     save_encoder(small.random_encoder(seed=1), own)
     others = ["optimization.max_update=10", "optimizer.groups.gates.lr_float=0.2", "+task.num_batch_buckets=2"]
     run = Run(tmp_path, *data, *others, world_size=2).finish()
-    (line,) = [line for line in run.log().splitlines() if "settings have changed since" in line]
-    assert line.partition("goes on from it: ")[2] == (
-        "optimizer.groups.gates.lr_float: 0.1 -> 0.2, task.num_batch_buckets: 0 -> 2. "
-        "To start from the beginning, give it another hydra.run.dir"
-    )
+    (line,) = [line for line in run.log().splitlines() if "settings have changed" in line]
+    assert re.findall(r"[\w.]+: \S+ -> [\w.]*\w", line) == [
+        "optimizer.groups.gates.lr_float: 0.1 -> 0.2",
+        "task.num_batch_buckets: 0 -> 2",
+    ]
+    assert "hydra.run.dir" in line
     assert "settings have changed" not in run.log(1) and run.last_update() == 10
     (line,) = [line for line in run.log().splitlines() if "another teacher" in line]
     assert str(own) in line and content_sha256(own) in line and content_sha256(teacher_file) in line

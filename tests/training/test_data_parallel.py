@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from messages import says
 from runs import logged, script, train
 
 from skill_fairseq.checkpoints import save_encoder
@@ -367,7 +368,7 @@ def test_more_processes_than_utterances_is_an_error_before_training(
     where = [f"task.data={data}", f"task.teacher={teacher_file}", "distributed_training.distributed_world_size=2"]
     launcher = script(tmp_path / "run", RECORD + RUN, 2)
     log = train(tmp_path / "run", "distill", *COMMON, *SLOW, *where, launcher=launcher, fails=True)
-    assert "1 utterances in 1 batches cannot be shared out to 2 processes" in log
+    assert re.search(says("1 utterances", "1 batches", "2 processes"), log)
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
@@ -388,5 +389,5 @@ def test_validation_ends_a_run_whose_ranks_disagree(
     log = train(tmp_path, "distill", *COMMON, *equal, *SLOW, *fields, world, launcher=launcher, fails=True)
     for rank in (0, 1):  # the first validation, of equal ranks, let them pass
         assert len(torch.load(tmp_path / f"rank{rank}.pt")) == 2
-    found = re.search(rf"{re.escape(name)}: (\S+) on rank 1, (\S+) on rank 0; expected equal values on all ranks", log)
+    found = re.search(rf"{re.escape(name)}: (\S+) on rank 1, (\S+) on rank 0", log)
     assert found and float(found[1]) - float(found[2]) == pytest.approx(0.25, abs=1e-6)

@@ -38,7 +38,7 @@ def test_three_kills_change_nothing(data: list[str], straight: Any, tmp_path: Pa
     assert run.log().count("Loaded checkpoint") == 3 and "other batches" not in run.log()
     same_outcome(run, straight(world_size))
     run.finish()  # once more: nothing is left to do
-    assert "nothing is left to do: 40 of optimization.max_update=40" in run.log()
+    assert re.search("nothing.*optimization.max_update=40", run.log())
     same_outcome(run, straight(world_size))
 
 
@@ -101,7 +101,7 @@ def test_a_strangers_checkpoint_in_the_folder_runs_no_code(data: list[str], stra
     run = Run(tmp_path / "run", *data, "optimization.max_update=41")
     torch.save(checkpoint, run.folder / "checkpoint_last.pt")
     assert run.start().wait() == [1]
-    assert "checkpoint_last.pt: holds an object of class posix.mkdir" in run.log()
+    assert re.search(r"checkpoint_last\.pt.*posix\.mkdir", run.log())
     assert not (tmp_path / "made").exists()
 
 
@@ -112,5 +112,5 @@ def test_weights_at_fault_are_named(data: list[str], straight: Any, tmp_path: Pa
     run = Run(tmp_path, *data, "optimization.max_update=50")
     torch.save(checkpoint, run.folder / "checkpoint_last.pt")
     assert run.start().wait() == [1]
-    assert re.search(rf"FloatingPointError: update 41: .*{name} of the student is NaN", run.log())
+    assert re.search(rf"FloatingPointError: update 41.*{name}.*NaN", run.log())
     assert "is skipped" not in run.log() and ".wav" not in run.log().split("FloatingPointError")[-1]
