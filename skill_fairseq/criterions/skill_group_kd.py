@@ -260,7 +260,10 @@ class SkillGroupKDCriterion(FairseqCriterion):
             values["lambda2"] = self.constraint.lambda2
         source = net_input["source"]
         padding = net_input.get("padding_mask")
-        samples = source.numel() - (0 if padding is None else padding.sum())
+        # A tensor on every rank, padded or not: fairseq sums tensors and numbers over ranks apart.
+        samples = source.new_full((), source.numel(), dtype=torch.float64)
+        if padding is not None:
+            samples = samples - padding.sum()
         values["loss"] = loss
         count = means[0][..., 0].numel()  # of frames
         # They stay on the device: to fetch a number here would keep the backward pass waiting. Copies, as float64.

@@ -87,7 +87,7 @@ class SkillTrainer(Trainer):
         self._unreadable_here = 0  # of this rank, in the step
         self._not_finite = False  # a loss of any rank, in the update
         self._empty = False  # no rank could read a file, in the update
-        self._logged: Dict[str, List[str]] = {}  # names of what a step logs
+        self._logged: Dict[str, Dict[str, bool]] = {}  # names of what a step logs, and whether it is a tensor
         self._constraint = getattr(criterion, "constraint", None)
         if self._constraint is not None and self.data_parallel_rank == 0:
             check_reach(cfg, model.speech_encoder, criterion)
@@ -305,9 +305,11 @@ class SkillTrainer(Trainer):
             int(not self._empty),
         )
         if logging_outputs:
-            self._logged[split] = list(logging_outputs[0])
+            self._logged[split] = {name: torch.is_tensor(value) for name, value in logging_outputs[0].items()}
         elif split in self._logged:  # out of memory: what is summed over ranks must have one shape
-            logging_outputs, ignore = [dict.fromkeys(self._logged[split], 0)], True
+            zero = torch.zeros((), dtype=torch.float64, device=self.device)
+            logging_outputs = [{name: zero if tensor else 0 for name, tensor in self._logged[split].items()}]
+            ignore = True
         outputs, sums = super()._aggregate_logging_outputs(logging_outputs, *extra_stats_to_sum, *mine, ignore=ignore)
         theirs, ours = sums[: -len(mine)], sums[-len(mine) :]
         stacked = torch.stack([torch.as_tensor(s, device=self.device) for s in ours])

@@ -112,5 +112,6 @@ def test_weights_at_fault_are_named(data: list[str], straight: Any, tmp_path: Pa
     run = Run(tmp_path, *data, "optimization.max_update=50")
     torch.save(checkpoint, run.folder / "checkpoint_last.pt")
     assert run.start().wait() == [1]
-    assert re.search(rf"FloatingPointError: update 41.*{name}.*NaN", run.log())
+    # In the first update in which the gate of that unit is open: a closed unit is not computed.
+    assert re.search(rf"FloatingPointError: update 4\d: .*{name}.*NaN", run.log())
     assert "is skipped" not in run.log() and ".wav" not in run.log().split("FloatingPointError")[-1]
