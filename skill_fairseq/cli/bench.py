@@ -168,14 +168,18 @@ def measure_cluster(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_loading(args: argparse.Namespace) -> dict[str, Any]:
     """`load`."""
+    from omegaconf import OmegaConf
+
     from skill_fairseq.tasks.skill_distillation import SkillDistillationConfig, SkillDistillationTask
 
-    cfg = SkillDistillationConfig(
-        data=str(args.manifest.parent),
-        sample_rate=16000,
-        max_sample_size=args.max_sample_size,
-        min_sample_size=args.min_sample_size,
-    )
+    fields = {
+        "data": str(args.manifest.parent),
+        "sample_rate": 16000,
+        "max_sample_size": args.max_sample_size,
+        "min_sample_size": args.min_sample_size,
+        "tpu": False,
+    }
+    cfg: Any = OmegaConf.merge(OmegaConf.structured(SkillDistillationConfig), fields)
     task = SkillDistillationTask(cfg)
     split = args.manifest.stem
     task.load_dataset(split)
