@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import signal
@@ -146,7 +147,9 @@ def test_an_output_that_cannot_say_it_costs_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_leave_no_temporary_file(tmp_path: Path, number: int) -> None:
-    child = program(tmp_path / "a.json", "wait", stdout=subprocess.DEVNULL)
+    # A shell starts its background jobs, as these tests may be one, with SIGINT ignored.
+    default = functools.partial(signal.signal, number, signal.SIG_DFL)
+    child = program(tmp_path / "a.json", "wait", stdout=subprocess.DEVNULL, preexec_fn=default)
     assert child.stderr is not None and child.stderr.readline() == "ready\n"
     assert [entry.name[:9] for entry in tmp_path.iterdir()] == [".a.skill-"]
     child.send_signal(number)
