@@ -123,20 +123,6 @@ def test_ranks_stop_together_when_one_is_asked(data: list[str], straight: Any, t
     same_outcome(run, straight(2))
 
 
-@pytest.mark.slow
-def test_ranks_that_meet_now_and_then_stop_when_they_meet(data: list[str], tmp_path: Path) -> None:
-    """fairseq's BMUF: between two meetings a rank knows nothing of the others, and must not stop alone."""
-    one_optimizer = ["~optimizer.groups", "optimizer._name=adam", "lr_scheduler._name=fixed"]  # it takes no other
-    bmuf = ["optimization.use_bmuf=true", "bmuf.global_sync_iter=10", "bmuf.warmup_iterations=5"]
-    rare = ["dataset.validate_interval_updates=0", "checkpoint.save_interval_updates=1000"]
-    config = ("distill", "tiny", [*LOGGED, *one_optimizer, *bmuf, *rare, "criterion.groups=[[0],[1,2],[3]]"])
-    run = Run(tmp_path, *data, "dataset.max_tokens=40000", world_size=2, config=config).start()
-    run.wait_for(lambda: run.last_update() >= 22)
-    run.signal(signal.SIGTERM, ranks=[1])
-    assert run.wait() == [REQUEUE_EXIT_CODE] * 2, run.log()[-3000:]
-    assert run.checkpoint()["optimizer_history"][-1]["num_updates"] % 10 == 0
-
-
 OWN_HANDLER = """
 import os, signal
 import fairseq_cli.hydra_train
