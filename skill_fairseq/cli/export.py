@@ -97,14 +97,14 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--dtype: {args.dtype}; --to {args.to} writes float32 only: leave --dtype out")
     if args.padding_mask and not graph:
         raise ValueError(f"--padding-mask: --to {args.to} takes padding anyway; leave it out")
-    if graph:
-        check_torch()
-    if args.to == "onnx":
-        require("--to onnx", *NEEDED)
     if suffix:
         check_output(args.out, "OUT", [args.checkpoint])
     else:
         check_folder(args.out, "OUT")
+    if graph:
+        check_torch()
+    if args.to == "onnx":
+        require("--to onnx", *NEEDED)
 
 
 def _write(args: argparse.Namespace, encoder: SpeechEncoder, origin: Mapping[str, object]) -> str:

@@ -145,6 +145,7 @@ def test_which_kernel_where(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_kernel("cpu", 50, False, gradients) is attend_blockwise
 
 
+@needs_fused  # and with it, modes that see every operation
 @pytest.mark.parametrize("relative_position", [True, False])
 def test_long_inputs_keep_no_matrix_without_gradients(relative_position: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor of a forward over T frames has far fewer than T^2 numbers; the outputs are the plain ones."""
