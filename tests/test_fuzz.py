@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import shutil
-import signal
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from damaged import bounds, spoiled
 
 from skill_fairseq.audio.manifest import read_manifest
 from skill_fairseq.checkpoints import load_encoder, save_encoder
@@ -30,8 +29,6 @@ from tests.conftest import random_encoder
 
 CASES = 40
 """Of each kind: half are cut short, half have a bit flipped."""
-SECONDS = 20
-GIGABYTES = 2
 
 
 def checkpoint(folder: Path, **options: Any) -> None:
@@ -117,30 +114,6 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def bounds() -> Iterator[None]:
-    """No hang, and no memory beyond what there was and two gigabytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (GIGABYTES << 30), before[1]))
-    handler = signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"no answer in {SECONDS} s"))
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def spoiled(content: bytes, number: int, dice: random.Random) -> bytes:
-    if number % 2:
-        return content[: dice.randrange(len(content))]
-    # Half of the flips where the structure is: at the file's ends.
-    near = dice.choice((len(content), min(len(content), 600)))
-    place = dice.choice((dice.randrange(near), len(content) - 1 - dice.randrange(near)))
-    return content[:place] + bytes([content[place] ^ (1 << dice.randrange(8))]) + content[place + 1 :]
-
-
 def same(one: Any, two: Any) -> bool:
     return one.config == two.config and all(
         torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values())
@@ -148,7 +121,7 @@ def same(one: Any, two: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_damaged_file_ends_in_a_clean_error_or_a_whole_result(name: str, tmp_path: Path, bounds: None) -> None:
+def test_a_damaged_file_ends_in_a_clean_error_or_a_whole_result(name: str, tmp_path: Path) -> None:
     kind, dice = KINDS[name], random.Random(name)
     (tmp_path / "sound").mkdir()
     kind.write(tmp_path / "sound")
@@ -160,14 +133,13 @@ def test_a_damaged_file_ends_in_a_clean_error_or_a_whole_result(name: str, tmp_p
         folder = shutil.copytree(tmp_path / "sound", tmp_path / str(number))
         path = folder / dice.choice(files)
         path.write_bytes(spoiled(path.read_bytes(), number, dice))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
         try:
-            found = kind.read(folder)
+            with bounds():
+                found = kind.read(folder)
         except (ValueError, OSError) as error:
             assert "\x00" not in str(error) and len(str(error)) < 5000
             errors += 1
         else:
             assert not kind.exact or same(found, whole)
-        signal.setitimer(signal.ITIMER_REAL, 0)
         shutil.rmtree(folder)
     assert errors > CASES // 4  # the damage is seen
