@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "skill_fairseq"
-ROW = re.compile(r"^\| `([\w/.]+)` \| (.+?) \| (.*?) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| `([\w/.]+)` \| *(.+?) *\| *(.*?) *\|$", re.MULTILINE)
 
 
 def allowed(readme: str) -> dict[str, set[str]]:
