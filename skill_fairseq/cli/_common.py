@@ -140,15 +140,29 @@ def _signals_raise() -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with `--debug`, whose errors are one line that names the option."""
+    """argparse's, with `--debug` and an epilog as it is written, whose errors are one line that names the option."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError."""
         raise ValueError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+    def add_trust(self) -> None:
+        """Adds `--trust`."""
+        what = "read checkpoints with unknown pickled classes, which runs code of whoever made them"
+        self.add_argument("--trust", action="store_true", help=what)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    )
 
 
 def in_range(

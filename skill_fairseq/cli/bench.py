@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import skill_fairseq
 from skill_fairseq.benchmarking.setup import ARCHITECTURES, PRECISIONS, Setup
-from skill_fairseq.cli._common import Parser, check_device, in_range, run, seed
+from skill_fairseq.cli._common import Parser, aligned, check_device, in_range, run, seed
 from skill_fairseq.files import check_output, write_json
 from skill_fairseq.messages import require
 
@@ -134,8 +134,7 @@ def format_steps(results: dict[str, dict[str, Any]], what: str) -> str:
         speed = next(iter(results.values()))["audio seconds per second"]
         hours = RECIPE_UPDATES * RECIPE_SECONDS / speed / 3600
         rows.append([f"{RECIPE_UPDATES:,} updates of {RECIPE_SECONDS:g} s", f"{hours:,.0f} h at this speed", ""])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows)
+    return aligned(rows)
 
 
 def measure_cluster(args: argparse.Namespace) -> dict[str, Any]:
@@ -224,7 +223,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-bench",
         description="Measure training steps, inference, clustering or data loading: a table, and JSON.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="what", required=True, metavar="{train,infer,cluster,load}")
     for what, help, measure in (

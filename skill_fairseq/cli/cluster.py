@@ -208,7 +208,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-cluster",
         description="Cluster a teacher's layers by the similarity of their hidden states on a little speech.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(
@@ -218,11 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="any file or folder that load_encoder reads",
     )
-    add(
-        "--trust",
-        action="store_true",
-        help="read a teacher with unknown pickled classes, which runs code of whoever made it",
-    )
+    parser.add_trust()
     add("--manifest", required=True, type=Path, metavar="TSV", help="audio to choose the calibration set from")
     add(
         "--out",

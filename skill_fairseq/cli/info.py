@@ -35,16 +35,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-info",
         description="Say what a file or folder is, what shape its encoder has and where it comes from.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="file or folder to read")
     add("--json", action="store_true", help="as JSON")
-    add(
-        "--trust",
-        action="store_true",
-        help="read checkpoints with unknown pickled classes, which runs code of whoever made them",
-    )
+    parser.add_trust()
     return parser
 
 

@@ -169,7 +169,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-labels",
         description="Write letter or SentencePiece labels and dictionaries for fine-tuning with fairseq's CTC models.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("manifests", type=Path, nargs="+", metavar="MANIFEST", help="fairseq manifests SPLIT.tsv, training first")

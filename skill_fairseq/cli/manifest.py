@@ -173,7 +173,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Write fairseq manifests of folders. Unreadable and out-of-range files, stereo and "
         "other sample rates are listed and left out.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("folder", type=Path, nargs="+", metavar="FOLDER", help="searched with all its subfolders")

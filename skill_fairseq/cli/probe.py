@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from skill_fairseq.cli._common import Parser, check_device, run, seed
+from skill_fairseq.cli._common import Parser, aligned, check_device, run, seed
 from skill_fairseq.files import atomic_write, check_output, write_json
 from skill_fairseq.messages import require
 from skill_fairseq.probing.evaluate import evaluate, require_scikit_learn
@@ -48,11 +48,7 @@ def format_table(entries: Sequence[dict[str, Any]], tasks: Sequence[Task]) -> st
             rows.append([entry["model"], "-" if entry["parameters"] is None else f"{entry['parameters']:,}"])
         bounds = ", ".join(f"{100 * bound:.1f}" for bound in entry["interval"] or ())
         rows[-1].append(f"{100 * entry['value']:.1f}" + (f" [{bounds}]" if bounds else ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
-        lines.append("  ".join(cells).rstrip())
+    lines = aligned(rows).splitlines()
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join([*lines, *_without_interval(entries, tasks)])
 
@@ -157,7 +153,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-probe",
         description="Probe frozen features of models with labelled speech and print one table.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", nargs="+", metavar="MODEL", help="see below")
     parser.add_argument(

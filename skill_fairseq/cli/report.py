@@ -56,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-report",
         description="Write one page on a run or a benchmark: results, curves, sizes, distances, settings.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="RUN", help="folder of results")

@@ -12,7 +12,7 @@ from skill_fairseq import __version__
 from skill_fairseq.checkpoints.export import save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
-from skill_fairseq.cli._common import Parser, in_range, run
+from skill_fairseq.cli._common import Parser, aligned, in_range, run
 from skill_fairseq.files import check_output, sha256
 from skill_fairseq.messages import printable
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -127,16 +127,7 @@ def describe(gated: SpeechEncoder, small: SpeechEncoder, sizes: dict[str, float 
     sparsity = [[f"sparsity of {full_parameters(full):,} parameters", ""]]
     for name, value in sizes.items():
         sparsity.append([f"  {name}", "by rounding" if value is None else f"{value:.4f}"])
-    return "\n\n".join(_aligned(table) for table in (conv, layers, costs, sparsity))
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """First column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip()
-        for row in rows
-    )
+    return "\n\n".join(aligned(table) for table in (conv, layers, costs, sparsity))
 
 
 def _target(args: argparse.Namespace, source: EncoderSource) -> float:
@@ -159,7 +150,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-shrink",
         description="Cut what the gates of a stage-1 checkpoint have closed: a smaller student with the same outputs.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="STAGE1", help="checkpoint of stage 1, or an export with gates")
@@ -173,11 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     size.add_argument("--by-rounding", action="store_true", help="keep exactly what each gate rounds to")
     add("--table-only", action="store_true", help="print the table, write nothing")
-    add(
-        "--trust",
-        action="store_true",
-        help="read checkpoints with unknown pickled classes, which runs code of whoever made them",
-    )
+    parser.add_trust()
     return parser
 
 
