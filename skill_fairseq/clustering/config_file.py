@@ -11,9 +11,6 @@ import yaml
 from skill_fairseq.files import PathLike, atomic_write
 from skill_fairseq.reading import decode
 
-_SECTION = "criterion"
-_FIELD = "groups"
-
 
 def format_groups(groups: Sequence[Sequence[int]], separator: str = ", ") -> str:
     """One line that YAML, JSON and hydra's command line read alike: ``[[0], [1, 2]]``."""
@@ -52,29 +49,28 @@ def merge_groups(text: str, groups: Sequence[Sequence[int]], name: str = "config
         before, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{name}: is no YAML that can be read ({error}); correct it") from error
-    _, section = _entry(root, _SECTION)
-    if not isinstance(section, yaml.MappingNode) or not section.value:
+    section = _entries(root).get("criterion", (None, None))[1]
+    if not _entries(section):
         raise ValueError(
-            f"{name}: no '{_SECTION}:' section, expected the config of a distillation run; add one with "
+            f"{name}: no 'criterion:' section, expected the config of a distillation run; add one with "
             "'_name: skill_group_kd'"
         )
-    if before[_SECTION].get("groups_file") not in (None, ""):
+    if before["criterion"].get("groups_file") not in (None, ""):
         raise ValueError(
-            f"{name}: {_SECTION}.groups_file is {before[_SECTION]['groups_file']!r}, at odds with "
-            f"{_SECTION}.{_FIELD}; remove that line"
+            f"{name}: criterion.groups_file is {before['criterion']['groups_file']!r}, at odds with criterion.groups; "
+            "remove that line"
         )
-    key, value = _entry(section, _FIELD)
     line = format_groups(groups)
-    after = _insert(text, section, line) if key is None else _replace(text, key, value, line)
-    before[_SECTION][_FIELD] = [list(group) for group in groups]
+    after = _edited(text, section, line)
+    before["criterion"]["groups"] = [list(group) for group in groups]
     try:
         same = yaml.safe_load(after) == before
     except yaml.YAMLError:
         same = False
     if not same:
         raise ValueError(
-            f"{name}: {_SECTION}.{_FIELD} is written in a way that cannot be replaced safely (an alias?); "
-            f"set it by hand: {_FIELD}: {line}"
+            f"{name}: criterion.groups is written in a way that cannot be replaced safely (an alias?); set it by hand: "
+            f"groups: {line}"
         )
     return after
 
@@ -85,45 +81,31 @@ def write_config(path: PathLike, text: str) -> None:
         temporary.write_bytes(text.encode("utf-8"))
 
 
-def _entry(mapping: Any, name: str) -> tuple[yaml.Node | None, yaml.Node | None]:
-    """Key and value node of the last entry of that name (YAML's last one counts)."""
-    if isinstance(mapping, yaml.MappingNode):
-        for key, value in reversed(mapping.value):
-            if key.value == name:
-                return key, value
-    return None, None
+def _entries(mapping: Any) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    """Key and value node by the key; of equal keys the last counts, as YAML says."""
+    if not isinstance(mapping, yaml.MappingNode):
+        return {}
+    return {key.value: (key, value) for key, value in mapping.value if isinstance(key, yaml.ScalarNode)}
 
 
-def _insert(text: str, section: yaml.MappingNode, line: str) -> str:
-    """After ``_name``, else as the first entry."""
-    first = section.value[0][0].start_mark
-    if section.flow_style:
-        return f"{text[: first.index]}{_FIELD}: {line}, {text[first.index :]}"
-    newline = "\r\n" if "\r\n" in text else "\n"
-    entry = f"{' ' * first.column}{_FIELD}: {line}{newline}"
-    _, name = _entry(section, "_name")
-    if name is None:
-        start = first.index - first.column
-        return text[:start] + entry + text[start:]
-    end = text.find("\n", name.end_mark.index) + 1
-    if end == 0:  # the last line, without a line break
-        return text + newline + entry
-    return text[:end] + entry + text[end:]
-
-
-def _replace(text: str, key: yaml.Node, value: yaml.Node | None, line: str) -> str:
-    assert value is not None
+def _edited(text: str, section: Any, line: str) -> str:
+    """The text with the groups of a section replaced, or put before its first entry."""
+    if "groups" not in _entries(section):
+        first = section.value[0][0].start_mark
+        newline = "\r\n" if "\r\n" in text else "\n"
+        separator = ", " if section.flow_style else newline + " " * first.column
+        return f"{text[: first.index]}groups: {line}{separator}{text[first.index :]}"
+    key, value = _entries(section)["groups"]
     if value.start_mark.index < key.end_mark.index:  # an alias: the value stands where its anchor is
         return text
     colon = text.index(":", key.end_mark.index) + 1
     between = text[colon : value.start_mark.index]
-    kept = between.rstrip() if "#" in between else ""
-    return f"{text[:colon]} {line}{kept}{text[_end(value) :]}"
+    comments = between.rstrip() if "#" in between else ""
+    return f"{text[:colon]} {line}{comments}{text[_end(value) :]}"
 
 
 def _end(node: yaml.Node) -> int:
     """Where a node's own text ends; the end that YAML gives a block includes the comments after it."""
     if isinstance(node, yaml.SequenceNode) and not node.flow_style and node.value:
         return _end(node.value[-1])
-    end: int = node.end_mark.index
-    return end
+    return int(node.end_mark.index)
