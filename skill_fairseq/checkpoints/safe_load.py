@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import enum
 import inspect
-import pickle
 import zipfile
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from skill_fairseq.checkpoints.unpickling import (
-    MAX_PICKLE,
-    BoundedUnpickler,
-    Placeholder,
-    Refused,
-    Whole,
-    open_archive,
-    read,
-    read_pickle,
-)
+from skill_fairseq.checkpoints.unpickling import Placeholder, Refused, read
 
 TRUST = (
     "allow it with --trust (skill-export, skill-info, skill-shrink, skill-cluster) or trust=True (load_encoder); for "
@@ -98,65 +87,6 @@ def _other_archive(path: Path) -> str | None:
     if "constants.pkl" in members:
         return "a TorchScript program"
     return None if "data.pkl" in members else f"a zip archive of {names[:3]}"
-
-
-def load_without_objects(path: Path) -> Any:
-    """The dictionaries, lists, texts and numbers that ``torch.save`` wrote, whatever else there is.
-
-    No tensor is read and no code of the file runs; tensors and objects are empty dictionaries.
-
-    Args:
-        path: a file in torch's zip format.
-
-    Raises:
-        Exception: nearly any, where the file is missing, damaged or of another format.
-    """
-    with open_archive(path) as archive:
-        return _WithoutObjects(Whole(read_pickle(archive, MAX_PICKLE)[0], MAX_PICKLE)).load()
-
-
-class _Omitted(dict):
-    """Stands for an object, and is empty: takes every argument, item and state, and runs none of its code."""
-
-    __hash__ = object.__hash__  # type: ignore[assignment]  # it may have been a key
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def append(self, item: Any) -> None:
-        pass
-
-    def extend(self, items: Any) -> None:
-        pass
-
-
-class _WithoutObjects(BoundedUnpickler):
-    """Reads dictionaries, lists, texts and numbers; all else is omitted."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return self._ordered if (module, name) == ("collections", "OrderedDict") else _Omitted
-
-    def persistent_load(self, pid: Any) -> Any:
-        """A tensor's storage."""
-        return None
-
-    def load_build(self) -> None:
-        self.stack.pop()
-
-    def _ordered(self, items: Any = ()) -> Any:
-        return OrderedDict(self.copied(items))
-
-    dispatch = {**BoundedUnpickler.dispatch, pickle.BUILD[0]: load_build}
-
-    def check_keys(self, keys: Any) -> None:
-        """An omitted object may serve as a key too: its hash is its place in memory."""
-        super().check_keys(key for key in keys if not isinstance(key, _Omitted))
 
 
 def plain(value: Any) -> Any:

@@ -18,7 +18,6 @@ import pickle
 import re
 import struct
 import sys
-import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -94,12 +93,13 @@ def real_class(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def read(file: BinaryIO, real_classes: bool = False) -> Any:
+def read(file: BinaryIO, real_classes: bool = False, tensors: bool = True) -> Any:
     """What ``torch.save`` wrote into an open file, on the CPU.
 
     Args:
         file: at its beginning; of torch's zip format, or that of torch before 1.6.
         real_classes: make objects of harmless classes as what they are, not as :class:`Placeholder`.
+        tensors: read their numbers; without, tensors of the zip format are on torch's device "meta".
 
     Raises:
         Refused: it holds an object of another class.
@@ -109,10 +109,10 @@ def read(file: BinaryIO, real_classes: bool = False) -> Any:
     file.seek(0)
     zipped = file.read(2) == b"PK"
     file.seek(0)
-    return _read_zip(file, size, real_classes) if zipped else _read_legacy(file, size, real_classes)
+    return _read_zip(file, size, real_classes, tensors) if zipped else _read_legacy(file, size, real_classes)
 
 
-def open_archive(file: Any) -> zipfile.ZipFile:
+def _open_archive(file: Any) -> zipfile.ZipFile:
     """A zip file that holds no more than its own size.
 
     Raises:
@@ -128,7 +128,7 @@ def open_archive(file: Any) -> zipfile.ZipFile:
     return archive
 
 
-def read_pickle(archive: zipfile.ZipFile, most: int) -> tuple[bytes, str]:
+def _read_pickle(archive: zipfile.ZipFile, most: int) -> tuple[bytes, str]:
     """The pickle in an archive of torch, and the name of the folder that it lies in, with a slash.
 
     Raises:
@@ -147,9 +147,9 @@ def _most(real_classes: bool) -> int:
     return MAX_REAL_PICKLE if real_classes else MAX_PICKLE
 
 
-def _read_zip(file: BinaryIO, size: int, real_classes: bool) -> Any:
-    with open_archive(file) as archive:
-        text, folder = read_pickle(archive, _most(real_classes))
+def _read_zip(file: BinaryIO, size: int, real_classes: bool, tensors: bool) -> Any:
+    with _open_archive(file) as archive:
+        text, folder = _read_pickle(archive, _most(real_classes))
         order = folder + "byteorder"
         if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
             raise ValueError("its numbers are in the byte order of another kind of processor")
@@ -161,17 +161,11 @@ def _read_zip(file: BinaryIO, size: int, real_classes: bool) -> Any:
                 _fill(buffer, member)
                 member.read(1)
 
-        return Unpickler(Whole(text, len(text)), real_classes, Storages(size, fill)).load()
+        return Unpickler(Whole(text, len(text)), real_classes, Storages(size, fill, tensors)).load()
 
 
 def _read_legacy(file: BinaryIO, size: int, real_classes: bool) -> Any:
     """The format of torch before 1.6: pickles, then every storage behind its length."""
-    try:
-        tarfile.open(fileobj=file, mode="r:").close()
-    except tarfile.TarError:
-        file.seek(0)
-    else:
-        raise ValueError("it is a tar file of a torch before 0.2, which is not read")
     text = Whole(file, _most(real_classes))
     storages = Storages(size)
     start = tuple(Unpickler(text, real_classes, storages).load() for _ in _LEGACY)
@@ -208,11 +202,13 @@ class Storages:
     Args:
         size: bytes of the file.
         fill: reads the storage of a key into a buffer; None: the caller will.
+        real: False: no memory at all, tensors are on the device "meta".
     """
 
-    def __init__(self, size: int, fill: Callable[[bytearray, str], None] | None = None) -> None:
+    def __init__(self, size: int, fill: Callable[[bytearray, str], None] | None = None, real: bool = True) -> None:
         self.left = size
         self.fill = fill
+        self.real = real
         self.buffers: dict[str, bytearray] = {}
         self.made: dict[str, Tensor] = {}
 
@@ -225,14 +221,20 @@ class Storages:
             self.left -= length
             if self.left < 0:
                 raise ValueError("its tensors are larger than the file: it is truncated")
-            buffer = self.buffers[key] = bytearray(length)
-            if self.fill is not None:
-                self.fill(buffer, key)
-            self.made[key] = torch.frombuffer(buffer, dtype=kind) if count else torch.empty(0, dtype=kind)
+            if self.real:
+                self.made[key] = self._read(kind, key, length)
+            else:
+                self.made[key] = torch.empty(count, dtype=kind, device="meta")
         found = self.made[key]
         if found.dtype != kind or len(found) != count:
             raise pickle.UnpicklingError(f"the storage {key} is described in two ways")
         return found
+
+    def _read(self, kind: torch.dtype, key: str, length: int) -> Tensor:
+        buffer = self.buffers[key] = bytearray(length)
+        if self.fill is not None:
+            self.fill(buffer, key)
+        return torch.frombuffer(buffer, dtype=kind) if length else torch.empty(0, dtype=kind)
 
 
 class Whole:
@@ -266,74 +268,32 @@ class Whole:
 _Python: Any = pickle._Unpickler  # written in Python: its single steps can be replaced
 
 
-class BoundedUnpickler(_Python):
-    """Makes containers, texts and numbers; what else may be made, and called, is for :meth:`find_class` to say.
+def _checking_keys(step: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
+    """A step of the unpickler that first looks at the keys, which lie on its stack."""
+
+    def checked(unpickler: Unpickler) -> None:
+        unpickler.check_keys(unpickler.stack[keys])
+        step(unpickler)
+
+    return checked
+
+
+def _checking_class(step: Callable[[Any], None], place: int) -> Callable[[Any], None]:
+    """A step that makes an object, if the class, which lies at a place of the stack, is known."""
+
+    def checked(unpickler: Unpickler) -> None:
+        if not unpickler.known(unpickler.stack[place]):
+            raise pickle.UnpicklingError("makes an object of an unknown kind")
+        step(unpickler)
+
+    return checked
+
+
+class Unpickler(_Python):
+    """Makes containers, texts, numbers, tensors, and objects of :data:`HARMLESS` classes.
 
     Keys are texts and numbers, so that no hash walks through a container; a container is copied only as often as the
-    pickle's length pays for.
-    """
-
-    def __init__(self, file: Whole) -> None:
-        super().__init__(file, encoding="utf-8")
-        self.copies_left = max(MAX_PICKLE, file.most)
-
-    def copied(self, items: Iterable[Any] = ()) -> list[Any]:
-        """The items as a list, if there are not too many over the whole file."""
-        found = list(items) if hasattr(items, "__len__") else []
-        self.copies_left -= 50 + len(found)
-        if self.copies_left < 0:
-            raise pickle.UnpicklingError("containers are copied too often")
-        return found
-
-    def check_keys(self, keys: Iterable[Any]) -> None:
-        """Raises UnpicklingError where a key is no text, number, or short tuple of these."""
-        for key in keys:
-            for part in key if type(key) is tuple and len(key) < 10 else (key,):
-                if part is not None and not isinstance(part, (str, bytes, int, float, torch.dtype)):
-                    raise pickle.UnpicklingError(f"a {type(part).__name__} serves as a key")
-
-    def load_setitem(self) -> None:
-        self.check_keys(self.stack[-2:-1])
-        super().load_setitem()
-
-    def load_setitems(self) -> None:
-        self.check_keys(self.stack[::2])
-        super().load_setitems()
-
-    def load_dict(self) -> None:
-        self.check_keys(self.stack[::2])
-        super().load_dict()
-
-    def load_empty_set(self) -> None:
-        self.copied()
-        super().load_empty_set()
-
-    def load_additems(self) -> None:
-        self.check_keys(self.stack)
-        super().load_additems()
-
-    def load_frozenset(self) -> None:
-        self.copied()
-        self.check_keys(self.stack)
-        super().load_frozenset()
-
-    def load_bytearray8(self) -> None:
-        raise pickle.UnpicklingError("bytearrays are not read")
-
-    dispatch = {
-        **_Python.dispatch,
-        pickle.SETITEM[0]: load_setitem,
-        pickle.SETITEMS[0]: load_setitems,
-        pickle.DICT[0]: load_dict,
-        pickle.EMPTY_SET[0]: load_empty_set,
-        pickle.ADDITEMS[0]: load_additems,
-        pickle.FROZENSET[0]: load_frozenset,
-        pickle.BYTEARRAY8[0]: load_bytearray8,
-    }
-
-
-class Unpickler(BoundedUnpickler):
-    """Makes tensors, and objects of :data:`HARMLESS` classes.
+    pickle's length pays for. Protocols 2 to 5 are read, without bytearrays.
 
     Args:
         file: the pickle.
@@ -342,7 +302,8 @@ class Unpickler(BoundedUnpickler):
     """
 
     def __init__(self, file: Whole, real_classes: bool, storages: Storages) -> None:
-        super().__init__(file)
+        super().__init__(file, encoding="utf-8")
+        self.copies_left = max(MAX_PICKLE, file.most)
         self.storages = storages
         self.find = real_class if real_classes else PLACEHOLDERS.__getitem__
         self.functions: dict[str, Any] = {
@@ -362,6 +323,25 @@ class Unpickler(BoundedUnpickler):
             "_codecs.encode": _latin,
         }
         self.classes: set[type] = {OrderedDict}
+
+    def copied(self, items: Iterable[Any] = ()) -> list[Any]:
+        """The items as a list, if there are not too many over the whole file."""
+        found = list(items) if hasattr(items, "__len__") else []
+        self.copies_left -= 50 + len(found)
+        if self.copies_left < 0:
+            raise pickle.UnpicklingError("containers are copied too often")
+        return found
+
+    def check_keys(self, keys: Iterable[Any]) -> None:
+        """Raises UnpicklingError where a key is no text, number, or short tuple of these."""
+        for key in keys:
+            for part in key if type(key) is tuple and len(key) < 10 else (key,):
+                if part is not None and not isinstance(part, (str, bytes, int, float, torch.dtype)):
+                    raise pickle.UnpicklingError(f"a {type(part).__name__} serves as a key")
+
+    def known(self, kind: Any) -> bool:
+        """Whether objects may be made of this, and their attributes set."""
+        return isinstance(kind, type) and (kind in self.classes or issubclass(kind, np.dtype))
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}".replace("__builtin__.long", "builtins.int")
@@ -392,14 +372,14 @@ class Unpickler(BoundedUnpickler):
 
     def load_reduce(self) -> None:
         function = self.stack[-2]
-        if not self._known(function) and not any(function is known for known in self.functions.values()):
+        if not self.known(function) and not any(function is known for known in self.functions.values()):
             raise pickle.UnpicklingError(f"calls a {type(function).__name__}")
         super().load_reduce()
 
     def load_build(self) -> None:
         """Sets the state of an object; a state for a class or a function would change the running program."""
         state, made = self.stack.pop(), self.stack[-1]
-        if not self._known(type(made)) or not isinstance(state, (dict, tuple)):
+        if not self.known(type(made)) or not isinstance(state, (dict, tuple)):
             raise pickle.UnpicklingError(f"sets attributes of a {type(made).__name__}")
         if isinstance(made, np.dtype):
             return  # made whole
@@ -408,23 +388,13 @@ class Unpickler(BoundedUnpickler):
         self.copied(state)
         made.__dict__.update(state)
 
-    def _known(self, kind: Any) -> bool:
-        return isinstance(kind, type) and (kind in self.classes or issubclass(kind, np.dtype))
+    def load_empty_set(self) -> None:
+        self.copied()  # which counts it: an empty set takes 200 times its byte
+        super().load_empty_set()
 
-    def _instantiate(self, kind: Any, args: Any) -> None:
-        if not self._known(kind):
-            raise pickle.UnpicklingError(f"makes a {getattr(kind, '__name__', type(kind).__name__)}")
-        super()._instantiate(kind, args)
-
-    def load_newobj(self) -> None:
-        if not self._known(self.stack[-2]):
-            raise pickle.UnpicklingError("makes an object of an unknown kind")
-        super().load_newobj()
-
-    def load_newobj_ex(self) -> None:
-        if not self._known(self.stack[-3]):
-            raise pickle.UnpicklingError("makes an object of an unknown kind")
-        super().load_newobj_ex()
+    def load_frozenset(self) -> None:
+        self.check_keys(self.copied(self.stack))
+        super().load_frozenset()
 
     def _set(self, items: Any = ()) -> set[Any]:
         found = self.copied(items)
@@ -437,12 +407,20 @@ class Unpickler(BoundedUnpickler):
         return OrderedDict(pairs)
 
     dispatch = {
-        **BoundedUnpickler.dispatch,
+        **_Python.dispatch,
+        pickle.SETITEM[0]: _checking_keys(_Python.load_setitem, slice(-2, -1)),
+        pickle.SETITEMS[0]: _checking_keys(_Python.load_setitems, slice(None, None, 2)),
+        pickle.DICT[0]: _checking_keys(_Python.load_dict, slice(None, None, 2)),
+        pickle.ADDITEMS[0]: _checking_keys(_Python.load_additems, slice(None)),
+        pickle.EMPTY_SET[0]: load_empty_set,
+        pickle.FROZENSET[0]: load_frozenset,
         pickle.REDUCE[0]: load_reduce,
         pickle.BUILD[0]: load_build,
-        pickle.NEWOBJ[0]: load_newobj,
-        pickle.NEWOBJ_EX[0]: load_newobj_ex,
+        pickle.NEWOBJ[0]: _checking_class(_Python.load_newobj, -2),
+        pickle.NEWOBJ_EX[0]: _checking_class(_Python.load_newobj_ex, -3),
     }
+    for refused in (pickle.BYTEARRAY8, pickle.INST, pickle.OBJ):
+        del dispatch[refused[0]]
 
 
 def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, requires_grad: bool = False, *hooks: Any) -> Tensor:

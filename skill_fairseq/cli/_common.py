@@ -142,8 +142,8 @@ def _signals_raise() -> Iterator[None]:
 class Parser(argparse.ArgumentParser):
     """argparse's, with `--debug` and an epilog as it is written, whose errors are one line that names the option."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
 
     def error(self, message: str) -> NoReturn:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
-from skill_fairseq.checkpoints.safe_load import load_without_objects
+from skill_fairseq.checkpoints.unpickling import read
 
 logger = logging.getLogger(__name__)
 
@@ -101,10 +101,12 @@ def saved_settings(checkpoint: Path) -> Dict[str, Any]:
     """The config in fairseq's checkpoint, without reading a tensor or running code of the file.
 
     Returns:
-        a nested dictionary; empty where the file is missing, of another format, or has no plain config.
+        a nested dictionary; empty where the file is missing, of another format, has no plain config, or holds objects
+        that are not read.
     """
     try:
-        cfg = load_without_objects(checkpoint)["cfg"]
+        with open(checkpoint, "rb") as file:
+            cfg = read(file, tensors=False)["cfg"]
     except Exception:  # damaged pickles raise nearly anything; whether the file is of use is fairseq's affair
         return {}
     return cfg if isinstance(cfg, dict) else {}

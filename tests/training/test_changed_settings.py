@@ -81,13 +81,15 @@ class Strange:
         return (os.mkdir, ("strange",))
 
 
-def test_a_checkpoints_config_is_read_without_its_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoints_config_is_read_and_no_code_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    state = {"model": torch.nn.Linear(3, 3).state_dict(), "args": Namespace(lr=1), "strange": {Strange(): 1}}
-    torch.save({**state, "cfg": CFG}, "checkpoint.pt")
+    state = {"model": torch.nn.Linear(3, 3).state_dict(), "args": Namespace(lr=1), "cfg": CFG}
+    torch.save(state, "checkpoint.pt")
     assert saved_settings(Path("checkpoint.pt")) == CFG
     torch.save({**state, "cfg": {**CFG, "model": Namespace(dropout=0.1)}}, "namespace.pt")
     assert changed_settings(saved_settings(Path("namespace.pt")), CFG) == {}
+    torch.save({**state, "strange": {Strange(): 1}}, "strange.pt")
+    assert saved_settings(Path("strange.pt")) == {}
     assert not Path("strange").exists()
 
 
