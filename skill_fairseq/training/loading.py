@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any, Callable, Optional
 
+from _skill_fairseq_hook import View
 from torch.utils.data import DataLoader
 
 _END: Optional[int] = getattr(signal, "SIGRTMIN", None)
@@ -67,16 +68,6 @@ def _wait_for(end: int) -> None:
     os._exit(0)
 
 
-class _View:
-    """A module as one importer sees it: a few names replaced, all others the module's own."""
-
-    def __init__(self, module: Any, **replaced: Any) -> None:
-        self.__dict__.update(replaced, _module=module)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
 def shield_workers(iterators: Any) -> None:
     """Gives fairseq's epoch iterators, which make their loaders as ``torch.utils.data.DataLoader``, the shielded one.
 
@@ -84,5 +75,5 @@ def shield_workers(iterators: Any) -> None:
         iterators: the module ``fairseq.data.iterators``.
     """
     torch = iterators.torch
-    data = _View(torch.utils.data, DataLoader=ShieldedLoader)
-    iterators.torch = _View(torch, utils=_View(torch.utils, data=data))
+    data = View(torch.utils.data, DataLoader=ShieldedLoader)
+    iterators.torch = View(torch, utils=View(torch.utils, data=data))

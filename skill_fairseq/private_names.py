@@ -1,0 +1,82 @@
+"""Names that their libraries do not promise to keep, and why this package relies on them.
+
+A change of one of these libraries begins here: each name is looked up by ``tests/test_private_names.py`` in every
+environment that the package is tested in (Python 3.10 with torch 1.12.1; 3.11, 3.12 and 3.13 with torch 2.13; fairseq
+0.12.2, hydra-core 1.0.7 and omegaconf 2.0.6 throughout), and no other private name of theirs stands in the source.
+
+The names stay where they are used, and nothing is imported here: the start-up hook and ``checkpoints/unpickling.py``
+run without the package.
+"""
+
+from __future__ import annotations
+
+PRIVATE_NAMES: dict[str, tuple[str, str]] = {
+    "dataclasses._get_field": (
+        "hook/_skill_fairseq_hook.py",
+        "the one place that sees a default before Python >= 3.11 refuses it",
+    ),
+    "hydra._internal.utils.print_exception": (
+        "hook/_skill_fairseq_hook.py",
+        "hydra 1.0 calls it by a keyword that Python >= 3.10 does not have",
+    ),
+    "pickle._Unpickler": (
+        "checkpoints/unpickling.py",
+        "the unpickler written in Python, whose single steps can be checked; the one in C has find_class alone",
+    ),
+    "omegaconf.dictconfig.DictConfig._get_parent": (
+        "tasks/skill_distillation.py",
+        "fairseq hands a task its own block, and reads and saves the whole config",
+    ),
+    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter._workers": (
+        "training/loading.py",
+        "the worker processes, to be ended by another signal than SIGTERM",
+    ),
+    "multiprocessing.process.BaseProcess._popen": (
+        "training/loading.py",
+        "what ends a worker, in terminate() as at exit",
+    ),
+    "multiprocessing.popen_fork.Popen._send_signal": ("training/loading.py", "ends a worker by a signal of choice"),
+    "multiprocessing.process.ORIGINAL_DIR": (
+        "training/paths.py",
+        "where a rank's parent was started: hydra has changed the folder since, and tells its children nothing",
+    ),
+    "torch.nn.Module._register_load_state_dict_pre_hook": (
+        "training/half_precision.py",
+        "sees float32 weights before a half-precision model rounds them; its public name is younger than torch 1.12",
+    ),
+    "torch.nn.Module._apply": ("modules/fp32.py", "what half() and to() call: gates and sizes stay float32"),
+    "torch.nn.Module._load_from_state_dict": ("modules/encoder.py", "gates of earlier versions' files become a bank"),
+    "torch.nn.Module._replicate_for_data_parallel": (
+        "modules/prepared.py",
+        "a replica must not keep weights that were prepared on another device",
+    ),
+    "torch.Tensor._version": ("modules/prepared.py", "whether a weight was changed in place since it was prepared"),
+    "torch.ops.aten._softmax_backward_data": (
+        "modules/attention_core.py",
+        "the gradient of softmax from its output, without the input",
+    ),
+    "fairseq.trainer.Trainer._build_optimizer": ("training/trainer.py", "float32 weights from before the cast"),
+    "fairseq.trainer.Trainer._optimizer": ("training/trainer.py", "the same; the property would build it again"),
+    "fairseq.trainer.Trainer._set_seed": ("training/trainer.py", "seeds numpy too, at each update"),
+    "fairseq.trainer.Trainer._dummy_batch": ("training/trainer.py", "must not be a batch that could not be read"),
+    "fairseq.trainer.Trainer._prepare_sample": ("training/trainer.py", "the same"),
+    "fairseq.trainer.Trainer._aggregate_logging_outputs": (
+        "training/trainer.py",
+        "the sum over ranks, which carries what all ranks must act upon alike",
+    ),
+    "fairseq.trainer.Trainer._reduce_and_log_stats": ("training/trainer.py", "fetches all numbers at once"),
+    "fairseq.trainer.Trainer._log_oom": ("training/trainer.py", "says which field to lower"),
+    "fairseq.optim.fp16_optimizer._FP16OptimizerMixin._multiply_factor": (
+        "training/trainer.py",
+        "in bf16 zero_grad() leaves that of a skipped update",
+    ),
+    **{
+        f"fairseq.optim.dynamic_loss_scaler.DynamicLossScaler.{name}": (
+            "training/half_precision.py",
+            "fairseq saves the loss scale, but not how far it is from its next rise",
+        )
+        for name in ("_iter", "_last_overflow_iter", "_last_rescale_iter", "_overflows_since_rescale")
+    },
+    "transformers.PreTrainedModel._init_weights": ("exporting/modeling_skill.py", "the encoder initialises itself"),
+}
+"""Full name -> file of this package that uses it, and the reason."""
