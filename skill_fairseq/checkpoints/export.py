@@ -23,10 +23,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def save_encoder(
-    encoder: SpeechEncoder,
-    path: PathLike,
-    provenance: Mapping[str, Any] | None = None,
-    dtype: str = "float32",
+    encoder: SpeechEncoder, path: PathLike, provenance: Mapping[str, Any] | None = None, dtype: str = "float32"
 ) -> None:
     """Writes the encoder's weights, shape and provenance, in one step.
 

@@ -1,4 +1,5 @@
-"""fairseq checkpoints of HuBERT, wav2vec 2.0, data2vec-audio, of this package's models, and of these fine-tuned."""
+"""fairseq checkpoints of HuBERT, wav2vec 2.0, data2vec-audio, of this package's models, and of these fine-tuned; and
+files that keep fairseq's names: Microsoft's WavLM, and s3prl's conversions."""
 
 from __future__ import annotations
 
@@ -63,6 +64,9 @@ CTC_HEAD = (r"w2v_encoder\.proj\..*",)
 
 OWN = "speech_encoder."
 """Where our fairseq models keep the encoder."""
+
+S3PRL_KEYS = ("task_cfg", "model_cfg", "model_weight")
+"""Of s3prl's conversions; HuBERT's have ``dictionaries_symbols`` too."""
 
 SUPPORTED = {
     "layer_type": "transformer",
@@ -191,6 +195,57 @@ def encoder_source(
         provenance,
         assumed,
     )
+
+
+def read_microsoft(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
+    """The encoder in a file such as ``WavLM-Base+.pt``.
+
+    Raises:
+        ValueError: a feature that this encoder does not have.
+    """
+    fields = plain(checkpoint["cfg"])
+    relative = bool(fields.get("relative_position_embedding", False))
+    refuse(path, fields, {"gru_rel_pos": relative})  # their bias comes gated, or not at all
+    # 1280 is their default for files that do not say; those published say 800.
+    assumed = ("relative positions up to 1280 frames: assumed, as in Microsoft's code; the file does not say",)
+    known = not relative or "max_distance" in fields
+    fields = {"max_distance": 1280, **fields, "relative_position": relative, "padding_rule": "chunks"}
+    with reading_config(path):
+        config = EncoderConfig.from_fairseq(fields)
+    return EncoderSource(
+        "Microsoft's WavLM",
+        config,
+        with_projection(tensors_of(checkpoint["model"], path), config),
+        encoder_names(config),
+        PRETRAINING,
+        ADDED_HERE,
+        assumed=() if known else assumed,
+    )
+
+
+def read_s3prl(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
+    """The encoder in a file of s3prl's (``s3prl/upstream/*/convert.py``): HuBERT, wav2vec 2.0 or data2vec.
+
+    Config fields and weights keep fairseq's names. Its WavLM files are Microsoft's own.
+
+    Raises:
+        ValueError: another model, or a feature that this encoder does not have.
+    """
+    fields, task = plain(checkpoint["model_cfg"]), plain(checkpoint["task_cfg"])
+    name = model_name(fields) or _guess(checkpoint, fields)
+    state = model_state(checkpoint["model_weight"], path)
+    source = encoder_source(f"s3prl's conversion of {name!r}", {**fields, "_name": name}, task, state, path, {})
+    if model_name(fields):
+        return source
+    guess = f"a model of kind {name!r}: assumed from the file's other parts; its config does not say"
+    return source._replace(assumed=(guess, *source.assumed))
+
+
+def _guess(checkpoint: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """The model, where its config does not name it: HuBERT has dictionaries, data2vec several convolutions."""
+    if "dictionaries_symbols" in checkpoint:
+        return "hubert"
+    return "data2vec_audio" if fields.get("pos_conv_depth", 1) > 1 else "wav2vec2"
 
 
 def encoder_names(config: EncoderConfig) -> Callable[[str], str]:

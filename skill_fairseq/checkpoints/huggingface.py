@@ -153,11 +153,7 @@ def _feature_extractor(folder: Path) -> Mapping[str, Any] | None:
     return read_json(extractor) if extractor.exists() else None
 
 
-_CONV_DEFAULTS = {
-    "conv_dim": [512] * 7,
-    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
-    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
-}
+_CONV_DEFAULTS = {"conv_dim": [512] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2]}
 
 
 def _spelling(name: str, kind: str) -> str:

@@ -10,18 +10,10 @@ from typing import Any
 import torch
 
 from skill_fairseq.checkpoints.export import read_export
-from skill_fairseq.checkpoints.fairseq_import import read_fairseq
+from skill_fairseq.checkpoints.fairseq_import import S3PRL_KEYS, read_fairseq, read_microsoft, read_s3prl
 from skill_fairseq.checkpoints.huggingface import read_folder
-from skill_fairseq.checkpoints.microsoft import read_microsoft
-from skill_fairseq.checkpoints.own_folders import (
-    is_own_folder,
-    is_s3prl_folder,
-    read_own_folder,
-    read_s3prl_folder,
-)
+from skill_fairseq.checkpoints.own_folders import is_own_folder, is_s3prl_folder, read_own_folder, read_s3prl_folder
 from skill_fairseq.checkpoints.plain_files import look_alike
-from skill_fairseq.checkpoints.s3prl_import import KEYS as S3PRL_KEYS
-from skill_fairseq.checkpoints.s3prl_import import read_s3prl
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
 from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder, reading_file
