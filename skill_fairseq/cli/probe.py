@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from skill_fairseq.cli._common import Parser, aligned, check_device, run, seed
-from skill_fairseq.files import atomic_write, check_output, write_json
+from skill_fairseq.files import check_output, write_json
 from skill_fairseq.messages import require
 from skill_fairseq.probing.evaluate import evaluate, require_scikit_learn
+from skill_fairseq.probing.intervals import show_interval
 from skill_fairseq.probing.models import resolve_model
 from skill_fairseq.probing.tasks import Task, read_task
+from skill_fairseq.reporting.pictures import drawing
 from skill_fairseq.versions import versions
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -46,8 +47,7 @@ def format_table(entries: Sequence[dict[str, Any]], tasks: Sequence[Task]) -> st
     for entry in entries:
         if entry["task"] == tasks[0].name:
             rows.append([entry["model"], "-" if entry["parameters"] is None else f"{entry['parameters']:,}"])
-        bounds = ", ".join(f"{100 * bound:.1f}" for bound in entry["interval"] or ())
-        rows[-1].append(f"{100 * entry['value']:.1f}" + (f" [{bounds}]" if bounds else ""))
+        rows[-1].append(show_interval(entry["value"], entry["interval"]))
     lines = aligned(rows).splitlines()
     lines.insert(1, "-" * len(lines[0]))
     return "\n".join([*lines, *_without_interval(entries, tasks)])
@@ -66,36 +66,20 @@ def _without_interval(entries: Sequence[dict[str, Any]], tasks: Sequence[Task]) 
 
 def plot_bars(entries: Sequence[dict[str, Any]], tasks: Sequence[Task], path: Path) -> None:
     """Bar chart, one panel a task, with intervals where there are any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is no formula
-    from matplotlib import pyplot
-
-    matplotlib.rcParams["text.parse_math"] = False  # a $ in a name is no formula
     models = list(dict.fromkeys(entry["model"] for entry in entries))
-    figure, panels = pyplot.subplots(
-        1,
-        len(tasks),
-        figsize=(1.5 + len(tasks) * (1.2 + 0.7 * len(models)), 4),
-        squeeze=False,
-        layout="constrained",
-    )
-    for panel, task in zip(panels[0], tasks):
-        shown = [entry for entry in entries if entry["task"] == task.name]
-        values = np.array([100 * entry["value"] for entry in shown])
-        bounds = [entry["interval"] or (entry["value"], entry["value"]) for entry in shown]
-        low, high = np.array(bounds).T * 100
-        reach = np.maximum([values - low, high - values], 0)
-        panel.bar(models, values, yerr=reach, capsize=4, color="#4c72b0", ecolor="#333333")
-        if "classes" in shown[0]:
-            panel.axhline(100 / shown[0]["classes"], color="#999999", linestyle=":")
-        panel.set(title=task.name, ylabel=f"{shown[0]['metric']}, %", ylim=(0, 105))
-        panel.tick_params(axis="x", rotation=30)
-        panel.spines[["top", "right"]].set_visible(False)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-    pyplot.close(figure)
+    with drawing(path, (1.5 + len(tasks) * (1.2 + 0.7 * len(models)), 4)) as figure:
+        for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+            shown = [entry for entry in entries if entry["task"] == task.name]
+            values = np.array([100 * entry["value"] for entry in shown])
+            bounds = [entry["interval"] or (entry["value"], entry["value"]) for entry in shown]
+            low, high = np.array(bounds).T * 100
+            reach = np.maximum([values - low, high - values], 0)
+            panel.bar(models, values, yerr=reach, capsize=4, color="#4c72b0", ecolor="#333333")
+            if "classes" in shown[0]:
+                panel.axhline(100 / shown[0]["classes"], color="#999999", linestyle=":")
+            panel.set(title=task.name, ylabel=f"{shown[0]['metric']}, %", ylim=(0, 105))
+            panel.tick_params(axis="x", rotation=30)
+            panel.spines[["top", "right"]].set_visible(False)
 
 
 @run
@@ -168,7 +152,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="where models run (default: cpu)")
     parser.add_argument("--seed", type=seed, default=0, help="of random weights (default: 0)")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 from skill_fairseq.comparison.layer_distance import SHOWN
 from skill_fairseq.comparison.summary import NO_INTERVAL, NOT_TOLD, OVERALL
+from skill_fairseq.probing.intervals import show_interval
 
 
 def introduction(summary: Mapping[str, Any]) -> str:
@@ -163,10 +164,9 @@ def _costs(of: Mapping[str, Any]) -> list[str]:
 
 
 def _interval(estimate: Sequence[Optional[float]], scale: float, digits: int, signed: bool = False) -> str:
-    value, *bounds = (
-        "" if number is None else f"{scale * number:{'+' if signed else ''}.{digits}f}" for number in estimate
-    )
-    return f"{value} [{', '.join(bounds)}]" if all(bounds) else f"{value} ({NO_INTERVAL})"
+    value, low, high = estimate
+    bounds = None if low is None or high is None else (low, high)
+    return show_interval(value or 0.0, bounds, scale, digits, signed) + ("" if bounds else f" ({NO_INTERVAL})")
 
 
 def _judged(found: Mapping[str, Any], scale: float, digits: int, unit: Optional[str] = None) -> str:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
+from skill_fairseq.messages import require
 from skill_fairseq.probing.classify import probe
 from skill_fairseq.probing.intervals import why_none
 from skill_fairseq.probing.pooling import Features, pool_files
-from skill_fairseq.probing.readable import readable_part
-from skill_fairseq.probing.tasks import Task
+from skill_fairseq.probing.tasks import Task, readable_part
 from skill_fairseq.probing.verify import verify
 
 
@@ -97,9 +96,6 @@ def require_scikit_learn(tasks: Sequence[Task]) -> None:
     Raises:
         ValueError: a task needs scikit-learn, which is not installed.
     """
-    names = [task.name for task in tasks if task.trials is None]
-    if names and find_spec("sklearn") is None:
-        raise ValueError(
-            f"task {names[0]!r}: classification needs scikit-learn, which is not installed; in the repository run "
-            "pip install '.[probe]'"
-        )
+    for task in tasks:
+        if task.trials is None:
+            require(f"task {task.name!r}, whose classification takes scikit-learn", "sklearn")

@@ -97,3 +97,18 @@ def why_none(speakers: int) -> str:
     """Why there is no interval over so many speakers; 0: nobody said who speaks."""
     known = f"{speakers} speaker{'s' * (speakers != 1)}" if speakers else "speakers unknown"
     return f"{known}, an interval needs {MIN_SPEAKERS} or more"
+
+
+def show_interval(
+    value: float, interval: Optional[Sequence[float]], scale: float = 100, digits: int = 1, signed: bool = False
+) -> str:
+    """A value and its interval as text, "12.3 [11.0, 13.5]"; the value alone where it has none.
+
+    Args:
+        value, interval: by themselves; the interval's lower and upper bound.
+        scale: what they are multiplied by; 100: per cent.
+        digits: after the point.
+        signed: with a plus too.
+    """
+    shown, *bounds = (f"{scale * number:{'+' if signed else ''}.{digits}f}" for number in (value, *(interval or ())))
+    return f"{shown} [{', '.join(bounds)}]" if bounds else shown

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -46,29 +47,38 @@ def file_of(out: Path, *words: str) -> Path:
     return out / f"{safe}.png"
 
 
-def draw(path: Path, painter: Callable[[Any], None], size: tuple[float, float]) -> Path:
-    """Saves what the painter draws on a set of axes.
+@contextlib.contextmanager
+def drawing(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """A figure of matplotlib's to draw on, saved when the block ends.
 
     Args:
-        path: PNG file to write.
-        painter: called with matplotlib's axes.
+        path: file to write.
         size: in inches.
-
-    Returns:
-        the path.
     """
     from matplotlib import rc_context  # an extra; without pyplot no display is needed
     from matplotlib.figure import Figure
 
     with rc_context({"text.parse_math": False}):  # a $ in a name is no formula
         figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+        yield figure
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary)
+
+
+def draw(path: Path, painter: Callable[[Any], None], size: tuple[float, float]) -> Path:
+    """Saves what the painter draws on a set of matplotlib's axes; returns the path.
+
+    Args:
+        path: PNG file to write.
+        painter: called with the axes.
+        size: in inches.
+    """
+    with drawing(path, size) as figure:
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#E8E8E8", lw=0.6)
         axes.set_axisbelow(True)
         painter(axes)
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary)
     return path
 
 
@@ -136,33 +146,25 @@ def kept_units(path: Path, shares: Mapping[str, Sequence[Optional[float]]]) -> P
         path: PNG file to write.
         shares: kind -> share in [0, 1] of each layer; None where the whole sublayer is gone.
     """
-    from matplotlib.figure import Figure
-
-    rows = sum(len(values) for values in shares.values())
-    figure = Figure(figsize=(WIDTH, 1.2 + 0.17 * rows), dpi=DPI, layout="constrained")
-    panels = figure.subplots(len(shares), 1, squeeze=False, height_ratios=[len(values) for values in shares.values()])
-    for panel, (kind, values), colour in zip(panels[:, 0], shares.items(), COLOURS):
-        places = np.arange(len(values))
-        panel.barh(places, [100.0] * len(values), color="#EFEFEF", height=0.8)
-        panel.barh(places, [100 * (value or 0.0) for value in values], color=colour, height=0.8)
-        first = 0 if kind.startswith("conv") else 1
-        panel.set_yticks(places, [str(place + first) for place in places], fontsize=8)
-        panel.set_ylim(len(values) - 0.5, -0.5)
-        panel.set(xlim=(0, 100), ylabel=kind)
-        panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.tick_params(axis="y", length=0)
-    panels[-1, 0].set_xlabel("units left, %")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary)
+    counts = [len(values) for values in shares.values()]
+    with drawing(path, (WIDTH, 1.2 + 0.17 * sum(counts))) as figure:
+        panels = figure.subplots(len(shares), 1, squeeze=False, height_ratios=counts)
+        for panel, (kind, values), colour in zip(panels[:, 0], shares.items(), COLOURS):
+            places = np.arange(len(values))
+            panel.barh(places, [100.0] * len(values), color="#EFEFEF", height=0.8)
+            panel.barh(places, [100 * (value or 0.0) for value in values], color=colour, height=0.8)
+            first = 0 if kind.startswith("conv") else 1
+            panel.set_yticks(places, [str(place + first) for place in places], fontsize=8)
+            panel.set_ylim(len(values) - 0.5, -0.5)
+            panel.set(xlim=(0, 100), ylabel=kind)
+            panel.spines[["top", "right", "left"]].set_visible(False)
+            panel.tick_params(axis="y", length=0)
+        panels[-1, 0].set_xlabel("units left, %")
     return path
 
 
 def forest(
-    path: Path,
-    rows: Sequence[tuple[str, Bounded]],
-    xlabel: str,
-    reference: Optional[float],
-    zoom: bool = False,
+    path: Path, rows: Sequence[tuple[str, Bounded]], xlabel: str, reference: Optional[float], zoom: bool = False
 ) -> Path:
     """Values with intervals, one a line, from the top.
 

@@ -14,6 +14,7 @@ import skill_fairseq
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.source import build_encoder
 from skill_fairseq.clustering.plot import plot_clusters
+from skill_fairseq.probing.intervals import show_interval
 from skill_fairseq.reporting import page, pictures
 from skill_fairseq.reporting.encoder_sections import cost_section, distance_section, units_section
 from skill_fairseq.reporting.run_folder import RunFolder, Stage
@@ -84,7 +85,7 @@ def probe_section(entries: list[dict[str, Any]], out: Path) -> str:
         row = [model, "-" if parameters is None else f"{parameters:,}"]
         for task in tasks:
             entry = cells.get((model, task))
-            row.append("-" if entry is None else _interval(*_estimate(entry)) + _count(entry))
+            row.append("-" if entry is None else show_interval(entry["value"], entry["interval"]) + _count(entry))
         rows.append(row)
     for task, metric in tasks.items():
         lines = [
@@ -109,11 +110,6 @@ def _count(entry: Mapping[str, Any]) -> str:
 def _estimate(entry: Mapping[str, Any]) -> tuple[float, Optional[float], Optional[float]]:
     low, high = entry["interval"] or (None, None)
     return entry["value"], low, high
-
-
-def _interval(value: float, low: Optional[float], high: Optional[float]) -> str:
-    bounds = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
-    return f"{100 * value:.1f}{bounds}"
 
 
 def cluster_section(clusters: Mapping[str, Any], out: Path) -> str:

@@ -9,8 +9,7 @@ import pytest
 from messages import says
 
 from skill_fairseq.audio.manifest import Manifest
-from skill_fairseq.probing.readable import readable_part
-from skill_fairseq.probing.tasks import Task
+from skill_fairseq.probing.tasks import Task, readable_part
 
 
 def manifest(split: str, number: int) -> Manifest:
