@@ -276,7 +276,3 @@ def _add_steps(command: argparse.ArgumentParser, what: str) -> None:
         add("--teacher-dtype", choices=PRECISIONS, default="fp32", help="(default: fp32)")
         add("--find-max-tokens", action="store_true", help="find the largest batch that fits instead")
         add("--memory", type=LIMIT, metavar="GB", help="for --find-max-tokens (default: all of the GPU's)")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

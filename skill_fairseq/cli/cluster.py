@@ -210,22 +210,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
     )
     add = parser.add_argument
-    add(
-        "--teacher",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="any file or folder that load_encoder reads",
-    )
+    add("--teacher", required=True, type=Path, metavar="FILE", help="any file or folder that load_encoder reads")
     parser.add_trust()
     add("--manifest", required=True, type=Path, metavar="TSV", help="audio to choose the calibration set from")
-    add(
-        "--out",
-        type=Path,
-        default=Path("clusters"),
-        metavar="DIR",
-        help="folder to write (default: clusters)",
-    )
+    add("--out", type=Path, default=Path("clusters"), metavar="DIR", help="folder to write (default: clusters)")
     add("--config", type=Path, metavar="YAML", help="training config to put criterion.groups into")
     add("--measure", choices=MEASURES, default="cka_minibatch", help="see below (default: cka_minibatch)")
     add("--linkage", choices=linkage.LINKAGES, default="average", help="ward only with l2 (default: average)")
@@ -269,7 +257,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="where the teacher runs (default: cpu)")
     add("--compare", action="store_true", help="also print as many groups by every measure")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

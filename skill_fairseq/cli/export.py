@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -131,9 +130,7 @@ def provenance(source: EncoderSource, path: Path) -> dict[str, object]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="skill-export",
-        description="Write the encoder of a checkpoint for other programs.",
-        epilog=EPILOG,
+        prog="skill-export", description="Write the encoder of a checkpoint for other programs.", epilog=EPILOG
     )
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder to read")
@@ -147,7 +144,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_trust()
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +40,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="as JSON")
     parser.add_trust()
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

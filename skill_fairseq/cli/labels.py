@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -188,7 +187,3 @@ def _parser() -> argparse.ArgumentParser:
         "punctuation becomes a space, other letters and digits are an error",
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

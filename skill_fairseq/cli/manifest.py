@@ -220,13 +220,5 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="files to look at together; a network's file system takes many (default: processors, at most 8)",
     )
-    add(
-        "--decode",
-        action="store_true",
-        help="decode every file whole to find damage and NaN samples (slower)",
-    )
+    add("--decode", action="store_true", help="decode every file whole to find damage and NaN samples (slower)")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

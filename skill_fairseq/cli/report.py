@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +69,3 @@ def _parser() -> argparse.ArgumentParser:
         help="of audio to measure distances on (default: 120)",
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

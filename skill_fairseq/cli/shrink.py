@@ -79,11 +79,7 @@ def sparsities(gated: SpeechEncoder, small: SpeechEncoder, asked: float | None) 
     """Fraction of the original parameters that is gone: as asked for (None: by rounding), as the gates expect,
     and as it has become."""
     full = full_parameters(gated.config)
-    return {
-        "asked": asked,
-        "expected": expected_sparsity(gated),
-        "actual": 1 - small.num_parameters() / full,
-    }
+    return {"asked": asked, "expected": expected_sparsity(gated), "actual": 1 - small.num_parameters() / full}
 
 
 def provenance(source: EncoderSource, path: Path, sizes: dict[str, float | None]) -> dict[str, Any]:
@@ -165,7 +161,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--table-only", action="store_true", help="print the table, write nothing")
     parser.add_trust()
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,6 +19,8 @@ from messages import says
 from skill_fairseq.audio.manifest import check_manifest, load_audio, read_manifest
 from skill_fairseq.cli.manifest import main
 
+COMMAND = "from skill_fairseq.cli.manifest import main; raise SystemExit(main())"
+
 
 def tone(seconds: float, rate: int = 16000) -> np.ndarray:
     return (0.5 * np.sin(2 * math.pi * 440 * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
@@ -315,7 +317,7 @@ def test_a_terminated_scan_ends_cleanly_and_the_same_command_goes_on(tmp_path: P
     content = (folder / "0000.wav").read_bytes()
     for i in range(1, 1500):
         (folder / f"{i:04d}.wav").write_bytes(content)
-    arguments = [sys.executable, "-m", "skill_fairseq.cli.manifest", str(folder), str(out), "--jobs", "1", "--decode"]
+    arguments = [sys.executable, "-c", COMMAND, str(folder), str(out), "--jobs", "1", "--decode"]
     child = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
     progress = out / "unfinished_scan.jsonl"
     while child.poll() is None and not (progress.exists() and progress.stat().st_size):

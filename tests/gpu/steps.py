@@ -31,6 +31,9 @@ MODES = {
 }
 
 
+BENCH = "from skill_fairseq.cli.bench import main; raise SystemExit(main())"
+
+
 class Steps:
     """What every step needs.
 
@@ -92,7 +95,7 @@ class Steps:
 
     def bench(self, what: str, *arguments: str) -> dict[str, Any]:
         record = self.out / "bench.json"
-        command = [sys.executable, "-m", "skill_fairseq.cli.bench", what, *arguments, "--device", self.device]
+        command = [sys.executable, "-c", BENCH, what, *arguments, "--device", self.device]
         if self.gpu:
             size = ["--seconds", "15.6", "--batch", "10", "--precision", "bf16", "--repeats", "8", "--warmup", "3"]
         else:
