@@ -108,21 +108,25 @@ def not_utf8(error: BaseException) -> bool:
 
 def meant_for_users(error: BaseException, program: str = "skill_fairseq") -> bool:
     """Whether an error is the user's to mend: the system's refusals, a package that is missing, memory that does not
-    suffice, a name that is not UTF-8, and each ValueError that a ``raise`` of this package or of `program` made. A
-    ValueError that Python or a library raised comes from a defect of ours.
+    suffice, a name that is not UTF-8, and each ValueError that a ``raise`` of this package or of `program` made; where
+    that is ``__main__``, of the files beside it too. A ValueError that Python or a library raised comes from a defect
+    of ours.
     """
     if isinstance(error, ImportError):
         return (error.name or "skill_fairseq").partition(".")[0] not in ("skill_fairseq", program)
     if isinstance(error, OSError) or out_of_memory(error) or not_utf8(error):
         return True
-    return isinstance(error, ValueError) and _raised_by(error.__traceback__, ("skill_fairseq", program))
+    return isinstance(error, ValueError) and _raised_by(error.__traceback__, program)
 
 
-def _raised_by(traceback: TracebackType | None, packages: tuple[str, ...]) -> bool:
+def _raised_by(traceback: TracebackType | None, program: str) -> bool:
     if traceback is None:
         return True  # it comes from another process, which has decided
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    module = str(traceback.tb_frame.f_globals.get("__name__"))
-    instruction = traceback.tb_frame.f_code.co_code[traceback.tb_lasti]
-    return module.partition(".")[0] in packages and dis.opname[instruction] == "RAISE_VARARGS"
+    frame = traceback.tb_frame
+    ours = str(frame.f_globals.get("__name__")).partition(".")[0] in ("skill_fairseq", program)
+    if program == "__main__" and not ours:
+        script = getattr(sys.modules[program], "__file__", None) or ""
+        ours = os.path.dirname(os.path.abspath(script)) == os.path.dirname(os.path.abspath(frame.f_code.co_filename))
+    return ours and dis.opname[frame.f_code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"

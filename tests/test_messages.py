@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -128,3 +129,15 @@ def test_scripts_say_that_they_need_another_bash(script: Path) -> None:
         line = guard[0].replace("BASH_VERSINFO", "version")
         done = subprocess.run(["bash", "-c", f"version=({version}); {line}; exit 0"], capture_output=True, text=True)
         assert done.returncode == code and ("expected 4.4 or later" in done.stderr) == bool(code)
+
+
+def test_an_error_of_a_file_beside_the_program_is_meant_for_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(tmp_path / "run.py"), raising=False)
+    for folder, meant in ((tmp_path, True), (tmp_path / "other", False)):
+        code = compile("raise ValueError('methods')", str(folder / "grid.py"), "exec")
+        with pytest.raises(ValueError) as caught:
+            exec(code, {"__name__": "grid"})
+        assert meant_for_users(caught.value, "__main__") is meant
+        assert not meant_for_users(caught.value)

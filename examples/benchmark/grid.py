@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Optional
 
 import yaml
+from methods import Target, Variant, check_methods, target_of  # beside this file
 
-from skill_fairseq.comparison.methods import Target, Variant, check_methods, target_of
 from skill_fairseq.files import PathLike
 from skill_fairseq.reading import read_text
 
@@ -32,7 +32,7 @@ class Grid:
         updates: in place of the configs' numbers: stage1 and stage2, whose warm-up becomes a tenth of that.
         methods, sparsities, seeds: the grid itself.
         baseline: the method that the others are compared with.
-        variants: methods of the grid's own, by name: see :data:`skill_fairseq.comparison.methods.Variant`.
+        variants: methods of the grid's own, by name: see :data:`methods.Variant`.
     """
 
     teacher: Path

@@ -20,7 +20,11 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from threads, and waits for them
 
-from student import in_log, make_student  # beside this file
+# beside this file
+from grid import STAGES, Grid, Run, changed_setting, composed, owner, read_grid, runs_of, settings_of
+from methods import METHODS
+from runs_table import write_runs
+from student import in_log, make_student
 
 from skill_fairseq import load_encoder
 from skill_fairseq.audio.manifest import check_manifest, read_manifest
@@ -28,20 +32,7 @@ from skill_fairseq.cli import cluster
 from skill_fairseq.cli._common import Parser, in_range, seed
 from skill_fairseq.cli._common import run as reporting_errors
 from skill_fairseq.comparison.costs import costs
-from skill_fairseq.comparison.grid import (
-    STAGES,
-    Grid,
-    Run,
-    changed_setting,
-    composed,
-    owner,
-    read_grid,
-    runs_of,
-    settings_of,
-)
 from skill_fairseq.comparison.layer_distance import layer_distances
-from skill_fairseq.comparison.methods import METHODS
-from skill_fairseq.comparison.runs_table import write_runs
 from skill_fairseq.comparison.summary import summarise
 from skill_fairseq.comparison.table import write_tables
 from skill_fairseq.files import atomic_write, content_sha256, read_json, sha256, write_json
@@ -331,9 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(
-        prog="run.py", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="run.py", description=__doc__, epilog=EPILOG)
     add = made.add_argument
     add(
         "out",

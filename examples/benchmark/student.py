@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from grid import Grid, Run  # beside this file
+
 from skill_fairseq import load_encoder
 from skill_fairseq.checkpoints.export import save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.cli import export, shrink
 from skill_fairseq.clustering.config_file import format_groups
-from skill_fairseq.comparison.grid import Grid, Run
 from skill_fairseq.files import read_json, write_json
 from skill_fairseq.pruning.magnitude import prune_by_magnitude
 

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -50,7 +49,7 @@ def decode(model: Any, task: Any, decoder: Any, split: str, symbol: str) -> list
 @run
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoint", help="of hubert_ctc or wav2vec_ctc, fine-tuned with task audio_finetuning")
     parser.add_argument("data", type=Path, help="folder that skill-labels wrote")
     parser.add_argument("splits", nargs="+", help="train, valid, test, ...")

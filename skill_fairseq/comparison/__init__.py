@@ -1,1 +1,1 @@
-"""Comparing ways of choosing what is distilled: their groups, measurements of a student, and statistics."""
+"""Comparing students: how far each is from its teacher, what it costs, and statistics over seeds and speakers."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
+from grid import changed_setting, composed, owner, read_grid, runs_of, settings_of
 from messages import says
 
 from skill_fairseq.clustering.similarity import MEASURES
-from skill_fairseq.comparison.grid import changed_setting, composed, owner, read_grid, runs_of, settings_of
 
 SHIPPED = Path(__file__).resolve().parents[2] / "examples" / "benchmark" / "grid.yaml"
 STAGE = {"config": "distill/tiny", "overrides": ["a=1"]}

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from messages import says
-
-from skill_fairseq.clustering.similarity import MEASURES
-from skill_fairseq.comparison.methods import (
+from methods import (
     METHODS,
     check_methods,
     cluster_again,
@@ -18,6 +16,8 @@ from skill_fairseq.comparison.methods import (
     spread_layers,
     target_of,
 )
+
+from skill_fairseq.clustering.similarity import MEASURES
 
 SKILL = [[0], [1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11, 12]]
 

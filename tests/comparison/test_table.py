@@ -10,9 +10,9 @@ from typing import Any, Optional
 import numpy as np
 import pytest
 from messages import says
+from runs_table import write_runs
 
 from skill_fairseq.comparison.layer_distance import KINDS
-from skill_fairseq.comparison.runs_table import write_runs
 from skill_fairseq.comparison.statistics import crossed_mean, paired_difference
 from skill_fairseq.comparison.summary import summarise
 from skill_fairseq.comparison.table import write_tables
