@@ -237,15 +237,19 @@ def _refused(path: PathLike, error: Exception, reason: str | None) -> OSError:
     return kind(f"{path}: cannot be written ({reason}); make room or name a place that can be written to")
 
 
+def write_file(path: PathLike, content: str | bytes | memoryview) -> None:
+    """Writes a file in one step, see :func:`atomic_write`; text in UTF-8, its line breaks as they are."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
 def write_json(path: PathLike, content: Any) -> None:
-    """Atomically.
+    """In one step.
 
     Raises:
         ValueError: a number in it is NaN or infinite, which JSON does not know.
     """
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_file(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: PathLike) -> Any:
@@ -275,6 +279,11 @@ def named(field: str) -> Iterator[None]:
             raise
         kind = type(error) if isinstance(error, OSError) and type(error).__module__ == "builtins" else ValueError
         raise kind(f"{field}: {error}") from error
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
 
 
 def sha256(path: PathLike) -> str:

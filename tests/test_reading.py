@@ -9,8 +9,8 @@ import pytest
 from messages import says
 
 from skill_fairseq.audio.manifest import read_manifest
-from skill_fairseq.clustering.config_file import read_config, write_config
-from skill_fairseq.files import read_json
+from skill_fairseq.clustering.config_file import read_config
+from skill_fairseq.files import read_json, write_file
 from skill_fairseq.reading import find_files, read_text
 
 
@@ -38,7 +38,7 @@ def test_other_encodings_are_refused_with_file_line_and_remedy(
 def test_a_config_keeps_its_mark_and_its_line_breaks(tmp_path: Path) -> None:
     content = b"\xef\xbb\xbfcriterion:\r\n  _name: x\r\n"
     (tmp_path / "a.yaml").write_bytes(content)
-    write_config(tmp_path / "b.yaml", read_config(tmp_path / "a.yaml"))
+    write_file(tmp_path / "b.yaml", read_config(tmp_path / "a.yaml"))
     assert (tmp_path / "b.yaml").read_bytes() == content
 
 

@@ -35,7 +35,7 @@ from skill_fairseq.comparison.costs import costs
 from skill_fairseq.comparison.layer_distance import layer_distances
 from skill_fairseq.comparison.summary import summarise
 from skill_fairseq.comparison.table import write_tables
-from skill_fairseq.files import atomic_write, content_sha256, read_json, sha256, write_json
+from skill_fairseq.files import content_sha256, read_json, sha256, write_file, write_json
 from skill_fairseq.probing.evaluate import evaluate, require_scikit_learn
 from skill_fairseq.probing.models import level_free_log_mel
 from skill_fairseq.probing.pooling import EncoderFeatures
@@ -315,9 +315,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary.update(wanted=len(runs), found=len(results), failed=failed, settings=read_json(out / "settings.json"))
     write_json(out / "results.json", summary)
     write_runs(out / "runs.csv", results)
-    with atomic_write(out / "table.md") as temporary:
-        temporary.write_text(write_tables(summary), encoding="utf-8")
-    print((out / "table.md").read_text(encoding="utf-8"))
+    table = write_tables(summary)
+    write_file(out / "table.md", table)
+    print(table)
     return 1 if failed else 0
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from skill_fairseq.audio.names import check_root, unstorable
-from skill_fairseq.files import PathLike, atomic_write
+from skill_fairseq.files import PathLike, write_file
 from skill_fairseq.messages import shell_quote
 from skill_fairseq.reading import read_text
 
@@ -166,9 +166,8 @@ def write_manifest(path: PathLike, root: PathLike, paths: Sequence[str], sizes: 
         reason = unstorable(name)
         if reason:
             raise ValueError(f"{path}: {name!r} {reason}, which a manifest cannot hold; rename the file")
-    with atomic_write(path) as temporary:
-        lines = [str(root), *(f"{name}\t{size}" for name, size in zip(paths, sizes))]
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+    lines = [str(root), *(f"{name}\t{size}" for name, size in zip(paths, sizes))]
+    write_file(path, "\n".join(lines) + "\n")
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from skill_fairseq.checkpoints.plain_files import parse_json
 from skill_fairseq.checkpoints.safetensors_file import load_metadata, load_tensors
 from skill_fairseq.checkpoints.source import EncoderSource, State, reading_config
-from skill_fairseq.files import PathLike, atomic_write
+from skill_fairseq.files import PathLike, write_file
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 
@@ -43,8 +43,7 @@ def save_encoder(
         "config": json.dumps(encoder.config.to_dict()),
         "provenance": json.dumps(dict(provenance or {})),
     }
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(save(state, metadata))  # save_file would give the file to its owner alone
+    write_file(path, save(state, metadata))  # save_file would give the file to its owner alone
 
 
 def finite_state(encoder: SpeechEncoder, dtype: str = "float32") -> State:

@@ -71,7 +71,7 @@ SUPPORTED = {
 }
 
 
-def read_folder(folder: Path, trust: bool = False) -> EncoderSource:
+def read_huggingface(folder: Path, trust: bool = False) -> EncoderSource:
     """The encoder in a folder that ``save_pretrained`` wrote or the Hugging Face hub serves.
 
     Raises:

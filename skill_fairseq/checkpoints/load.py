@@ -11,7 +11,7 @@ import torch
 
 from skill_fairseq.checkpoints.export import read_export
 from skill_fairseq.checkpoints.fairseq_import import S3PRL_KEYS, read_fairseq, read_microsoft, read_s3prl
-from skill_fairseq.checkpoints.huggingface import read_folder
+from skill_fairseq.checkpoints.huggingface import read_huggingface
 from skill_fairseq.checkpoints.own_folders import is_own_folder, is_s3prl_folder, read_own_folder, read_s3prl_folder
 from skill_fairseq.checkpoints.plain_files import look_alike
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
@@ -79,7 +79,7 @@ def _read_source(path: Path, trust: bool) -> EncoderSource:
         if is_s3prl_folder(path):
             return read_s3prl_folder(path)
         if (path / "config.json").exists():
-            return read_folder(path, trust)
+            return read_huggingface(path, trust)
         found = sorted(entry.name for entry in path.iterdir())[:10]
         raise ValueError(
             f"{path}: is a folder without config.json (it holds {found}); a folder must be a Hugging Face "

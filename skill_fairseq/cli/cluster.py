@@ -17,10 +17,10 @@ from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.cli._common import Parser, check_device, in_range, run, seed
 from skill_fairseq.clustering import linkage
 from skill_fairseq.clustering.calibration import choose_utterances, layer_similarity
-from skill_fairseq.clustering.config_file import format_groups, merge_groups, read_config, write_config
+from skill_fairseq.clustering.config_file import format_groups, merge_groups, read_config
 from skill_fairseq.clustering.plot import plot_clusters
 from skill_fairseq.clustering.similarity import CHEAP_MEASURES, MEASURES
-from skill_fairseq.files import atomic_write, check_output, content_sha256, write_json
+from skill_fairseq.files import check_output, content_sha256, write_file, write_json
 from skill_fairseq.messages import printable, remedy_for
 from skill_fairseq.versions import versions
 
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         plot_clusters(args.picture, distances, tree, groups, cut["height"], layers, args.measure, title)
         written.append(args.picture)
     if args.config:
-        write_config(args.config, merge_groups(read_config(args.config), named, str(args.config)))
+        write_file(args.config, merge_groups(read_config(args.config), named, str(args.config)))
         written.append(args.config)
     print(f"wrote {', '.join(map(str, written))}")
     print(f"to train with these groups: fairseq-hydra-train ... 'criterion.groups={format_groups(named, ',')}'")
@@ -183,8 +183,7 @@ def _write_groups(path: Path, groups: Sequence[Sequence[int]], about: str) -> No
         f"# 'criterion.groups={format_groups(groups, ',')}'\n"
         f"groups: {format_groups(groups)}\n"
     )
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_file(path, text)
 
 
 def _check_options(args: argparse.Namespace) -> None:

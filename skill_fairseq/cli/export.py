@@ -18,7 +18,7 @@ from skill_fairseq.exporting.onnx_graph import NEEDED, OPSET, save_onnx
 from skill_fairseq.exporting.s3prl_folder import save_s3prl
 from skill_fairseq.exporting.torch_program import save_torch_program
 from skill_fairseq.exporting.traceable import check_torch
-from skill_fairseq.files import check_output, sha256
+from skill_fairseq.files import check_output, sha256, size_of
 from skill_fairseq.messages import printable, require
 from skill_fairseq.modules.encoder import SpeechEncoder
 
@@ -60,10 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = read_source(args.checkpoint, args.trust)
     encoder = build_encoder(source, args.checkpoint).eval()
     format = _write(args, encoder, provenance(source, args.checkpoint))
-    size = sum(file.stat().st_size for file in [args.out, *args.out.rglob("*")] if file.is_file())
     print(
-        f"{args.out}: {format} of {encoder.num_parameters():,} parameters in {args.dtype}, {size / 1e6:.2f} MB, from "
-        f"{source.format}"
+        f"{args.out}: {format} of {encoder.num_parameters():,} parameters in {args.dtype}, "
+        f"{size_of(args.out) / 1e6:.2f} MB, from {source.format}"
     )
     if encoder.config.pruning_units:
         print(f"its gates ({', '.join(encoder.config.pruning_units)}) went along; skill-shrink cuts them out")

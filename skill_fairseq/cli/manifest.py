@@ -16,7 +16,7 @@ from skill_fairseq.audio.names import check_root, unstorable
 from skill_fairseq.audio.scan import Facts, Progress, Sought, find_audio, scan
 from skill_fairseq.audio.split import SPEAKER, keys_of, split
 from skill_fairseq.cli._common import MAX_SEED, Parser, in_range, run
-from skill_fairseq.files import atomic_write, check_output
+from skill_fairseq.files import check_output, write_file
 from skill_fairseq.messages import printable
 
 EPILOG = f"""examples:
@@ -88,9 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sizes.append(facts.samples)
 
     report = args.out / "left_out.tsv"
-    with atomic_write(report) as temporary:
-        rows = ["path\treason\tdetail", *("\t".join(map(printable, row)) for row in left_out)]
-        temporary.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    rows = ["path\treason\tdetail", *("\t".join(map(printable, row)) for row in left_out)]
+    write_file(report, "\n".join(rows) + "\n")
     _print_left_out(left_out, report, root, args.sample_rate)
     if not paths:
         raise ValueError(

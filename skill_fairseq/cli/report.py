@@ -11,7 +11,7 @@ from skill_fairseq.cli._common import Parser, in_range, run
 from skill_fairseq.files import check_output
 from skill_fairseq.messages import require
 from skill_fairseq.reporting.benchmark_report import benchmark_report
-from skill_fairseq.reporting.run_folder import read_folder
+from skill_fairseq.reporting.run_folder import read_run_folder
 from skill_fairseq.reporting.run_report import run_report
 
 EPILOG = """examples:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is None and out.is_symlink():
         raise ValueError(f"{out}: is a link to {out.readlink()}, outside of the run; give --out DIR, or remove it")
     check_output(out / "report.html", "--out")
-    folder = read_folder(args.folder, args.teacher, args.data)
+    folder = read_run_folder(args.folder, args.teacher, args.data)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".report-", dir=out) as made:
         if folder.benchmark is not None:

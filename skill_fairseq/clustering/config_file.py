@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from skill_fairseq.files import PathLike, atomic_write
+from skill_fairseq.files import PathLike
 from skill_fairseq.reading import decode
 
 
@@ -73,12 +73,6 @@ def merge_groups(text: str, groups: Sequence[Sequence[int]], name: str = "config
             f"groups: {line}"
         )
     return after
-
-
-def write_config(path: PathLike, text: str) -> None:
-    """Replaces a config in one step; a link stays a link, and permissions stay."""
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(text.encode("utf-8"))
 
 
 def _entries(mapping: Any) -> dict[str, tuple[yaml.Node, yaml.Node]]:

@@ -126,7 +126,7 @@ def _own_config(encoder: SpeechEncoder) -> dict[str, Any]:
 
 
 def _stock_config(encoder: SpeechEncoder, kind: str) -> dict[str, Any]:
-    """The inverse of :func:`skill_fairseq.checkpoints.huggingface.read_folder`'s reading of config.json."""
+    """The inverse of :func:`skill_fairseq.checkpoints.huggingface.read_huggingface`'s reading of config.json."""
     config = encoder.config
     conv = config.conv_feature_layers
     fields = {

@@ -12,7 +12,7 @@ from typing import Any, Optional
 import torch
 
 from skill_fairseq.exporting.traceable import INFO_NAME, describe_graph, record
-from skill_fairseq.files import PathLike, atomic_write
+from skill_fairseq.files import PathLike, write_file
 from skill_fairseq.messages import require
 from skill_fairseq.modules.encoder import SpeechEncoder
 
@@ -71,8 +71,7 @@ def save_onnx(
         },
     )
     onnx.checker.check_model(model)
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(model.SerializeToString())
+    write_file(path, model.SerializeToString())
 
 
 def read_onnx_info(path: Path) -> tuple[str, int] | None:

@@ -12,7 +12,7 @@ import torch
 
 from skill_fairseq.checkpoints.plain_files import MAX_JSON
 from skill_fairseq.exporting.traceable import INFO_NAME, describe_graph, record
-from skill_fairseq.files import PathLike, atomic_write
+from skill_fairseq.files import PathLike, write_file
 from skill_fairseq.modules.encoder import SpeechEncoder
 
 
@@ -38,8 +38,7 @@ def save_torch_program(
     program = record(encoder, padding_mask)
     content = io.BytesIO()  # torch's own writer to files says of a full disk that "a file write failed"
     torch.export.save(program, content, extra_files={INFO_NAME: describe_graph(encoder, provenance or {})})
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
+    write_file(path, content.getbuffer())
 
 
 def read_program_info(path: Path) -> str | None:

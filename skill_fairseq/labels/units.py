@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from skill_fairseq.audio.manifest import MIN_SAMPLES
-from skill_fairseq.files import PathLike, atomic_write
+from skill_fairseq.files import PathLike, write_file
 from skill_fairseq.reading import read_text
 
 FRAME_SAMPLES = 320  # one output of the usual conv stack
@@ -121,15 +121,13 @@ def read_units(folder: PathLike) -> Units:
 def write_units(folder: PathLike, units: Units, counts: Counter[str]) -> None:
     """Write `dict.<labels>.txt`, one symbol and its count a line as fairseq reads it, and a SentencePiece model."""
     if units.model is not None:
-        with atomic_write(Path(folder) / MODEL) as temporary:
-            temporary.write_bytes(units.model)
+        write_file(Path(folder) / MODEL, units.model)
     write_lines(Path(folder) / f"dict.{units.labels}.txt", [f"{symbol} {counts[symbol]}" for symbol in units.symbols])
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a text file in one step."""
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_file(path, "".join(f"{line}\n" for line in lines))
 
 
 def too_short(sizes: Sequence[int], units: Sequence[Sequence[str]]) -> list[int]:

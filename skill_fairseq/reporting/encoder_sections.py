@@ -9,6 +9,7 @@ from typing import Any, Optional
 from skill_fairseq.audio.manifest import check_manifest, read_manifest
 from skill_fairseq.comparison.costs import SECONDS, costs
 from skill_fairseq.comparison.layer_distance import KINDS, SHOWN, LayerDistances, layer_distances
+from skill_fairseq.files import size_of
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.shrink import describe_units
@@ -23,7 +24,6 @@ def cost_section(encoders: Encoders, files: Mapping[str, Path]) -> str:
     first = next(iter(found.values()))
     rows = []
     for name, cost in found.items():
-        size = sum(f.stat().st_size for f in [files[name], *files[name].rglob("*")] if f.is_file())
         rows.append(
             [
                 name,
@@ -33,7 +33,7 @@ def cost_section(encoders: Encoders, files: Mapping[str, Path]) -> str:
                 f"{100 * cost['macs'] / first['macs']:.1f} %",
                 f"{1000 * cost['cpu_seconds']:.1f}",
                 f"{first['cpu_seconds'] / cost['cpu_seconds']:.2f}",
-                f"{size / 1e6:.2f}",
+                f"{size_of(files[name]) / 1e6:.2f}",
             ]
         )
     head = ["encoder", "parameters", "of them left", "G MACs", "of them left", "CPU ms", "times faster", "file, MB"]

@@ -12,7 +12,7 @@ from typing import Any, Optional
 import yaml
 
 from skill_fairseq.reporting.shapes import HYDRA, PROBES, check, check_benchmark, check_clusters
-from skill_fairseq.reporting.training_log import KINDS, Entry, read_log
+from skill_fairseq.reporting.training_log import LOGGED, Entry, read_log
 
 MODELS = ("shrunk", "student")
 """File stems of encoders, in the order of their making."""
@@ -69,7 +69,7 @@ class RunFolder:
     missing: list[str]
 
 
-def read_folder(path: Path, teacher: Optional[Path] = None, data: Optional[Path] = None) -> RunFolder:
+def read_run_folder(path: Path, teacher: Optional[Path] = None, data: Optional[Path] = None) -> RunFolder:
     """Looks through a folder.
 
     Args:
@@ -124,7 +124,7 @@ def _stages(path: Path) -> list[Stage]:
     found = []
     for folder in [path, *sorted(child for child in path.iterdir() if child.is_dir())]:
         log = read_log(folder)
-        if any(log[kind] for kind in KINDS):
+        if any(log[kind] for kind in LOGGED):
             config = _read(folder / ".hydra" / "config.yaml", lambda content: check(content, {str: object}))
             name = "training" if folder == path else folder.name
             found.append(Stage(name, log, config, *_command(folder), _checkpoint(path, folder, config)))

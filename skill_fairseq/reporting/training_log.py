@@ -10,7 +10,7 @@ from pathlib import Path
 
 Entry = dict[str, float]
 
-KINDS = ("train_inner", "train", "valid")
+LOGGED = ("train_inner", "train", "valid")
 _LINE = re.compile(r"(?:\[(?P<hydra>\w+)\]\[INFO\] - |\| INFO \| (?P<plain>\w+) \| )(?P<rest>.*)$")
 _SEPARATORS = str.maketrans("=,|", "   ")
 _LONGEST = 100_000  # characters of a line: those of numbers are shorter
@@ -29,7 +29,7 @@ def parse_log(lines: Iterable[str]) -> dict[str, list[Entry]]:
         "train_inner", "train" (means over epochs) and "valid" -> entries, each with ``num_updates``. Other numbers may
         be NaN or infinite, as they were logged.
     """
-    found: dict[str, list[Entry]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[Entry]] = {kind: [] for kind in LOGGED}
     for line in lines:
         match = _LINE.search(line) if "num_updates" in line and len(line) < _LONGEST else None
         kind = match and (match["hydra"] or match["plain"])
@@ -79,7 +79,7 @@ def read_log(folder: Path) -> dict[str, list[Entry]]:
                 found = parse_log(lines)
             if any(found.values()):
                 return found
-    return {kind: [] for kind in KINDS}
+    return {kind: [] for kind in LOGGED}
 
 
 def series(entries: Iterable[Entry], name: str) -> tuple[list[float], list[float]]:

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from messages import says
 
-from skill_fairseq.clustering.config_file import format_groups, merge_groups, read_config, write_config
+from skill_fairseq.clustering.config_file import format_groups, merge_groups, read_config
+from skill_fairseq.files import write_file
 
 GROUPS = [[0], [1, 2]]
 LINE = "groups: [[0], [1, 2]]"
@@ -88,7 +89,7 @@ def test_file_is_replaced_in_place(tmp_path):
     real.write_bytes(CONFIG.replace("\n", "\r\n").encode())
     real.chmod(0o640)
     link.symlink_to(real)
-    write_config(link, merge_groups(read_config(link), GROUPS))
+    write_file(link, merge_groups(read_config(link), GROUPS))
     assert link.is_symlink()
     assert real.read_bytes() == merge_groups(CONFIG, GROUPS).replace("\n", "\r\n").encode()
     assert os.stat(real).st_mode & 0o777 == 0o640

@@ -12,13 +12,13 @@ from messages import says
 
 from skill_fairseq.comparison.table import introduction
 from skill_fairseq.reporting.benchmark_report import benchmark_report
-from skill_fairseq.reporting.run_folder import read_folder
+from skill_fairseq.reporting.run_folder import read_run_folder
 
 
 @pytest.fixture(scope="module")
 def made(benchmark_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     out = tmp_path_factory.mktemp("made")
-    return benchmark_report(read_folder(benchmark_folder), out), out
+    return benchmark_report(read_run_folder(benchmark_folder), out), out
 
 
 def test_tables_have_the_summarys_numbers(made: tuple, benchmark_folder: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_picture_says_what_its_colours_and_arrows_mean(made: tuple, benchmark_
     difference = {"digit": {"estimate": [-0.6, -0.7, -0.5], "verdict": "lower", "within": 0.7}}
     summary["rows"].append({**row, "method": "far_off", "difference": difference})
     (tmp_path / "results.json").write_text(json.dumps(summary))
-    found = re.findall(captions, benchmark_report(read_folder(tmp_path), tmp_path))
+    found = re.findall(captions, benchmark_report(read_run_folder(tmp_path), tmp_path))
     assert found == [f"{plain}; \u25c2 \u25b8: beyond the axis", plain, plain]
 
 
@@ -92,7 +92,7 @@ def test_without_intervals_it_says_why(benchmark_folder: Path, tmp_path: Path) -
         if row["difference"]:
             row["difference"]["digit"] = {"estimate": [0.1, None, None], "verdict": "no interval", "within": None}
     (tmp_path / "results.json").write_text(json.dumps(summary))
-    page = benchmark_report(read_folder(tmp_path), tmp_path)
+    page = benchmark_report(read_run_folder(tmp_path), tmp_path)
     assert re.search("<figcaption>no interval: 2 speakers.*3.*</figcaption>", page)
     assert "Without an interval: digit (2 speakers" in page and "<td>+10.0 (no interval)</td>" in page
 
@@ -105,4 +105,4 @@ def test_the_command_to_repeat_it(made: tuple) -> None:
 def test_results_without_rows_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match=says("results.json", "rows")):
-        read_folder(tmp_path)
+        read_run_folder(tmp_path)

@@ -19,7 +19,7 @@ from messages import says
 from skill_fairseq.cli.report import main
 from skill_fairseq.reporting import pictures
 from skill_fairseq.reporting.benchmark_report import benchmark_report
-from skill_fairseq.reporting.run_folder import read_folder
+from skill_fairseq.reporting.run_folder import read_run_folder
 from skill_fairseq.reporting.run_report import run_report
 
 NAMES = ["x/../../../OUTSIDE", "/OUTSIDE", "..", "a\0b", "a" * 400, "$^{2$x", "два слова", "a-b", "a b", "", "\x1b[1m"]
@@ -159,7 +159,7 @@ def test_no_field_that_is_missing_or_odd_ends_in_a_traceback(
     for where, value in random.Random(0).sample(tried, min(len(tried), 100)):
         path.write_text(write(changed(content, where, value)))
         try:
-            folder = read_folder(run)
+            folder = read_run_folder(run)
         except ValueError as error:
             assert str(error).startswith(f"{path}: ") and "make it again" in str(error), (where, value)
             continue
@@ -182,7 +182,7 @@ def test_a_damaged_file_is_an_error_or_a_page(run_folder: Path, tmp_path: Path, 
             (run / name).write_bytes(spoiled(whole, number, dice))
             try:
                 with bounds():
-                    assert "</html>" in run_report(read_folder(run), out, 1.0)
+                    assert "</html>" in run_report(read_run_folder(run), out, 1.0)
             except ValueError as error:
                 assert str(error).startswith(f"{run / name}: ")
         (run / name).write_bytes(whole)

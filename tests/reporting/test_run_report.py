@@ -16,14 +16,14 @@ from messages import says
 from skill_fairseq.audio.manifest import read_manifest
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.comparison.layer_distance import layer_distances
-from skill_fairseq.reporting.run_folder import read_folder
+from skill_fairseq.reporting.run_folder import read_run_folder
 from skill_fairseq.reporting.run_report import repeat_section, run_report
 from skill_fairseq.reporting.training_section import thinned, training_section
 
 
 def report(path: Path, out: Path, **options: Path) -> str:
     out.mkdir(exist_ok=True)
-    return run_report(read_folder(path, **options), out, 120.0)
+    return run_report(read_run_folder(path, **options), out, 120.0)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_commands_name_the_checkpoint_where_it_lies(
     if there:
         (path / there).parent.mkdir(exist_ok=True)
         (path / there).touch()
-    repeat = unescape(re.sub("</?span>", "", repeat_section(read_folder(path), {})))
+    repeat = unescape(re.sub("</?span>", "", repeat_section(read_run_folder(path), {})))
     assert f"skill-shrink {shown} shrunk.safetensors" in repeat
     assert f"skill-export {shown} student.safetensors" in repeat
 
@@ -178,7 +178,7 @@ def test_relative_paths_of_the_settings_start_where_the_command_was_given(
     (path / "stage1" / ".hydra" / "hydra.yaml").write_text(hydra)
     (path / "stage1" / ".hydra" / "config.yaml").write_text(f"task: {{teacher: {teacher_file.name}}}\n")
     monkeypatch.chdir(tmp_path)
-    assert read_folder(path).models == {"teacher": teacher_file}
+    assert read_run_folder(path).models == {"teacher": teacher_file}
 
 
 def test_losses_that_are_not_finite_are_said_and_not_drawn(run_folder: Path, tmp_path: Path) -> None:
@@ -186,11 +186,11 @@ def test_losses_that_are_not_finite_are_said_and_not_drawn(run_folder: Path, tmp
     shutil.copytree(run_folder / "stage1", path / "stage1")
     log = path / "stage1" / "hydra_train.log"
     log.write_text(log.read_text().replace("loss=-0.5123", "loss=nan").replace("loss=-0.7345", "loss=inf"))
-    html = training_section(read_folder(path).stages, tmp_path)
+    html = training_section(read_run_folder(path).stages, tmp_path)
     assert re.search(r"loss nan .*, inf .* 2 of 3 .*not finite.* update 10\b", html)
     assert ["10", "nan", "0.0123", "0.2000", "1.500"] in rows(html) and html.count("<img") == 3
     log.write_text(log.read_text().replace("distillation_loss=nan, ", "").replace("expected_sparsity=0.4987, ", ""))
-    html = training_section(read_folder(path).stages, tmp_path)
+    html = training_section(read_run_folder(path).stages, tmp_path)
     assert re.search(r"loss -0\.6234 .*, inf ", html) and "Expected sparsity 0" not in html
 
 
@@ -201,7 +201,7 @@ def test_logs_of_submit_are_no_trainings(run_folder: Path, tmp_path: Path) -> No
     for copy in ("logs/stage1.log", "old.log"):
         (path / copy).parent.mkdir(exist_ok=True)
         shutil.copy(path / "stage1" / "hydra_train.log", path / copy)
-    assert [stage.name for stage in read_folder(path).stages] == ["stage1"]
+    assert [stage.name for stage in read_run_folder(path).stages] == ["stage1"]
 
 
 def test_the_page_is_self_contained_and_its_pictures_are_the_files(made: tuple) -> None:
@@ -260,11 +260,11 @@ def test_long_tables_are_thinned_to_first_and_last() -> None:
 
 def test_empty_damaged_and_absent_folders(tmp_path: Path, run_folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=says(tmp_path / "none", "folder of a run")):
-        read_folder(tmp_path / "none")
+        read_run_folder(tmp_path / "none")
     with pytest.raises(ValueError, match=says(tmp_path, "clusters/")):
-        read_folder(tmp_path)
+        read_run_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match=says("--teacher", tmp_path / "none.pt")):
-        read_folder(run_folder, teacher=tmp_path / "none.pt")
+        read_run_folder(run_folder, teacher=tmp_path / "none.pt")
     (tmp_path / "probe.json").write_text("{")
     with pytest.raises(ValueError, match=says("probe.json", "JSON", "make it again")):
-        read_folder(tmp_path)
+        read_run_folder(tmp_path)
