@@ -26,7 +26,8 @@ from skill_fairseq.models.wavlm import (
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers, parse_conv_layers
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.gate_bank import Draw
-from skill_fairseq.pruning.expected import expected_parameters
+from skill_fairseq.pruning.costs import saved_cost
+from skill_fairseq.pruning.expected import expected_widths
 from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.shrink import shrink
 
@@ -171,10 +172,11 @@ def initial_student(cfg: SkillStudentConfig) -> SpeechEncoder:
             )
         before, target = encoder.num_parameters(), source.provenance.get("target_sparsity")
         field = f"model.init_from: {cfg.init_from}: target_sparsity"
-        warning = None if target is None else far_from_gates(encoder, target, field)
+        cost = saved_cost(source.provenance)
+        warning = None if target is None else far_from_gates(encoder, target, field, cost)
         if warning is not None:
             logger.warning(warning)
-        encoder = shrink(encoder, target)
+        encoder = shrink(encoder, target, cost)
         logger.info(f"shrunk {cfg.init_from}: {before:,} to {encoder.num_parameters():,} parameters")
         return encoder
     original = encoder.config.original_parameters or encoder.num_parameters()
@@ -292,13 +294,13 @@ class SkillStudentModel(WavLMModel):
 
         Returns:
             ``x`` (B, T, D), ``hidden_states`` (a tensor (B, T, D) for layer 0 and for each that ran), ``padding_mask``
-            (B, T) or None, and ``expected_parameters``, a scalar with gradient, None without gates.
+            (B, T) or None, and ``expected_widths``, with gradient, None without gates.
         """
         out = self.speech_encoder(source, padding_mask, last_layer=last_layer, draw=draw or self.draw_gates())
         gated = self.speech_encoder.gates is not None
         return {
             **out._asdict(),
-            "expected_parameters": expected_parameters(self.speech_encoder) if gated else None,
+            "expected_widths": expected_widths(self.speech_encoder) if gated else None,
         }
 
     def extract_features(

@@ -216,9 +216,13 @@ class EncoderConfig:
                 num_samples = strides // stride + 1
         return num_samples
 
+    def full(self) -> EncoderConfig:
+        """The shape before any pruning."""
+        return self.replace(conv_channels=None, heads=None, ffn_dims=None)
+
     def is_full(self) -> bool:
         """Whether nothing has been pruned from the original shape."""
-        return self == self.replace(conv_channels=None, heads=None, ffn_dims=None)
+        return self == self.full()
 
     def replace(self, **changes: Any) -> EncoderConfig:
         """A copy with some fields changed; what was not pruned follows a changed full width."""

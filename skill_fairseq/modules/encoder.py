@@ -25,7 +25,7 @@ from skill_fairseq.modules.positional_conv import PositionalConv
 from skill_fairseq.modules.positional_conv_stack import PositionalConvStack
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.relative_position import RelativePosition
-from skill_fairseq.modules.size import count_macs, gate_names, static_shape, widths_of
+from skill_fairseq.modules.size import count_macs, flat_widths, gate_names, widths_of
 from skill_fairseq.modules.slicing import has_plain_weight, take
 
 FrameTransform = Callable[[Tensor, Optional[Tensor]], Tensor]
@@ -230,10 +230,10 @@ class SpeechEncoder(nn.Module):
         self.transformer = Transformer(config, dropouts, gates)
         self.gates = gates
         if gates is not None:
-            widths = widths_of(config)
             named = dict(self.named_gates())
-            positions = {name: place for place, name in enumerate(gate_names(len(widths.conv), len(widths.heads)))}
-            gates.bind_widths(widths.flat(), [positions[name] for name in named])
+            names = gate_names(len(config.conv_feature_layers), config.encoder_layers)
+            positions = {name: place for place, name in enumerate(names)}
+            gates.bind_widths(flat_widths(widths_of(config)), [positions[name] for name in named])
 
     @property
     def normalize(self) -> bool:
@@ -360,4 +360,4 @@ class SpeechEncoder(nn.Module):
     def macs(self, seconds: float) -> int:
         """Multiply-accumulates of one forward over that much audio; closed gates are not taken into account."""
         samples = round(seconds * self.config.sample_rate)
-        return count_macs(static_shape(self.config), widths_of(self.config), samples)
+        return int(count_macs(self.config, widths_of(self.config), samples))

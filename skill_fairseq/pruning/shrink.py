@@ -13,6 +13,7 @@ from skill_fairseq.modules.feed_forward import FeedForward
 from skill_fairseq.modules.gate_bank import HardConcrete
 from skill_fairseq.modules.hard_concrete import deterministic_gate
 from skill_fairseq.modules.output_bias import OutputBias
+from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.expected import full_parameters
 from skill_fairseq.pruning.selection import Selection, select_units
 
@@ -20,16 +21,17 @@ State = Dict[str, Tensor]
 
 
 @torch.no_grad()
-def shrink(encoder: SpeechEncoder, sparsity: Optional[float] = None) -> SpeechEncoder:
+def shrink(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost: Cost = PARAMETERS) -> SpeechEncoder:
     """A physically smaller encoder that computes what the gated one computes in evaluation.
 
     Units whose gate is closed are cut out; the soft value of an open gate is folded into the next weights. Without
     ``sparsity`` the gates decide, and outputs agree to float rounding. With it, a global correction first makes the
-    size right (see :func:`select_units`), and outputs agree with the gated encoder under the same selection.
+    cost right (see :func:`select_units`), and outputs agree with the gated encoder under the same selection.
 
     Args:
         encoder: with gates; left as it is. It may have been shrunk and gated before.
-        sparsity: fraction of the original parameters to remove, in [0, 1); None: as the gates round.
+        sparsity: fraction of the original cost to remove, in [0, 1); None: as the gates round.
+        cost: what the sparsity is of.
 
     Returns:
         A new encoder without gates, in evaluation mode, on the same device and of the same dtype.
@@ -38,7 +40,7 @@ def shrink(encoder: SpeechEncoder, sparsity: Optional[float] = None) -> SpeechEn
         ValueError: the encoder has no gates, a convolution would lose all its channels, or the sparsity cannot be
             reached.
     """
-    selection = select_units(encoder, sparsity)
+    selection = select_units(encoder, sparsity, cost)
     state: State = {}
     conv_channels = _shrink_conv_stack(encoder, selection, state)
     heads: List[Optional[List[int]]] = []

@@ -21,6 +21,7 @@ from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules import encoder as encoder_module
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.pruning.expected import expected_sparsity
+from skill_fairseq.pruning.costs import PARAMETERS
 from skill_fairseq.pruning.shrink import shrink
 
 UNITS = ["conv", "heads", "ffn", "attention_layers", "ffn_layers"]
@@ -76,9 +77,10 @@ def test_starts_as_a_copy_of_the_teacher(build: Any, small: Any) -> None:
 
 
 def test_expected_size_starts_just_below_the_teacher(build: Any, small: Any) -> None:
-    expected = build(pruning_units=["conv", "heads", "ffn"])(small.waves())["expected_parameters"]
+    model = build(pruning_units=["conv", "heads", "ffn"])
+    expected = PARAMETERS(model.speech_encoder.config, model(small.waves())["expected_widths"])
     assert 0.99 < expected.item() / small.random_encoder().num_parameters() < 1 and expected.requires_grad
-    assert build()(small.waves())["expected_parameters"] is None
+    assert build()(small.waves())["expected_widths"] is None
 
 
 def test_shape_and_defaults_are_written_into_the_config(
@@ -130,7 +132,8 @@ def test_a_shrunk_student_can_be_gated_again(build: Any, small: Any, tmp_path: P
     model = build(tmp_path / "small.safetensors", pruning_units=["heads", "ffn"])
     original = gated.num_parameters()
     assert model.speech_encoder.config.original_parameters == original
-    assert model(small.waves())["expected_parameters"] < model.speech_encoder.num_parameters() < original
+    expected = PARAMETERS(model.speech_encoder.config, model(small.waves())["expected_widths"])
+    assert expected < model.speech_encoder.num_parameters() < original
 
 
 @pytest.mark.parametrize("make", [lambda folder: folder / "gone.pt", lambda folder: folder])
