@@ -27,7 +27,9 @@ def shared_quantities(encoder: SpeechEncoder, constraint: Optional[CostConstrain
         found["lambda1"] = constraint.lambda1
         found["lambda2"] = constraint.lambda2
     if encoder.gates is not None:  # follows from the above, but is what one wants to know
-        found["expected sparsity"] = torch.tensor(expected_sparsity(encoder, cost=constraint.cost if constraint else PARAMETERS))
+        found["expected sparsity"] = torch.tensor(
+            expected_sparsity(encoder, cost=constraint.cost if constraint else PARAMETERS)
+        )
     return {name: value.detach().reshape(-1).cpu().double() for name, value in found.items()}
 
 

@@ -23,9 +23,7 @@ class _Gate(NamedTuple):
     at_least: int
 
 
-def select_units(
-    encoder: SpeechEncoder, sparsity: Optional[float] = None, cost: Cost = PARAMETERS
-) -> Selection:
+def select_units(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost: Cost = PARAMETERS) -> Selection:
     """Units that stay when the encoder is shrunk.
 
     Without a sparsity these are the units that evaluation keeps. With one, gates are opened or closed one unit at a

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from skill_fairseq.checkpoints import save_encoder
-from skill_fairseq.pruning.expected import expected_parameters, full_parameters
+from skill_fairseq.pruning.costs import MacCost
+from skill_fairseq.pruning.expected import expected_parameters, expected_sparsity, full_parameters
 
 GROUPS = [[0], [1, 2], [3]]
 UNITS = ["conv", "heads", "ffn"]
@@ -171,6 +172,15 @@ def test_size_term_takes_part_in_training_alone(build: Any, small: Any) -> None:
     result = criterion(model, source)
     log = means(result)
     assert result[0].item() == pytest.approx(log["distillation_loss"], rel=1e-6) and "expected_sparsity" in log
+
+
+def test_the_target_may_be_of_macs(build: Any, small: Any) -> None:
+    task, model, criterion = build(UNITS, target_sparsity=0.6, sparsity_warmup=0, cost="macs", cost_seconds=2.0)
+    assert criterion.constraint.cost == MacCost(2.0)
+    log = means(criterion(model.eval(), batch(small.waves())))
+    expected = expected_sparsity(model.speech_encoder, cost=MacCost(2.0))
+    assert float(log["expected_sparsity"]) == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(expected_sparsity(model.speech_encoder), rel=1e-2)
 
 
 def test_multipliers_ascend_and_gates_follow(build: Any, small: Any) -> None:
@@ -466,6 +476,7 @@ def test_nothing_is_said_or_frozen_where_the_last_layer_is_supervised(
             {"target_sparsity": 0.5, "units": UNITS, "sparsity_warmup": -1},
             ["criterion.sparsity_warmup", -1.0, "updates"],
         ),
+        ({"target_sparsity": 0.5, "units": UNITS, "cost": "flops"}, ["criterion.cost", "'flops'", "macs"]),
         ({"target_sparsity": None, "units": UNITS}, ["criterion.target_sparsity", "null", "model.pruning_units"]),
         ({"target_sparsity": float("nan"), "units": UNITS}, ["criterion.target_sparsity", "nan"]),
         ({"l1_weight": -1.0}, ["criterion.l1_weight", -1.0]),

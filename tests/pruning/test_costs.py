@@ -57,7 +57,6 @@ def test_shrinking_to_macs_hits_them(shape: dict, sparsity: float) -> None:
     assert_same_outputs(gated, small, padded=False)
 
 
-
 def test_a_step_against_the_constraint_on_macs_lowers_them() -> None:
     gated = gated_encoder(BASE, ("conv", "heads", "ffn"))
     constraint = CostConstraint(0.9, 0, MacCost(1.0))
@@ -70,7 +69,9 @@ def test_a_step_against_the_constraint_on_macs_lowers_them() -> None:
         optimizer.step()
         found.append(sparsity.item())
     assert found[-1] > found[0] + 0.1 and constraint.lambda1 < 0
-    assert found[0] == pytest.approx(expected_sparsity(gated_encoder(BASE, ("conv", "heads", "ffn")), cost=MacCost(1.0)))
+    assert found[0] == pytest.approx(
+        expected_sparsity(gated_encoder(BASE, ("conv", "heads", "ffn")), cost=MacCost(1.0))
+    )
 
 
 def test_reports_and_reach_are_of_the_cost() -> None:
@@ -96,7 +97,9 @@ def test_a_cost_of_ones_own(peak_memory: Any) -> None:
     CostConstraint(0.5, 0, cost)(sparsity, 0).backward()
     assert all(gate.grad.abs().max() == 0 for name, gate in gated.named_gates() if "attention" in name)
     small = shrink(gated, 0.5, cost)
-    assert max(small.config.ffn_dims) < 48 and cost.sparsity(small.config, widths_of(small.config)) == pytest.approx(0.5, abs=0.02)
+    assert max(small.config.ffn_dims) < 48 and cost.sparsity(small.config, widths_of(small.config)) == pytest.approx(
+        0.5, abs=0.02
+    )
     assert "of peak memory" in sparsity_report(gated, 0.5, cost)
 
 
