@@ -24,7 +24,6 @@ except ImportError:  # not Linux: encoders load there too
     fcntl = None  # type: ignore[assignment]
 
 
-
 @contextlib.contextmanager
 def atomic_write(path: PathLike) -> Iterator[Path]:
     """Give a temporary path beside `path`; when the block ends well, it becomes `path` in one step, on the disk.

@@ -50,9 +50,7 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(head, pattern.rstrip("/")) for pattern in patterns for head in heads)
 
 
-def find_audio(
-    root: Path, folders: Sequence[Path], sought: Sought, unreadable: list[tuple[str, str]]
-) -> Iterator[str]:
+def find_audio(root: Path, folders: Sequence[Path], sought: Sought, unreadable: list[tuple[str, str]]) -> Iterator[str]:
     """Paths below `root` of the files in some folders below it that are sought, sorted folder by folder.
 
     Links to folders are followed, and every folder is visited once. Folders that cannot be listed are added to

@@ -21,13 +21,13 @@ from skill_fairseq.pruning.costs import COSTS, PARAMETERS, Cost, make_cost, save
 from skill_fairseq.pruning.expected import expected_sparsity
 from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.selection import check_reachable
-from skill_fairseq.pruning.shrink import describe_units, shrink
+from skill_fairseq.pruning.shrink import kept_tables, shrink
 
 SECONDS = 10.0
-EPILOG = """sparsity is the fraction of the teacher's parameters that goes, or of its MACs, see --cost. By default it is the target that stage 1
-trained for: units are first kept as each gate rounds, then opened or closed one by one, the least certain first, until
-the size is right. --by-rounding leaves that correction out: the student computes exactly what the gated one
-computes in evaluation, and its size misses the target a little.
+EPILOG = """sparsity is the fraction of the teacher's parameters that goes, or of its MACs, see --cost. By default it is the
+target that stage 1 trained for: units are first kept as each gate rounds, then opened or closed one by one, the least
+certain first, until the size is right. --by-rounding leaves that correction out: the student computes exactly what
+the gated one computes in evaluation, and its size misses the target a little.
 
 examples:
   skill-shrink outputs/distill/checkpoint_last.pt shrunk.safetensors
@@ -111,23 +111,6 @@ def describe(
     gated: SpeechEncoder, small: SpeechEncoder, sizes: dict[str, float | None], cost: Cost = PARAMETERS
 ) -> str:
     """The tables: units kept a layer, costs before and after, sparsity."""
-    full, kept = gated.config, small.config
-    assert kept.conv_channels is not None and kept.heads is not None and kept.ffn_dims is not None
-    conv = [["convolution", "channels"]]
-    for i, (width, (channels, _, _)) in enumerate(zip(kept.conv_channels, full.conv_feature_layers)):
-        conv.append([str(i), f"{width} / {channels}"])
-
-    layers = [["layer", "heads", "FFN units"]]
-    for i, (heads, units) in enumerate(zip(kept.heads, kept.ffn_dims), start=1):
-        count = None if heads is None else len(heads)
-        layers.append(
-            [
-                str(i),
-                describe_units(count, full.encoder_attention_heads),
-                describe_units(units, full.encoder_ffn_embed_dim),
-            ]
-        )
-
     costs = [["", "before", "after", "left"]]
     for name, before, after in (
         ("parameters", gated.num_parameters(), small.num_parameters()),
@@ -135,10 +118,10 @@ def describe(
     ):
         costs.append([name, f"{before:,}", f"{after:,}", f"{after / before:.2%}"])
 
-    sparsity = [[f"sparsity of {cost.original(full):,} {cost}", ""]]
+    sparsity = [[f"sparsity of {cost.original(gated.config):,} {cost}", ""]]
     for name, value in sizes.items():
         sparsity.append([f"  {name}", "by rounding" if value is None else f"{value:.4f}"])
-    return "\n\n".join(_aligned(table) for table in (conv, layers, costs, sparsity))
+    return "\n\n".join(_aligned(table) for table in (*kept_tables(small.config).values(), costs, sparsity))
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

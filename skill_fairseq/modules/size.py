@@ -12,6 +12,7 @@ from typing import Dict, Union
 from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.units import UNITS, PrunableUnit, units_of
 
 Number = Union[int, float, Tensor]
 """A width: an integer, or its expectation as a scalar tensor."""
@@ -24,7 +25,7 @@ Widths = Mapping[str, Column]
 expectations under gates. ``conv`` has the output channels of each convolution, ``heads`` and ``ffn`` the heads and FFN
 units of each layer, ``attention_layers`` and ``ffn_layers`` whether the sublayer is there: 1 or 0, or the probability;
 without these two all sublayers are there. One that is there without units keeps its output bias, one that is not adds
-nothing."""
+nothing. Other kinds say in :mod:`skill_fairseq.modules.units` what theirs are."""
 
 RELATIVE_GATE_OUTPUTS = 8
 """Features from which WavLM's relative-position gate computes its two factors."""
@@ -32,14 +33,7 @@ RELATIVE_GATE_OUTPUTS = 8
 
 def widths_of(config: EncoderConfig) -> Dict[str, Column]:
     """The widths of an encoder as it is, integers."""
-    assert config.conv_channels is not None and config.heads is not None and config.ffn_dims is not None
-    return {
-        "conv": config.conv_channels,
-        "heads": [len(heads or ()) for heads in config.heads],
-        "ffn": [units or 0 for units in config.ffn_dims],
-        "attention_layers": [int(heads is not None) for heads in config.heads],
-        "ffn_layers": [int(units is not None) for units in config.ffn_dims],
-    }
+    return {unit.name: [width or 0 for width in unit.left(config)] for unit in units_of(config)}
 
 
 def flat_widths(widths: Widths) -> list[Number]:
@@ -54,14 +48,6 @@ def from_flat(flat: Column, like: Widths) -> Dict[str, Column]:
         columns[name] = flat[start : start + len(column)]
         start += len(column)
     return columns
-
-
-def gate_names(num_convs: int, num_layers: int) -> list[str]:
-    """Path of the gate that decides each of the widths of :func:`flat_widths` in an encoder that has all of them."""
-    layers = range(num_layers)
-    columns = ("attention.gate", "ffn.gate", "attention.output_gate", "ffn.output_gate")
-    names = [f"feature_extractor.layers.{i}.gate" for i in range(num_convs)]
-    return names + [f"transformer.layers.{i}.{column}" for column in columns for i in layers]
 
 
 def count_parameters(config: EncoderConfig, widths: Widths) -> Number:
@@ -99,7 +85,7 @@ def count_parameters(config: EncoderConfig, widths: Widths) -> Number:
         total += _relative_gates(config, widths) * each
     unit_parameters = (dim + 1) + dim  # input row with bias; output column
     total += _total(widths, "ffn", "ffn_layers", unit_parameters, dim)
-    return total
+    return total + sum(unit.parameters(config, widths) for unit in _others(config))
 
 
 def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Number:
@@ -142,7 +128,12 @@ def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Numbe
         head_macs += length * head_dim * RELATIVE_GATE_OUTPUTS + length**2
     macs += _total(widths, "heads", "attention_layers", head_macs)
     macs += _total(widths, "ffn", "ffn_layers", 2 * length * dim)
-    return macs
+    return macs + sum(unit.macs(config, widths, length) for unit in _others(config))
+
+
+def _others(config: EncoderConfig) -> list[PrunableUnit]:
+    """The kinds of units that the formulas do not know."""
+    return [unit for unit in units_of(config) if unit.field is None]
 
 
 def _count_conv_stack(config: EncoderConfig, channels: Column) -> Number:
@@ -177,6 +168,6 @@ def _relative_gates(config: EncoderConfig, widths: Widths) -> int:
 
 def _check(config: EncoderConfig, widths: Widths) -> None:
     for name, column in widths.items():
-        wanted = len(config.conv_feature_layers) if name == "conv" else config.encoder_layers
+        wanted = len(UNITS[name].full(config))
         if len(column) != wanted:
             raise ValueError(f"{name} has {len(column)} entries, but must have {wanted}: one a layer")

@@ -34,7 +34,7 @@ class Cost:
 
     def original(self, config: EncoderConfig) -> int | float:
         """The cost before any pruning, which sparsity refers to."""
-        full = config.full()
+        full = config.full().replace(pruning_units=[])  # which may stand in for smaller modules
         return self(full, widths_of(full))  # type: ignore[return-value]
 
     def sparsity(self, config: EncoderConfig, widths: Widths) -> Any:

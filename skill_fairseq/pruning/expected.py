@@ -8,6 +8,7 @@ from torch import Tensor
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.size import Widths, from_flat, widths_of
+from skill_fairseq.modules.units import UNITS
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
 
 
@@ -44,9 +45,8 @@ def expected_sparsity(encoder: SpeechEncoder, shift: float = 0.0, cost: Cost = P
 
 
 def smallest_widths(config: EncoderConfig) -> Widths:
-    """Widths if every gate closed but for one channel a convolution: the least that can be reached."""
-    least = {**dict.fromkeys(config.pruning_units, 0), "conv": 1}
+    """Widths if every gate closed that may close: the least that can be reached."""
     return {
-        name: [least[name]] * len(column) if name in config.pruning_units else column
+        name: [UNITS[name].least] * len(column) if name in config.pruning_units else column
         for name, column in widths_of(config).items()
     }

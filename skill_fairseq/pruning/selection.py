@@ -8,7 +8,8 @@ from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.modules.size import Widths, flat_widths, from_flat, gate_names, widths_of
+from skill_fairseq.modules.size import Widths, flat_widths, from_flat, widths_of
+from skill_fairseq.modules.units import UNITS
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.expected import smallest_widths
 
@@ -48,9 +49,8 @@ def select_units(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost:
     table = []
     for name, gate in gates.items():
         values, order = gate.log_alpha.detach().cpu().sort(descending=True, stable=True)
-        at_least = 1 if name.startswith("feature_extractor.") else 0
-        table.append(_Gate(name, order.tolist(), values.tolist(), at_least))
-    counts = {name: max(int(gate.kept().sum()), 1 if "feature_ext" in name else 0) for name, gate in gates.items()}
+        table.append(_Gate(name, order.tolist(), values.tolist(), UNITS[gate.unit].least))
+    counts = {name: max(int(gate.kept().sum()), UNITS[gate.unit].least) for name, gate in gates.items()}
     original = cost.original(encoder.config)
     target = (1 - sparsity) * original
     if isinstance(original, int):
@@ -130,5 +130,7 @@ def _cost_with(encoder: SpeechEncoder, kept: Dict[str, int], cost: Cost) -> floa
 def kept_widths(encoder: SpeechEncoder, kept: Dict[str, int]) -> Widths:
     """Widths of the encoder with so many units kept by each gate (gate name -> count)."""
     exact = widths_of(encoder.config)
-    names = gate_names(len(exact["conv"]), len(exact["heads"]))
-    return from_flat([kept.get(name, width) for name, width in zip(names, flat_widths(exact))], exact)
+    flat = flat_widths(exact)
+    for name, gate in encoder.named_gates():
+        flat[gate.position] = kept.get(name, gate.num_units)
+    return from_flat(flat, exact)

@@ -71,7 +71,7 @@ def test_table_shows_every_layer(stage1: Path, gated: SpeechEncoder, capsys: Any
     assert config.heads[:2] == [None, []] and config.ffn_dims[2] == 0
     macs = [gated.macs(10), expected.macs(10)]
     assert [" ".join(line.split()) for line in lines[2:] if line] == [
-        "convolution channels",
+        "convolution conv channels",
         *(f"{i} {channels} / 16" for i, channels in enumerate(config.conv_channels)),
         "layer heads FFN units",
         f"1 removed {config.ffn_dims[0]} / 48",

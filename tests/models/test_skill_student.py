@@ -20,8 +20,8 @@ from skill_fairseq.models.skill_student import SkillStudentModel, initial_studen
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules import encoder as encoder_module
 from skill_fairseq.modules.config import EncoderConfig
-from skill_fairseq.pruning.expected import expected_sparsity
 from skill_fairseq.pruning.costs import PARAMETERS
+from skill_fairseq.pruning.expected import expected_sparsity
 from skill_fairseq.pruning.shrink import shrink
 
 UNITS = ["conv", "heads", "ffn", "attention_layers", "ffn_layers"]
@@ -207,25 +207,11 @@ def test_ranks_share_their_gates_or_draw_their_own(build: Any) -> None:
     assert drawn[0]["per_rank"] == drawn[0]["shared"]  # rank 0's own are the shared ones
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("feature_extractor.layers.0.gate", "conv"),
-        ("transformer.layers.11.attention.gate", "heads"),
-        ("transformer.layers.2.ffn.gate", "ffn"),
-        ("transformer.layers.0.attention.output_gate", "attention_layers"),
-        ("transformer.layers.0.ffn.output_gate", "ffn_layers"),
-    ],
-)
-def test_gate_kind(name: str, kind: str) -> None:
-    assert SkillStudentModel.gate_kind(name) == kind
-
-
 def test_every_gate_has_a_kind_and_the_count_of_its_units(build: Any) -> None:
     model = build(pruning_units=UNITS)
     units: dict[str, list[int]] = {}
-    for name, gate in model.speech_encoder.named_gates():
-        units.setdefault(model.gate_kind(name), []).append(gate.num_units)
+    for _, gate in model.speech_encoder.named_gates():
+        units.setdefault(gate.unit, []).append(gate.num_units)
     assert units == {
         "conv": [16] * 7,
         "heads": [4] * 3,
@@ -241,8 +227,8 @@ def test_drop_rates(build: Any) -> None:
     model = build(
         pruning_units=UNITS, conv_drop_rate=0.01, head_drop_rate=0.02, ffn_drop_rate=0.5, layer_drop_rate=0.03
     )
-    for name, gate in model.speech_encoder.named_gates():
-        rate = rates[model.gate_kind(name)]
+    for _, gate in model.speech_encoder.named_gates():
+        rate = rates[gate.unit]
         centre = math.log((1 - rate) / rate)
         assert (gate.log_alpha - centre).abs().max() < 0.06  # drawn with a standard deviation of 0.01
         assert gate.num_units == 1 or gate.log_alpha.std() > 0.001

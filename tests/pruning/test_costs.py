@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from messages import says
-from tests.pruning.test_shrink import BASE, LARGE, assert_same_outputs, gated_encoder
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.size import Number, Widths, widths_of
@@ -18,6 +17,7 @@ from skill_fairseq.pruning.lagrangian import CostConstraint
 from skill_fairseq.pruning.reach import sparsity_report, travel_to
 from skill_fairseq.pruning.selection import apply_selection, check_reachable, select_units, selected_cost
 from skill_fairseq.pruning.shrink import shrink
+from tests.pruning.test_shrink import BASE, LARGE, assert_same_outputs, gated_encoder
 
 
 @dataclasses.dataclass(frozen=True)
