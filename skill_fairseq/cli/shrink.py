@@ -24,7 +24,7 @@ from skill_fairseq.pruning.selection import check_reachable
 from skill_fairseq.pruning.shrink import kept_tables, shrink
 
 SECONDS = 10.0
-EPILOG = """sparsity is the share of the teacher's parameters that goes, or of its MACs, see --cost. By default it is the
+EPILOG = """sparsity: the share of the teacher's parameters that goes, or of its MACs, see --cost. By default it is the
 target that stage 1 trained for: units are first kept as each gate rounds, then opened or closed one by one, the least
 certain first, until the size is right. --by-rounding leaves that correction out: the student computes exactly what
 the gated one computes in evaluation, and its size misses the target a little.
