@@ -15,7 +15,6 @@ __all__ = ["load_encoder", "shrink"]
 __version__ = "0.2.0"
 
 
-
 def _register() -> None:
     """Registers everything with fairseq.
 

@@ -22,9 +22,9 @@ from messages import says
 from omegaconf import MISSING, OmegaConf
 
 from skill_fairseq.checkpoints import load_encoder
-from skill_fairseq.models.skill_student import SkillStudentModel
 from skill_fairseq.modules.config import hubert_large, wavlm_base
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.units import UNITS
 from skill_fairseq.pruning.lagrangian import SizeConstraint, updates_of
 from skill_fairseq.pruning.reach import check_reach
 
@@ -271,9 +271,8 @@ def test_gates_can_get_to_the_target_of_every_stage_1_config(name: str) -> None:
         small = {"encoder_layers": 2, "encoder_embed_dim": 64, "encoder_ffn_embed_dim": 256}
         shape = hubert_large(encoder_attention_heads=4, **small)
     encoder = SpeechEncoder(shape.replace(pruning_units=list(cfg.model.pruning_units)))
-    rates = {"conv": cfg.model.conv_drop_rate, "heads": cfg.model.head_drop_rate, "ffn": cfg.model.ffn_drop_rate}
-    for gate_name, gate in encoder.named_gates():
-        rate = rates[SkillStudentModel.gate_kind(gate_name)]
+    for _, gate in encoder.named_gates():
+        rate = cfg.model[UNITS[gate.unit].drop_rate]
         gate.log_alpha.data.fill_(math.log((1 - rate) / rate))
     warmup = updates_of(cfg.criterion.sparsity_warmup, cfg.optimization.max_update, "")
     criterion = SimpleNamespace(constraint=SizeConstraint(cfg.criterion.target_sparsity, warmup))

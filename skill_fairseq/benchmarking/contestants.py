@@ -18,8 +18,7 @@ from skill_fairseq.distillation.teacher import FrozenTeacher, averaged_states
 from skill_fairseq.messages import remedy_for
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.plain import plain_path
-from skill_fairseq.modules.size import sparsity
-from skill_fairseq.pruning.expected import expected_parameters, full_parameters
+from skill_fairseq.pruning.expected import expected_parameters, expected_widths
 from skill_fairseq.pruning.lagrangian import SizeConstraint
 
 Times = Dict[str, float]
@@ -72,10 +71,11 @@ def ours(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
     teacher = FrozenTeacher(full, setup.teacher_dtype, setup.compile)
     groups = equal_groups(teacher.config.encoder_layers)
     constraint = SizeConstraint(setup.sparsity, 0).to(setup.device) if setup.stage == 1 else None
-    original = full_parameters(student.config)
 
     def size_term() -> Tensor | float:
-        return 0.0 if constraint is None else constraint(sparsity(expected_parameters(student), original), 0)
+        if constraint is None:
+            return 0.0
+        return constraint(constraint.cost.sparsity(student.config, expected_widths(student)), 0)
 
     drawn: List[Any] = []
 

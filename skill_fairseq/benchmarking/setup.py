@@ -96,8 +96,8 @@ def gated_student(teacher: SpeechEncoder, sparsity: float, keep_conv: Optional[f
 
     def reached(keep: float) -> float:
         generator = torch.Generator().manual_seed(seed)
-        for name, gate in student.named_gates():
-            share = keep_conv if keep_conv is not None and name.startswith("feature_extractor.") else keep
+        for _, gate in student.named_gates():
+            share = keep_conv if keep_conv is not None and gate.unit == "conv" else keep
             order = torch.randperm(gate.num_units, generator=generator)
             closed = order[max(1, round(share * gate.num_units)) :]
             with torch.no_grad():

@@ -277,6 +277,8 @@ def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     cfg = plain(checkpoint.get("cfg")) or {}
     criterion, task = cfg.get("criterion") or {}, cfg.get("task") or {}
     kept = {name: criterion.get(name) for name in ("groups", "target_sparsity")}
+    if criterion.get("cost") != "parameters":
+        kept.update({name: value for name, value in criterion.items() if name == "cost" or name.startswith("cost_")})
     # Names alone: where they lay is nobody's business, and true on one machine only.
     kept.update({name: Path(str(task[name])).name for name in ("teacher", "data") if task.get(name)})
     return {**found, **{name: value for name, value in kept.items() if value is not None}}

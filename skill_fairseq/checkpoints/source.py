@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.modules.size import count_parameters, static_shape, widths_of
+from skill_fairseq.modules.size import count_parameters, widths_of
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _left_over(source: EncoderSource, used: set[str], of_the_encoder: bool) -> l
 
 def _check_size(source: EncoderSource, path: Path) -> None:
     """Raises ValueError where a config asks for far more numbers than the file holds: no memory is taken for it."""
-    wanted = int(count_parameters(static_shape(source.config), widths_of(source.config)))
+    wanted = int(count_parameters(source.config, widths_of(source.config)))
     storages = {_storage(tensor).data_ptr(): tensor for tensor in source.state.values()}
     held = sum(_storage(tensor).nbytes() // tensor.element_size() for tensor in storages.values())
     if wanted > 2 * held + 1_000_000:

@@ -16,16 +16,18 @@ from skill_fairseq.cli._common import Parser, aligned, in_range, run
 from skill_fairseq.files import check_output, sha256
 from skill_fairseq.messages import printable
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.pruning.expected import expected_sparsity, full_parameters
+from skill_fairseq.modules.size import widths_of
+from skill_fairseq.pruning.costs import COSTS, PARAMETERS, Cost, make_cost, saved_cost
+from skill_fairseq.pruning.expected import expected_sparsity
 from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.selection import check_reachable
-from skill_fairseq.pruning.shrink import describe_units, shrink
+from skill_fairseq.pruning.shrink import kept_tables, shrink
 
 SECONDS = 10.0
-EPILOG = """sparsity is the fraction of the teacher's parameters that goes. By default it is the target that stage 1
-trained for: units are first kept as each gate rounds, then opened or closed one by one, the least certain first, until
-the size is right. --by-rounding leaves that correction out: the student computes exactly what the gated one
-computes in evaluation, and its size misses the target a little.
+EPILOG = """sparsity: the share of the teacher's parameters that goes, or of its MACs, see --cost. By default it is the
+target that stage 1 trained for: units are first kept as each gate rounds, then opened or closed one by one, the least
+certain first, until the size is right. --by-rounding leaves that correction out: the student computes exactly what
+the gated one computes in evaluation, and its size misses the target a little.
 
 examples:
   skill-shrink outputs/distill/checkpoint_last.pt shrunk.safetensors
@@ -58,34 +60,45 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.checkpoint}: recognised as {source.format}, but it has no gates: it is a teacher or already "
             "shrunk; give a stage-1 checkpoint, trained with model.pruning_units"
         )
-    asked = None if args.by_rounding else _target(args, source)
+    cost = saved_cost(source.provenance)
+    if args.cost not in (None, cost.name) or args.seconds is not None:
+        cost = make_cost(args.cost or cost.name, cost_seconds=args.seconds)
+    asked = None if args.by_rounding else _target(args, source, cost)
     gated = build_encoder(source, args.checkpoint).eval()
     if asked is not None:
         field = "--sparsity" if args.sparsity is not None else f"{args.checkpoint}: target_sparsity"
-        warning = far_from_gates(gated, asked, field)
+        warning = far_from_gates(gated, asked, field, cost)
         if warning is not None:
             print(f"warning: {warning}", file=sys.stderr)
-    small = shrink(gated, asked)
-    sizes = sparsities(gated, small, asked)
+    small = shrink(gated, asked, cost)
+    sizes = sparsities(gated, small, asked, cost)
     print(f"{args.checkpoint}: {source.format}, gates on {', '.join(gated.config.pruning_units)}\n")
-    print(describe(gated, small, sizes))
+    print(describe(gated, small, sizes, cost))
     if not args.table_only:
-        save_encoder(small, args.out, provenance(source, args.checkpoint, sizes))
+        save_encoder(small, args.out, provenance(source, args.checkpoint, sizes, cost))
         print(f"\nwrote {args.out}, {args.out.stat().st_size / 1e6:.2f} MB")
     return 0
 
 
-def sparsities(gated: SpeechEncoder, small: SpeechEncoder, asked: float | None) -> dict[str, float | None]:
-    """Fraction of the original parameters that is gone: as asked for (None: by rounding), as the gates expect,
-    and as it has become."""
-    full = full_parameters(gated.config)
-    return {"asked": asked, "expected": expected_sparsity(gated), "actual": 1 - small.num_parameters() / full}
+def sparsities(
+    gated: SpeechEncoder, small: SpeechEncoder, asked: float | None, cost: Cost = PARAMETERS
+) -> dict[str, float | None]:
+    """Fraction of the original cost that is gone: as asked for (None: by rounding), as the gates expect, and as it
+    has become."""
+    return {
+        "asked": asked,
+        "expected": expected_sparsity(gated, cost=cost),
+        "actual": float(cost.sparsity(small.config, widths_of(small.config))),
+    }
 
 
-def provenance(source: EncoderSource, path: Path, sizes: dict[str, float | None]) -> dict[str, Any]:
+def provenance(
+    source: EncoderSource, path: Path, sizes: dict[str, float | None], cost: Cost = PARAMETERS
+) -> dict[str, Any]:
     """Where a shrunk encoder comes from: its file's name and hash, what that says of itself, and sparsities."""
     return {
         **source.provenance,
+        **({} if cost == saved_cost(source.provenance) else cost.settings()),
         "source": printable(path.resolve().name),
         "source_format": source.format,
         "source_sha256": sha256(path),
@@ -94,25 +107,10 @@ def provenance(source: EncoderSource, path: Path, sizes: dict[str, float | None]
     }
 
 
-def describe(gated: SpeechEncoder, small: SpeechEncoder, sizes: dict[str, float | None]) -> str:
+def describe(
+    gated: SpeechEncoder, small: SpeechEncoder, sizes: dict[str, float | None], cost: Cost = PARAMETERS
+) -> str:
     """The tables: units kept a layer, costs before and after, sparsity."""
-    full, kept = gated.config, small.config
-    assert kept.conv_channels is not None and kept.heads is not None and kept.ffn_dims is not None
-    conv = [["convolution", "channels"]]
-    for i, (width, (channels, _, _)) in enumerate(zip(kept.conv_channels, full.conv_feature_layers)):
-        conv.append([str(i), f"{width} / {channels}"])
-
-    layers = [["layer", "heads", "FFN units"]]
-    for i, (heads, units) in enumerate(zip(kept.heads, kept.ffn_dims), start=1):
-        count = None if heads is None else len(heads)
-        layers.append(
-            [
-                str(i),
-                describe_units(count, full.encoder_attention_heads),
-                describe_units(units, full.encoder_ffn_embed_dim),
-            ]
-        )
-
     costs = [["", "before", "after", "left"]]
     for name, before, after in (
         ("parameters", gated.num_parameters(), small.num_parameters()),
@@ -120,24 +118,24 @@ def describe(gated: SpeechEncoder, small: SpeechEncoder, sizes: dict[str, float 
     ):
         costs.append([name, f"{before:,}", f"{after:,}", f"{after / before:.2%}"])
 
-    sparsity = [[f"sparsity of {full_parameters(full):,} parameters", ""]]
+    sparsity = [[f"sparsity of {cost.original(gated.config):,} {cost}", ""]]
     for name, value in sizes.items():
         sparsity.append([f"  {name}", "by rounding" if value is None else f"{value:.4f}"])
-    return "\n\n".join(aligned(table) for table in (conv, layers, costs, sparsity))
+    return "\n\n".join(aligned(table) for table in (*kept_tables(small.config).values(), costs, sparsity))
 
 
-def _target(args: argparse.Namespace, source: EncoderSource) -> float:
+def _target(args: argparse.Namespace, source: EncoderSource, cost: Cost) -> float:
     """The sparsity to shrink to: the option's, or what the checkpoint was trained for."""
     if args.sparsity is not None:
-        check_reachable(source.config, args.sparsity, "--sparsity")
+        check_reachable(source.config, args.sparsity, "--sparsity", cost)
         return args.sparsity
-    target = source.provenance.get("target_sparsity")
+    target = source.provenance.get("target_sparsity") if cost == saved_cost(source.provenance) else None
     if target is None:
         raise ValueError(
-            f"{args.checkpoint}: was trained without criterion.target_sparsity; say how much is to go, --sparsity "
-            "0.75 for example, or give --by-rounding"
+            f"{args.checkpoint}: was trained without criterion.target_sparsity of {cost}; say how much is to go, "
+            "--sparsity 0.75 for example, or give --by-rounding"
         )
-    check_reachable(source.config, target, f"{args.checkpoint}: target_sparsity")
+    check_reachable(source.config, target, f"{args.checkpoint}: target_sparsity", cost)
     return target
 
 
@@ -158,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
         help="fraction to remove, in [0, 1) (default: stage 1's target)",
     )
     size.add_argument("--by-rounding", action="store_true", help="keep exactly what each gate rounds to")
+    add("--cost", choices=COSTS, help="what the sparsity is of (default: as in stage 1)")
+    add("--seconds", type=float, metavar="T", help="audio that the MACs are for (default: as in stage 1, or 10)")
     add("--table-only", action="store_true", help="print the table, write nothing")
     parser.add_trust()
     return parser

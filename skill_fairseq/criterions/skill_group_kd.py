@@ -21,9 +21,8 @@ from skill_fairseq.distillation.loss import LossParts, distillation_loss, withou
 from skill_fairseq.distillation.teacher import averaged_states
 from skill_fairseq.files import named
 from skill_fairseq.modules.config import EncoderConfig
-from skill_fairseq.modules.size import sparsity
-from skill_fairseq.pruning.expected import full_parameters
-from skill_fairseq.pruning.lagrangian import SizeConstraint, updates_of
+from skill_fairseq.pruning.costs import make_cost
+from skill_fairseq.pruning.lagrangian import CostConstraint, updates_of
 from skill_fairseq.pruning.selection import check_reachable
 from skill_fairseq.reading import read_text
 
@@ -67,7 +66,11 @@ class SkillGroupKDConfig(FairseqDataclass):
         default=None, metadata={"help": "checkpoint whose projections to start from, for stage 2"}
     )
     target_sparsity: Optional[float] = field(
-        default=None, metadata={"help": "fraction of the parameters to prune, in [0, 1); null: no size constraint"}
+        default=None, metadata={"help": "fraction of the cost to prune, in [0, 1); null: no constraint"}
+    )
+    cost: str = field(default="parameters", metadata={"help": "what target_sparsity is of: parameters or macs"})
+    cost_seconds: Optional[float] = field(
+        default=None, metadata={"help": "length of the utterance whose MACs count; null: 10"}
     )
     sparsity_warmup: float = field(
         default=5000, metadata={"help": "updates over which the target rises from 0, or a fraction of all, such as 0.1"}
@@ -151,23 +154,27 @@ class SkillGroupKDCriterion(FairseqCriterion):
         )
         if cfg.init_from:
             self._init_projections(cfg.init_from)
-        self.constraint: Optional[SizeConstraint] = None
+        self.constraint: Optional[CostConstraint] = None
         if cfg.target_sparsity is not None:
             if not student.pruning_units:
                 raise ValueError(
                     f"criterion.target_sparsity: {cfg.target_sparsity}, but the student has no gates; set "
                     "model.pruning_units, or leave the target out for stage 2"
                 )
-            check_reachable(student, cfg.target_sparsity, "criterion.target_sparsity")
+            try:
+                cost = make_cost(cfg.cost, cost_seconds=cfg.cost_seconds)
+            except ValueError as error:
+                raise ValueError(f"criterion.{error}") from error
+            check_reachable(student, cfg.target_sparsity, "criterion.target_sparsity", cost)
             total = cfg.max_update if 0 < cfg.sparsity_warmup < 1 else 0
             warmup = updates_of(cfg.sparsity_warmup, total, "criterion.sparsity_warmup")
-            self.constraint = SizeConstraint(cfg.target_sparsity, warmup)
+            self.constraint = CostConstraint(cfg.target_sparsity, warmup, cost)
         elif student.pruning_units:
             raise ValueError(
                 f"criterion.target_sparsity: null, but the student has gates on {student.pruning_units}, which nothing "
                 "would close; set it, for example to 0.75, or leave model.pruning_units empty"
             )
-        self.full_parameters = full_parameters(student)
+        self.student_config = student
         for index, group in enumerate(self.groups):
             logger.info(f"group {index}: teacher layers {list(group)}, weight {self.weights[index]:.3f}")
 
@@ -251,7 +258,7 @@ class SkillGroupKDCriterion(FairseqCriterion):
             **{f"cos_g{i}": -p.cos for i, p in enumerate(parts)},
         }
         if self.constraint is not None:
-            expected = sparsity(out["expected_parameters"], self.full_parameters)
+            expected = self.constraint.cost.sparsity(self.student_config, out["expected_widths"])
             update = self.task.num_updates
             if self.training:
                 loss = loss + self.constraint(expected, update)

@@ -13,7 +13,7 @@ from skill_fairseq.checkpoints.source import build_encoder, left_out, reading_co
 from skill_fairseq.exporting.onnx_graph import read_onnx_info
 from skill_fairseq.exporting.torch_program import read_program_info
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers
-from skill_fairseq.modules.size import count_macs, count_parameters, static_shape, widths_of
+from skill_fairseq.modules.size import count_macs, count_parameters, widths_of
 
 
 class Description(NamedTuple):
@@ -80,15 +80,15 @@ def _describe_graph(path: Path) -> Description | None:
 def as_dict(found: Description) -> dict[str, Any]:
     """Plain types, for JSON; ``shape`` has the fields of :class:`EncoderConfig`, widths layer by layer."""
     config = found.config
-    static, widths = static_shape(config), widths_of(config)
-    parameters, original = int(count_parameters(static, widths)), config.original_parameters
+    widths = widths_of(config)
+    parameters, original = int(count_parameters(config, widths)), config.original_parameters
     return {
         "format": found.format,
         "types": found.types,
         "parameters": parameters,
         "original_parameters": original,
         "sparsity": 1 - parameters / original if original else None,
-        "macs_per_second": count_macs(static, widths, config.sample_rate),
+        "macs_per_second": int(count_macs(config, widths, config.sample_rate)),
         "gates": config.pruning_units,
         "normalize": config.normalize,
         "shape": config.to_dict(),

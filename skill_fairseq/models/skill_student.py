@@ -26,7 +26,9 @@ from skill_fairseq.models.wavlm import (
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers, parse_conv_layers
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.gate_bank import Draw
-from skill_fairseq.pruning.expected import expected_parameters
+from skill_fairseq.modules.units import UNITS, with_units
+from skill_fairseq.pruning.costs import saved_cost
+from skill_fairseq.pruning.expected import expected_widths
 from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.shrink import shrink
 
@@ -102,6 +104,7 @@ class SkillStudentConfig(_Hubert):
     conv_channels: Optional[Any] = _shape("conv channels left in each layer; null: all")
     heads: Optional[Any] = _shape("indices of the heads left in each layer; null: all")
     ffn_dims: Optional[Any] = _shape("FFN units left in each layer; null: all")
+    unit_widths: Optional[Any] = _shape("what is left of units of further kinds, by their names")
     original_parameters: Optional[int] = _shape("parameters before any pruning, which sparsity refers to")
 
 
@@ -122,7 +125,7 @@ def check_student_fields(cfg: Any) -> None:
                 f"model.{name}: {value} does nothing in distillation; leave it out, and set it in the config of "
                 "fine-tuning"
             )
-    for name in ("conv_drop_rate", "head_drop_rate", "ffn_drop_rate", "layer_drop_rate"):
+    for name in dict.fromkeys(unit.drop_rate for unit in UNITS.values()):
         value = getattr(cfg, name, None)
         if value is not None and not 0 < value < 1:
             raise ValueError(f"model.{name}: {value}; expected a number between 0 and 1, such as 0.01")
@@ -171,15 +174,16 @@ def initial_student(cfg: SkillStudentConfig) -> SpeechEncoder:
             )
         before, target = encoder.num_parameters(), source.provenance.get("target_sparsity")
         field = f"model.init_from: {cfg.init_from}: target_sparsity"
-        warning = None if target is None else far_from_gates(encoder, target, field)
+        cost = saved_cost(source.provenance)
+        warning = None if target is None else far_from_gates(encoder, target, field, cost)
         if warning is not None:
             logger.warning(warning)
-        encoder = shrink(encoder, target)
+        encoder = shrink(encoder, target, cost)
         logger.info(f"shrunk {cfg.init_from}: {before:,} to {encoder.num_parameters():,} parameters")
         return encoder
     original = encoder.config.original_parameters or encoder.num_parameters()
     gated = SpeechEncoder(encoder.config.replace(pruning_units=list(cfg.pruning_units), original_parameters=original))
-    missing, unexpected = gated.load_state_dict(encoder.state_dict(), strict=False)
+    missing, unexpected = gated.load_state_dict(with_units(gated.config, encoder.state_dict()), strict=False)
     assert not unexpected and all(name.startswith("gates.") for name in missing)
     return gated
 
@@ -223,22 +227,11 @@ class SkillStudentModel(WavLMModel):
         self.feature_grad_mult = cfg.feature_grad_mult
         self.generator = torch.Generator()
         self._update = 0
-        rates = {"conv": cfg.conv_drop_rate, "heads": cfg.head_drop_rate, "ffn": cfg.ffn_drop_rate}
-        for name, gate in self.speech_encoder.named_gates():
-            gate.drop_rate = rates[self.gate_kind(name)] if self.gate_kind(name) in rates else cfg.layer_drop_rate
+        for _, gate in self.speech_encoder.named_gates():
+            gate.drop_rate = getattr(cfg, UNITS[gate.unit].drop_rate)
             gate.reset_parameters()
         if self.speech_encoder.gates is not None:
             self.speech_encoder.gates.generator = self.generator
-
-    @staticmethod
-    def gate_kind(name: str) -> str:
-        """The pruning unit ("conv", "heads", ...) of a gate, from its path in the encoder."""
-        if name.startswith("feature_extractor."):
-            return "conv"
-        kind = "attention" if ".attention." in name else "ffn"
-        if name.endswith("output_gate"):
-            return f"{kind}_layers"
-        return "heads" if kind == "attention" else "ffn"
 
     @classmethod
     def build_model(cls, cfg: SkillStudentConfig, task: Any) -> "SkillStudentModel":
@@ -292,13 +285,13 @@ class SkillStudentModel(WavLMModel):
 
         Returns:
             ``x`` (B, T, D), ``hidden_states`` (a tensor (B, T, D) for layer 0 and for each that ran), ``padding_mask``
-            (B, T) or None, and ``expected_parameters``, a scalar with gradient, None without gates.
+            (B, T) or None, and ``expected_widths``, with gradient, None without gates.
         """
         out = self.speech_encoder(source, padding_mask, last_layer=last_layer, draw=draw or self.draw_gates())
         gated = self.speech_encoder.gates is not None
         return {
             **out._asdict(),
-            "expected_parameters": expected_parameters(self.speech_encoder) if gated else None,
+            "expected_widths": expected_widths(self.speech_encoder) if gated else None,
         }
 
     def extract_features(

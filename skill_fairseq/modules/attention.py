@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skill_fairseq.modules.attention_core import attend
-from skill_fairseq.modules.gate_bank import Draw, GateBank
+from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.output_bias import OutputBias
 from skill_fairseq.modules.plain import use_plain
@@ -62,11 +62,15 @@ class SelfAttention(nn.Module):
         full_heads: heads before pruning.
         dropout: attention dropout probability.
         relative_position: whether WavLM's gated relative position is used.
-        unit_gates: where to add a gate for every head; None: no such gates.
-        output_gates: where to add one gate for the whole sublayer; None: no such gate.
+
+    Attributes:
+        gate: of the heads, or None.
+        output_gate: of the whole sublayer, or None.
     """
 
     heads: Tensor
+    gate: Optional[HardConcrete] = None
+    output_gate: Optional[HardConcrete] = None
 
     def __init__(
         self,
@@ -76,8 +80,6 @@ class SelfAttention(nn.Module):
         full_heads: int,
         dropout: float = 0.0,
         relative_position: bool = False,
-        unit_gates: Optional[GateBank] = None,
-        output_gates: Optional[GateBank] = None,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
@@ -92,8 +94,6 @@ class SelfAttention(nn.Module):
         self.out_proj: Union[nn.Linear, OutputBias]
         self.out_proj = nn.Linear(width, embed_dim) if heads else OutputBias(embed_dim)
         self.position_gate = RelativePositionGate(head_dim, full_heads) if relative_position and heads else None
-        self.gate = unit_gates.add(len(heads)) if unit_gates is not None and heads else None
-        self.output_gate = None if output_gates is None else output_gates.add(1)
 
     def forward(
         self,
@@ -117,19 +117,20 @@ class SelfAttention(nn.Module):
             return y if output is None else y * output.gate.to(y.dtype)
         if not self.heads.numel():
             return gated_output(self, output, [x], lambda: self.out_proj(x))
-        return gated_output(self, output, [x, by_offset], lambda: self._attend(x, by_offset, padding_mask, units))
+        return gated_output(self, output, [x, by_offset], lambda: self._attend(x, by_offset, padding_mask, draw))
 
     def _attend(
-        self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor], units: Optional[Units]
+        self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor], draw: Optional[Draw]
     ) -> Tensor:
         """Only the heads whose gates are open."""
+        units = None if draw is None else draw.of(self.gate)
         layers = (self.q_proj, self.k_proj, self.v_proj)
         units = computed_units(units, self.heads.numel(), *layers, self.out_proj)
         rows = heads = None
         if units is not None and units.indices is not None:
             heads = units.indices
             rows = (heads[:, None] * self.head_dim + torch.arange(self.head_dim, device=heads.device)).flatten()
-        q, k, v = (linear(proj, x, rows).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in layers)
+        q, k, v = (linear(proj, x, rows, draw).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in layers)
         factor = None
         if by_offset is not None and self.position_gate is not None:
             original = self.heads if heads is None else self.heads[heads]
@@ -139,9 +140,9 @@ class SelfAttention(nn.Module):
             by_offset = None
         y = attend(q, k, v, factor, by_offset, padding_mask, self.dropout if self.training else 0.0)
         if units is None:
-            return self.out_proj(y.flatten(2))
+            return linear(self.out_proj, y.flatten(2), draw=draw)
         if not has_plain_weight(self.out_proj):
-            return self.out_proj((y * units.gate.to(y.dtype)[:, None]).flatten(2))
+            return linear(self.out_proj, (y * units.gate.to(y.dtype)[:, None]).flatten(2), draw=draw)
         weight = take(self.out_proj.weight, 1, rows)  # type: ignore[arg-type]
         weight = weight * units.gate.to(weight.dtype).repeat_interleave(self.head_dim)
         return F.linear(y.flatten(2), weight, self.out_proj.bias)

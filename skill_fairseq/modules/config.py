@@ -9,9 +9,9 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-ConvLayers = List[Tuple[int, int, int]]
+from skill_fairseq.modules.units import UNITS
 
-PRUNING_UNITS = ("conv", "heads", "ffn", "attention_layers", "ffn_layers")
+ConvLayers = List[Tuple[int, int, int]]
 
 _NUMBERS = r"\(\s*{0}\s*,\s*{0}\s*,\s*{0}\s*\)"
 _CONV_TUPLE = re.compile(_NUMBERS.format(r"(\d+)"))
@@ -108,6 +108,9 @@ class EncoderConfig:
     heads: Optional[List[Optional[List[int]]]] = None
     ffn_dims: Optional[List[Optional[int]]] = None
 
+    # The same of kinds of units that are registered elsewhere, by their names; of those that have been pruned.
+    unit_widths: Dict[str, List[int]] = dataclasses.field(default_factory=dict)
+
     # Hard-concrete gates on these units (stage 1 only).
     pruning_units: List[str] = dataclasses.field(default_factory=list)
 
@@ -128,6 +131,7 @@ class EncoderConfig:
         self.conv_channels = [int(c) for c in self.conv_channels]
         self.heads = [None if h is None else sorted(int(i) for i in h) for h in self.heads]
         self.ffn_dims = [None if f is None else int(f) for f in self.ffn_dims]
+        self.unit_widths = {name: [int(width) for width in column] for name, column in self.unit_widths.items()}
         self._validate()
 
     def _check_types(self) -> None:
@@ -178,7 +182,16 @@ class EncoderConfig:
             "ffn_dims",
             f"{n} numbers from 0 to encoder_ffn_embed_dim={self.encoder_ffn_embed_dim} (null: sublayer removed)",
         )
-        require(set(self.pruning_units) <= set(PRUNING_UNITS), "pruning_units", f"a list out of {list(PRUNING_UNITS)}")
+        require(set(self.pruning_units) <= set(UNITS), "pruning_units", f"a list out of {list(UNITS)}")
+        for name, column in self.unit_widths.items():
+            known = name in UNITS and UNITS[name].field is None
+            require(known, "unit_widths", f"units that are registered; import the file that registers {name!r}")
+            full_widths = UNITS[name].full(self)
+            require(
+                len(column) == len(full_widths) and all(0 <= w <= f for w, f in zip(column, full_widths)),
+                "unit_widths",
+                f"{len(full_widths)} numbers from 0 to {full_widths} for {name}",
+            )
 
     @property
     def head_dim(self) -> int:
@@ -216,9 +229,13 @@ class EncoderConfig:
                 num_samples = strides // stride + 1
         return num_samples
 
+    def full(self) -> EncoderConfig:
+        """The shape before any pruning."""
+        return self.replace(conv_channels=None, heads=None, ffn_dims=None, unit_widths={})
+
     def is_full(self) -> bool:
         """Whether nothing has been pruned from the original shape."""
-        return self == self.replace(conv_channels=None, heads=None, ffn_dims=None)
+        return self == self.full()
 
     def replace(self, **changes: Any) -> EncoderConfig:
         """A copy with some fields changed; what was not pruned follows a changed full width."""
@@ -235,6 +252,8 @@ class EncoderConfig:
         """Plain types only, for JSON and for checkpoints."""
         fields = dataclasses.asdict(self)
         fields["conv_feature_layers"] = format_conv_layers(self.conv_feature_layers)
+        if not fields["unit_widths"]:
+            del fields["unit_widths"]  # earlier versions do not know it
         return fields
 
     @classmethod

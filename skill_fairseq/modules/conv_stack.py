@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from skill_fairseq.modules.activated_conv import activated_conv, compute_dtype
 from skill_fairseq.modules.config import EncoderConfig
-from skill_fairseq.modules.gate_bank import Draw, GateBank
+from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.norms import ChannelLayerNorm, group_norm_of_linear
 from skill_fairseq.modules.plain import use_plain
@@ -31,8 +31,12 @@ class ConvLayer(nn.Module):
         kernel_size, stride: in samples of this layer's input.
         bias: whether the convolution has a bias.
         norm: "group" (one group a channel), "layer" (over channels) or None.
-        gates: where to add a gate for every output channel; None: no gates.
+
+    Attributes:
+        gate: of the output channels, or None.
     """
+
+    gate: Optional[HardConcrete] = None
 
     def __init__(
         self,
@@ -43,7 +47,6 @@ class ConvLayer(nn.Module):
         stride: int,
         bias: bool,
         norm: Optional[str],
-        gates: Optional[GateBank],
     ) -> None:
         super().__init__()
         self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride, bias=bias)
@@ -53,7 +56,6 @@ class ConvLayer(nn.Module):
             self.norm = nn.GroupNorm(out_channels, out_channels)
         elif norm == "layer":
             self.norm = ChannelLayerNorm(out_channels, full_channels)
-        self.gate = None if gates is None else gates.add(out_channels, multiple=8)
 
     def forward(self, x: Tensor, units: Optional[Units] = None) -> Tensor:
         """The plain path.
@@ -91,10 +93,9 @@ class ConvStack(Prepared):
 
     Args:
         config: shape; uses the conv fields and ``extractor_mode``.
-        gates: where to add gates for the channels; None: no gates.
     """
 
-    def __init__(self, config: EncoderConfig, gates: Optional[GateBank] = None) -> None:
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         assert config.conv_channels is not None
         layers = []
@@ -113,17 +114,20 @@ class ConvStack(Prepared):
                     stride,
                     config.conv_bias,
                     norm,
-                    gates,
                 )
             )
             in_channels = config.conv_channels[i]
         self.layers: Sequence[ConvLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.config = config
-        self.gated = gates is not None
         # A kept channel's soft gate folds into the next convolution. After the last one comes a LayerNorm, which it
         # cannot pass, so that gate stays: as a constant, not as a parameter.
         self.register_buffer("scale", torch.ones(in_channels))
         self.scale: Tensor
+
+    @property
+    def gated(self) -> bool:
+        """Whether channels have gates."""
+        return any(layer.gate is not None for layer in self.layers)
 
     def forward(self, source: Tensor, draw: Optional[Draw] = None) -> Tuple[Tensor, Optional[Units]]:
         """Args:

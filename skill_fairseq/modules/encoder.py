@@ -25,8 +25,9 @@ from skill_fairseq.modules.positional_conv import PositionalConv
 from skill_fairseq.modules.positional_conv_stack import PositionalConvStack
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.relative_position import RelativePosition
-from skill_fairseq.modules.size import count_macs, gate_names, static_shape, widths_of
+from skill_fairseq.modules.size import count_macs, widths_of
 from skill_fairseq.modules.slicing import has_plain_weight, take
+from skill_fairseq.modules.units import units_of
 
 FrameTransform = Callable[[Tensor, Optional[Tensor]], Tensor]
 
@@ -89,14 +90,13 @@ class Transformer(nn.Module):
     Args:
         config: shape.
         dropouts: dropout probabilities.
-        gates: where to add the gates that ``config.pruning_units`` names; None: no gates.
 
     Attributes:
         checkpoint_activations: keep of each layer its input alone for the backward pass, which computes the layer once
             more, with the same dropout and the same gates (Chen et al. 2016, arXiv:1604.06174).
     """
 
-    def __init__(self, config: EncoderConfig, dropouts: Dropouts, gates: Optional[GateBank] = None) -> None:
+    def __init__(self, config: EncoderConfig, dropouts: Dropouts) -> None:
         super().__init__()
         self.checkpoint_activations = False
         dim = config.encoder_embed_dim
@@ -115,7 +115,6 @@ class Transformer(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropouts.hidden)
-        where = {unit: gates for unit in config.pruning_units}
         layers = []
         assert config.heads is not None and config.ffn_dims is not None
         for heads, ffn_dim in zip(config.heads, config.ffn_dims):
@@ -128,18 +127,9 @@ class Transformer(nn.Module):
                     config.encoder_attention_heads,
                     dropouts.attention,
                     config.relative_position,
-                    where.get("heads"),
-                    where.get("attention_layers"),
                 )
             if ffn_dim is not None:
-                ffn = FeedForward(
-                    dim,
-                    ffn_dim,
-                    config.activation_fn,
-                    dropouts.activation,
-                    where.get("ffn"),
-                    where.get("ffn_layers"),
-                )
+                ffn = FeedForward(dim, ffn_dim, config.activation_fn, dropouts.activation)
             layers.append(EncoderLayer(dim, attention, ffn, config.layer_norm_first, dropouts.hidden))
         self.layers: Sequence[EncoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.apply(_init_like_bert)
@@ -224,16 +214,14 @@ class SpeechEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.dropouts = dropouts
-        gates = GateBank() if config.pruning_units else None
-        self.feature_extractor = ConvStack(config, gates if "conv" in config.pruning_units else None)
+        self.feature_extractor = ConvStack(config)
         self.feature_projection = FeatureProjection(config, dropouts.input)
-        self.transformer = Transformer(config, dropouts, gates)
-        self.gates = gates
-        if gates is not None:
-            widths = widths_of(config)
-            named = dict(self.named_gates())
-            positions = {name: place for place, name in enumerate(gate_names(len(widths.conv), len(widths.heads)))}
-            gates.bind_widths(widths.flat(), [positions[name] for name in named])
+        self.transformer = Transformer(config, dropouts)
+        for unit in units_of(config):
+            unit.build(self)
+        self.gates = GateBank() if config.pruning_units else None
+        if self.gates is not None:
+            self.gates.place(self)
 
     @property
     def normalize(self) -> bool:
@@ -330,11 +318,8 @@ class SpeechEncoder(nn.Module):
 
     def named_gates(self) -> Iterator[Tuple[str, HardConcrete]]:
         """Every vector of gates with the path of the attribute that holds it, in the bank's order."""
-        for name, module in self.named_modules():
-            for attribute in ("gate", "output_gate"):
-                gate = vars(module).get(attribute)
-                if isinstance(gate, HardConcrete):
-                    yield f"{name}.{attribute}", gate
+        for gate in () if self.gates is None else self.gates.gates:
+            yield gate.name, gate
 
     def gather_gates(self, state: Dict[str, Any], prefix: str = "") -> None:
         """Changes a state dict of version 0.1, where every vector of gates was a parameter of its own, to the bank's.
@@ -360,4 +345,4 @@ class SpeechEncoder(nn.Module):
     def macs(self, seconds: float) -> int:
         """Multiply-accumulates of one forward over that much audio; closed gates are not taken into account."""
         samples = round(seconds * self.config.sample_rate)
-        return count_macs(static_shape(self.config), widths_of(self.config), samples)
+        return int(count_macs(self.config, widths_of(self.config), samples))

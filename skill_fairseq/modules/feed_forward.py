@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skill_fairseq.modules.activated_conv import activated_conv
-from skill_fairseq.modules.gate_bank import Draw, GateBank
+from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.output_bias import OutputBias
 from skill_fairseq.modules.plain import use_plain
@@ -24,9 +24,14 @@ class FeedForward(nn.Module):
         width: units that are left.
         activation: "gelu" or "relu".
         activation_dropout: dropout probability after the activation.
-        unit_gates: where to add a gate for every unit; None: no such gates.
-        output_gates: where to add one gate for the whole sublayer; None: no such gate.
+
+    Attributes:
+        gate: of the units, or None.
+        output_gate: of the whole sublayer, or None.
     """
+
+    gate: Optional[HardConcrete] = None
+    output_gate: Optional[HardConcrete] = None
 
     def __init__(
         self,
@@ -34,8 +39,6 @@ class FeedForward(nn.Module):
         width: int,
         activation: str = "gelu",
         activation_dropout: float = 0.0,
-        unit_gates: Optional[GateBank] = None,
-        output_gates: Optional[GateBank] = None,
     ) -> None:
         super().__init__()
         self.width = width
@@ -45,8 +48,6 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(width, embed_dim) if width else OutputBias(embed_dim)
         self.activation = activation
         self.dropout = nn.Dropout(activation_dropout)
-        self.gate = unit_gates.add(width, multiple=16) if unit_gates is not None and width else None
-        self.output_gate = None if output_gates is None else output_gates.add(1)
 
     def forward(self, x: Tensor, draw: Optional[Draw] = None) -> Tensor:
         """Args:
@@ -67,18 +68,18 @@ class FeedForward(nn.Module):
             return y if output is None else y * output.gate.to(y.dtype)
         if not self.width:
             return gated_output(self, output, [x], lambda: self.fc2(x))
-        return gated_output(self, output, [x], lambda: self._open_units(x, units))
+        return gated_output(self, output, [x], lambda: self._open_units(x, units, draw))
 
     def _activate(self, x: Tensor) -> Tensor:
         return F.gelu(x) if self.activation == "gelu" else F.relu(x)
 
-    def _open_units(self, x: Tensor, units: Optional[Units]) -> Tensor:
+    def _open_units(self, x: Tensor, units: Optional[Units], draw: Optional[Draw]) -> Tensor:
         """Only the units whose gates are open."""
         units = computed_units(units, self.width, self.fc1, self.fc2)
-        x = linear(self.fc1, x, None if units is None else units.indices)
+        x = linear(self.fc1, x, None if units is None else units.indices, draw)
         if not has_plain_weight(self.fc2):
             y = self.dropout(self._activate(x))
-            return self.fc2(y if units is None else y * units.gate.to(y.dtype))  # type: ignore[no-any-return]
+            return linear(self.fc2, y if units is None else y * units.gate.to(y.dtype), draw=draw)
         weight: Tensor = self.fc2.weight  # type: ignore[assignment]
         if units is not None:
             weight = take(weight, 1, units.indices) * units.gate.to(weight.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,13 +22,14 @@ from skill_fairseq.modules.hard_concrete import (
     open_units,
 )
 from skill_fairseq.modules.host import to_host
-from skill_fairseq.modules.size import Number
+from skill_fairseq.modules.size import flat_widths, widths_of
+from skill_fairseq.modules.units import Site, units_of
 
 _BY_ROUNDING = -1  # in GateBank.kept_override: no override
 
 
 class HardConcrete:
-    """A vector of gates, one a unit: conv channels, attention heads, FFN units, or one for a whole sublayer.
+    """A vector of gates, one a unit of some kind: conv channels, attention heads, or one for a whole sublayer.
 
     It is a part of a :class:`GateBank`, made by :meth:`GateBank.add`, and has no storage of its own.
 
@@ -39,7 +41,14 @@ class HardConcrete:
             ``log((1 - drop_rate) / drop_rate)``. 0.01 opens nearly all units; 0.5 means ``log_alpha`` 0.
         init_std: standard deviation of that draw; it breaks ties between units.
         multiple: a forward computes units in multiples of this number.
+        unit: kind of the units, a name of :data:`skill_fairseq.modules.units.UNITS`.
+        site: where it sits in an encoder.
+        position: of the number of its units among the flat widths of the encoder.
     """
+
+    unit: str
+    site: Site
+    position: int
 
     def __init__(
         self, bank: GateBank, index: int, part: slice, drop_rate: float, init_std: float, multiple: int
@@ -50,6 +59,11 @@ class HardConcrete:
         self.drop_rate = drop_rate
         self.init_std = init_std
         self.multiple = multiple
+
+    @property
+    def name(self) -> str:
+        """Path of the attribute that holds it."""
+        return f"{self.site.owner}.{self.site.attribute}"
 
     @property
     def num_units(self) -> int:
@@ -218,15 +232,27 @@ class GateBank(Float32Module):
                 units.append(Units(index, value[index], any_open))
         return Draw(z, units)
 
-    def bind_widths(self, widths: Sequence[Number], positions: Sequence[int]) -> None:
-        """Says where each vector's number of units stands among the widths of the whole encoder.
-
-        Args:
-            widths: (W,) flat widths of the encoder as it is.
-            positions: of each vector of gates, in ``widths``.
-        """
-        self.fixed_widths = torch.tensor(widths, dtype=torch.float32, device=self.log_alpha.device)
-        self.positions = torch.tensor(positions, dtype=torch.long, device=self.log_alpha.device)
+    def place(self, encoder: Any) -> None:
+        """Puts gates on the units of an encoder that its ``config.pruning_units`` names."""
+        config = encoder.config
+        modules = {name: place for place, (name, _) in enumerate(encoder.named_modules())}
+        sites = [
+            (site, unit)
+            for unit in units_of(config)
+            if unit.name in config.pruning_units
+            for site in unit.sites(encoder)
+        ]
+        # As module follows module, whatever their kinds: saved gates lie in this order.
+        sites.sort(key=lambda found: (modules[found[0].owner], found[0].attribute))
+        widths = widths_of(config)
+        starts = dict(zip(widths, itertools.accumulate(map(len, widths.values()), initial=0)))
+        for site, unit in sites:
+            gate = self.add(site.num_units, multiple=unit.multiple)
+            gate.unit, gate.site, gate.position = unit.name, site, starts[unit.name] + site.place
+            setattr(encoder.get_submodule(site.owner), site.attribute, gate)
+        device = self.log_alpha.device
+        self.fixed_widths = torch.tensor(flat_widths(widths), dtype=torch.float32, device=device)
+        self.positions = torch.tensor([gate.position for gate in self.gates], dtype=torch.long, device=device)
 
     def expected_widths(self, shift: float = 0.0) -> Tensor:
         """(W,) float32 widths under the gates' probabilities, differentiable; without gates the exact ones.

@@ -1,4 +1,4 @@
-"""What an encoder of given widths costs: parameters, exact or expected, and multiply-accumulates.
+"""What an encoder of given widths costs: parameters and multiply-accumulates, exact or expected.
 
 Counted is the encoder that is distilled: convolutional stack, feature projection, positional convolution,
 Transformer layers and relative position; no mask embedding and no heads.
@@ -6,13 +6,13 @@ Transformer layers and relative position; no mask embedding and no heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar, Union
+from collections.abc import Mapping, Sequence
+from typing import Dict, Union
 
 from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.units import UNITS, PrunableUnit, units_of
 
 Number = Union[int, float, Tensor]
 """A width: an integer, or its expectation as a scalar tensor."""
@@ -20,183 +20,76 @@ Number = Union[int, float, Tensor]
 Column = Union[Sequence[Number], Tensor]
 """Widths of one kind: numbers, or a 1-D tensor."""
 
-_N = TypeVar("_N", float, Tensor)
+Widths = Mapping[str, Column]
+"""What pruning changes, by the names of ``model.pruning_units``: integers for an encoder that exists, tensors for
+expectations under gates. ``conv`` has the output channels of each convolution, ``heads`` and ``ffn`` the heads and FFN
+units of each layer, ``attention_layers`` and ``ffn_layers`` whether the sublayer is there: 1 or 0, or the probability;
+without these two all sublayers are there. One that is there without units keeps its output bias, one that is not adds
+nothing. Other kinds say in :mod:`skill_fairseq.modules.units` what theirs are."""
 
 RELATIVE_GATE_OUTPUTS = 8
 """Features from which WavLM's relative-position gate computes its two factors."""
 
 
-@dataclass(frozen=True)
-class StaticShape:
-    """What pruning never changes. Names follow fairseq's HuBERT and Microsoft's WavLM where they have one.
-
-    Attributes:
-        conv_kernels: kernel size of each convolution, in its input's frames.
-        conv_strides: stride of each convolution.
-        conv_bias: whether the convolutions have biases.
-        extractor_mode: "default" (one GroupNorm after the first convolution) or "layer_norm" (one LayerNorm
-            after every convolution).
-        embed_dim: dimension D of the Transformer.
-        head_dim: dimension of one attention head.
-        conv_pos: kernel size of the positional convolution, or of each of data2vec's.
-        conv_pos_groups: its groups.
-        relative_position: whether attention has WavLM's gated relative-position bias.
-        num_buckets: rows of its table.
-        full_heads: heads before any pruning; the table and the gates' constants keep that many.
-        pos_conv_depth: number of positional convolutions; above 1 they have no weight norm.
-    """
-
-    conv_kernels: tuple[int, ...]
-    conv_strides: tuple[int, ...]
-    conv_bias: bool
-    extractor_mode: str
-    embed_dim: int
-    head_dim: int
-    conv_pos: int
-    conv_pos_groups: int
-    relative_position: bool
-    num_buckets: int
-    full_heads: int
-    pos_conv_depth: int = 1
-
-
-@dataclass(frozen=True)
-class Widths:
-    """What pruning changes; integers for an encoder that exists, tensors for expectations under gates.
-
-    A sublayer that lost all units but is present keeps its output bias, and nothing else. One that is not
-    present adds nothing.
-
-    Attributes:
-        conv: output channels of each convolution.
-        heads: attention heads of each layer.
-        ffn: feed-forward units of each layer.
-        attention_present: 1 or 0 for each layer, or the probability of presence; None: all present.
-        ffn_present: the same for the feed-forward sublayers.
-        relative_gates: layers that have a gate of relative position; None: those whose attention has heads.
-    """
-
-    conv: Column
-    heads: Column
-    ffn: Column
-    attention_present: Column | None = None
-    ffn_present: Column | None = None
-    relative_gates: int | None = None
-
-    @classmethod
-    def from_flat(cls, flat: Column, num_convs: int, num_layers: int, relative_gates: int | None = None) -> Widths:
-        """The inverse of :meth:`flat`; a tensor's columns are views of it."""
-        starts = range(num_convs, num_convs + 4 * num_layers, num_layers)
-        heads, ffn, attention_present, ffn_present = (flat[start : start + num_layers] for start in starts)
-        return cls(flat[:num_convs], heads, ffn, attention_present, ffn_present, relative_gates)
-
-    def flat(self) -> list[Number]:
-        """All widths one after another: conv, heads, ffn, attention_present, ffn_present."""
-        present = *_or_ones(self.attention_present, self.heads), *_or_ones(self.ffn_present, self.ffn)
-        return [*self.conv, *self.heads, *self.ffn, *present]
-
-    def attention(self) -> list[tuple[Number, Number]]:
-        """(heads, presence) of each layer."""
-        return list(zip(self.heads, _or_ones(self.attention_present, self.heads)))
-
-    def feed_forward(self) -> list[tuple[Number, Number]]:
-        """(units, presence) of each layer."""
-        return list(zip(self.ffn, _or_ones(self.ffn_present, self.ffn)))
-
-
-def gate_names(num_convs: int, num_layers: int) -> list[str]:
-    """Path of the gate that decides each of the widths of :meth:`Widths.flat` in an encoder that has all of them."""
-    layers = range(num_layers)
-    columns = ("attention.gate", "ffn.gate", "attention.output_gate", "ffn.output_gate")
-    names = [f"feature_extractor.layers.{i}.gate" for i in range(num_convs)]
-    return names + [f"transformer.layers.{i}.{column}" for column in columns for i in layers]
-
-
-def _or_ones(column: Column | None, like: Column) -> Column:
-    return [1] * len(like) if column is None else column
-
-
-def static_shape(config: EncoderConfig) -> StaticShape:
-    """The part of an encoder's shape that pruning never changes."""
-    return StaticShape(
-        conv_kernels=tuple(kernel for _, kernel, _ in config.conv_feature_layers),
-        conv_strides=tuple(stride for _, _, stride in config.conv_feature_layers),
-        conv_bias=config.conv_bias,
-        extractor_mode=config.extractor_mode,
-        embed_dim=config.encoder_embed_dim,
-        head_dim=config.head_dim,
-        conv_pos=config.pos_conv_kernel,
-        conv_pos_groups=config.conv_pos_groups,
-        relative_position=config.relative_position,
-        num_buckets=config.num_buckets,
-        full_heads=config.encoder_attention_heads,
-        pos_conv_depth=config.pos_conv_depth,
-    )
-
-
-def widths_of(config: EncoderConfig) -> Widths:
+def widths_of(config: EncoderConfig) -> Dict[str, Column]:
     """The widths of an encoder as it is, integers."""
-    assert config.conv_channels is not None and config.heads is not None and config.ffn_dims is not None
-    return Widths(
-        conv=config.conv_channels,
-        heads=[len(heads or ()) for heads in config.heads],
-        ffn=[units or 0 for units in config.ffn_dims],
-        attention_present=[int(heads is not None) for heads in config.heads],
-        ffn_present=[int(units is not None) for units in config.ffn_dims],
-    )
+    return {unit.name: [width or 0 for width in unit.left(config)] for unit in units_of(config)}
 
 
-def count_parameters(static: StaticShape, widths: Widths) -> Number:
+def flat_widths(widths: Widths) -> list[Number]:
+    """(W,) all widths, one kind after another."""
+    return [width for column in widths.values() for width in column]
+
+
+def from_flat(flat: Column, like: Widths) -> Dict[str, Column]:
+    """The inverse of :func:`flat_widths`; a tensor's columns are views of it."""
+    columns, start = {}, 0
+    for name, column in like.items():
+        columns[name] = flat[start : start + len(column)]
+        start += len(column)
+    return columns
+
+
+def count_parameters(config: EncoderConfig, widths: Widths) -> Number:
     """Number of parameters.
 
     The count is exact, and an int, for integer widths. Tensor widths give a differentiable scalar, the
     expected count, gates being independent of each other (DPHuBERT, arXiv:2305.17651).
 
-    The small gate of relative position (``8 head_dim + 8 + full_heads`` parameters a layer) goes when its
+    The small gate of relative position (``8 head_dim + 8 + heads before pruning`` parameters a layer) goes when its
     attention is gone for certain, which only plain numbers tell; under a gate it counts in full.
 
-    Raises:
-        ValueError: if the widths do not fit the static shape.
-    """
-    _check(static, widths)
-    dim, head_dim = static.embed_dim, static.head_dim
+    Args:
+        config: what pruning never changes; for tensor columns also which layers have heads at all.
 
-    total = _count_conv_stack(static, widths.conv)
-    total += 2 * widths.conv[-1] + (widths.conv[-1] + 1) * dim  # LayerNorm, then the projection to D
-    total += static.pos_conv_depth * (dim * (dim // static.conv_pos_groups) * static.conv_pos + dim)
-    if static.pos_conv_depth == 1:  # the weight norm's magnitudes
-        total += static.conv_pos
+    Raises:
+        ValueError: if the widths do not fit the config.
+    """
+    _check(config, widths)
+    dim, head_dim, conv = config.encoder_embed_dim, config.head_dim, widths["conv"]
+
+    total = _count_conv_stack(config, conv)
+    total += 2 * conv[-1] + (conv[-1] + 1) * dim  # LayerNorm, then the projection to D
+    total += config.pos_conv_depth * (dim * (dim // config.conv_pos_groups) * config.pos_conv_kernel + dim)
+    if config.pos_conv_depth == 1:  # the weight norm's magnitudes
+        total += config.pos_conv_kernel
     total += 2 * dim  # the encoder's LayerNorm
-    total += 4 * dim * len(widths.heads)  # two LayerNorms a layer
-    if static.relative_position:
-        total += static.num_buckets * static.full_heads
+    total += 4 * dim * config.encoder_layers  # two LayerNorms a layer
+    if config.relative_position:
+        total += config.num_buckets * config.encoder_attention_heads
 
     head_parameters = 3 * (dim + 1) * head_dim + head_dim * dim  # query, key, value with bias; output columns
-    total += _count_sublayers(widths.heads, widths.attention_present, head_parameters, dim)
-    if static.relative_position:
-        gates = widths.relative_gates
-        if gates is None:
-            gates = sum(not (_is_none(heads) or _is_none(present)) for heads, present in widths.attention())
-        total += gates * (head_dim * RELATIVE_GATE_OUTPUTS + RELATIVE_GATE_OUTPUTS + static.full_heads)
+    total += _total(widths, "heads", "attention_layers", head_parameters, dim)
+    if config.relative_position:
+        each = head_dim * RELATIVE_GATE_OUTPUTS + RELATIVE_GATE_OUTPUTS + config.encoder_attention_heads
+        total += _relative_gates(config, widths) * each
     unit_parameters = (dim + 1) + dim  # input row with bias; output column
-    total += _count_sublayers(widths.ffn, widths.ffn_present, unit_parameters, dim)
-    return total
+    total += _total(widths, "ffn", "ffn_layers", unit_parameters, dim)
+    return total + sum(unit.parameters(config, widths) for unit in _others(config))
 
 
-def _count_sublayers(units: Column, present: Column | None, per_unit: int, bias: int) -> Number:
-    if isinstance(units, Tensor):  # a few operations for all layers
-        each = units * per_unit + bias
-        return (each if present is None else present * each).sum()  # type: ignore[operator]
-    return sum(p * (u * per_unit + bias) for u, p in zip(units, _or_ones(present, units)))
-
-
-def sparsity(expected: _N, full: int) -> _N:
-    """Fraction of ``full`` parameters that is gone; differentiable for a tensor."""
-    return 1 - expected / full
-
-
-def count_macs(static: StaticShape, widths: Widths, num_samples: int) -> int:
-    """Multiply-accumulates of one forward pass over one utterance, for integer widths.
+def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Number:
+    """Multiply-accumulates of one forward pass over one utterance; exact or expected as :func:`count_parameters`.
 
     With T frames and T_i outputs of convolution i, D the Transformer's dimension, d a head's:
 
@@ -213,60 +106,68 @@ def count_macs(static: StaticShape, widths: Widths, num_samples: int) -> int:
         num_samples: length of the utterance at 16 kHz.
 
     Raises:
-        ValueError: if the widths do not fit the static shape, or the utterance is too short for one frame.
+        ValueError: if the widths do not fit the config, or the utterance is too short for one frame.
     """
-    _check(static, widths)
-    dim, head_dim = static.embed_dim, static.head_dim
+    _check(config, widths)
+    dim, head_dim = config.encoder_embed_dim, config.head_dim
 
-    macs, length, in_channels = 0, num_samples, 1
-    for out_channels, kernel, stride in zip(map(int, widths.conv), static.conv_kernels, static.conv_strides):
+    macs: Number = 0
+    in_channels: Number = 1
+    length = num_samples
+    for out_channels, (_, kernel, stride) in zip(widths["conv"], config.conv_feature_layers):
         if length < kernel:
             raise ValueError(f"num_samples is {num_samples}, too short for one frame; give more audio")
         length = (length - kernel) // stride + 1
-        macs += length * in_channels * out_channels * kernel
+        macs += length * kernel * in_channels * out_channels
         in_channels = out_channels
 
     macs += length * in_channels * dim
-    macs += static.pos_conv_depth * length * dim * (dim // static.conv_pos_groups) * static.conv_pos
-    for heads, present in widths.attention():
-        inner = int(present) * int(heads) * head_dim
-        macs += 4 * length * dim * inner + 2 * length**2 * inner
-        if static.relative_position:
-            macs += length * inner * RELATIVE_GATE_OUTPUTS + length**2 * (inner // head_dim)
-    for units, present in widths.feed_forward():
-        macs += 2 * length * dim * int(present) * int(units)
-    return macs
+    macs += config.pos_conv_depth * length * dim * (dim // config.conv_pos_groups) * config.pos_conv_kernel
+    head_macs = (4 * length * dim + 2 * length**2) * head_dim
+    if config.relative_position:
+        head_macs += length * head_dim * RELATIVE_GATE_OUTPUTS + length**2
+    macs += _total(widths, "heads", "attention_layers", head_macs)
+    macs += _total(widths, "ffn", "ffn_layers", 2 * length * dim)
+    return macs + sum(unit.macs(config, widths, length) for unit in _others(config))
 
 
-def _count_conv_stack(static: StaticShape, channels: Column) -> Number:
+def _others(config: EncoderConfig) -> list[PrunableUnit]:
+    """The kinds of units that the formulas do not know."""
+    return [unit for unit in units_of(config) if unit.field is None]
+
+
+def _count_conv_stack(config: EncoderConfig, channels: Column) -> Number:
     total: Number = 0
     in_channels: Number = 1
-    for i, (out_channels, kernel) in enumerate(zip(channels, static.conv_kernels)):
+    for i, (out_channels, (_, kernel, _)) in enumerate(zip(channels, config.conv_feature_layers)):
         total += in_channels * out_channels * kernel
-        if static.conv_bias:
+        if config.conv_bias:
             total += out_channels
-        if i == 0 or static.extractor_mode == "layer_norm":
+        if i == 0 or config.extractor_mode == "layer_norm":
             total += 2 * out_channels
         in_channels = out_channels
     return total
 
 
-def _is_none(width: Number) -> bool:
-    """Whether nothing is left for certain. Not asked of expectations: it would synchronise a GPU."""
-    return not isinstance(width, Tensor) and width == 0
+def _total(widths: Widths, units: str, sublayers: str, per_unit: int, bias: int = 0) -> Number:
+    """``present (number per_unit + bias)``, summed over layers."""
+    column, present = widths[units], widths.get(sublayers)
+    if isinstance(column, Tensor):  # a few operations for all layers
+        each = column * per_unit + bias
+        return (each if present is None else present * each).sum()  # type: ignore[operator]
+    return sum(p * (u * per_unit + bias) for u, p in zip(column, [1] * len(column) if present is None else present))
 
 
-def _check(static: StaticShape, widths: Widths) -> None:
-    if static.extractor_mode not in ("default", "layer_norm"):
-        raise ValueError(f"extractor_mode is {static.extractor_mode!r}; give 'default' or 'layer_norm'")
-    layers = len(widths.heads)
-    expected = {
-        "conv_strides": (len(static.conv_strides), len(static.conv_kernels)),
-        "conv": (len(widths.conv), len(static.conv_kernels)),
-        "ffn": (len(widths.ffn), layers),
-        "attention_present": (len(_or_ones(widths.attention_present, widths.heads)), layers),
-        "ffn_present": (len(_or_ones(widths.ffn_present, widths.heads)), layers),
-    }
-    for name, (found, wanted) in expected.items():
-        if found != wanted:
-            raise ValueError(f"{name} has {found} entries, but must have {wanted}: one a layer")
+def _relative_gates(config: EncoderConfig, widths: Widths) -> int:
+    """Layers whose attention has a gate of relative position; expectations are not asked, it would synchronise."""
+    if isinstance(widths["heads"], Tensor):
+        widths = widths_of(config)
+    present = widths.get("attention_layers", [1] * config.encoder_layers)
+    return sum(all(isinstance(w, Tensor) or w != 0 for w in pair) for pair in zip(widths["heads"], present))
+
+
+def _check(config: EncoderConfig, widths: Widths) -> None:
+    for name, column in widths.items():
+        wanted = len(UNITS[name].full(config))
+        if len(column) != wanted:
+            raise ValueError(f"{name} has {len(column)} entries, but must have {wanted}: one a layer")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skill_fairseq.modules.hard_concrete import Units
+
+if TYPE_CHECKING:
+    from skill_fairseq.modules.gate_bank import Draw
 
 
 class _Take(torch.autograd.Function):
@@ -41,11 +44,29 @@ def take(source: Tensor, dim: int, index: Optional[Tensor]) -> Tensor:
     return source if index is None else _Take.apply(source, dim, index)
 
 
-def linear(layer: nn.Module, x: Tensor, outputs: Optional[Tensor] = None) -> Tensor:
+class StandIn(nn.Module):
+    """A module in the place of a linear layer, which may have gates of its own.
+
+    Attributes:
+        outputs: its parameters whose first dimension are the outputs.
+        inputs: those whose second dimension are the inputs.
+    """
+
+    outputs: Sequence[str] = ("weight", "bias")
+    inputs: Sequence[str] = ("weight",)
+
+    def forward(self, x: Tensor, draw: Optional[Draw] = None) -> Tensor:
+        """(..., in) to (..., out), under the gates of this forward; None where there are none."""
+        raise NotImplementedError
+
+
+def linear(layer: nn.Module, x: Tensor, outputs: Optional[Tensor] = None, draw: Optional[Draw] = None) -> Tensor:
     """A linear layer; where only some outputs are wanted, those rows of its weight.
 
     Without ``outputs`` the module itself is called: it may be a quantised one, or an adapter around the original.
     """
+    if isinstance(layer, StandIn):
+        return layer(x, draw)  # type: ignore[no-any-return]
     if outputs is None:
         return layer(x)  # type: ignore[no-any-return]
     return F.linear(x, take(layer.weight, 0, outputs), take(layer.bias, 0, outputs))  # type: ignore[arg-type]

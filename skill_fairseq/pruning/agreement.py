@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.pruning.costs import PARAMETERS
 from skill_fairseq.pruning.expected import expected_sparsity
-from skill_fairseq.pruning.lagrangian import SizeConstraint
+from skill_fairseq.pruning.lagrangian import CostConstraint
 
 TOLERANCE = 1e-5
 """Relative difference that is still rounding. Ranks that get the same gradients do not differ at all."""
 
 
 @torch.no_grad()
-def shared_quantities(encoder: SpeechEncoder, constraint: Optional[SizeConstraint] = None) -> Dict[str, Tensor]:
+def shared_quantities(encoder: SpeechEncoder, constraint: Optional[CostConstraint] = None) -> Dict[str, Tensor]:
     """What must be equal on every rank, by name, each (n,) float64 on the CPU; empty without gates and constraint."""
     found: Dict[str, Tensor] = {}
     if encoder.gates is not None:
@@ -26,7 +27,9 @@ def shared_quantities(encoder: SpeechEncoder, constraint: Optional[SizeConstrain
         found["lambda1"] = constraint.lambda1
         found["lambda2"] = constraint.lambda2
     if encoder.gates is not None:  # follows from the above, but is what one wants to know
-        found["expected sparsity"] = torch.tensor(expected_sparsity(encoder))
+        found["expected sparsity"] = torch.tensor(
+            expected_sparsity(encoder, cost=constraint.cost if constraint else PARAMETERS)
+        )
     return {name: value.detach().reshape(-1).cpu().double() for name, value in found.items()}
 
 
@@ -65,7 +68,7 @@ def check_agreement(names: Sequence[str], by_rank: Tensor) -> None:
         )
 
 
-def check_ranks(encoder: SpeechEncoder, constraint: Optional[SizeConstraint] = None) -> None:
+def check_ranks(encoder: SpeechEncoder, constraint: Optional[CostConstraint] = None) -> None:
     """Makes sure that gates and multipliers are equal on all ranks; called by all together, nothing for one process.
 
     Raises:

@@ -1,6 +1,6 @@
-"""The constraint on the student's size: an augmented Lagrangian, its target, and the learning-rate factor.
+"""The constraint on the student's cost: an augmented Lagrangian, its target, and the learning-rate factor.
 
-Sizes enter as sparsity, ``s = 1 - E[parameters] / full``, see :mod:`skill_fairseq.modules.size`.
+Costs enter as sparsity, ``s = 1 - E[cost] / original cost``, see :mod:`skill_fairseq.pruning.costs`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from skill_fairseq.modules.fp32 import Float32Module
+from skill_fairseq.pruning.costs import PARAMETERS, Cost
 
 
 def target_sparsity(update: int, warmup: int, final: float) -> float:
@@ -62,7 +63,7 @@ def updates_of(value: float, total: int, field: str) -> int:
     return int(value)
 
 
-class SizeConstraint(Float32Module):
+class CostConstraint(Float32Module):
     """Holds the multipliers and gives the regulariser that drives the student to its target sparsity.
 
     The student minimises the regulariser while ``lambda1`` and ``lambda2`` maximise it: they are parameters
@@ -72,6 +73,7 @@ class SizeConstraint(Float32Module):
     Args:
         target: sparsity to reach, in [0, 1).
         warmup: number of updates over which the target rises from 0.
+        cost: what the sparsity is of.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -79,7 +81,7 @@ class SizeConstraint(Float32Module):
 
     param_group = "multipliers"
 
-    def __init__(self, target: float, warmup: int = 5000) -> None:
+    def __init__(self, target: float, warmup: int = 5000, cost: Cost = PARAMETERS) -> None:
         super().__init__()
         if not 0.0 <= target < 1.0:
             raise ValueError(
@@ -88,6 +90,7 @@ class SizeConstraint(Float32Module):
             )
         if warmup < 0:
             raise ValueError(f"sparsity warmup is {warmup} updates, but must not be negative; 0 means none")
+        self.cost = cost
         self.target = target
         self.warmup = warmup
         self.lambda1 = nn.Parameter(torch.zeros((), dtype=torch.float32))
@@ -102,4 +105,11 @@ class SizeConstraint(Float32Module):
         return lagrangian(sparsity, self.target_at(update), ascending(self.lambda1), ascending(self.lambda2))
 
     def extra_repr(self) -> str:
-        return f"target={self.target}, warmup={self.warmup}"
+        return f"target={self.target}, warmup={self.warmup}, cost={self.cost.name}"
+
+
+class SizeConstraint(CostConstraint):
+    """The constraint on the number of parameters."""
+
+    def __init__(self, target: float, warmup: int = 5000) -> None:
+        super().__init__(target, warmup)

@@ -11,9 +11,10 @@ import math
 from typing import Any, List, NamedTuple, Optional
 
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.pruning.expected import expected_sparsity, full_parameters
+from skill_fairseq.pruning.costs import PARAMETERS, Cost
+from skill_fairseq.pruning.expected import expected_sparsity
 from skill_fairseq.pruning.lagrangian import linear_warmup_decay, updates_of
-from skill_fairseq.pruning.selection import selected_parameters
+from skill_fairseq.pruning.selection import selected_cost
 
 logger = logging.getLogger(__name__)
 
@@ -82,30 +83,32 @@ def gate_schedule(cfg: Any) -> Optional[GateSchedule]:
     return GateSchedule("optimizer.groups.gates.lr", max(rates), factors)
 
 
-def travel_to(encoder: SpeechEncoder, sparsity: float) -> float:
+def travel_to(encoder: SpeechEncoder, sparsity: float, cost: Cost = PARAMETERS) -> float:
     """How far every ``log_alpha`` must move down together for the gates to expect this sparsity, 0 if they do.
 
     It is found to 1e-3; infinite where even closed gates leave more.
     """
     low, high = 0.0, 1.0
-    if expected_sparsity(encoder) >= sparsity:
+    if expected_sparsity(encoder, cost=cost) >= sparsity:
         return 0.0
-    while expected_sparsity(encoder, -high) < sparsity:
+    while expected_sparsity(encoder, -high, cost) < sparsity:
         low, high = high, 2 * high
         if high > 1e3:
             return math.inf
     while high - low > 1e-3:
         middle = (low + high) / 2
-        low, high = (middle, high) if expected_sparsity(encoder, -middle) < sparsity else (low, middle)
+        low, high = (middle, high) if expected_sparsity(encoder, -middle, cost) < sparsity else (low, middle)
     return high
 
 
-def reach_warnings(encoder: SpeechEncoder, schedule: GateSchedule, max_update: int, target: float) -> List[str]:
+def reach_warnings(
+    encoder: SpeechEncoder, schedule: GateSchedule, max_update: int, target: float, cost: Cost = PARAMETERS
+) -> List[str]:
     """What stands between the gates, as they are, and the target; empty if they can get there with some margin."""
-    needed = travel_to(encoder, target)
+    needed = travel_to(encoder, target, cost)
     if schedule.travel >= MARGIN * needed:
         return []
-    best = expected_sparsity(encoder, -schedule.travel)
+    best = expected_sparsity(encoder, -schedule.travel, cost)
     verdict = "cannot be reached" if best < target else "is hardly within reach"
     remedies = f"Set {schedule.field} to {_round_up(MARGIN * needed / schedule.factors)} or more"
     if schedule.travel > 0:
@@ -140,7 +143,7 @@ def check_reach(cfg: Any, encoder: SpeechEncoder, criterion: Any) -> List[str]:
     Args:
         cfg: fairseq's whole config.
         encoder: the student's.
-        criterion: ``skill_group_kd``; without a size constraint there is nothing to warn of.
+        criterion: ``skill_group_kd``; without a constraint there is nothing to warn of.
 
     Returns:
         the warnings, which have been logged.
@@ -150,22 +153,22 @@ def check_reach(cfg: Any, encoder: SpeechEncoder, criterion: Any) -> List[str]:
     if constraint is None or schedule is None:
         return []
     max_update = int(cfg.optimization.max_update)
-    found = reach_warnings(encoder, schedule, max_update, constraint.target)
+    found = reach_warnings(encoder, schedule, max_update, constraint.target, constraint.cost)
     found += warmup_warnings(constraint.warmup, max_update, constraint.target)
     for warning in found:
         logger.warning(warning)
     return found
 
 
-def sparsity_report(encoder: SpeechEncoder, target: float) -> str:
+def sparsity_report(encoder: SpeechEncoder, target: float, cost: Cost = PARAMETERS) -> str:
     """At the end of stage 1, in one line: what the gates expect, what they round to, what shrinking gives, the target.
 
-    All are fractions of the original parameters that are gone.
+    All are fractions of the original cost that are gone.
     """
-    full = full_parameters(encoder.config)
-    rounded, shrunk = (selected_parameters(encoder, sparsity) for sparsity in (None, target))
+    full = cost.original(encoder.config)
+    rounded, shrunk = (selected_cost(encoder, sparsity, cost) for sparsity in (None, target))
     return (
-        f"sparsity of {full:,} parameters: {expected_sparsity(encoder):.4f} expected by the gates, "
+        f"sparsity of {full:,} {cost}: {expected_sparsity(encoder, cost=cost):.4f} expected by the gates, "
         f"{1 - rounded / full:.4f} by rounding them, {1 - shrunk / full:.4f} by skill-shrink, which corrects the "
         f"rounding; the target is {target:.4f}"
     )
@@ -192,23 +195,24 @@ def arrival_warning(expected: float, target: float) -> Optional[str]:
     )
 
 
-def log_sparsity(encoder: SpeechEncoder, target: float) -> None:
+def log_sparsity(encoder: SpeechEncoder, target: float, cost: Cost = PARAMETERS) -> None:
     """Logs :func:`sparsity_report`, and a warning if the gates have not arrived."""
-    logger.info(sparsity_report(encoder, target))
-    warning = arrival_warning(expected_sparsity(encoder), target)
+    logger.info(sparsity_report(encoder, target, cost))
+    warning = arrival_warning(expected_sparsity(encoder, cost=cost), target)
     if warning is not None:
         logger.warning(warning)
 
 
-def far_from_gates(encoder: SpeechEncoder, asked: float, field: str) -> Optional[str]:
+def far_from_gates(encoder: SpeechEncoder, asked: float, field: str, cost: Cost = PARAMETERS) -> Optional[str]:
     """What is wrong with shrinking to a sparsity far from what the gates expect; None if it is near.
 
     Args:
         encoder: with gates.
         asked: sparsity.
         field: where it was asked for.
+        cost: what the sparsity is of.
     """
-    expected = expected_sparsity(encoder)
+    expected = expected_sparsity(encoder, cost=cost)
     if abs(asked - expected) <= NEAR:
         return None
     low, high = max(expected - NEAR, 0.0), min(expected + NEAR, 0.999)

@@ -1,4 +1,4 @@
-"""Which units stay: by each gate's own rounding, then one global correction to hit a size exactly."""
+"""Which units stay: by each gate's own rounding, then one global correction to hit a cost exactly."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.modules.size import Widths, count_parameters, gate_names, static_shape, widths_of
-from skill_fairseq.pruning.expected import full_parameters, smallest_parameters
+from skill_fairseq.modules.size import Widths, flat_widths, from_flat, widths_of
+from skill_fairseq.modules.units import UNITS
+from skill_fairseq.pruning.costs import PARAMETERS, Cost
+from skill_fairseq.pruning.expected import smallest_widths
 
 Selection = Dict[str, Tensor]
 """Gate name -> (num_units,) bool, True for each unit that stays."""
@@ -22,16 +24,17 @@ class _Gate(NamedTuple):
     at_least: int
 
 
-def select_units(encoder: SpeechEncoder, sparsity: Optional[float] = None) -> Selection:
+def select_units(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost: Cost = PARAMETERS) -> Selection:
     """Units that stay when the encoder is shrunk.
 
     Without a sparsity these are the units that evaluation keeps. With one, gates are opened or closed one unit at a
-    time, always the least wanted open (or the most wanted closed) unit of all whose size brings the encoder nearer to
-    ``(1 - sparsity) * original parameters``, until none does: the size is then off by less than the smallest unit.
+    time, always the least wanted open (or the most wanted closed) unit of all whose cost brings the encoder nearer to
+    ``(1 - sparsity) * original cost``, until none does: the cost is then off by less than the smallest unit's.
 
     Args:
         encoder: with gates.
-        sparsity: fraction of the original parameters to remove, in [0, 1).
+        sparsity: fraction of the original cost to remove, in [0, 1).
+        cost: what is to become less.
 
     Raises:
         ValueError: no gates, or the sparsity cannot be reached with them.
@@ -42,15 +45,17 @@ def select_units(encoder: SpeechEncoder, sparsity: Optional[float] = None) -> Se
     if sparsity is None:
         return {name: gate.kept() for name, gate in gates.items()}
 
-    check_reachable(encoder.config, sparsity, "sparsity")
+    check_reachable(encoder.config, sparsity, "sparsity", cost)
     table = []
     for name, gate in gates.items():
         values, order = gate.log_alpha.detach().cpu().sort(descending=True, stable=True)
-        at_least = 1 if name.startswith("feature_extractor.") else 0
-        table.append(_Gate(name, order.tolist(), values.tolist(), at_least))
-    counts = {name: max(int(gate.kept().sum()), 1 if "feature_ext" in name else 0) for name, gate in gates.items()}
-    target = round((1 - sparsity) * full_parameters(encoder.config))
-    _correct(table, counts, target, lambda kept: _size_with(encoder, kept))
+        table.append(_Gate(name, order.tolist(), values.tolist(), UNITS[gate.unit].least))
+    counts = {name: max(int(gate.kept().sum()), UNITS[gate.unit].least) for name, gate in gates.items()}
+    original = cost.original(encoder.config)
+    target = (1 - sparsity) * original
+    if isinstance(original, int):
+        target = round(target)
+    _correct(table, counts, target, lambda kept: _cost_with(encoder, kept, cost))
 
     selection = {}
     for entry in table:
@@ -60,14 +65,14 @@ def select_units(encoder: SpeechEncoder, sparsity: Optional[float] = None) -> Se
     return selection
 
 
-def selected_parameters(encoder: SpeechEncoder, sparsity: Optional[float] = None) -> int:
-    """Number of parameters that shrinking to a sparsity leaves, by rounding where it is None; nothing is changed.
+def selected_cost(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost: Cost = PARAMETERS) -> float:
+    """The cost that shrinking to a sparsity leaves, by rounding where it is None; nothing is changed.
 
     Raises:
         ValueError: as :func:`select_units`.
     """
-    selection = select_units(encoder, sparsity)
-    return _size_with(encoder, {name: int(mask.sum()) for name, mask in selection.items()})
+    selection = select_units(encoder, sparsity, cost)
+    return _cost_with(encoder, {name: int(mask.sum()) for name, mask in selection.items()}, cost)
 
 
 def apply_selection(encoder: SpeechEncoder, selection: Optional[Selection]) -> None:
@@ -76,7 +81,7 @@ def apply_selection(encoder: SpeechEncoder, selection: Optional[Selection]) -> N
         gate.set_kept(None if selection is None else selection[name])
 
 
-def check_reachable(config: EncoderConfig, sparsity: float, field: str) -> None:
+def check_reachable(config: EncoderConfig, sparsity: float, field: str, cost: Cost = PARAMETERS) -> None:
     """Refuses a sparsity that the encoder's gates cannot reach.
 
     Raises:
@@ -84,23 +89,22 @@ def check_reachable(config: EncoderConfig, sparsity: float, field: str) -> None:
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"{field}: {sparsity} is no sparsity; expected a number in [0, 1): 0.75 leaves a quarter")
-    full = full_parameters(config)
-    most = 1 - smallest_parameters(config) / full
-    least = 1 - int(count_parameters(static_shape(config), widths_of(config))) / full
+    most = float(cost.sparsity(config, smallest_widths(config)))
+    least = float(cost.sparsity(config, widths_of(config)))
     if not least - 1e-9 <= sparsity <= most:
         raise ValueError(
-            f"{field}: {sparsity} cannot be reached: gates on {config.pruning_units} allow "
+            f"{field}: {sparsity} of {cost} cannot be reached: gates on {config.pruning_units} allow "
             f"{max(least, 0):.4f} to {most:.4f}; choose a sparsity in between, or gate more units (model.pruning_units)"
         )
 
 
 def _correct(
-    gates: List[_Gate], counts: Dict[str, int], target: int, size_with: Callable[[Dict[str, int]], int]
+    gates: List[_Gate], counts: Dict[str, int], target: float, cost_with: Callable[[Dict[str, int]], float]
 ) -> None:
-    """Moves ``counts`` unit by unit until the size is as near to ``target`` as single units bring it."""
-    size = size_with(counts)
-    while size != target:
-        step = -1 if size > target else 1
+    """Moves ``counts`` unit by unit until the cost is as near to ``target`` as single units bring it."""
+    found = cost_with(counts)
+    while found != target:
+        step = -1 if found > target else 1
         moves = []
         for gate in gates:
             count = counts[gate.name]
@@ -109,22 +113,24 @@ def _correct(
                 moves.append((-step * gate.log_alpha[count - 1 if step < 0 else count], gate.name))
         for _, name in sorted(moves):
             changed = {**counts, name: counts[name] + step}
-            new_size = size_with(changed)
+            new = cost_with(changed)
             # A unit behind a closed gate costs nothing: moving it is no progress.
-            if new_size != size and abs(new_size - target) < abs(size - target):
+            if new != found and abs(new - target) < abs(found - target):
                 counts.update(changed)
-                size = new_size
+                found = new
                 break
         else:
             return
 
 
-def _size_with(encoder: SpeechEncoder, kept: Dict[str, int]) -> int:
-    return int(count_parameters(static_shape(encoder.config), kept_widths(encoder, kept)))
+def _cost_with(encoder: SpeechEncoder, kept: Dict[str, int], cost: Cost) -> float:
+    return cost(encoder.config, kept_widths(encoder, kept))  # type: ignore[return-value]
 
 
 def kept_widths(encoder: SpeechEncoder, kept: Dict[str, int]) -> Widths:
     """Widths of the encoder with so many units kept by each gate (gate name -> count)."""
     exact = widths_of(encoder.config)
-    sizes = len(exact.conv), len(exact.heads)
-    return Widths.from_flat([kept.get(name, width) for name, width in zip(gate_names(*sizes), exact.flat())], *sizes)
+    flat = flat_widths(exact)
+    for name, gate in encoder.named_gates():
+        flat[gate.position] = kept.get(name, gate.num_units)
+    return from_flat(flat, exact)

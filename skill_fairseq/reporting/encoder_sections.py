@@ -12,7 +12,8 @@ from skill_fairseq.comparison.layer_distance import KINDS, SHOWN, LayerDistances
 from skill_fairseq.files import size_of
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.pruning.shrink import describe_units
+from skill_fairseq.modules.units import units_of
+from skill_fairseq.pruning.shrink import kept_tables
 from skill_fairseq.reporting import page, pictures
 
 Encoders = Mapping[str, SpeechEncoder]
@@ -45,27 +46,18 @@ def cost_section(encoders: Encoders, files: Mapping[str, Path]) -> str:
 
 def units_section(config: EncoderConfig, out: Path) -> str:
     """What is left of each layer: picture and tables."""
-    assert config.conv_channels is not None and config.heads is not None and config.ffn_dims is not None
-    full_conv = [channels for channels, _, _ in config.conv_feature_layers]
-    heads = [None if kept is None else len(kept) for kept in config.heads]
     shares: dict[str, Sequence[Optional[float]]] = {
-        "conv channels": [kept / full for kept, full in zip(config.conv_channels, full_conv)],
-        "heads": [None if kept is None else kept / config.encoder_attention_heads for kept in heads],
-        "FFN units": [None if kept is None else kept / config.encoder_ffn_embed_dim for kept in config.ffn_dims],
+        unit.label: [None if w is None else w / full for w, full in zip(unit.left(config), unit.full(config))]
+        for unit in units_of(config)
+        if unit.label is not None
     }
     path = pictures.kept_units(out / "units.png", shares)
-    conv = [[str(i), f"{kept} / {full}"] for i, (kept, full) in enumerate(zip(config.conv_channels, full_conv))]
-    layers = [
-        [
-            str(i),
-            describe_units(kept, config.encoder_attention_heads),
-            "-" if not config.heads[i - 1] else " ".join(map(str, config.heads[i - 1] or [])),
-            describe_units(units, config.encoder_ffn_embed_dim),
-        ]
-        for i, (kept, units) in enumerate(zip(heads, config.ffn_dims), start=1)
-    ]
-    tables = page.table(["convolution", "channels"], conv)
-    tables += page.table(["layer", "heads", "which", "FFN units"], layers)
+    found = kept_tables(config)
+    heads = found["layer"][0].index("heads")
+    which = [" ".join(map(str, kept or ())) or "-" for kept in config.heads or ()]
+    for line, cell in zip(found["layer"], ["which", *which]):
+        line.insert(heads + 1, cell)
+    tables = "".join(page.table(head, lines) for head, *lines in found.values())
     return page.figures([page.figure(path, "share of units left in each layer"), f"<div>{tables}</div>"])
 
 

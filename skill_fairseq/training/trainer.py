@@ -96,7 +96,7 @@ class SkillTrainer(Trainer):
     def end(self) -> None:
         """Called when the run is at its end: says what has become of the size, and gives signals back."""
         if self._constraint is not None and self.data_parallel_rank == 0:
-            log_sparsity(self.get_model().speech_encoder, self._constraint.target)
+            log_sparsity(self.get_model().speech_encoder, self._constraint.target, self._constraint.cost)
         preemption.uninstall()
         unlock_run(Path(self.cfg.checkpoint.save_dir))
 

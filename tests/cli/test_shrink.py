@@ -15,6 +15,7 @@ from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.cli.shrink import main
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.pruning.costs import MacCost
 from skill_fairseq.pruning.expected import expected_parameters
 from skill_fairseq.pruning.shrink import shrink
 
@@ -70,7 +71,7 @@ def test_table_shows_every_layer(stage1: Path, gated: SpeechEncoder, capsys: Any
     assert config.heads[:2] == [None, []] and config.ffn_dims[2] == 0
     macs = [gated.macs(10), expected.macs(10)]
     assert [" ".join(line.split()) for line in lines[2:] if line] == [
-        "convolution channels",
+        "convolution conv channels",
         *(f"{i} {channels} / 16" for i, channels in enumerate(config.conv_channels)),
         "layer heads FFN units",
         f"1 removed {config.ffn_dims[0]} / 48",
@@ -106,6 +107,23 @@ def test_another_sparsity_may_be_asked_for(stage1: Path, gated: SpeechEncoder) -
         assert main([str(stage1), str(out), "--sparsity", sparsity]) == 0
         sizes[sparsity] = 1 - load_encoder(out).num_parameters() / gated.num_parameters()
     assert sizes == {"0.4": pytest.approx(0.4, abs=2e-3), "0.7": pytest.approx(0.7, abs=2e-3)}
+
+
+def test_macs_may_be_what_goes(stage1: Path, gated: SpeechEncoder, capsys: Any) -> None:
+    out = stage1.with_name("small.safetensors")
+    assert main([str(stage1), str(out), "--cost", "macs", "--seconds", "2", "--sparsity", "0.6"]) == 0
+    small = load_encoder(out)
+    gone = 1 - small.macs(2) / gated.macs(2)
+    assert gone == pytest.approx(0.6, abs=2e-3) and small.config == shrink(gated, 0.6, MacCost(2.0)).config
+    said = read_source(out).provenance
+    assert (said["cost"], said["cost_seconds"], said["sparsity"]["actual"]) == ("macs", 2.0, pytest.approx(gone))
+    assert f"sparsity of {gated.macs(2):,} MACs for 2 s of audio" in capsys.readouterr().out
+    # What stage 1 aimed at says nothing of another cost; a target of MACs needs no option.
+    assert main([str(stage1), "--table-only", "--cost", "macs"]) != 0
+    assert re.search(says(stage1, "target_sparsity", "MACs for 10 s", "--sparsity"), capsys.readouterr().err)
+    save_encoder(gated, stage1, {"target_sparsity": 0.6, "cost": "macs", "cost_seconds": 2.0})
+    assert main([str(stage1), str(out)]) == 0
+    assert load_encoder(out).config == small.config
 
 
 def test_a_sparsity_far_from_what_the_gates_expect_is_warned_of(

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from skill_fairseq.checkpoints import save_encoder
-from skill_fairseq.pruning.expected import expected_parameters
+from skill_fairseq.pruning.costs import MacCost
+from skill_fairseq.pruning.expected import expected_parameters, expected_sparsity, full_parameters
 
 GROUPS = [[0], [1, 2], [3]]
 UNITS = ["conv", "heads", "ffn"]
@@ -173,6 +174,15 @@ def test_size_term_takes_part_in_training_alone(build: Any, small: Any) -> None:
     assert result[0].item() == pytest.approx(log["distillation_loss"], rel=1e-6) and "expected_sparsity" in log
 
 
+def test_the_target_may_be_of_macs(build: Any, small: Any) -> None:
+    task, model, criterion = build(UNITS, target_sparsity=0.6, sparsity_warmup=0, cost="macs", cost_seconds=2.0)
+    assert criterion.constraint.cost == MacCost(2.0)
+    log = means(criterion(model.eval(), batch(small.waves())))
+    expected = expected_sparsity(model.speech_encoder, cost=MacCost(2.0))
+    assert float(log["expected_sparsity"]) == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(expected_sparsity(model.speech_encoder), rel=1e-2)
+
+
 def test_multipliers_ascend_and_gates_follow(build: Any, small: Any) -> None:
     """Too dense: descending on the flipped gradient makes lambda1 fall and the gates close."""
     task, model, criterion = build(UNITS, target_sparsity=0.6, sparsity_warmup=0)
@@ -180,7 +190,7 @@ def test_multipliers_ascend_and_gates_follow(build: Any, small: Any) -> None:
     model.train()
     criterion.train()
     criterion(model, batch(small.waves()))[0].backward()
-    excess = 1 - expected_parameters(model.speech_encoder).item() / criterion.full_parameters - 0.6
+    excess = 1 - expected_parameters(model.speech_encoder).item() / full_parameters(model.speech_encoder.config) - 0.6
     assert excess < -0.3
     assert criterion.constraint.lambda1.grad.item() == pytest.approx(-excess, rel=1e-3)
     assert criterion.constraint.lambda2.grad.item() == pytest.approx(-(excess**2), rel=1e-3)
@@ -188,7 +198,7 @@ def test_multipliers_ascend_and_gates_follow(build: Any, small: Any) -> None:
     assert groups == {"default", "gates", "multipliers"}
     model.zero_grad()
     expected = expected_parameters(model.speech_encoder)
-    (criterion.constraint.lambda1 * (1 - expected / criterion.full_parameters - 0.6)).backward()
+    (criterion.constraint.lambda1 * (1 - expected / full_parameters(model.speech_encoder.config) - 0.6)).backward()
     for _, gate in model.speech_encoder.named_gates():  # a descent step lowers log_alpha
         assert (gate.grad > 0).all()
 
@@ -333,7 +343,7 @@ def test_unequal_batches_have_the_gradients_of_one_large_batch(build: Any, small
     largest = max(grad.abs().max() for grad in expected.values())
     for name, grad in expected.items():
         assert (found[name] - grad).abs().max() < 2e-5 * largest, name
-    excess = 1 - expected_parameters(model.speech_encoder).item() / criterion.full_parameters - 0.5
+    excess = 1 - expected_parameters(model.speech_encoder).item() / full_parameters(model.speech_encoder.config) - 0.5
     assert found["constraint.lambda1"].item() == pytest.approx(-excess, rel=1e-5)  # once an update
     for part in ("log_alpha", "projections.0.weight", "fc1.weight"):
         assert all(grad.abs().max() > 0 for name, grad in expected.items() if name.endswith(part)), part
@@ -466,6 +476,7 @@ def test_nothing_is_said_or_frozen_where_the_last_layer_is_supervised(
             {"target_sparsity": 0.5, "units": UNITS, "sparsity_warmup": -1},
             ["criterion.sparsity_warmup", -1.0, "updates"],
         ),
+        ({"target_sparsity": 0.5, "units": UNITS, "cost": "flops"}, ["criterion.cost", "'flops'", "macs"]),
         ({"target_sparsity": None, "units": UNITS}, ["criterion.target_sparsity", "null", "model.pruning_units"]),
         ({"target_sparsity": float("nan"), "units": UNITS}, ["criterion.target_sparsity", "nan"]),
         ({"l1_weight": -1.0}, ["criterion.l1_weight", -1.0]),

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.cli.export import SUFFIXES, main
-from skill_fairseq.modules.config import PRUNING_UNITS
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.units import UNITS
 from skill_fairseq.pruning.shrink import shrink
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny"
@@ -46,7 +46,7 @@ def keep(number: int, out_of: int, generator: torch.Generator) -> Tensor:
 def student() -> SpeechEncoder:
     """The tiny teacher, gated at random and shrunk."""
     teacher = load_encoder(EXAMPLE / "teacher" / "teacher.safetensors")
-    gated = SpeechEncoder(teacher.config.replace(pruning_units=list(PRUNING_UNITS))).eval()
+    gated = SpeechEncoder(teacher.config.replace(pruning_units=list(UNITS))).eval()
     gated.load_state_dict(teacher.state_dict(), strict=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

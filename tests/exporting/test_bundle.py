@@ -33,10 +33,10 @@ def test_imports_stay_in_the_folder(root):
 
 
 def test_code_is_the_packages_own(tmp_path):
-    from skill_fairseq.modules import config
+    from skill_fairseq.modules import hard_concrete
 
-    text = bundle("skill_fairseq.modules.config")["config.py"]
-    assert text.split("\n", 2)[2] == open(config.__file__, encoding="utf-8").read()
+    text = bundle("skill_fairseq.modules.hard_concrete")["hard_concrete.py"]
+    assert text.split("\n", 2)[2] == open(hard_concrete.__file__, encoding="utf-8").read()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from skill_fairseq.models.skill_student import SkillStudentModel, initial_studen
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules import encoder as encoder_module
 from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.pruning.costs import PARAMETERS
 from skill_fairseq.pruning.expected import expected_sparsity
 from skill_fairseq.pruning.shrink import shrink
 
@@ -76,9 +77,10 @@ def test_starts_as_a_copy_of_the_teacher(build: Any, small: Any) -> None:
 
 
 def test_expected_size_starts_just_below_the_teacher(build: Any, small: Any) -> None:
-    expected = build(pruning_units=["conv", "heads", "ffn"])(small.waves())["expected_parameters"]
+    model = build(pruning_units=["conv", "heads", "ffn"])
+    expected = PARAMETERS(model.speech_encoder.config, model(small.waves())["expected_widths"])
     assert 0.99 < expected.item() / small.random_encoder().num_parameters() < 1 and expected.requires_grad
-    assert build()(small.waves())["expected_parameters"] is None
+    assert build()(small.waves())["expected_widths"] is None
 
 
 def test_shape_and_defaults_are_written_into_the_config(
@@ -130,7 +132,8 @@ def test_a_shrunk_student_can_be_gated_again(build: Any, small: Any, tmp_path: P
     model = build(tmp_path / "small.safetensors", pruning_units=["heads", "ffn"])
     original = gated.num_parameters()
     assert model.speech_encoder.config.original_parameters == original
-    assert model(small.waves())["expected_parameters"] < model.speech_encoder.num_parameters() < original
+    expected = PARAMETERS(model.speech_encoder.config, model(small.waves())["expected_widths"])
+    assert expected < model.speech_encoder.num_parameters() < original
 
 
 @pytest.mark.parametrize("make", [lambda folder: folder / "gone.pt", lambda folder: folder])
@@ -204,25 +207,11 @@ def test_ranks_share_their_gates_or_draw_their_own(build: Any) -> None:
     assert drawn[0]["per_rank"] == drawn[0]["shared"]  # rank 0's own are the shared ones
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("feature_extractor.layers.0.gate", "conv"),
-        ("transformer.layers.11.attention.gate", "heads"),
-        ("transformer.layers.2.ffn.gate", "ffn"),
-        ("transformer.layers.0.attention.output_gate", "attention_layers"),
-        ("transformer.layers.0.ffn.output_gate", "ffn_layers"),
-    ],
-)
-def test_gate_kind(name: str, kind: str) -> None:
-    assert SkillStudentModel.gate_kind(name) == kind
-
-
 def test_every_gate_has_a_kind_and_the_count_of_its_units(build: Any) -> None:
     model = build(pruning_units=UNITS)
     units: dict[str, list[int]] = {}
-    for name, gate in model.speech_encoder.named_gates():
-        units.setdefault(model.gate_kind(name), []).append(gate.num_units)
+    for _, gate in model.speech_encoder.named_gates():
+        units.setdefault(gate.unit, []).append(gate.num_units)
     assert units == {
         "conv": [16] * 7,
         "heads": [4] * 3,
@@ -238,8 +227,8 @@ def test_drop_rates(build: Any) -> None:
     model = build(
         pruning_units=UNITS, conv_drop_rate=0.01, head_drop_rate=0.02, ffn_drop_rate=0.5, layer_drop_rate=0.03
     )
-    for name, gate in model.speech_encoder.named_gates():
-        rate = rates[model.gate_kind(name)]
+    for _, gate in model.speech_encoder.named_gates():
+        rate = rates[gate.unit]
         centre = math.log((1 - rate) / rate)
         assert (gate.log_alpha - centre).abs().max() < 0.06  # drawn with a standard deviation of 0.01
         assert gate.num_units == 1 or gate.log_alpha.std() > 0.001

@@ -195,11 +195,11 @@ def test_expected_widths_and_size_are_those_of_gates_one_by_one() -> None:
     heads = [expected(f"transformer.layers.{i}.attention.gate", 0) for i in range(3)]
     present = [expected(f"transformer.layers.{i}.attention.output_gate", 0) for i in range(3)]
     ffn = [expected(f"transformer.layers.{i}.ffn.gate", -1) for i in range(3)]
-    assert widths.conv.tolist() == pytest.approx(conv, rel=1e-6)  # type: ignore[union-attr]
-    assert widths.heads.tolist() == pytest.approx(heads, rel=1e-6)  # type: ignore[union-attr]
-    assert widths.ffn.tolist() == pytest.approx(ffn, rel=1e-6)  # type: ignore[union-attr]
-    assert widths.attention_present.tolist() == pytest.approx(present, rel=1e-6)  # type: ignore[union-attr]
-    assert heads[1:] == [0, 0] and widths.relative_gates == 1
+    assert widths["conv"].tolist() == pytest.approx(conv, rel=1e-6)  # type: ignore[union-attr]
+    assert widths["heads"].tolist() == pytest.approx(heads, rel=1e-6)  # type: ignore[union-attr]
+    assert widths["ffn"].tolist() == pytest.approx(ffn, rel=1e-6)  # type: ignore[union-attr]
+    assert widths["attention_layers"].tolist() == pytest.approx(present, rel=1e-6)  # type: ignore[union-attr]
+    assert heads[1:] == [0, 0]
     # Wide open, the expected encoder is the encoder as it is.
     with torch.no_grad():
         encoder.gates.log_alpha.fill_(40.0)

@@ -9,7 +9,6 @@ import torch
 from messages import says
 
 from skill_fairseq.modules.gate_bank import GateBank
-from skill_fairseq.modules.size import sparsity
 from skill_fairseq.pruning.lagrangian import (
     SizeConstraint,
     ascending,
@@ -76,7 +75,7 @@ def test_trajectory() -> None:
     expected = {row["step"]: row for row in setting["after_step"]}
     for update in range(30):
         rate = schedule.get_last_lr()[0]
-        current = sparsity(gate.expected_kept(), setting["n_gates"])
+        current = 1 - gate.expected_kept() / setting["n_gates"]
         loss = constraint(current, update)
         optimizer.zero_grad()
         loss.backward()
@@ -99,7 +98,7 @@ def test_constraint_reaches_its_target() -> None:
     constraint = SizeConstraint(target=0.75, warmup=100)
     optimizer = torch.optim.AdamW([gate.bank.log_alpha, *constraint.parameters()], lr=0.05, weight_decay=0.0)
     for update in range(1500):
-        current = sparsity(gate.expected_kept(), 200)
+        current = 1 - gate.expected_kept() / 200
         optimizer.zero_grad()
         constraint(current, update).backward()
         optimizer.step()

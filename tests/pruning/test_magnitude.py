@@ -8,15 +8,28 @@ import pytest
 import torch
 from messages import says
 
-from skill_fairseq.pruning.magnitude import conv_scores, ffn_scores, head_scores, prune_by_magnitude, ranks
+from skill_fairseq.modules.units import UNITS, Site
+from skill_fairseq.pruning.magnitude import prune_by_magnitude, ranks
 
 
-def test_scores_are_products_of_norms() -> None:
-    assert conv_scores(torch.tensor([[[3.0, 4.0]], [[0.0, 1.0]]])).tolist() == [5, 1]
-    fc1, fc2 = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 7.0]])
-    assert ffn_scores(fc1, fc2).tolist() == [10, 7]
-    v, out = torch.tensor([[1.0], [0.0], [3.0], [4.0]]), torch.tensor([[2.0, 0.0, 0.0, 3.0]])
-    assert head_scores(v, out, head_dim=2).tolist() == [2, 15]
+def test_scores_are_products_of_norms(small: Any) -> None:
+    encoder = small.random_encoder()
+    conv, layer = encoder.feature_extractor.layers[2].conv, encoder.transformer.layers[1]
+    v, out = layer.attention.v_proj.weight, layer.attention.out_proj.weight
+    heads = [
+        v[8 * i : 8 * i + 8].square().sum().sqrt() * out[:, 8 * i : 8 * i + 8].square().sum().sqrt() for i in range(4)
+    ]
+    ffn = [row.norm() * column.norm() for row, column in zip(layer.ffn.fc1.weight, layer.ffn.fc2.weight.T)]
+    wanted = {
+        "conv": (Site(2, "feature_extractor.layers.2", 16), [filters.norm() for filters in conv.weight]),
+        "heads": (Site(1, "transformer.layers.1.attention", 4), heads),
+        "ffn": (Site(1, "transformer.layers.1.ffn", 48), ffn),
+    }
+    for kind, (site, scores) in wanted.items():
+        assert site in UNITS[kind].sites(encoder)
+        torch.testing.assert_close(UNITS[kind].scores(encoder, site), torch.stack(scores))
+    with pytest.raises(ValueError, match=says("units", "'ffn_layers'", "conv, heads, ffn")):
+        prune_by_magnitude(encoder, 0.2, ["ffn", "ffn_layers"])
 
 
 def test_ranks_are_places_whatever_the_scale() -> None:
@@ -36,7 +49,7 @@ def test_the_smallest_go_in_equal_shares_and_the_size_is_right(small: Any, spars
     assert max(heads) - min(heads) == 0 and abs(heads[0] - shares[-1]) <= 1 / 4
 
     layer, before = student.transformer.layers[1], teacher.transformer.layers[1]
-    scores = ffn_scores(before.ffn.fc1.weight, before.ffn.fc2.weight)
+    scores = before.ffn.fc1.weight.norm(dim=1) * before.ffn.fc2.weight.norm(dim=0)
     kept = scores.topk(len(layer.ffn.fc1.weight)).indices.sort().values
     torch.testing.assert_close(layer.ffn.fc1.weight, before.ffn.fc1.weight[kept])
     torch.testing.assert_close(layer.ffn.fc2.weight, before.ffn.fc2.weight[:, kept])

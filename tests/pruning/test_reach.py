@@ -30,7 +30,7 @@ from skill_fairseq.pruning.reach import (
     travel_to,
     warmup_warnings,
 )
-from skill_fairseq.pruning.selection import selected_parameters
+from skill_fairseq.pruning.selection import selected_cost
 from skill_fairseq.pruning.shrink import shrink
 
 UNITS = ["conv", "heads", "ffn"]
@@ -187,7 +187,7 @@ def test_report_says_what_shrinking_then_gives(gated: SpeechEncoder) -> None:
     rounded, shrunk = (1 - shrink(gated, s).num_parameters() / full for s in (None, 0.62))
     assert numbers == [pytest.approx(n, abs=6e-5) for n in (expected_sparsity(gated), rounded, shrunk, 0.62)]
     assert f"of {full:,} parameters" in sparsity_report(gated, 0.62)
-    assert selected_parameters(gated, 0.62) == shrink(gated, 0.62).num_parameters()
+    assert selected_cost(gated, 0.62) == shrink(gated, 0.62).num_parameters()
 
 
 def test_warning_at_the_end_of_stage_1(gated: SpeechEncoder, caplog: Any) -> None:
