@@ -1,8 +1,7 @@
 """The student: a speech encoder with hard-concrete gates (stage 1) or already shrunk (stage 2)."""
 
-import logging
+import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -12,31 +11,14 @@ from fairseq.models.hubert.hubert import HubertModel
 from omegaconf import II
 from torch import Tensor
 
-from skill_fairseq.checkpoints.load import read_source
-from skill_fairseq.checkpoints.safe_load import plain
-from skill_fairseq.checkpoints.source import build_encoder
-from skill_fairseq.models.wavlm import (
-    WavLMModel,
-    avoid_wrong_gelu,
-    dropouts,
-    encoder_config,
-    fairseq_fields,
-    hubert_fields,
-)
-from skill_fairseq.modules.config import EncoderConfig, format_conv_layers, parse_conv_layers
+from skill_fairseq.models.wavlm import WavLMModel, avoid_wrong_gelu, dropouts, encoder_config, hubert_fields
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.gate_bank import Draw
-from skill_fairseq.modules.units import UNITS, with_units
-from skill_fairseq.pruning.costs import saved_cost
+from skill_fairseq.modules.units import UNITS
 from skill_fairseq.pruning.expected import expected_widths
-from skill_fairseq.pruning.reach import far_from_gates
-from skill_fairseq.pruning.shrink import shrink
-
-logger = logging.getLogger(__name__)
-
 
 FINE_TUNING = (
-    *("feature_grad_mult", "mask_prob", "mask_length", "mask_selection", "mask_other", "no_mask_overlap"),
+    *("mask_prob", "mask_length", "mask_selection", "mask_other", "no_mask_overlap"),
     *("mask_min_space", "mask_channel_prob", "mask_channel_length", "mask_channel_selection", "mask_channel_other"),
     *("no_mask_channel_overlap", "mask_channel_min_space"),
 )
@@ -45,24 +27,38 @@ FINE_TUNING = (
 _Hubert: Any = hubert_fields(
     {
         *("dropout", "attention_dropout", "activation_dropout", "dropout_input", "encoder_layerdrop"),
-        "checkpoint_activations",
+        *("checkpoint_activations", "feature_grad_mult"),
         *FINE_TUNING,
     }
 )
 
 
 def _shape(meaning: str) -> Any:
-    return field(default=None, metadata={"help": f"{meaning} (filled in from init_from)"})
+    return field(default=None, metadata={"help": f"{meaning} (null: as in init_from)"})
 
 
 @dataclass
 class SkillStudentConfig(_Hubert):
-    """Origin, gates, dropout and shape of the student. The shape is filled in from ``init_from``."""
+    """Origin, gates, dropout and shape of the student. What is null of the shape is filled in from ``init_from``."""
 
     init_from: Optional[str] = field(
         default=None,
         metadata={
             "help": "teacher file (the student starts as its copy), or the stage-1 checkpoint, which is shrunk first"
+        },
+    )
+    init_parts: Optional[Any] = field(
+        default=None,
+        metadata={
+            "help": "what of a teacher is copied, out of: conv, projection, pos_conv, layer_norm, layers; the rest is "
+            "random, and its shape may be set below; null: all"
+        },
+    )
+    init_layers: Optional[Any] = field(
+        default=None,
+        metadata={
+            "help": "for each layer of the student the teacher's, from 1 on, that it starts as (null: random), e.g. "
+            "[2,4,6,8,10,12]; null: all in their order"
         },
     )
     pruning_units: List[str] = field(
@@ -82,7 +78,7 @@ class SkillStudentConfig(_Hubert):
             "GPUs; per_rank: each its own, whose noise averages out over ranks"
         },
     )
-    seed: int = field(default=II("common.seed"), metadata={"help": "seed of the gate samples"})
+    seed: int = field(default=II("common.seed"), metadata={"help": "seed of the gate samples and of random weights"})
     extractor_mode: Optional[str] = _shape("default: GroupNorm after the first convolution; layer_norm: after each")
     conv_feature_layers: Optional[str] = _shape("convolutions, as fairseq writes them")
     conv_bias: Optional[bool] = _shape("whether convolutions have a bias")
@@ -115,8 +111,16 @@ def check_student_fields(cfg: Any) -> None:
         cfg: model config of a run; fields that are left out are not looked at.
 
     Raises:
-        ValueError: a field of fine-tuning is set, or a rate is no probability; names the field.
+        ValueError: a field does nothing, or a number is out of range; names the field.
     """
+    for name in ("init_parts", "init_layers"):
+        if getattr(cfg, name, None) is not None and not getattr(cfg, "init_from", None):
+            raise ValueError(
+                f"model.{name}: {getattr(cfg, name)} does nothing without model.init_from; name a teacher's file there"
+            )
+    factor = getattr(cfg, "feature_grad_mult", None)
+    if factor is not None and not 0 <= factor < math.inf:
+        raise ValueError(f"model.feature_grad_mult: {factor}; expected a number of at least 0; 0 trains no convolution")
     default = SkillStudentConfig()
     for name in FINE_TUNING:
         value = getattr(cfg, name, None)
@@ -133,59 +137,6 @@ def check_student_fields(cfg: Any) -> None:
         value = getattr(cfg, name, None)
         if value is not None and not 0 <= value < 1:
             raise ValueError(f"model.{name}: {value}; expected a probability, at least 0 and below 1")
-
-
-def check_shape(cfg: Any, shape: EncoderConfig) -> None:
-    """Refuses a shape set by hand that is not the one of the file ``cfg.init_from``.
-
-    Raises:
-        ValueError: names the field.
-    """
-    for name, found in fairseq_fields(shape).items():
-        value = plain(getattr(cfg, name, None))
-        if name == "conv_feature_layers" and value is not None:
-            value = format_conv_layers(parse_conv_layers(value))
-        if name != "pruning_units" and value is not None and value != found:
-            raise ValueError(
-                f"model.{name}: {value}, but the student made from model.init_from={cfg.init_from} has {found}; leave "
-                "the field out, the file says what shape the student has"
-            )
-
-
-def initial_student(cfg: SkillStudentConfig) -> SpeechEncoder:
-    """The student that training starts from, made of the file ``cfg.init_from``.
-
-    A teacher's copy gets the gates that ``cfg.pruning_units`` names. A gated stage-1 checkpoint without
-    ``cfg.pruning_units`` is shrunk to the sparsity that its stage aimed at.
-
-    Raises:
-        FileNotFoundError, ValueError: the file is missing or not a known encoder.
-    """
-    path = Path(cfg.init_from or "")
-    source = read_source(path)
-    encoder = build_encoder(source, path).eval()
-    if not encoder.config.pruning_units and not cfg.pruning_units:
-        return encoder
-    if encoder.config.pruning_units:
-        if cfg.pruning_units:
-            raise ValueError(
-                f"model.init_from: {cfg.init_from} already has gates; leave model.pruning_units empty to shrink it and "
-                "distil on, or give an ungated teacher"
-            )
-        before, target = encoder.num_parameters(), source.provenance.get("target_sparsity")
-        field = f"model.init_from: {cfg.init_from}: target_sparsity"
-        cost = saved_cost(source.provenance)
-        warning = None if target is None else far_from_gates(encoder, target, field, cost)
-        if warning is not None:
-            logger.warning(warning)
-        encoder = shrink(encoder, target, cost)
-        logger.info(f"shrunk {cfg.init_from}: {before:,} to {encoder.num_parameters():,} parameters")
-        return encoder
-    original = encoder.config.original_parameters or encoder.num_parameters()
-    gated = SpeechEncoder(encoder.config.replace(pruning_units=list(cfg.pruning_units), original_parameters=original))
-    missing, unexpected = gated.load_state_dict(with_units(gated.config, encoder.state_dict()), strict=False)
-    assert not unexpected and all(name.startswith("gates.") for name in missing)
-    return gated
 
 
 class Features(Tuple[Tensor, Optional[Tensor]]):
@@ -224,7 +175,7 @@ class SkillStudentModel(WavLMModel):
         self._init_masking(cfg)
         # Used by fine-tuning alone: in distillation it would be a parameter without gradient.
         self.mask_emb.requires_grad_(False)
-        self.feature_grad_mult = cfg.feature_grad_mult
+        self._scale_conv_gradients(cfg.feature_grad_mult)
         self.generator = torch.Generator()
         self._update = 0
         for _, gate in self.speech_encoder.named_gates():
@@ -319,10 +270,13 @@ class SkillStudentModel(WavLMModel):
         return Features(out.hidden_states[0] if ret_conv else out.x, out.padding_mask, out.hidden_states[1:])
 
     def remove_pretraining_modules(self) -> None:
-        """Called before fine-tuning: the mask embedding is learned, the conv stack as ``feature_grad_mult`` says."""
+        """Called before fine-tuning: the mask embedding is learned."""
         self.mask_emb.requires_grad_(True)
+
+    def _scale_conv_gradients(self, factor: float) -> None:
+        """Gradients of the conv stack's weights (not of its gates) times this factor; with 0 they stay as they are."""
         for parameter in self.speech_encoder.feature_extractor.parameters():
-            if self.feature_grad_mult <= 0:
+            if factor <= 0:
                 parameter.requires_grad_(False)
-            elif self.feature_grad_mult != 1:
-                parameter.register_hook(lambda gradient: gradient * self.feature_grad_mult)
+            elif factor != 1:
+                parameter.register_hook(lambda gradient: gradient * factor)

@@ -17,7 +17,8 @@ from skill_fairseq.checkpoints.safe_load import plain
 from skill_fairseq.criterions.skill_group_kd import read_groups
 from skill_fairseq.distillation.teacher import FrozenTeacher
 from skill_fairseq.files import content_sha256, named
-from skill_fairseq.models.skill_student import check_shape, check_student_fields, initial_student
+from skill_fairseq.models.skill_student import check_student_fields
+from skill_fairseq.models.student_init import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -176,7 +177,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         return super().get_batch_iterator(dataset, *args, num_shards=num_shards, **kwargs)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
-        """Builds the student; in training its shape and weights come from ``model.init_from``.
+        """Builds the student; in training its shape and weights come from :func:`initial_student`.
 
         The shape and every default are written into ``cfg``, which fairseq saves: a checkpoint's config alone
         rebuilds the model.
@@ -187,10 +188,8 @@ class SkillDistillationTask(AudioPretrainingTask):
             check_student_fields(cfg)
         if not from_checkpoint and getattr(cfg, "init_from", None):
             _update(cfg, {"init_from": from_shell(cfg.init_from)})
-            with named("model.init_from"):
-                encoder = initial_student(cfg)
+            encoder = initial_student(cfg)
             self._check_waveforms(encoder, f"model.init_from={cfg.init_from}")
-            check_shape(cfg, encoder.config)
             _update(cfg, fairseq_fields(encoder.config))
         for name in ("normalize", "sample_rate"):  # a student without a file, or one saved before it held the rate
             if getattr(cfg, name, None) is None:

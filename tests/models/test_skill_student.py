@@ -16,7 +16,8 @@ from omegaconf.errors import ConfigKeyError
 from torch import Tensor
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
-from skill_fairseq.models.skill_student import SkillStudentModel, initial_student
+from skill_fairseq.models.skill_student import SkillStudentModel
+from skill_fairseq.models.student_init import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules import encoder as encoder_module
 from skill_fairseq.modules.config import EncoderConfig

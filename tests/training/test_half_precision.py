@@ -18,7 +18,7 @@ from runs import ENVIRONMENT
 from torch import nn
 
 from skill_fairseq.checkpoints import load_encoder
-from skill_fairseq.models.skill_student import initial_student
+from skill_fairseq.models.student_init import initial_student
 from skill_fairseq.training.half_precision import MasterWeights, check_memory_efficient
 from tests.conftest import student_config
 

@@ -1,0 +1,261 @@
+"""What a student starts as: which parts and layers of a teacher it copies, its shape, and what is random."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from skill_fairseq.checkpoints.load import read_source
+from skill_fairseq.checkpoints.safe_load import plain
+from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
+from skill_fairseq.files import named
+from skill_fairseq.modules.config import EncoderConfig, format_conv_layers, parse_conv_layers
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.units import with_units
+from skill_fairseq.pruning.costs import saved_cost
+from skill_fairseq.pruning.expected import full_parameters
+from skill_fairseq.pruning.reach import far_from_gates
+from skill_fairseq.pruning.shrink import shrink
+
+logger = logging.getLogger(__name__)
+
+
+class Part(NamedTuple):
+    """A part of an encoder that is copied as a whole or not at all.
+
+    Attributes:
+        prefixes: of its names in a state dict.
+        needs: fields of the shape in which the student must be like the teacher for it.
+    """
+
+    prefixes: tuple[str, ...]
+    needs: tuple[str, ...]
+
+
+PARTS = {
+    "conv": Part(
+        ("feature_extractor.",), ("extractor_mode", "conv_feature_layers", "conv_bias", "normalize", "sample_rate")
+    ),
+    "projection": Part(("feature_projection.",), ("conv_feature_layers", "encoder_embed_dim")),
+    "pos_conv": Part(
+        ("transformer.pos_conv.",), ("encoder_embed_dim", "conv_pos", "conv_pos_groups", "pos_conv_depth")
+    ),
+    "layer_norm": Part(("transformer.layer_norm.",), ("encoder_embed_dim", "layer_norm_first")),
+    "layers": Part(
+        ("transformer.layers.", "transformer.relative_position."),
+        ("encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads", "activation_fn")
+        + ("layer_norm_first", "num_buckets", "max_distance"),
+    ),
+}
+LAYERS = PARTS["layers"].prefixes[0]
+PRUNED = ("conv_channels", "heads", "ffn_dims", "original_parameters")
+"""Fields that say what pruning has left. They are written down, not chosen."""
+
+
+def parts_of(cfg: Any) -> list[str]:
+    """The parts that ``cfg.init_parts`` names, all of them where it is null.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    chosen = plain(getattr(cfg, "init_parts", None))
+    if chosen is None:
+        return list(PARTS)
+    if not isinstance(chosen, list) or not all(isinstance(part, str) and part in PARTS for part in chosen):
+        raise ValueError(
+            f"model.init_parts: {chosen}; expected a list out of {list(PARTS)}; [] copies nothing, null everything"
+        )
+    return chosen
+
+
+def layers_of(cfg: Any, teacher: EncoderConfig) -> list[int | None] | None:
+    """The teacher's layer, 1-based, that each of the student's starts as; None in the list: that one is random.
+
+    Returns:
+        ``cfg.init_layers``, None where it is null.
+
+    Raises:
+        ValueError: it is no list, names a layer that the teacher does not have, or does not fit the other fields.
+    """
+    layers = plain(getattr(cfg, "init_layers", None))
+    if layers is None:
+        return None
+    most, given = teacher.encoder_layers, f"model.init_layers: {layers}"
+    if not isinstance(layers, list) or not layers:
+        raise ValueError(f"{given}; expected a layer of the teacher for each of the student's, such as [1, {most}]")
+    for layer in layers:
+        if layer is not None and (type(layer) is not int or not 1 <= layer <= most):
+            raise ValueError(
+                f"{given} names layer {layer!r}, but model.init_from={cfg.init_from} has the layers 1 to {most}; give "
+                "some of these, or null for a layer that starts at random"
+            )
+    if "layers" not in parts_of(cfg):
+        raise ValueError(
+            f"{given}, but model.init_parts={plain(cfg.init_parts)} copies no layers; add 'layers' to it, or set "
+            "model.encoder_layers in place of model.init_layers"
+        )
+    if getattr(cfg, "encoder_layers", None) not in (None, len(layers)):
+        raise ValueError(
+            f"model.encoder_layers: {cfg.encoder_layers}, but model.init_layers={layers} gives the student "
+            f"{len(layers)} layers; leave model.encoder_layers out"
+        )
+    return layers
+
+
+def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
+    """The teacher's shape, with the fields that are set in ``cfg``. What is copied has the teacher's.
+
+    Args:
+        teacher: shape of the encoder in ``cfg.init_from``.
+        cfg: model config of a run.
+
+    Returns:
+        the shape, without gates.
+
+    Raises:
+        ValueError: a field has a value that the parts to be copied, or pruned ones, cannot have; names the field.
+    """
+    parts, layers = parts_of(cfg), layers_of(cfg, teacher)
+    for name in ("init_parts", "init_layers"):
+        if getattr(cfg, name, None) is not None and not teacher.is_full():
+            raise ValueError(
+                f"model.{name}: {plain(getattr(cfg, name))}, but model.init_from={cfg.init_from} is pruned, and can be "
+                f"copied as a whole alone; leave model.{name} out, or give the teacher in model.init_from"
+            )
+    changes: dict[str, Any] = {} if layers is None else {"encoder_layers": len(layers)}
+    for name, found in teacher.to_dict().items():
+        value = plain(getattr(cfg, name, None))
+        if value is not None and name == "conv_feature_layers":
+            value = format_conv_layers(parse_conv_layers(value))
+        if value in (None, found) or name in ("pruning_units", *PRUNED, *changes):
+            continue
+        needing = [part for part in parts if name in PARTS[part].needs]
+        if not needing and teacher.is_full():
+            changes[name] = value
+            continue
+        remedy = f"take {needing} out of model.init_parts" if needing else "give an encoder that is not pruned"
+        if name == "encoder_layers":
+            remedy = "say in model.init_layers which of them are copied"
+        raise ValueError(
+            f"model.{name}: {value}, but the student copies {needing or 'all'} of model.init_from={cfg.init_from}, "
+            f"which has {found}; leave the field out, or {remedy}"
+        )
+    shape = teacher.replace(**changes, original_parameters=None) if changes else teacher
+    for name in PRUNED:
+        value, found = plain(getattr(cfg, name, None)), getattr(shape, name)
+        if value is not None and value != found:
+            raise ValueError(
+                f"model.{name}: {value}, but the student made from model.init_from={cfg.init_from} has {found}; leave "
+                "the field out, which pruning fills in"
+            )
+    return shape
+
+
+def copied_state(
+    teacher: Mapping[str, Tensor], parts: Sequence[str], layers: Sequence[int | None] | None
+) -> dict[str, Tensor]:
+    """The teacher's tensors under the names that they have in the student.
+
+    Args:
+        teacher: state dict of a :class:`SpeechEncoder`.
+        parts: out of :data:`PARTS`.
+        layers: see :func:`layers_of`; None: all in their order.
+    """
+    state = {}
+    for name, tensor in teacher.items():
+        if not name.startswith(tuple(prefix for part in parts for prefix in PARTS[part].prefixes)):
+            continue
+        if layers is None or not name.startswith(LAYERS):
+            state[name] = tensor
+            continue
+        number, _, rest = name[len(LAYERS) :].partition(".")
+        for own, layer in enumerate(layers):
+            if layer == int(number) + 1:
+                state[f"{LAYERS}{own}.{rest}"] = tensor
+    return state
+
+
+def make_student(teacher: SpeechEncoder, cfg: Any) -> SpeechEncoder:
+    """A student that starts as ``cfg`` says, with gates on ``cfg.pruning_units``.
+
+    What only one of the two has, such as relative position, is left out, or random. What is random depends on
+    ``cfg.seed`` alone: it is the same on every rank.
+
+    Args:
+        teacher: without gates.
+        cfg: model config of a run.
+
+    Returns:
+        the student; the teacher itself where it is to be copied whole and gets no gates.
+
+    Raises:
+        ValueError: the fields of ``cfg`` do not fit the teacher or each other; names one.
+    """
+    parts, layers = parts_of(cfg), layers_of(cfg, teacher.config)
+    shape = student_shape(teacher.config, cfg)
+    units = list(cfg.pruning_units or ())
+    whole = shape == teacher.config and set(parts) == set(PARTS) and layers is None
+    if whole and not units:
+        return teacher
+    if units:
+        original = shape.original_parameters or (teacher.num_parameters() if whole else full_parameters(shape))
+        shape = shape.replace(pruning_units=units, original_parameters=original)
+    with contextlib.nullcontext() if whole else _random_by(cfg.seed):
+        student = SpeechEncoder(shape)
+    own = student.state_dict()
+    state = with_units(shape, copied_state(teacher.state_dict(), parts, layers))
+    copied = {k: v for k, v in state.items() if k in own}
+    student.load_state_dict(copied, strict=False)
+    drawn = sum(v.numel() for k, v in own.items() if k not in copied and not k.startswith("gates."))
+    if not whole:
+        logger.info(f"the student copies {parts} of {cfg.init_from}; {drawn:,} weights start at random")
+    return student.eval()
+
+
+@contextlib.contextmanager
+def _random_by(seed: int) -> Iterator[None]:
+    """Inside, torch's random numbers on the CPU are those of this seed; outside, none has been used up."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def initial_student(cfg: Any) -> SpeechEncoder:
+    """The student that training starts from, made of the file ``cfg.init_from``.
+
+    A gated stage-1 checkpoint is shrunk to the sparsity that its stage aimed at. From other encoders the student is
+    made by :func:`make_student`.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or not a known encoder, or fields of ``cfg`` do not fit it.
+    """
+    path = Path(cfg.init_from or "")
+    with named("model.init_from"):
+        source = read_source(path)
+        encoder = build_encoder(source, path).eval()
+    if encoder.config.pruning_units:
+        if cfg.pruning_units:
+            raise ValueError(
+                f"model.init_from: {cfg.init_from} already has gates; leave model.pruning_units empty to shrink it and "
+                "distil on, or give an ungated teacher"
+            )
+        encoder = _shrunk(encoder, source, cfg)
+    return make_student(encoder, cfg)
+
+
+def _shrunk(encoder: SpeechEncoder, source: EncoderSource, cfg: Any) -> SpeechEncoder:
+    before, target = encoder.num_parameters(), source.provenance.get("target_sparsity")
+    field = f"model.init_from: {cfg.init_from}: target_sparsity"
+    cost = saved_cost(source.provenance)
+    warning = None if target is None else far_from_gates(encoder, target, field, cost)
+    if warning is not None:
+        logger.warning(warning)
+    encoder = shrink(encoder, target, cost)
+    logger.info(f"shrunk {cfg.init_from}: {before:,} to {encoder.num_parameters():,} parameters")
+    return encoder
