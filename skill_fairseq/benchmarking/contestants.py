@@ -102,7 +102,7 @@ def transformers(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
         ValueError: transformers is not installed, or has no such encoder.
     """
     config = setup.full_encoder().config
-    if config.pos_conv_depth != 1 or not config.is_full():
+    if config.pos_conv_depth != 1 or not (config.is_full() and config.feature_layer_norm and config.feature_linear):
         raise ValueError("--against transformers: only for unpruned WavLM, HuBERT and wav2vec 2.0 encoders")
     audio = setup.audio()
     encoder = huggingface_encoder(config).to(setup.device)

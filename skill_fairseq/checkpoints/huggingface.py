@@ -64,7 +64,6 @@ TASK_HEADS = (
 SUPPORTED = {
     "add_adapter": False,
     "adapter_attn_dim": None,
-    "feat_proj_layer_norm": True,
     "conv_pos_batch_norm": False,
     "feat_extract_activation": "gelu",
     "layer_norm_eps": 1e-5,
@@ -123,6 +122,7 @@ def _config(fields: Mapping[str, Any], audio: Mapping[str, Any] | None) -> Encod
         extractor_mode={"group": "default", "layer": "layer_norm"}.get(norm, norm),
         conv_feature_layers=list(zip(*conv)),
         conv_bias=fields.get("conv_bias", False),
+        feature_layer_norm=fields["model_type"] != "hubert" or fields.get("feat_proj_layer_norm", True),
         encoder_layers=fields.get("num_hidden_layers", 12),
         encoder_embed_dim=fields.get("hidden_size", 768),
         encoder_ffn_embed_dim=fields.get("intermediate_size", 3072),

@@ -99,6 +99,9 @@ def stock_type(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> str | N
     config = encoder.config
     if not config.is_full() or config.pruning_units or bool((encoder.feature_extractor.scale != 1).any()):
         return None
+    if not config.feature_linear or not config.feature_layer_norm:
+        plain = config.feature_linear and config.pos_conv_depth == 1 and not config.relative_position
+        return "hubert" if plain else None
     if config.pos_conv_depth > 1:
         as_there = config.extractor_mode == "layer_norm" and not config.layer_norm_first and config.pos_conv_kernel % 2
         return "data2vec-audio" if as_there and not config.relative_position else None
@@ -150,6 +153,8 @@ def _stock_config(encoder: SpeechEncoder, kind: str) -> dict[str, Any]:
         "mask_time_prob": 0.0,
         "mask_feature_prob": 0.0,
     }
+    if kind == "hubert":
+        fields.update(feat_proj_layer_norm=config.feature_layer_norm)
     if kind == "wavlm":
         fields.update(num_buckets=config.num_buckets, max_bucket_distance=config.max_distance)
     if kind == "data2vec-audio":

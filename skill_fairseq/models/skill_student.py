@@ -82,6 +82,8 @@ class SkillStudentConfig(_Hubert):
     extractor_mode: Optional[str] = _shape("default: GroupNorm after the first convolution; layer_norm: after each")
     conv_feature_layers: Optional[str] = _shape("convolutions, as fairseq writes them")
     conv_bias: Optional[bool] = _shape("whether convolutions have a bias")
+    feature_layer_norm: Optional[bool] = _shape("LayerNorm after the convolutions")
+    feature_linear: Optional[bool] = _shape("linear map after it; false: the last convolution has the model's width")
     encoder_layers: Optional[int] = _shape("Transformer layers")
     encoder_embed_dim: Optional[int] = _shape("width")
     encoder_ffn_embed_dim: Optional[int] = _shape("FFN units of a layer before pruning")

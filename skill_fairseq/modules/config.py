@@ -81,11 +81,16 @@ class EncoderConfig:
 
     ``pos_conv_depth`` 1 is the one positional convolution of wav2vec 2.0, with weight norm and ``conv_pos`` frames
     long; above 1 it is data2vec's stack of so many, each ``conv_pos // pos_conv_depth`` frames long.
+
+    Between convolutions and transformer come a LayerNorm (not with ``feature_layer_norm`` false: DistilHuBERT) and a
+    linear map (not with ``feature_linear`` false: the last convolution has the model's width, and keeps it).
     """
 
     extractor_mode: str = "default"
     conv_feature_layers: Any = "[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2"
     conv_bias: bool = False
+    feature_layer_norm: bool = True
+    feature_linear: bool = True
     encoder_layers: int = 12
     encoder_embed_dim: int = 768
     encoder_ffn_embed_dim: int = 3072
@@ -170,6 +175,11 @@ class EncoderConfig:
             len(self.conv_channels) == len(full) and all(1 <= c <= f for c, f in zip(self.conv_channels, full)),
             "conv_channels",
             f"{len(full)} numbers from 1 to {full}",
+        )
+        require(
+            self.feature_linear or self.conv_channels[-1] == self.encoder_embed_dim,
+            "feature_linear",
+            f"true, or {self.encoder_embed_dim} channels (encoder_embed_dim) in the last of conv_feature_layers",
         )
         require(
             len(self.heads) == n

@@ -119,7 +119,7 @@ class ConvStack(Prepared):
             in_channels = config.conv_channels[i]
         self.layers: Sequence[ConvLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.config = config
-        # A kept channel's soft gate folds into the next convolution. After the last one comes a LayerNorm, which it
+        # A kept channel's soft gate folds into the next convolution. After the last one may come a LayerNorm, which it
         # cannot pass, so that gate stays: as a constant, not as a parameter.
         self.register_buffer("scale", torch.ones(in_channels))
         self.scale: Tensor

@@ -58,7 +58,7 @@ class EncoderOutput(NamedTuple):
 
 
 class FeatureProjection(nn.Module):
-    """LayerNorm over the conv channels, then a linear map to the model's width.
+    """LayerNorm over the conv channels, then a linear map to the model's width, each where the shape has it.
 
     Args:
         config: shape.
@@ -69,13 +69,17 @@ class FeatureProjection(nn.Module):
         super().__init__()
         assert config.conv_channels is not None
         width = config.conv_channels[-1]
-        self.norm = ChannelLayerNorm(width, config.conv_feature_layers[-1][0])
-        self.linear = nn.Linear(width, config.encoder_embed_dim)
+        full = config.conv_feature_layers[-1][0]
+        self.norm = ChannelLayerNorm(width, full) if config.feature_layer_norm else None
+        self.linear = nn.Linear(width, config.encoder_embed_dim) if config.feature_linear else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, units: Optional[Units] = None) -> Tensor:
         """(B, T, C) conv features and which channels they are, None for all, to (B, T, D)."""
-        x = self.norm(x, units)
+        if self.norm is not None:
+            x = self.norm(x, units)
+        if self.linear is None:
+            return self.dropout(x)
         if units is None or units.indices is None:
             return self.dropout(self.linear(x))
         if not has_plain_weight(self.linear):

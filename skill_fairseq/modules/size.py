@@ -69,7 +69,8 @@ def count_parameters(config: EncoderConfig, widths: Widths) -> Number:
     dim, head_dim, conv = config.encoder_embed_dim, config.head_dim, widths["conv"]
 
     total = _count_conv_stack(config, conv)
-    total += 2 * conv[-1] + (conv[-1] + 1) * dim  # LayerNorm, then the projection to D
+    feature_norm = 2 * conv[-1] if config.feature_layer_norm else 0
+    total += feature_norm + ((conv[-1] + 1) * dim if config.feature_linear else 0)
     total += config.pos_conv_depth * (dim * (dim // config.conv_pos_groups) * config.pos_conv_kernel + dim)
     if config.pos_conv_depth == 1:  # the weight norm's magnitudes
         total += config.pos_conv_kernel
@@ -121,7 +122,7 @@ def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Numbe
         macs += length * kernel * in_channels * out_channels
         in_channels = out_channels
 
-    macs += length * in_channels * dim
+    macs += length * in_channels * dim if config.feature_linear else 0
     macs += config.pos_conv_depth * length * dim * (dim // config.conv_pos_groups) * config.pos_conv_kernel
     head_macs = (4 * length * dim + 2 * length**2) * head_dim
     if config.relative_position:

@@ -173,7 +173,9 @@ class ConvChannels(PrunableUnit):
         return list(config.conv_channels or ())
 
     def sites(self, encoder: Any) -> Iterator[Site]:
-        for i, layer in enumerate(encoder.feature_extractor.layers):
+        layers = encoder.feature_extractor.layers
+        # Without a linear map behind them, the last channels are the model's features.
+        for i, layer in enumerate(layers if encoder.config.feature_linear else layers[:-1]):
             yield Site(i, f"feature_extractor.layers.{i}", layer.conv.out_channels)
 
     def cut(self, encoder: Any, site: Site, kept: Tensor, factor: Tensor, state: State, shape: Dict[str, Any]) -> None:
@@ -188,10 +190,11 @@ class ConvChannels(PrunableUnit):
         cut_outputs(state, f"{site.owner}.norm", layer.norm, kept)
         if after < len(layers):
             cut_inputs(state, f"feature_extractor.layers.{after}.conv", layers[after].conv, kept, factor)
-        else:  # a LayerNorm follows, which the gates cannot be folded through
+        else:  # a LayerNorm may follow, which the gates cannot be folded through
             state["feature_extractor.scale"] = state["feature_extractor.scale"][kept] * factor
             projection = encoder.feature_projection
-            cut_outputs(state, "feature_projection.norm", projection.norm, kept)
+            if projection.norm is not None:
+                cut_outputs(state, "feature_projection.norm", projection.norm, kept)
             cut_inputs(state, "feature_projection.linear", projection.linear, kept, torch.ones_like(factor))
         shape["conv_channels"][site.place] = len(kept)
 

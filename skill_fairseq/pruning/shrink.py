@@ -49,7 +49,7 @@ def shrink(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost: Cost 
 
     original = full_parameters(encoder.config)
     config = encoder.config.replace(**shape, pruning_units=[], original_parameters=original)
-    like = encoder.feature_projection.linear.weight
+    like = encoder.feature_extractor.layers[0].conv.weight
     small = SpeechEncoder(config, encoder.dropouts).eval().to(like.device, like.dtype)
     small.load_state_dict({name: state[name] for name in small.state_dict()})
     return small

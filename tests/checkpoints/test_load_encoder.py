@@ -129,7 +129,6 @@ def test_unsupported_fairseq_features_are_named(field, value, foreign, tmp_path)
     [
         ("add_adapter", True),
         ("adapter_attn_dim", 16),
-        ("feat_proj_layer_norm", False),
         ("conv_pos_batch_norm", True),
         ("layer_norm_eps", 1e-6),
         ("feat_extract_activation", "relu"),

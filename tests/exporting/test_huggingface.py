@@ -45,6 +45,7 @@ def transformers():
             {},
             marks=pytest.mark.formats("out", "Hugging Face HuBERT folder", "transformers (unpruned students)"),
         ),
+        ({"relative_position": False, "feature_layer_norm": False}, "HubertModel", {"source_format": "wav2vec2"}),
         pytest.param(
             {"relative_position": False, **LARGE, "activation_fn": "relu"},
             "Wav2Vec2Model",
@@ -96,6 +97,8 @@ def test_what_is_pruned_gated_or_scaled_has_its_own_code(small):
         {"pruning_units": ["conv"]},
         {**DATA2VEC, "layer_norm_first": True},
         {**DATA2VEC, "extractor_mode": "default"},
+        {"feature_layer_norm": False},
+        {"conv_feature_layers": "[(16,10,5)] + [(16,3,2)] * 4 + [(32,2,2)] * 2", "feature_linear": False},
     ):
         assert stock_type(small.random_encoder(**changes), {}) is None
     encoder = small.random_encoder()

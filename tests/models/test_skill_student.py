@@ -309,7 +309,8 @@ def test_initial_student_of_an_ungated_config_is_the_file_itself(small: Any, tea
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("feature_grad_mult", 0.1, "does nothing"),
+        ("feature_grad_mult", -0.1, "at least 0"),
+        ("feature_grad_mult", math.inf, "at least 0"),
         ("mask_prob", 0.3, "does nothing"),
         ("conv_drop_rate", 0.0, "between 0 and 1"),
         ("conv_drop_rate", 1.0, "between 0 and 1"),

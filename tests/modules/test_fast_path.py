@@ -23,6 +23,11 @@ STYLES: dict[str, dict[str, Any]] = {
     "hubert_base": {"relative_position": False},
     "wavlm_large": LARGE_STYLE,
     "hubert_large": {**LARGE_STYLE, "relative_position": False},
+    "hubert_base_without_feature_norm": {"relative_position": False, "feature_layer_norm": False},
+    "thin_without_feature_linear": {
+        "conv_feature_layers": "[(8,10,5), (16,1,1)] + [(16,3,2)] * 4 + [(32,1,1)] + [(32,2,2)] * 2",
+        "feature_linear": False,
+    },
     "base_with_conv_bias_and_relu": {"conv_bias": True, "activation_fn": "relu"},
 }
 UNITS = ["conv", "heads", "ffn", "attention_layers", "ffn_layers"]

@@ -109,7 +109,11 @@ def build_tiny(config: EncoderConfig, widths: dict[str, list[int]]) -> nn.Module
         nn.Conv1d(i, o, k, s, bias=config.conv_bias)
         for i, o, (_, k, s) in zip(channels, channels[1:], config.conv_feature_layers)
     ]
-    modules += [*norm, nn.LayerNorm(channels[-1]), nn.Linear(channels[-1], dim), nn.LayerNorm(dim)]
+    modules += [*norm, nn.LayerNorm(dim)]
+    if config.feature_layer_norm:
+        modules.append(nn.LayerNorm(channels[-1]))
+    if config.feature_linear:
+        modules.append(nn.Linear(channels[-1], dim))
     position = nn.Conv1d(dim, dim, config.conv_pos, groups=config.conv_pos_groups)
     modules += [position, parameter(config.conv_pos)]  # weight norm adds one magnitude a kernel position
     if config.relative_position:
@@ -133,9 +137,15 @@ def build_tiny(config: EncoderConfig, widths: dict[str, list[int]]) -> nn.Module
 @pytest.mark.parametrize("mode", ["default", "layer_norm"])
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_against_modules_with_removed_and_bias_only_sublayers(mode: str, relative: bool, bias: bool) -> None:
+@pytest.mark.parametrize("projection", ["norm and linear", "norm", "linear"])
+def test_against_modules_with_removed_and_bias_only_sublayers(
+    mode: str, relative: bool, bias: bool, projection: str
+) -> None:
+    between = {"feature_layer_norm": "norm" in projection, "feature_linear": "linear" in projection}
+    widths = PRUNED if between["feature_linear"] else {**PRUNED, "conv": [5, 12]}
     config = TINY.replace(extractor_mode=mode, relative_position=relative, conv_bias=bias)
-    assert count_parameters(config, PRUNED) == sum(p.numel() for p in build_tiny(config, PRUNED).parameters())
+    config = config.replace(conv_feature_layers=[(8, 5, 3), (12, 3, 2)], **between)
+    assert count_parameters(config, widths) == sum(p.numel() for p in build_tiny(config, widths).parameters())
 
 
 SMALL = TINY.replace(encoder_layers=1, relative_position=False)

@@ -27,6 +27,12 @@ BASE = {
 LARGE = {**BASE, "extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": True}
 HUBERT = {**BASE, "relative_position": False}
 ALL = ("conv", "heads", "ffn", "attention_layers", "ffn_layers")
+TWO_LAYERS = {**HUBERT, "feature_layer_norm": False}
+THIN = {
+    **BASE,
+    "conv_feature_layers": "[(8,10,5), (16,1,1)] + [(16,3,2)] * 4 + [(32,1,1)] + [(32,2,2)] * 2",
+    "feature_linear": False,
+}
 NOTHING = 1e-35  # oneDNN of torch 1.12 leaves denormal numbers where the gradient is 0
 
 
@@ -70,7 +76,9 @@ def assert_same_outputs(one: SpeechEncoder, other: SpeechEncoder, padded: bool =
             assert error < 1e-5, f"state {i}: relative error {error:.1e}"
 
 
-@pytest.mark.parametrize("shape", [BASE, LARGE, HUBERT], ids=["base", "large", "hubert"])
+@pytest.mark.parametrize(
+    "shape", [BASE, LARGE, HUBERT, TWO_LAYERS, THIN], ids=["base", "large", "hubert", "no_norm", "no_linear"]
+)
 @pytest.mark.parametrize(
     "units",
     [("conv",), ("heads",), ("ffn",), ("attention_layers", "ffn_layers"), ALL],
