@@ -31,7 +31,8 @@ from skill_fairseq.pruning.reach import check_reach
 CONFIG = Path(__file__).resolve().parents[1] / "config"
 PATHS = {str(path.relative_to(CONFIG)): path for path in sorted(CONFIG.rglob("*.yaml"))}
 RUN_CONFIGS = {name: path for name, path in PATHS.items() if name.startswith("run/")}
-FILES = {name: path for name, path in PATHS.items() if name not in RUN_CONFIGS}
+STUDENTS = {name: path for name, path in PATHS.items() if name.startswith("student/")}
+FILES = {name: path for name, path in PATHS.items() if name not in {*RUN_CONFIGS, *STUDENTS}}
 BASE = "wavlm_base_plus_librispeech"
 BLOCKS = ("common", "checkpoint", "distributed_training", "task", "dataset", "criterion", "optimization", "optimizer")
 BLOCKS += ("lr_scheduler", "model")
@@ -57,7 +58,7 @@ def composed(name: str, *overrides: str) -> Any:
         for block, fields in read(name).items()
         if isinstance(fields, dict)
         for field, value in fields.items()
-        if value == MISSING
+        if value == MISSING and not (field == "init_from" and overrides[:1] and "student=" in overrides[0])
     ]
     hydra_init(path.stem)
     GlobalHydra.instance().clear()
@@ -203,13 +204,29 @@ def test_one_knob_for_the_length_one_for_the_warm_up_one_for_the_rate(name: str)
     assert schedule_of((older.optimizer.groups.gates if stage1 else older).lr_scheduler)[0] == 7
 
 
+@pytest.mark.parametrize("recipe", ["final/tiny.yaml", "distill/tiny.yaml", f"final/{BASE}.yaml"])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_students_go_on_top_of_any_recipe(name: str, recipe: str) -> None:
+    student, fields = Path(name).stem, read(name)
+    assert STUDENTS[name].read_text(encoding="utf-8").startswith("# @package _global_\n# ")
+    cfg = composed(recipe, f"+student={student}", "task.teacher=given.pt")
+    assert cfg.hydra.run.dir == f"outputs/student/{Path(recipe).stem}_{student.replace('tiny_', '')}"
+    assert cfg.model.init_from == "given.pt" and cfg.criterion.init_from is None
+    for field, value in fields["model"].items():
+        assert field == "init_from" or cfg.model[field] == value
+    listed = [
+        f"`+student={student}`" in line for line in (CONFIG / "README.md").read_text(encoding="utf-8").splitlines()
+    ]
+    assert any(listed)
+
+
 def test_readme_lists_every_config_and_four_fields_that_it_has() -> None:
     text = (CONFIG / "README.md").read_text(encoding="utf-8")
     rows = {
         name: re.findall(r"`([a-z0-9_.]+)`", last)
         for name, last in re.findall(r"^\| `(\S+)` \|.*\| (.*) \|$", text, re.M)
     }
-    rows = {name: fields for name, fields in rows.items() if "*" not in name}
+    rows = {name: fields for name, fields in rows.items() if "*" not in name and "+" not in name}
     assert {f"{name}.yaml" for name in rows} == set(FILES)
     for name, fields in rows.items():
         assert len(fields) == 4

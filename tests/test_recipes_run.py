@@ -1,7 +1,10 @@
-"""The recipes for other teachers make two updates in each stage, with a small random teacher of that architecture."""
+"""Recipes make two updates: those for other teachers in each stage, with a small random teacher of that architecture;
+and students of other shapes than their teacher's.
+"""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from omegaconf import OmegaConf
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
+from skill_fairseq.cli import shrink
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
 LARGE = {"extractor_mode": "layer_norm", "layer_norm_first": True, "normalize": True}
@@ -26,8 +30,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 HERE = (
     *("common.cpu=true", "distributed_training.distributed_world_size=1", "dataset.num_workers=0"),
     *("common.tensorboard_logdir=null", "dataset.max_tokens=70000", "optimization.max_update=2"),
-    "criterion.groups=[[0],[1,2],[3]]",
 )
+GROUPS = "criterion.groups=[[0],[1,2],[3]]"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def train(kind: str, name: str, folder: Path, *overrides: str) -> tuple[dict[str
     hydra_init(name)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG / kind)):
-        cfg = compose(name, overrides=[*overrides, *HERE, f"checkpoint.save_dir={folder / kind}"])
+        cfg = compose(name, overrides=[*HERE, f"checkpoint.save_dir={folder / kind}", GROUPS, *overrides])
     cfg = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
     OmegaConf.set_struct(cfg, True)
     fairseq_cli.train.main(cfg)
@@ -65,3 +69,56 @@ def test_both_stages(name: str, small: Any, data: Path, tmp_path: Path) -> None:
     assert gated.config.pruning_units and gated.config.layer_norm_first is full.config.layer_norm_first
     _, stage2 = train("final", recipe, tmp_path, *where, f"model.init_from={stage1}")
     assert load_encoder(stage2).num_parameters() == pytest.approx(full.num_parameters() / 2, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def deep(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of 12 layers, as Base models have."""
+    path = tmp_path_factory.mktemp("deep") / "teacher.safetensors"
+    save_encoder(small.random_encoder(encoder_layers=12), path)
+    return path
+
+
+DEEP_GROUPS = "criterion.groups=[[0],[1,2,3],[4,5,6,7],[8,9,10,11,12]]"
+
+
+@pytest.mark.parametrize(
+    ("student", "layers"),
+    [("two_layers", [1, 2]), ("every_second", [2, 4, 6, 8, 10, 12]), ("tiny_thin", None)],
+)
+def test_students_of_other_shapes(
+    student: str, layers: list[int] | None, data: Path, deep: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = tmp_path / "teacher.safetensors"
+    shutil.copy(deep, teacher)
+    where = (f"task.data={data}", f"task.teacher={teacher}", DEEP_GROUPS)
+    with caplog.at_level("INFO"):
+        saved, last = train("final", "tiny", tmp_path, f"+student={student}", *where)
+    teacher.unlink()
+    assert saved["model"]["init_layers"] == layers
+    groups = {2: "((0,), (1,), (1,), (1, 2))", 6: "((0,), (1, 2), (2, 3, 4), (4, 5, 6))"}  # of the student's layers
+    found, theirs = load_encoder(last), load_encoder(deep)
+    if layers is None:
+        assert found.config.encoder_layers == 12
+        assert found.config.encoder_embed_dim == 48 and found.config.conv_channels[-1] == 48
+        return
+    assert found.config.encoder_layers == len(layers)
+    assert any(groups[len(layers)] in message for message in caplog.messages)
+    for own, number in enumerate(layers):  # two updates later they are still near where they started
+        before, after = (x.transformer.layers[i].ffn.fc1.weight for x, i in ((theirs, number - 1), (found, own)))
+        assert 0 < (after - before).norm() / before.norm() < 0.05
+
+
+def test_gates_on_a_thin_student(data: Path, deep: Path, tmp_path: Path) -> None:
+    where = (f"task.data={data}", f"task.teacher={deep}", DEEP_GROUPS)
+    saved, stage1 = train("distill", "tiny", tmp_path, "+student=tiny_thin", *where, "criterion.target_sparsity=0.5")
+    gated = load_encoder(stage1)
+    assert gated.config.pruning_units == ["conv", "heads", "ffn"]
+    full = saved["model"]["original_parameters"]
+    assert full == gated.num_parameters()
+    shrink.main([str(stage1), str(tmp_path / "small.safetensors")])
+    half = load_encoder(tmp_path / "small.safetensors")
+    assert half.num_parameters() == pytest.approx(full / 2, rel=0.01)
+    assert half.config.conv_channels[-1] == half.config.encoder_embed_dim == 48
+    _, stage2 = train("final", "tiny", tmp_path, *where, f"model.init_from={stage1}")
+    assert load_encoder(stage2).config == half.config

@@ -149,12 +149,12 @@ class WavLMModel(HubertModel):
     # The names under which HubertModel.forward looks for the encoder's parts.
 
     @property
-    def layer_norm(self) -> nn.Module:
+    def layer_norm(self) -> Optional[nn.Module]:
         """LayerNorm over the conv features."""
         return self.speech_encoder.feature_projection.norm
 
     @property
-    def post_extract_proj(self) -> nn.Module:
+    def post_extract_proj(self) -> Optional[nn.Module]:
         """Conv features to the model's width."""
         return self.speech_encoder.feature_projection.linear
 
