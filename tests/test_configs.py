@@ -22,8 +22,11 @@ from messages import says
 from omegaconf import MISSING, OmegaConf
 
 from skill_fairseq.checkpoints import load_encoder
+from skill_fairseq.models.skill_student import SkillStudentModel
+from skill_fairseq.models.student_init import student_shape
 from skill_fairseq.modules.config import hubert_large, wavlm_base
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.size import count_parameters, widths_of
 from skill_fairseq.modules.units import UNITS
 from skill_fairseq.pruning.lagrangian import SizeConstraint, updates_of
 from skill_fairseq.pruning.reach import check_reach
@@ -214,10 +217,11 @@ def test_students_go_on_top_of_any_recipe(name: str, recipe: str) -> None:
     assert cfg.model.init_from == "given.pt" and cfg.criterion.init_from is None
     for field, value in fields["model"].items():
         assert field == "init_from" or cfg.model[field] == value
-    listed = [
-        f"`+student={student}`" in line for line in (CONFIG / "README.md").read_text(encoding="utf-8").splitlines()
-    ]
-    assert any(listed)
+    text = (CONFIG / "README.md").read_text(encoding="utf-8")
+    (size,) = re.findall(rf"^\| `\+student={student}` \| ([\d,]*) ?\|", text, re.M)
+    if size:
+        shape = student_shape(wavlm_base(), cfg.model)
+        assert size == f"{count_parameters(shape, widths_of(shape)):,}"
 
 
 def test_readme_lists_every_config_and_four_fields_that_it_has() -> None:

@@ -15,8 +15,8 @@ from skill_fairseq.checkpoints import save_encoder
 from skill_fairseq.models.student_init import make_student, student_shape
 from skill_fairseq.modules.config import EncoderConfig, hubert_base, hubert_large, wavlm_base
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.modules.size import count_parameters, static_shape, widths_of
-from skill_fairseq.pruning.expected import full_parameters, smallest_parameters
+from skill_fairseq.modules.size import count_parameters, widths_of
+from skill_fairseq.pruning.expected import full_parameters, smallest_widths
 from skill_fairseq.pruning.shrink import shrink
 
 DISTILHUBERT = {
@@ -140,7 +140,7 @@ def test_gates_refer_to_the_student_before_pruning(small: Any, start: dict[str, 
         gate.log_alpha.data.fill_(-9.0)
         if gate.num_units in (8, 12, 16, 24):  # of convolutions, one channel of which stays
             gate.log_alpha.data[0] = 9.0
-    assert shrink(gated).num_parameters() == smallest_parameters(gated.config)
+    assert shrink(gated).num_parameters() == count_parameters(gated.config, smallest_widths(gated.config))
 
 
 def test_saved_student_needs_no_teacher(small: Any, speech: Path, teacher_file: Path, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ PUBLISHED = {
 def test_published_sizes(name: str, teacher: EncoderConfig) -> None:
     fields, size = PUBLISHED[name]
     shape = student_shape(teacher, cfg(**fields))
-    assert count_parameters(static_shape(shape), widths_of(shape)) == size
+    assert count_parameters(shape, widths_of(shape)) == size
 
 
 @pytest.mark.parametrize(
