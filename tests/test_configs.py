@@ -22,7 +22,6 @@ from messages import says
 from omegaconf import MISSING, OmegaConf
 
 from skill_fairseq.checkpoints import load_encoder
-from skill_fairseq.models.skill_student import SkillStudentModel
 from skill_fairseq.models.student_init import student_shape
 from skill_fairseq.modules.config import hubert_large, wavlm_base
 from skill_fairseq.modules.encoder import SpeechEncoder
