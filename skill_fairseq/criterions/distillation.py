@@ -10,7 +10,7 @@ import torch
 from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
-from omegaconf import II, OmegaConf
+from omegaconf import II, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
@@ -158,7 +158,8 @@ class DistillationCriterion(FairseqCriterion):
             kind, weight, cfg = _read_objective(given[name], field)
             objective = OBJECTIVES[kind][0](cfg, student, teachers, field)
             self.objectives[name] = objective
-            given[name] = {"_name": kind, "weight": weight, **plain(cfg)}
+            with open_dict(given):
+                given[name] = {"_name": kind, "weight": weight, **plain(cfg)}
             terms.append(Term(objective, weight, cfg, f"objectives.{name}", field, f"{name}_"))
         return terms
 
