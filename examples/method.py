@@ -301,8 +301,8 @@ def by_the_package(calibration, loss_inputs, student, alphas, wave, gated_output
         return {}
     from skill_fairseq.clustering.linkage import cut_to_number, link
     from skill_fairseq.clustering.similarity import LayerSimilarity
-    from skill_fairseq.distillation.loss import distillation_loss
     from skill_fairseq.modules.encoder import SpeechEncoder
+    from skill_fairseq.objectives.loss import distillation_loss
     from skill_fairseq.pruning.expected import expected_sparsity
 
     similarity = LayerSimilarity(["cka"])

@@ -1,8 +1,8 @@
 """SKILL: similarity-aware distillation and structured pruning of speech encoders, a fairseq plugin.
 
 Importing it registers, where fairseq is installed, the task ``skill_distillation``, the models ``wavlm`` and
-``skill_student`` and the criterion ``skill_group_kd``, and gives ``fairseq-hydra-train`` its trainer. Without fairseq,
-or with one that is broken, encoders still load and run.
+``skill_student`` and the criterions ``distillation`` and ``skill_group_kd``, and gives ``fairseq-hydra-train`` its
+trainer. Without fairseq, or with one that is broken, encoders still load and run.
 """
 
 import sys
@@ -23,6 +23,7 @@ def _register() -> None:
     """
     asked = "fairseq" in sys.modules or "fairseq_cli" in sys.modules
     try:
+        import skill_fairseq.criterions.distillation
         import skill_fairseq.criterions.skill_group_kd
         import skill_fairseq.models.skill_student
         import skill_fairseq.models.wavlm

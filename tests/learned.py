@@ -23,9 +23,7 @@ from skill_fairseq import load_encoder
 from skill_fairseq.audio.manifest import load_audio, read_manifest
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.safe_load import load_torch_file
-from skill_fairseq.distillation.groups import GroupProjections
-from skill_fairseq.distillation.loss import distillation_loss
-from skill_fairseq.distillation.teacher import averaged_states
+from skill_fairseq.objectives.group_means import GroupMeans, GroupMeansConfig
 from skill_fairseq.probing.intervals import wilson
 from skill_fairseq.reporting.training_log import read_log
 
@@ -65,21 +63,18 @@ def random_students_loss(out: Path) -> float:
     teacher, shape = load_encoder(config["task"]["teacher"]), load_encoder(out / "student.safetensors").config
     torch.manual_seed(0)
     student = type(teacher)(shape).eval()
-    width = shape.encoder_embed_dim
-    trained = GroupProjections(groups, width, width, "linear", config["criterion"]["projection_sharing"])
+    fields = {name: config["criterion"][name] for name in ("projection_sharing", "normalize_states")}
+    sides = [GroupMeans(GroupMeansConfig(groups=groups, **fields), shape, [teacher.config]) for _ in range(2)]
     state = load_torch_file(out / "stage2" / "checkpoint_last.pt")["criterion"]
-    trained.load_state_dict({name.partition(".")[2]: value for name, value in state.items()})
+    sides[0].load_state_dict({name.partition(".")[2]: value for name, value in state.items()})
     sums = [0.0, 0.0]
     files = read_manifest(Path(config["task"]["data"]) / "valid.tsv").files[:20]
     for file in files:
         wave = load_audio(file)[None]
-        of_teacher, of_student = (
-            averaged_states(encoder(wave).hidden_states, groups, config["criterion"]["normalize_states"])
-            for encoder in (teacher, student)
-        )
-        for which, means in enumerate((trained(of_student), of_student)):
-            parts = [distillation_loss(mean, wanted).total for mean, wanted in zip(means, of_teacher)]
-            sums[which] += float(torch.stack(parts).mean()) / len(files)
+        for which, objective in enumerate(sides):
+            found = student.tap(wave, None, objective.student_taps)[0]
+            wanted = teacher.tap(wave, None, objective.teacher_taps)[0]
+            sums[which] += float(objective(found, wanted)[0]) / len(files)
     return min(sums)
 
 

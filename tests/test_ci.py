@@ -138,7 +138,8 @@ def test_random_weights_are_farther_from_the_teacher_than_a_student(tmp_path: Pa
     }
     (tmp_path / "stage2" / ".hydra").mkdir(parents=True)
     (tmp_path / "stage2" / ".hydra" / "config.yaml").write_text(json.dumps(config))
-    projections = learned.GroupProjections([[0], [1, 2], [12]], 80, 80, "linear", "all").state_dict()
-    state = {f"projections.{name}": value for name, value in projections.items()}
+    width = learned.load_encoder(teacher).config.encoder_embed_dim
+    identity = {"weight": learned.torch.eye(width), "bias": learned.torch.zeros(width)}
+    state = {f"projections.projections.0.{name}": value for name, value in identity.items()}
     learned.torch.save({"criterion": state}, tmp_path / "stage2" / "checkpoint_last.pt")
     assert -0.8 < learned.random_students_loss(tmp_path) < 1.5

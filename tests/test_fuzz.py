@@ -20,11 +20,11 @@ from damaged import bounds, spoiled
 from skill_fairseq.audio.manifest import read_manifest
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.clustering.config_file import merge_groups, read_config
-from skill_fairseq.distillation.groups import parse_groups
 from skill_fairseq.exporting.describe import as_lines, describe
 from skill_fairseq.exporting.huggingface_folder import save_huggingface
 from skill_fairseq.exporting.s3prl_folder import save_s3prl
 from skill_fairseq.files import read_json, write_json
+from skill_fairseq.objectives.groups import parse_groups, read_groups
 from tests.conftest import random_encoder
 
 CASES = 40
@@ -67,14 +67,6 @@ def onnx_graph(folder: Path) -> None:
     (folder / "a.onnx").write_bytes(model.SerializeToString())
 
 
-def read_groups_file(path: Path) -> Any:
-    from skill_fairseq.criterions.skill_group_kd import SkillGroupKDConfig, read_groups
-
-    cfg = SkillGroupKDConfig()
-    cfg.groups_file = str(path)
-    return parse_groups(read_groups(cfg), 12)
-
-
 GROUPS = "criterion:\n  _name: skill_group_kd  # ours\n  groups: [[0], [1, 2], [12]]\ntask:\n  data: here\n"
 
 
@@ -101,7 +93,10 @@ KINDS = {
     "s3prl folder": Kind(lambda d: save_s3prl(random_encoder(), d / "a"), lambda d: load_encoder(d / "a")),
     "torch.export program": Kind(graph, lambda d: list(as_lines(describe(d / "a.pt2")))),
     "ONNX graph": Kind(onnx_graph, lambda d: list(as_lines(describe(d / "a.onnx")))),
-    "groups": Kind(lambda d: (d / "groups.yaml").write_text(GROUPS), lambda d: read_groups_file(d / "groups.yaml")),
+    "groups": Kind(
+        lambda d: (d / "groups.yaml").write_text(GROUPS),
+        lambda d: parse_groups(read_groups(None, str(d / "groups.yaml")), 12),
+    ),
     "training config": Kind(
         lambda d: (d / "a.yaml").write_text(GROUPS),
         lambda d: merge_groups(read_config(d / "a.yaml"), [[0], [3]], str(d / "a.yaml")),

@@ -23,10 +23,11 @@ import skill_fairseq
 from skill_fairseq.audio.manifest import load_audio, read_manifest
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.safe_load import load_torch_file
-from skill_fairseq.distillation.teacher import FrozenTeacher
 from skill_fairseq.modules.attention_core import attend
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.positional_conv import PositionalConv
+from skill_fairseq.modules.taps import Tap
+from skill_fairseq.objectives.teacher import FrozenTeacher
 from tests.conftest import LARGE_STYLE, random_encoder, waves
 
 pytestmark = pytest.mark.skipif(
@@ -259,14 +260,14 @@ def test_positional_weight_is_rounded_once(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype, tolerance", [("bf16", 0.01), ("fp16", 0.0012)])
 def test_group_means_of_a_trained_teacher_at_lower_precision(dtype: str, tolerance: float) -> None:
-    tiny, groups = PACKAGE.parent / "examples" / "tiny", ((0,), (1, 2), (3, 4))
+    tiny = PACKAGE.parent / "examples" / "tiny"
+    taps = [Tap(group, normalize=True) for group in ((0,), (1, 2), (3, 4))]
     exact = FrozenTeacher(load_encoder(tiny / "teacher" / "teacher.safetensors"))
     teacher = FrozenTeacher(load_encoder(tiny / "teacher" / "teacher.safetensors"), dtype)
     manifest = read_manifest(tiny / "data" / "train.tsv")
     for path in manifest.files[:5]:
         source = torch.as_tensor(load_audio(path, 16000))[None, :16000].float()
-        wanted, _ = exact.group_means(source, None, groups, normalize_states=True)
-        found, _ = teacher.group_means(source, None, groups, normalize_states=True)
+        wanted, found = exact.tap(source, None, taps), teacher.tap(source, None, taps)
         for mean, other in zip(found, wanted):
             assert mean.dtype == torch.float32
             assert 1e-5 < (mean - other).norm() / other.norm() < tolerance

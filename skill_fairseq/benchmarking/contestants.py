@@ -6,18 +6,18 @@ import contextlib
 import dataclasses
 import sys
 import time
-from typing import Any, Callable, ContextManager, Dict, List, Sequence
+from typing import Any, Callable, ContextManager, Dict, List
 
 import torch
 from torch import Tensor, nn
 
 from skill_fairseq.benchmarking.setup import PRECISIONS, Setup, equal_groups, student_of
-from skill_fairseq.distillation.groups import GroupProjections
-from skill_fairseq.distillation.loss import distillation_loss
-from skill_fairseq.distillation.teacher import FrozenTeacher, averaged_states
 from skill_fairseq.messages import remedy_for
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.plain import plain_path
+from skill_fairseq.modules.taps import collect
+from skill_fairseq.objectives.group_means import GroupMeans, GroupMeansConfig
+from skill_fairseq.objectives.teacher import FrozenTeacher
 from skill_fairseq.pruning.expected import expected_parameters, expected_widths
 from skill_fairseq.pruning.lagrangian import SizeConstraint
 
@@ -69,7 +69,7 @@ def ours(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
         "macs": student.macs(setup.seconds) * setup.batch,
     }
     teacher = FrozenTeacher(full, setup.teacher_dtype, setup.compile)
-    groups = equal_groups(teacher.config.encoder_layers)
+    objective = _objective(teacher.config)
     constraint = SizeConstraint(setup.sparsity, 0).to(setup.device) if setup.stage == 1 else None
 
     def size_term() -> Tensor | float:
@@ -81,14 +81,13 @@ def ours(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
 
     def targets() -> List[Tensor]:
         drawn[:] = [student.draw_gates()]  # before the teacher is launched, as the criterion does
-        return teacher.group_means(audio, None, groups)[0]
+        return teacher.tap(audio, None, objective.teacher_taps)
 
     step = _training(
         setup,
-        groups,
-        teacher.config.encoder_embed_dim,
+        objective,
         targets=targets,
-        states=lambda: student(audio, draw=drawn[0]).hidden_states,
+        means=lambda: student.tap(audio, None, objective.student_taps, drawn[0])[0],
         size_term=size_term,
         modules=[student] if constraint is None else [student, constraint],
     )
@@ -113,19 +112,21 @@ def transformers(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
 
     teacher = encoder.eval().requires_grad_(False).to(PRECISIONS[setup.teacher_dtype])
     student = huggingface_encoder(config, hidden_dropout=0.1, attention_dropout=0.1).to(setup.device).train()
-    groups = equal_groups(config.encoder_layers)
+    objective = _objective(config)
+
+    def means(model: Any, source: Tensor) -> List[Tensor]:
+        states = model(source, output_hidden_states=True).hidden_states
+        return collect(objective.student_taps, ((state, None) for state in states))
 
     def targets() -> List[Tensor]:
         with torch.no_grad():
-            states = teacher(audio.to(teacher.dtype), output_hidden_states=True).hidden_states
-            return [mean.float() for mean in averaged_states(states, groups)]
+            return [mean.float() for mean in means(teacher, audio.to(teacher.dtype))]
 
     step = _training(
         setup,
-        groups,
-        config.encoder_embed_dim,
+        objective,
         targets=targets,
-        states=lambda: student(audio, output_hidden_states=True).hidden_states,
+        means=lambda: means(student, audio),
         size_term=lambda: 0.0,
         modules=[student],
     )
@@ -145,18 +146,22 @@ def _inference(setup: Setup, encode: Callable[[Tensor], Any]) -> Step:
     return step
 
 
+def _objective(config: EncoderConfig) -> GroupMeans:
+    groups = equal_groups(config.encoder_layers)
+    return GroupMeans(GroupMeansConfig(groups=groups, normalize_states=False), config, [config])
+
+
 def _training(
     setup: Setup,
-    groups: List[List[int]],
-    dim: int,
+    objective: GroupMeans,
     targets: Callable[[], List[Tensor]],
-    states: Callable[[], Sequence[Tensor]],
+    means: Callable[[], List[Tensor]],
     size_term: Callable[[], Tensor | float],
     modules: List[nn.Module],
 ) -> Step:
     """The step that both sides make: same loss, same projections, same optimizer. It learns nothing (rate 0)."""
-    projections = GroupProjections(groups, dim, dim).to(setup.device)
-    parameters = [p for module in [*modules, projections] for p in module.parameters()]
+    objective = objective.to(setup.device)
+    parameters = [p for module in [*modules, objective] for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
 
     def step() -> Times:
@@ -166,8 +171,7 @@ def _training(
             teacher = targets()
             watch.lap("teacher")
             with _autocast(setup):
-                student = projections(averaged_states(states(), groups))
-            loss = torch.stack([distillation_loss(s, t).total for s, t in zip(student, teacher)]).mean() + size_term()
+                loss = objective(means(), teacher)[0] + size_term()
             watch.lap("student forward, loss")
             loss.backward()
         watch.lap("backward")

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skill_fairseq.distillation.loss import without_padding
+from skill_fairseq.objectives.loss import without_padding
 
 MEASURES = ("cka_minibatch", "cka", "cosine", "l1", "l2", "loss")
 CHEAP_MEASURES = ("cka_minibatch", "cosine", "l1", "l2", "loss")

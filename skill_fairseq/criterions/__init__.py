@@ -1,1 +1,1 @@
-"""fairseq criterion ``skill_group_kd``: group distillation and size constraint."""
+"""fairseq criterions: ``distillation``, a sum of objectives, and ``skill_group_kd``, SKILL's one; size constraint."""

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from fairseq.dataclass import ChoiceEnum
@@ -14,6 +14,7 @@ from torch import Tensor
 from skill_fairseq.models.wavlm import WavLMModel, avoid_wrong_gelu, dropouts, encoder_config, hubert_fields
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.gate_bank import Draw
+from skill_fairseq.modules.taps import Tap, deepest
 from skill_fairseq.modules.units import UNITS
 from skill_fairseq.pruning.expected import expected_widths
 
@@ -207,15 +208,22 @@ class SkillStudentModel(WavLMModel):
         self.generator.manual_seed((self.cfg.seed * 1_000_003 + self._update) * 4096 + rank)
         return self.speech_encoder.draw_gates()
 
-    def train_up_to(self, last_layer: int) -> None:
-        """Takes weights out of the training that a loss on the states up to a layer (1-based) cannot reach: ranks would
-        send zeros for them, or wait for gradients that never come. Gates stay: the size constraint moves them."""
+    def train_for(self, taps: Sequence[Tap]) -> None:
+        """Takes weights out of the training that a loss on these taps cannot reach: ranks would send zeros for them, or
+        wait for gradients that never come. Gates stay: the size constraint moves them."""
         transformer = self.speech_encoder.transformer
-        unreached: List[torch.nn.Module] = [*transformer.layers[last_layer:]] if last_layer else [transformer]
+        states, last = deepest(tap for tap in taps if tap.kind == "states"), deepest(taps)
+        unreached: List[torch.nn.Module] = [*transformer.layers[last:]] if last else [transformer]
         if transformer.layer_norm_first:
             unreached.append(transformer.layer_norm)
             unreached += [layer.attention_norm for layer in transformer.layers if layer.attention is None]
             unreached += [layer.ffn_norm for layer in transformer.layers if layer.ffn is None]
+        if last > states:  # of the last layer, the maps alone
+            layer = transformer.layers[last - 1]
+            assert layer.attention is not None
+            unreached += [layer.attention.v_proj, layer.attention.out_proj, layer.ffn_norm]
+            unreached += [] if layer.ffn is None else [layer.ffn]
+            unreached += [] if transformer.layer_norm_first else [layer.attention_norm]
         for module in unreached:
             module.requires_grad_(False)
 
@@ -224,7 +232,7 @@ class SkillStudentModel(WavLMModel):
         source: Tensor,
         padding_mask: Optional[Tensor] = None,
         draw: Optional[Draw] = None,
-        last_layer: Optional[int] = None,
+        taps: Optional[Sequence[Tap]] = None,
         **kwargs: Any,
     ) -> Dict[str, Any]:
         """One forward for distillation.
@@ -234,18 +242,19 @@ class SkillStudentModel(WavLMModel):
             padding_mask: (B, N) bool, True = padding, or None.
             draw: what :meth:`draw_gates` gave; None: the gates are drawn here, and the host waits for all that the
                 device has still to do.
-            last_layer: stop after this layer, 1-based; None: run all, and the final LayerNorm where there is one.
+            taps: what is asked for; None: the output of all layers and of the final LayerNorm where there is one.
 
         Returns:
-            ``x`` (B, T, D), ``hidden_states`` (a tensor (B, T, D) for layer 0 and for each that ran), ``padding_mask``
-            (B, T) or None, and ``expected_widths``, with gradient, None without gates.
+            ``taps``, a tensor for each, or ``x`` (B, T, D) and ``hidden_states`` (L + 1 tensors (B, T, D));
+            ``padding_mask`` (B, T) or None; and ``expected_widths``, with gradient, None without gates.
         """
-        out = self.speech_encoder(source, padding_mask, last_layer=last_layer, draw=draw or self.draw_gates())
-        gated = self.speech_encoder.gates is not None
-        return {
-            **out._asdict(),
-            "expected_widths": expected_widths(self.speech_encoder) if gated else None,
-        }
+        encoder = self.speech_encoder
+        draw = draw or self.draw_gates()
+        if taps is None:
+            out = encoder(source, padding_mask, draw=draw)._asdict()
+        else:
+            out = dict(zip(("taps", "padding_mask"), encoder.tap(source, padding_mask, taps, draw)))
+        return {**out, "expected_widths": None if encoder.gates is None else expected_widths(encoder)}
 
     def extract_features(
         self,

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import List, Optional, Union
+from typing import List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skill_fairseq.modules.attention_core import attend
+from skill_fairseq.modules.attention_core import attend, attend_with_maps
 from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.output_bias import OutputBias
 from skill_fairseq.modules.plain import use_plain
-from skill_fairseq.modules.slicing import computed_units, gated_output, has_plain_weight, linear, take
+from skill_fairseq.modules.slicing import (
+    all_units,
+    computed_units,
+    gated_output,
+    has_plain_weight,
+    linear,
+    take,
+)
+from skill_fairseq.modules.taps import AttentionMaps
 
 
 class RelativePositionGate(nn.Module):
@@ -101,17 +109,26 @@ class SelfAttention(nn.Module):
         by_offset: Optional[Tensor] = None,
         padding_mask: Optional[Tensor] = None,
         draw: Optional[Draw] = None,
-    ) -> Tensor:
+        with_maps: bool = False,
+    ) -> Union[Tensor, Tuple[Tensor, AttentionMaps]]:
         """Args:
             x: (B, T, D) frames.
             by_offset: (full heads, 2T - 1) position bias as :class:`RelativePosition` gives it, or None.
             padding_mask: (B, T) bool, True = padding, or None where nothing is padded.
             draw: the gates of this forward; None where there are none.
+            with_maps: give the attention maps too, of closed heads as well; at least one head must be left. The whole
+                layer is computed for it, in (B, H, T, T) memory.
 
         Returns:
-            (B, T, D).
+            (B, T, D), and the maps where they are asked for.
         """
         units, output = (None, None) if draw is None else (draw.of(self.gate), draw.of(self.output_gate))
+        if with_maps:
+            maps: List[Tensor] = []
+            units = all_units(units, self.heads.numel())
+            y = self._attend(x, by_offset, padding_mask, draw, maps)
+            y = y if output is None else y * output.gate.to(y.dtype)
+            return y, AttentionMaps(maps[0], None if units is None else units.gate.detach())
         if use_plain():
             y = self._plain(x, by_offset, padding_mask, units) if self.heads.numel() else self.out_proj(x)
             return y if output is None else y * output.gate.to(y.dtype)
@@ -120,10 +137,17 @@ class SelfAttention(nn.Module):
         return gated_output(self, output, [x, by_offset], lambda: self._attend(x, by_offset, padding_mask, draw))
 
     def _attend(
-        self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor], draw: Optional[Draw]
+        self,
+        x: Tensor,
+        by_offset: Optional[Tensor],
+        padding_mask: Optional[Tensor],
+        draw: Optional[Draw],
+        maps: Optional[List[Tensor]] = None,
     ) -> Tensor:
-        """Only the heads whose gates are open."""
+        """Only the heads whose gates are open; their (B, h, T, T) attention maps are added to ``maps``."""
         units = None if draw is None else draw.of(self.gate)
+        if maps is not None:
+            units = all_units(units, self.heads.numel())
         layers = (self.q_proj, self.k_proj, self.v_proj)
         units = computed_units(units, self.heads.numel(), *layers, self.out_proj)
         rows = heads = None
@@ -138,7 +162,12 @@ class SelfAttention(nn.Module):
             factor = self.position_gate(x, original)
         else:
             by_offset = None
-        y = attend(q, k, v, factor, by_offset, padding_mask, self.dropout if self.training else 0.0)
+        inputs = (q, k, v, factor, by_offset, padding_mask, self.dropout if self.training else 0.0)
+        if maps is None:
+            y = attend(*inputs)
+        else:
+            y, weights = attend_with_maps(*inputs)
+            maps.append(weights)
         if units is None:
             return linear(self.out_proj, y.flatten(2), draw=draw)
         if not has_plain_weight(self.out_proj):

@@ -63,6 +63,27 @@ def attend(
     return kernel(q, k, v, factor, by_offset, padding_mask, dropout)
 
 
+def attend_with_maps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factor: Optional[Tensor] = None,
+    by_offset: Optional[Tensor] = None,
+    padding_mask: Optional[Tensor] = None,
+    dropout: float = 0.0,
+) -> Tuple[Tensor, Tensor]:
+    """:func:`attend` for those who want the attention maps too.
+
+    Returns:
+        (B, T, h, d), and the (B, h, T, T) softmaxes before dropout, keys in order, in at least float32.
+    """
+    if factor is None:
+        return _whole(q, k, v, None, None, padding_mask, dropout)
+    padding_mask = None if padding_mask is None else padding_mask.flip(1)
+    y, weights = _whole(q, k.flip(2), v.flip(2), factor, by_offset, padding_mask, dropout)
+    return y, weights.flip(3)
+
+
 def choose_kernel(device: str, frames: int, matrix: bool, gradients: bool) -> Kernel:
     """The kernel that is fast on a device without keeping more than it must.
 
@@ -111,10 +132,23 @@ def attend_whole(
     dropout: float,
 ) -> Tensor:
     """Matrix products and a softmax, for GPUs under torch < 2.0; keeps three (B, h, T, T) matrices."""
-    scores = q @ k.transpose(2, 3) * q.size(3) ** -0.5
+    return _whole(q, k, v, factor, by_offset, padding_mask, dropout)[0]
+
+
+def _whole(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factor: Optional[Tensor],
+    by_offset: Optional[Tensor],
+    padding_mask: Optional[Tensor],
+    dropout: float,
+) -> Tuple[Tensor, Tensor]:
+    """The output (B, T, h, d), and the attention weights (B, h, T, T) before dropout."""
+    scores = _wide(q @ k.transpose(2, 3) * q.size(3) ** -0.5)
     bias = _bias(q, factor, by_offset, padding_mask)
-    weights = F.dropout((scores if bias is None else scores + bias).softmax(-1), dropout)
-    return (weights.to(v.dtype) @ v).transpose(1, 2)
+    weights = (scores if bias is None else scores + bias).softmax(-1)
+    return (F.dropout(weights, dropout).to(v.dtype) @ v).transpose(1, 2), weights
 
 
 def _bias(

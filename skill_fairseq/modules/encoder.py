@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Collection, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -27,9 +27,8 @@ from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.relative_position import RelativePosition
 from skill_fairseq.modules.size import count_macs, widths_of
 from skill_fairseq.modules.slicing import has_plain_weight, take
+from skill_fairseq.modules.taps import AttentionMaps, FrameTransform, Tap, collect, map_layers
 from skill_fairseq.modules.units import units_of
-
-FrameTransform = Callable[[Tensor, Optional[Tensor]], Tensor]
 
 
 class Dropouts(NamedTuple):
@@ -138,16 +137,23 @@ class Transformer(nn.Module):
         self.layers: Sequence[EncoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.apply(_init_like_bert)
 
-    def states(self, x: Tensor, padding_mask: Optional[Tensor] = None, draw: Optional[Draw] = None) -> Iterator[Tensor]:
-        """The output of every layer, each computed when it is asked for.
+    def run(
+        self,
+        x: Tensor,
+        padding_mask: Optional[Tensor] = None,
+        draw: Optional[Draw] = None,
+        map_layers: Collection[int] = (),
+    ) -> Iterator[Tuple[Tensor, Optional[AttentionMaps]]]:
+        """Layer by layer, each computed when it is asked for.
 
         Args:
             x: (B, T, D) projected features.
             padding_mask: (B, T) bool, True = padding, or None.
             draw: the gates of this forward; None where there are none.
+            map_layers: 1-based layers whose attention maps are wanted; they are never dropped by layerdrop.
 
         Yields:
-            (B, T, D) a layer, before a final LayerNorm.
+            a layer's output (B, T, D), before a final LayerNorm, and its attention maps where they are wanted.
         """
         if padding_mask is not None:
             # A mask of nothing is asked for on the CPU alone: on a GPU the host would wait for the answer.
@@ -163,12 +169,17 @@ class Transformer(nn.Module):
             x = self.layer_norm(x)
         x = self.dropout(x)
         by_offset = None if self.relative_position is None else self.relative_position(x.size(1))
-        for block in self.layers:
-            if not (self.training and self.layerdrop > 0 and np.random.random() < self.layerdrop):
-                inputs = (x, by_offset, padding_mask, draw)
-                again = self.checkpoint_activations and torch.is_grad_enabled()
+        for layer, block in enumerate(self.layers, start=1):
+            dropped = self.training and self.layerdrop > 0 and np.random.random() < self.layerdrop
+            inputs: Tuple[Any, ...] = (x, by_offset, padding_mask, draw)
+            again = self.checkpoint_activations and torch.is_grad_enabled()
+            maps = None
+            if layer in map_layers:
+                inputs = (*inputs, True)
+                x, maps = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+            elif not dropped:
                 x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
-            yield x
+            yield x, maps
 
     def forward(
         self,
@@ -186,7 +197,8 @@ class Transformer(nn.Module):
         Returns:
             (B, T, D) output, and the output (B, T, D) of every layer that ran.
         """
-        states = list(itertools.islice(self.states(x, padding_mask, draw), None if layer is None else layer + 1))
+        layers = itertools.islice(self.run(x, padding_mask, draw), None if layer is None else layer + 1)
+        states = [state for state, _ in layers]
         x = states[-1]
         return (self.layer_norm(x) if self.layer_norm_first and layer is None else x), states
 
@@ -266,21 +278,31 @@ class SpeechEncoder(nn.Module):
         x, states = self.transformer(x, padding_mask, None if last_layer is None else last_layer - 1, draw)
         return EncoderOutput(x, [projected, *states], padding_mask)
 
-    def states(
-        self, source: Tensor, padding_mask: Optional[Tensor] = None
-    ) -> Tuple[Iterator[Tensor], Optional[Tensor]]:
-        """The hidden states one by one, for those who do not want to keep them, or not to go on to the last.
+    def tap(
+        self,
+        source: Tensor,
+        padding_mask: Optional[Tensor],
+        taps: Sequence[Tap],
+        draw: Optional[Draw] = None,
+    ) -> Tuple[List[Tensor], Optional[Tensor]]:
+        """What is asked for and nothing else: no layer runs beyond the deepest, and no map is made that nobody wants.
 
         Args:
-            source, padding_mask: as in :meth:`forward`.
+            source, padding_mask, draw: as in :meth:`forward`.
+            taps: what is asked for.
 
         Returns:
-            iterator over ``hidden_states``, each (B, T, D) and computed when it is asked for; and the (B, T) padding
-            mask of the frames or None.
+            a tensor for each tap, see :class:`Tap`; and the (B, T) padding mask of the frames or None.
         """
-        draw = self.draw_gates()
+        draw = self.draw_gates() if draw is None else draw
         projected, padding_mask = self._project(source, padding_mask, draw)
-        return itertools.chain([projected], self.transformer.states(projected, padding_mask, draw)), padding_mask
+        found: Dict[Tap, Tensor] = {}
+        for transform in dict.fromkeys(tap.transform for tap in taps):
+            asked = [tap for tap in taps if tap.transform == transform]
+            x = projected if transform is None else transform(projected, padding_mask)
+            layers = itertools.chain([(x, None)], self.transformer.run(x, padding_mask, draw, map_layers(asked)))
+            found.update(zip(asked, collect(asked, layers)))
+        return [found[tap] for tap in taps], padding_mask
 
     def prepare(self) -> SpeechEncoder:
         """Makes ready for inference: evaluation mode, and weights laid out once instead of in every forward.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Tuple, Union
 
 from torch import Tensor, nn
 
 from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.feed_forward import FeedForward
 from skill_fairseq.modules.gate_bank import Draw
+from skill_fairseq.modules.taps import AttentionMaps
 
 
 class EncoderLayer(nn.Module):
@@ -44,17 +45,17 @@ class EncoderLayer(nn.Module):
         position_bias: Optional[Tensor] = None,
         padding_mask: Optional[Tensor] = None,
         draw: Optional[Draw] = None,
-    ) -> Tensor:
+        with_maps: bool = False,
+    ) -> Union[Tensor, Tuple[Tensor, Optional[AttentionMaps]]]:
         """(B, T, D) to (B, T, D); the other arguments as in :class:`SelfAttention`."""
-        if self.layer_norm_first:
-            if self.attention is not None:
-                x = x + self.dropout(self.attention(self.attention_norm(x), position_bias, padding_mask, draw))
-            if self.ffn is not None:
-                x = x + self.dropout(self.ffn(self.ffn_norm(x), draw))
-            return x
+        first, maps = self.layer_norm_first, None
         if self.attention is not None:
-            x = x + self.dropout(self.attention(x, position_bias, padding_mask, draw))
-        x = self.attention_norm(x)
+            y = self.attention(self.attention_norm(x) if first else x, position_bias, padding_mask, draw, with_maps)
+            y, maps = y if with_maps else (y, None)
+            x = x + self.dropout(y)
+        if not first:
+            x = self.attention_norm(x)
         if self.ffn is not None:
-            x = x + self.dropout(self.ffn(x, draw))
-        return self.ffn_norm(x)
+            x = x + self.dropout(self.ffn(self.ffn_norm(x) if first else x, draw))
+        x = x if first else self.ffn_norm(x)
+        return (x, maps) if with_maps else x

@@ -79,7 +79,12 @@ def has_plain_weight(layer: nn.Module) -> bool:
 
 def computed_units(units: Optional[Units], number: int, *layers: nn.Module) -> Optional[Units]:
     """The units to compute: all ``number`` of them where they cannot be sliced out of one of the layers."""
-    if units is None or units.indices is None or all(has_plain_weight(layer) for layer in layers):
+    return units if all(has_plain_weight(layer) for layer in layers) else all_units(units, number)
+
+
+def all_units(units: Optional[Units], number: int) -> Optional[Units]:
+    """All ``number`` units, closed ones with gate 0."""
+    if units is None or units.indices is None:
         return units
     return Units(None, units.gate.new_zeros(number).index_copy(0, units.indices, units.gate), units.any_open)
 

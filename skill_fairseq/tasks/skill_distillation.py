@@ -13,15 +13,14 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 from skill_fairseq.checkpoints import load_encoder
-from skill_fairseq.checkpoints.safe_load import plain
-from skill_fairseq.criterions.skill_group_kd import read_groups
-from skill_fairseq.distillation.teacher import FrozenTeacher
+from skill_fairseq.criterions.distillation import DistillationCriterion
 from skill_fairseq.files import content_sha256, named
 from skill_fairseq.models.skill_student import check_student_fields
 from skill_fairseq.models.student_init import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.objectives.teacher import FrozenTeacher
 from skill_fairseq.pruning.agreement import check_ranks
 from skill_fairseq.pruning.lagrangian import CostConstraint
 from skill_fairseq.tasks.speech_dataset import SpeechDataset
@@ -208,19 +207,19 @@ class SkillDistillationTask(AudioPretrainingTask):
         return model
 
     def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        """fairseq's; groups that stand in a file are written into ``cfg``, which fairseq saves."""
-        for name in ("groups_file", "init_from"):
-            if getattr(cfg, name, None):
-                _update(cfg, {name: from_shell(cfg[name])})
-        if getattr(cfg, "groups_file", None):
-            _update(cfg, {"groups": plain(read_groups(cfg)), "groups_file": None})
+        """fairseq's; what objectives choose (groups of a file, null until the teacher is known) is written into
+        ``cfg``, which fairseq saves."""
+        objectives: Any = getattr(cfg, "objectives", None)
+        for part in [cfg, *(objectives.values() if OmegaConf.is_dict(objectives) else ())]:
+            for name in ("groups_file", "init_from"):
+                if getattr(part, name, None):
+                    _update(part, {name: from_shell(part[name])})
         criterion = super().build_criterion(cfg, *args, **kwargs)
-        chosen = getattr(getattr(criterion, "cfg", None), "normalize_states", None)
-        if chosen is not None:  # null until the teacher is known
-            _update(cfg, {"normalize_states": chosen})
         self._constraint = getattr(criterion, "constraint", None)
-        if self._model is not None and hasattr(criterion, "deepest_layer"):
-            self._model.train_up_to(criterion.deepest_layer)
+        if isinstance(criterion, DistillationCriterion):
+            _update(cfg, criterion.chosen())
+            if self._model is not None:
+                self._model.train_for(criterion.student_taps)
         return criterion
 
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:

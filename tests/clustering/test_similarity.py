@@ -7,7 +7,7 @@ from messages import says
 from torch.testing import assert_close
 
 from skill_fairseq.clustering.similarity import MEASURES, LayerSimilarity, unbiased_hsic
-from skill_fairseq.distillation.loss import distillation_loss
+from skill_fairseq.objectives.loss import distillation_loss
 
 LAYERS, FEATURES = 4, 6
 

@@ -241,14 +241,14 @@ def test_groups_from_a_file(build: Any, tmp_path: Path) -> None:
     nested.write_text("criterion:\n  _name: skill_group_kd\n  groups: [[0], [1, 2], [3]]\n")
     as_json.write_text(json.dumps({"groups": GROUPS}))
     for path in (flat, nested, as_json):
-        assert build(groups=None, groups_file=str(path))[2].groups == ((0,), (1, 2), (3,))
+        assert build(groups=None, groups_file=str(path))[2].projections.groups == ((0,), (1, 2), (3,))
 
 
 def test_a_student_of_another_depth_maps_its_layers(build: Any, small: Any, tmp_path: Path) -> None:
     path = tmp_path / "deep.safetensors"
     save_encoder(small.random_encoder(encoder_layers=6), path)
     task, model, criterion = build(student=path)
-    assert criterion.student_groups == ((0,), (2, 4), (6,))
+    assert criterion.projections.student_groups == ((0,), (2, 4), (6,))
     source = small.waves()
     student, teacher = states(model.speech_encoder, source), states(task.teacher.encoder, source)
     l1 = F.l1_loss((student[2] + student[4]) / 2, (teacher[1] + teacher[2]) / 2).item()

@@ -219,20 +219,6 @@ def test_prepared_encoders_still_have_gradients() -> None:
     assert gradients.keys() == wanted.keys() and all(torch.equal(gradients[n], wanted[n]) for n in wanted)
 
 
-def test_states_one_by_one_are_computed_only_when_asked_for() -> None:
-    encoder = random_encoder()
-    source, mask = batch(torch.float32)
-    out = encoder(source, mask)
-    calls: list[int] = []
-    for i, layer in enumerate(encoder.transformer.layers):
-        layer.register_forward_hook(lambda *_, i=i: calls.append(i))
-    states, padding_mask = encoder.states(source, mask)
-    assert padding_mask is not None and out.padding_mask is not None and torch.equal(padding_mask, out.padding_mask)
-    for wanted, ran in zip(out.hidden_states[:3], ([], [0], [0, 1])):
-        assert torch.equal(next(states), wanted)
-        assert calls == ran
-
-
 def _worker(rank: int, folder: str) -> None:
     """One of two data-parallel processes with its half of the batch; saves what gradients all agreed on."""
     torch.set_num_threads(1)

@@ -16,6 +16,7 @@ from runs import run, script
 
 from skill_fairseq.audio.manifest import write_manifest
 from skill_fairseq.checkpoints import save_encoder
+from skill_fairseq.modules.taps import Tap
 
 MAX_TOKENS = 60000
 
@@ -297,13 +298,14 @@ def test_teacher_runs_in_float32_up_to_the_deepest_group(speech: Path, small: An
     source = small.waves()
     with torch.no_grad():
         states = small.random_encoder()(source.half().float()).hidden_states
-    (low, high), mask = teacher.group_means(source.half(), None, [[0, 2], [1]])
-    assert mask is None and low.dtype == torch.float32
+    taps = [Tap((0, 2)), Tap((1,))]
+    low, high = teacher.tap(source.half(), None, taps)
+    assert low.dtype == torch.float32
     assert torch.allclose(low, (states[0] + states[2]) / 2) and torch.allclose(high, states[1])
     ran: list[int] = []
     for i, layer in enumerate(teacher.encoder.transformer.layers):
         layer.register_forward_hook(lambda *_, i=i: ran.append(i))
-    teacher.group_means(source, None, [[0, 2], [1]])
+    teacher.tap(source, None, taps)
     assert ran == [0, 1]
 
 

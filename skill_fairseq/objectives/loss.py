@@ -18,7 +18,6 @@ class LossParts(NamedTuple):
     total: Tensor
     l1: Tensor
     cos: Tensor
-    l2: Tensor
 
 
 def distillation_loss(
@@ -27,21 +26,19 @@ def distillation_loss(
     padding_mask: Tensor | None = None,
     l1_weight: float = 1.0,
     cos_weight: float = 1.0,
-    l2_weight: float = 0.0,
     cos_type: str = "raw",
 ) -> LossParts:
-    """Weighted sum of L1, cosine and L2 terms (DistilHuBERT, arXiv:2110.01900, eq. 1; DPHuBERT, eq. 1).
+    """Weighted sum of L1 and cosine terms (DistilHuBERT, arXiv:2110.01900, eq. 1; DPHuBERT, eq. 1).
 
-    L1 and L2 are means over the features of all frames outside the padding, the cosine term over the frames.
-    Lower precision is raised to float32 first.
+    L1 is the mean over the features of all frames outside the padding, the cosine term over the frames. Lower precision
+    is raised to float32 first.
 
     Args:
-        student: (B, T, D) or (B, L, T, D), projected to the teacher's dimension.
+        student: (B, T, D) or, with the padding gone, (N, D), projected to the teacher's dimension.
         teacher: of the same shape.
         padding_mask: (B, T) bool, True for padding; None: there is none.
         l1_weight: weight of ``mean |student - teacher|``.
         cos_weight: weight of the cosine term.
-        l2_weight: weight of ``mean (student - teacher)^2``.
         cos_type: "raw" for ``-mean cos``, "log_sig" for ``-mean log sigmoid(cos)``.
 
     Raises:
@@ -56,19 +53,15 @@ def distillation_loss(
         )
     student, teacher = _at_least_float32(student), _at_least_float32(teacher)
     if padding_mask is not None:
-        if student.dim() == 4:
-            student, teacher = student.transpose(1, 2), teacher.transpose(1, 2)
         student, teacher = without_padding([student, teacher], padding_mask)
 
-    l1 = cos = l2 = student.new_zeros(())
+    l1 = cos = student.new_zeros(())
     if l1_weight:
         l1 = F.l1_loss(student, teacher)
-    if l2_weight:
-        l2 = F.mse_loss(student, teacher)
     if cos_weight:
         similarity = F.cosine_similarity(student, teacher, dim=-1)
         cos = -(similarity if cos_type == "raw" else F.logsigmoid(similarity)).mean()
-    return LossParts(l1_weight * l1 + cos_weight * cos + l2_weight * l2, l1, cos, l2)
+    return LossParts(l1_weight * l1 + cos_weight * cos, l1, cos)
 
 
 def _at_least_float32(states: Tensor) -> Tensor:

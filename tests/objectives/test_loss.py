@@ -9,7 +9,7 @@ import torch
 from messages import says
 from torch import Tensor
 
-from skill_fairseq.distillation.loss import distillation_loss
+from skill_fairseq.objectives.loss import distillation_loss
 
 ORACLE = json.loads((Path(__file__).parents[1] / "oracle" / "loss.json").read_text())
 
@@ -23,12 +23,12 @@ def pair(*shape: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tenso
     return tuple(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
 
 
-@pytest.mark.parametrize("case", ORACLE["cases"])
+@pytest.mark.parametrize("case", [case for case in ORACLE["cases"] if not case["l2_weight"]])
 def test_oracle(case: dict) -> None:
-    weights = {key: case[key] for key in ("l1_weight", "cos_weight", "l2_weight", "cos_type")}
+    weights = {key: case[key] for key in ("l1_weight", "cos_weight", "cos_type")}
     loss = distillation_loss(oracle_tensor("student"), oracle_tensor("target"), **weights)
-    found = [loss.total.item(), loss.l1.item(), loss.cos.item(), loss.l2.item()]
-    assert found == pytest.approx([case["loss"], case["l1"], case["cos"], case["mse"]], rel=1e-5)
+    found = [loss.total.item(), loss.l1.item(), loss.cos.item()]
+    assert found == pytest.approx([case["loss"], case["l1"], case["cos"]], rel=1e-5)
 
 
 def test_oracle_gradient() -> None:
@@ -55,32 +55,26 @@ def test_gradient_against_finite_differences(cos_type: str) -> None:
     mask = torch.tensor([[False, False, True], [False, True, True]])
 
     def total(student: Tensor) -> Tensor:
-        return distillation_loss(student, teacher, mask, 0.7, 1.3, 0.4, cos_type).total
+        return distillation_loss(student, teacher, mask, 0.7, 1.3, cos_type).total
 
     assert torch.autograd.gradcheck(total, student.requires_grad_())
 
 
-@pytest.mark.parametrize("layers", [None, 3])
-def test_padding_does_not_count(layers: int | None) -> None:
-    shape = (2, 6, 4) if layers is None else (2, layers, 6, 4)
-    student, teacher = pair(*shape)
+def test_padding_does_not_count() -> None:
+    student, teacher = pair(2, 6, 4)
     mask = torch.zeros(2, 6, dtype=torch.bool)
     mask[1, 4:] = True
-    student[1, ..., 4:, :] = math.nan
-    teacher[1, ..., 4:, :] = 1e30
+    student[1, 4:] = math.nan
+    teacher[1, 4:] = 1e30
     student.requires_grad_()
-    loss = distillation_loss(student, teacher, mask, l2_weight=0.5)
+    loss = distillation_loss(student, teacher, mask)
     # The means weigh every frame alike: 6 of the first utterance, 4 of the second.
-    alone = [
-        distillation_loss(student[i : i + 1, ..., :n, :], teacher[i : i + 1, ..., :n, :], l2_weight=0.5)
-        for i, n in enumerate((6, 4))
-    ]
+    alone = [distillation_loss(student[i : i + 1, :n], teacher[i : i + 1, :n]) for i, n in enumerate((6, 4))]
     for part, first, second in zip(loss, *alone):
         assert part.item() == pytest.approx((6 * first.item() + 4 * second.item()) / 10, rel=1e-12)
     loss.total.backward()
     first, second = student.grad
-    assert first.all() and second[..., :4, :].all()
-    assert not second[..., 4:, :].any()
+    assert first.all() and second[:4].all() and not second[4:].any()
 
 
 def test_mask_without_padding_changes_nothing() -> None:
@@ -94,8 +88,8 @@ def test_mask_without_padding_changes_nothing() -> None:
 def test_lower_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     student, teacher = pair(2, 5, 4, dtype=dtype)
     student, teacher = 1000 * student, -1000 * teacher  # squares overflow float16
-    loss = distillation_loss(student, teacher, l2_weight=1.0)
-    exact = distillation_loss(student.double(), teacher.double(), l2_weight=1.0)
+    loss = distillation_loss(student, teacher)
+    exact = distillation_loss(student.double(), teacher.double())
     assert loss.total.dtype == torch.float32
     assert [part.item() for part in loss] == pytest.approx([part.item() for part in exact], rel=1e-5)
 

@@ -1,0 +1,168 @@
+"""SKILL's objective: mean states of groups of layers (arXiv:2402.16830). With singleton groups it is DPHuBERT's."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.taps import Tap
+from skill_fairseq.objectives.groups import is_sequence, map_groups, parse_groups, parse_sharing, read_groups
+from skill_fairseq.objectives.loss import COS_TYPES, distillation_loss, without_padding
+from skill_fairseq.objectives.objective import Objective, register_objective
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class GroupMeansConfig:
+    """Groups, distance and projections."""
+
+    groups: Optional[Any] = field(
+        default=None,
+        metadata={"help": "groups of teacher layers, e.g. [[0],[1,2,3],[4,5]]; layer 0 precedes the transformer"},
+    )
+    groups_file: Optional[str] = field(
+        default=None, metadata={"help": "YAML or JSON with the key 'groups', as skill-cluster writes it"}
+    )
+    group_weights: Optional[Any] = field(
+        default=None, metadata={"help": "weight of each group's loss; null: 1 / number of groups"}
+    )
+    normalize_states: Optional[bool] = field(
+        default=None,
+        metadata={
+            "help": "layer-normalise every state before a group is averaged; null: where the teacher's layers begin "
+            "with their LayerNorm, whose states grow large and outweigh the size constraint"
+        },
+    )
+    l1_weight: float = field(default=1.0, metadata={"help": "weight of the L1 term"})
+    cos_weight: float = field(default=1.0, metadata={"help": "weight of the cosine term"})
+    cos_type: str = field(default="raw", metadata={"help": "raw: -mean cos; log_sig: -mean log sigmoid(cos)"})
+    projection: str = field(
+        default="linear", metadata={"help": "linear or identity: map from the student's group mean to the teacher's"}
+    )
+    projection_sharing: Any = field(
+        default="all",
+        metadata={"help": "none, all, or the projection's index for each group; DPHuBERT is [0,1,1,1]"},
+    )
+
+
+@register_objective("group_means", GroupMeansConfig)
+class GroupMeans(Objective):
+    """loss = sum over groups g of w_g [a mean|t_g - W_g s_g| + b C_g], t_g and s_g the mean states of the group.
+
+    A student of another depth averages the layers of :func:`map_groups`.
+
+    Args:
+        cfg: a :class:`GroupMeansConfig`; groups of a file and ``normalize_states`` are written into it.
+        student, teachers, field: see :class:`Objective`.
+
+    Raises:
+        ValueError: groups, weights or projections are not usable; names the field.
+    """
+
+    def __init__(
+        self, cfg: Any, student: EncoderConfig, teachers: Sequence[EncoderConfig], field: str = "criterion"
+    ) -> None:
+        super().__init__(cfg, student, teachers, field)
+        self.cfg = cfg
+        _check_distance(cfg, field)
+        (teacher,) = teachers
+        found = read_groups(cfg.groups, cfg.groups_file, field)
+        self.groups = parse_groups(found, teacher.encoder_layers, f"{field}.groups")
+        cfg.groups, cfg.groups_file = [list(group) for group in self.groups], None
+        self.student_groups = map_groups(self.groups, teacher.encoder_layers, student.encoder_layers)
+        if self.student_groups != self.groups:
+            logger.info(f"student has {student.encoder_layers} layers: groups {self.groups} -> {self.student_groups}")
+        if cfg.normalize_states is None:
+            # Where layers begin with their LayerNorm (HuBERT and WavLM Large), nothing bounds what they add up: states
+            # of layers differ in size by orders of magnitude, and the L1 term would outweigh the size constraint.
+            cfg.normalize_states = teacher.layer_norm_first
+        self.student_taps = [Tap(group, normalize=cfg.normalize_states) for group in self.student_groups]
+        self.teacher_taps = [Tap(group, normalize=cfg.normalize_states) for group in self.groups]
+        self.weights = _weights(cfg.group_weights, len(self.groups), field)
+        for index, group in enumerate(self.groups):
+            logger.info(f"group {index}: teacher layers {list(group)}, weight {self.weights[index]:.3f}")
+        self.sharing = parse_sharing(cfg.projection_sharing, len(self.groups), f"{field}.projection_sharing")
+        widths = student.encoder_embed_dim, teacher.encoder_embed_dim
+        self.projections = nn.ModuleList(
+            projection(cfg.projection, *widths, f"{field}.projection") for _ in range(max(self.sharing) + 1)
+        )
+
+    def forward(
+        self,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        padding_mask: Optional[Tensor] = None,
+        sample: Optional[Mapping[str, Any]] = None,
+    ) -> Tuple[Tensor, Dict[str, Tensor]]:
+        """See :class:`Objective`; logged are ``l1_gN`` and ``cos_gN``, L1 and mean cosine of each group."""
+        means = [self.projections[index](mean) for index, mean in zip(self.sharing, student)]
+        if padding_mask is not None:
+            frames = without_padding([*means, *teacher], padding_mask)
+            means, teacher = frames[: len(means)], frames[len(means) :]
+        weights = self.cfg.l1_weight, self.cfg.cos_weight
+        parts = [distillation_loss(s, t, None, *weights, self.cfg.cos_type) for s, t in zip(means, teacher)]
+        loss = torch.stack([w * p.total for w, p in zip(self.weights, parts)]).sum()
+        l1 = {f"l1_g{i}": p.l1 for i, p in enumerate(parts)}
+        return loss, {**l1, **{f"cos_g{i}": -p.cos for i, p in enumerate(parts)}}
+
+    def settings(self, cfg: Mapping[str, Any]) -> Dict[str, Any]:
+        """See :class:`Objective`."""
+        names = ("groups", "projection_sharing", "normalize_states")
+        found = {name: cfg[name] for name in names if cfg.get(name) is not None}
+        if "groups" in found:
+            found["groups"] = [sorted(group) for group in found["groups"]]
+            if "projection_sharing" in found:
+                found["projection_sharing"] = list(parse_sharing(found["projection_sharing"], len(found["groups"])))
+        return found
+
+
+def projection(kind: str, student: int, teacher: int, field: str = "criterion.projection") -> nn.Module:
+    """A map from the student's width to the teacher's, (..., D_S) to (..., D_T).
+
+    A linear one starts as the identity with zero bias, so that training starts from the student's own representation.
+    Where the widths differ, the first ``min(D_S, D_T)`` features pass and the other outputs start at zero.
+
+    Raises:
+        ValueError: ``kind`` is neither "linear" nor "identity", or the identity is asked for between other widths.
+    """
+    if kind not in ("linear", "identity"):
+        raise ValueError(f"{field}: {kind!r}; expected 'linear' or 'identity'")
+    if kind == "identity":
+        if student != teacher:
+            raise ValueError(
+                f"{field}=identity needs equal dimensions, but the student has {student} and the teacher {teacher}; "
+                f"set {field}=linear"
+            )
+        return nn.Identity()
+    linear = nn.Linear(student, teacher)
+    nn.init.eye_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _check_distance(cfg: Any, field: str) -> None:
+    for name in ("l1_weight", "cos_weight"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise ValueError(f"{field}.{name}: {getattr(cfg, name)}; expected a number of at least 0")
+    if not cfg.l1_weight and not cfg.cos_weight:
+        raise ValueError(f"{field}.l1_weight: 0, as {field}.cos_weight, so that nothing is distilled; raise one")
+    if cfg.cos_type not in COS_TYPES:
+        raise ValueError(f"{field}.cos_type: {cfg.cos_type!r}; expected one of {', '.join(COS_TYPES)}")
+
+
+def _weights(value: Any, num_groups: int, field: str) -> List[float]:
+    if value is None:
+        return [1 / num_groups] * num_groups
+    value = list(value) if is_sequence(value) else value
+    weights = [w for w in value if isinstance(w, (int, float))] if isinstance(value, list) else []
+    if len(weights) != num_groups or not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
+        raise ValueError(
+            f"{field}.group_weights: {value}; expected {num_groups} numbers >= 0, not all 0, one for each group"
+        )
+    return weights

@@ -1,0 +1,154 @@
+"""Groups of layers: reading and checking them.
+
+Layers are numbered as hidden states are: 0 before the positional convolution, i after Transformer layer i.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from skill_fairseq.files import named
+from skill_fairseq.reading import read_text
+
+Groups = tuple[tuple[int, ...], ...]
+
+MAX_GROUPS_FILE = 1_000_000
+
+
+def read_groups(groups: Any, groups_file: str | None, field: str = "criterion") -> Any:
+    """The raw value of the groups, as the config holds it or the file that it names.
+
+    Args:
+        groups, groups_file: values of the config; one of them is None.
+        field: where the two stand, for messages.
+
+    Raises:
+        ValueError: neither or both are given, or the file has no groups.
+        FileNotFoundError: the file is missing.
+    """
+    if (groups is None) == (groups_file is None):
+        raise ValueError(
+            f"{field}.groups: {groups}, {field}.groups_file: {groups_file}; give one of them, for example the groups "
+            "that skill-cluster prints"
+        )
+    if groups_file is None:
+        return groups
+    field, path = f"{field}.groups_file", Path(groups_file)
+    if not path.is_file():
+        raise FileNotFoundError(f"{field}: {path} does not exist; write it with skill-cluster")
+    if path.stat().st_size > MAX_GROUPS_FILE:
+        raise ValueError(
+            f"{field}: {path} has {path.stat().st_size:,} bytes; expected at most {MAX_GROUPS_FILE:,}: name the file "
+            "of skill-cluster"
+        )
+    with named(field):
+        text = read_text(path)
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # as dates, keys and nesting raise them
+        raise ValueError(f"{field}: {path} is no YAML ({error}); write it with skill-cluster") from error
+    found = content.get("groups") if isinstance(content, dict) else None
+    if found is None and isinstance(content, dict) and isinstance(content.get("criterion"), dict):
+        found = content["criterion"].get("groups")
+    if found is None:
+        raise ValueError(f"{field}: {path} has no key 'groups'; write it with skill-cluster")
+    return found
+
+
+def parse_groups(value: Any, num_layers: int, field: str = "criterion.groups") -> Groups:
+    """Checks groups of teacher layers as a config holds them.
+
+    Args:
+        value: sequence of sequences of ints (lists, tuples, omegaconf's), such as ``[[0], [4], [8], [12]]``.
+        num_layers: Transformer layers of the teacher; valid are the layers 0 to ``num_layers``.
+        field: where the value comes from, for messages.
+
+    Returns:
+        The groups, in the order given.
+
+    Raises:
+        ValueError: if there is no group, a group is empty or no sequence of ints, or a layer does not exist
+            or appears twice.
+    """
+    remedy = f"give groups of layers 0..{num_layers}, each layer at most once, such as [[0],[{num_layers}]]"
+    if not is_sequence(value) or not len(value):
+        raise ValueError(f"{field} is {_shown(value)}, but must be a list of at least one group; {remedy}")
+    seen: set[int] = set()
+    for group in value:
+        if not is_sequence(group) or not len(group):
+            raise ValueError(f"{field} has the group {_shown(group)}, which is no list of layers; {remedy}")
+        for layer in group:
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise ValueError(f"{field} names the layer {_shown(layer)}, which is no integer; {remedy}")
+            if not 0 <= layer <= num_layers:
+                raise ValueError(f"{field} names layer {layer}, which the teacher has not; {remedy}")
+            if layer in seen:
+                raise ValueError(f"{field} names layer {layer} twice in {_shown(value)}; {remedy}")
+            seen.add(layer)
+    return tuple(tuple(group) for group in value)
+
+
+def map_groups(groups: Groups, teacher_layers: int, student_layers: int) -> Groups:
+    """Groups for a student of another depth: layer i becomes ``i student_layers / teacher_layers``.
+
+    Rounded half up, but never from a Transformer layer to layer 0, the convolutional features (our choice).
+    Layers of a group that meet in one student layer count once; two groups may share a student layer. At
+    equal depth the groups stay as they are.
+    """
+
+    def mapped(layer: int) -> int:
+        nearest = (2 * layer * student_layers + teacher_layers) // (2 * teacher_layers)
+        return max(nearest, min(layer, 1))
+
+    return tuple(tuple(dict.fromkeys(mapped(layer) for layer in group)) for group in groups)
+
+
+def parse_sharing(value: Any, num_groups: int, field: str = "criterion.projection_sharing") -> tuple[int, ...]:
+    """Which projection each group uses.
+
+    Args:
+        value: "none" or None (one projection a group), "all" (one for all), or the index of the projection
+            for each group: DPHuBERT, whose layers 4, 8 and 12 share one, is ``[0, 1, 1, 1]``.
+        num_groups: number of groups.
+        field: where the value comes from, for messages.
+
+    Raises:
+        ValueError: if the value is none of these, or a list that leaves out an index.
+    """
+    if value is None or value == "none":
+        return tuple(range(num_groups))
+    if value == "all":
+        return (0,) * num_groups
+    remedy = f"give 'none', 'all', or {num_groups} indices from 0 without gaps, such as [0,1,1,1]"
+    if not is_sequence(value) or len(value) != num_groups:
+        raise ValueError(f"{field} is {_shown(value)}, which does not fit {num_groups} groups; {remedy}")
+    if any(isinstance(index, bool) or not isinstance(index, int) for index in value):
+        raise ValueError(f"{field} is {_shown(value)}, which are not all integers; {remedy}")
+    if set(value) != set(range(max(value) + 1)):
+        raise ValueError(f"{field} is {_shown(value)}, whose indices have gaps; {remedy}")
+    return tuple(value)
+
+
+def is_sequence(value: Any) -> bool:
+    """Lists, tuples and omegaconf's, but no text."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _shown(value: Any) -> str:
+    """A config value on one line; omegaconf's lists look like lists. What is long or deep is cut."""
+    return _SHORT.repr(_plain(value))
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    if not is_sequence(value):
+        return value
+    return [_plain(item, depth + 1) for item in value[:100]] if depth < 3 else "..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxstring, _SHORT.maxother = 3, 30, 100, 100

@@ -1,0 +1,57 @@
+"""The frozen teacher: kept outside model, criterion, optimiser and checkpoint."""
+
+from __future__ import annotations
+
+from typing import List, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.taps import Tap
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions a teacher may run in."""
+
+
+class FrozenTeacher:
+    """A teacher that is never trained, saved, half-cast or wrapped, because it is no submodule of anything.
+
+    Args:
+        encoder: the teacher; it is taken over and converted.
+        dtype: precision that it runs in, a key of :data:`DTYPES`.
+        compile: run its layers through ``torch.compile``, which takes some minutes at the start.
+
+    Raises:
+        ValueError: the precision is unknown, or this torch cannot compile.
+    """
+
+    def __init__(self, encoder: SpeechEncoder, dtype: str = "fp32", compile: bool = False) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"teacher precision: {dtype!r}; expected one of {', '.join(DTYPES)}")
+        self.dtype = DTYPES[dtype]
+        self.encoder = encoder.to(self.dtype).requires_grad_(False).prepare()
+        self.config = encoder.config
+        if compile:
+            if not hasattr(torch.nn.Module, "compile"):
+                raise ValueError(f"torch {torch.__version__} cannot compile a teacher; install torch 2.2 or later")
+            for layer in self.encoder.transformer.layers:
+                layer.compile(dynamic=True)
+
+    def tap(self, source: Tensor, padding_mask: Optional[Tensor], taps: Sequence[Tap]) -> List[Tensor]:
+        """Runs the teacher as deep as it is asked for.
+
+        Args:
+            source: (B, N) samples; the teacher moves to their device.
+            padding_mask: (B, N) bool, True = padding, or None.
+            taps: what is asked for.
+
+        Returns:
+            a float32 tensor for each tap, see :class:`Tap`.
+        """
+        if next(self.encoder.parameters()).device != source.device:
+            self.encoder.to(source.device).prepare()
+        with torch.inference_mode(), torch.autocast(source.device.type, enabled=False):
+            found, _ = self.encoder.tap(source, padding_mask, taps)
+        # Copies: what was made in inference mode cannot enter a graph.
+        return [tensor.to(torch.float32, copy=True) for tensor in found]
