@@ -1,0 +1,126 @@
+"""Gates for anyone's training loop: put on a model in place, held to a size, sorted into optimizer groups."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.size import sparsity
+from skill_fairseq.pruning.expected import expected_parameters, full_parameters
+
+
+class Gates:
+    """The gates that :func:`gate` put on a model.
+
+    Attributes:
+        encoder: an encoder with these gates. It is the model itself where that is a :class:`SpeechEncoder`. For a model
+            of transformers it is one of the same shape without weights, from which sizes are counted.
+    """
+
+    def __init__(self, encoder: SpeechEncoder) -> None:
+        self.encoder = encoder
+
+    def expected_parameters(self) -> Tensor:
+        """Expected number of parameters of the encoder, a float32 scalar with gradient.
+
+        Counted are the conv stack, feature projection, positional convolution and Transformer; the mask embedding of
+        transformers' models, heads and the gates themselves are not.
+        """
+        return expected_parameters(self.encoder)
+
+    def expected_sparsity(self) -> Tensor:
+        """Expected fraction of the unpruned encoder's parameters that is gone, a float32 scalar with gradient."""
+        return sparsity(self.expected_parameters(), full_parameters(self.encoder.config))
+
+
+def gate(model: nn.Module, units: Sequence[str] = ("conv", "heads", "ffn"), drop_rate: float = 0.01) -> Gates:
+    """Puts hard-concrete gates on an encoder, in place; its own forward and the loss on it stay as they are.
+
+    In training every forward draws the gates anew, one value a unit for the whole batch. In evaluation they are
+    deterministic. Build the optimizer afterwards: the gates are a new parameter of the model.
+
+    Args:
+        model: a :class:`SpeechEncoder`, or a ``WavLMModel``, ``HubertModel``, ``Wav2Vec2Model`` or
+            ``Data2VecAudioModel`` of transformers. It may have been shrunk before.
+        units: what may be pruned: "conv" (channels of the convolutions), "heads", "ffn" (units of the feed-forward
+            sublayers), "attention_layers" and "ffn_layers" (whole sublayers).
+        drop_rate: how far the gates are closed at the start, in (0, 1).
+
+    Raises:
+        TypeError: another model.
+        ValueError: the model has gates already, a unit or the drop rate is unknown, or the model has something that
+            :class:`SpeechEncoder` lacks.
+    """
+    if not units:
+        raise ValueError(f"units: {units!r}; name at least one of conv, heads, ffn, attention_layers, ffn_layers")
+    if getattr(model, "gates", None) is not None:
+        raise ValueError(f"{type(model).__name__} has gates already; shrink() it first")
+    if isinstance(model, SpeechEncoder):
+        gated = _with_gates(model.config, units, drop_rate)
+        _take_gates(model, gated)
+        return Gates(model)
+    from skill_fairseq.pruning.huggingface import attach, encoder_config
+
+    gated = _with_gates(encoder_config(model, "gate"), units, drop_rate)
+    attach(model, gated)
+    return Gates(gated)
+
+
+def _with_gates(config: EncoderConfig, units: Sequence[str], drop_rate: float) -> SpeechEncoder:
+    """An encoder of this shape with fresh gates; nobody uses its weights."""
+    config = config.replace(pruning_units=list(units), original_parameters=full_parameters(config))
+    encoder = SpeechEncoder(config)
+    for _, vector in encoder.named_gates():
+        vector.drop_rate = drop_rate
+        vector.reset_parameters()
+    return encoder
+
+
+def _take_gates(model: SpeechEncoder, gated: SpeechEncoder) -> None:
+    """Moves the gates of an encoder of the same shape into a model."""
+    for name, vector in gated.named_gates():
+        path, attribute = name.rsplit(".", 1)
+        setattr(model.get_submodule(path), attribute, vector)
+    assert gated.gates is not None
+    model.gates = gated.gates.train(model.training).to(model.feature_projection.linear.weight.device)
+    model.config = model.feature_extractor.config = gated.config
+    model.feature_extractor.gated = gated.feature_extractor.gated
+
+
+def parameter_groups(
+    *modules: nn.Module,
+    lr: float,
+    gates_lr: float = 0.02,
+    multipliers_lr: float = 0.02,
+    weight_decay: float = 0.0,
+) -> List[Dict[str, Any]]:
+    """Groups for an optimizer of torch: weights, gates and multipliers learn at rates of their own.
+
+    Gates move far slower than weights need to (DPHuBERT, arXiv:2305.17651, uses 0.02 with weights at 2e-4). Gates
+    and multipliers never decay. A schedule that multiplies every group's rate suits all three.
+
+    Args:
+        modules: the gated model, its constraint, and whatever else is trained.
+        lr, weight_decay: of the weights.
+        gates_lr, multipliers_lr: of the gates, and of the constraint's multipliers.
+
+    Returns:
+        groups that are not empty, each with ``name``, ``params``, ``lr`` and ``weight_decay``.
+    """
+    groups: Dict[str, Dict[str, Any]] = {
+        "weights": {"lr": lr, "weight_decay": weight_decay},
+        "gates": {"lr": gates_lr, "weight_decay": 0.0},
+        "multipliers": {"lr": multipliers_lr, "weight_decay": 0.0},
+    }
+    seen: Dict[torch.nn.Parameter, str] = {}
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                seen.setdefault(parameter, getattr(parameter, "param_group", "weights"))
+    for name, group in groups.items():
+        group.update(name=name, params=[parameter for parameter, owner in seen.items() if owner == name])
+    return [group for group in groups.values() if group["params"]]
