@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Sequence
 import torch
 from torch import Tensor, nn
 
-from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.config import PRUNING_UNITS, EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.size import sparsity
 from skill_fairseq.pruning.expected import expected_parameters, full_parameters
@@ -55,8 +55,8 @@ def gate(model: nn.Module, units: Sequence[str] = ("conv", "heads", "ffn"), drop
         ValueError: the model has gates already, a unit or the drop rate is unknown, or the model has something that
             :class:`SpeechEncoder` lacks.
     """
-    if not units:
-        raise ValueError(f"units: {units!r}; name at least one of conv, heads, ffn, attention_layers, ffn_layers")
+    if not units or not set(units) <= set(PRUNING_UNITS):
+        raise ValueError(f"units: {units!r}; expected some of {PRUNING_UNITS}")
     if getattr(model, "gates", None) is not None:
         raise ValueError(f"{type(model).__name__} has gates already; shrink() it first")
     if isinstance(model, SpeechEncoder):
