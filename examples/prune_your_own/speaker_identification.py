@@ -45,7 +45,7 @@ class Classifier(torch.nn.Module):
 def train(model, data, updates, lr, gates=None, constraint=None):
     waves, speakers = data
     parts = [model] if constraint is None else [model, constraint]
-    optimizer = torch.optim.AdamW(parameter_groups(*parts, lr=lr, gates_lr=0.05, multipliers_lr=0.05))
+    optimizer = torch.optim.AdamW(parameter_groups(*parts, lr=lr, gates_lr=0.1, multipliers_lr=0.1))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, updates)
     model.train()
     for update in range(updates):

@@ -57,6 +57,8 @@ def gate(model: nn.Module, units: Sequence[str] = ("conv", "heads", "ffn"), drop
     """
     if not units or not set(units) <= set(PRUNING_UNITS):
         raise ValueError(f"units: {units!r}; expected some of {PRUNING_UNITS}")
+    if not 0.0 < drop_rate < 1.0:
+        raise ValueError(f"drop_rate: {drop_rate}; expected a number in (0, 1), such as 0.01")
     if getattr(model, "gates", None) is not None:
         raise ValueError(f"{type(model).__name__} has gates already; shrink() it first")
     if isinstance(model, SpeechEncoder):
