@@ -7,10 +7,12 @@ from typing import Any, Dict, List, Sequence
 import torch
 from torch import Tensor, nn
 
-from skill_fairseq.modules.config import PRUNING_UNITS, EncoderConfig
+from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.modules.size import sparsity
-from skill_fairseq.pruning.expected import expected_parameters, full_parameters
+from skill_fairseq.modules.gate_bank import GateBank
+from skill_fairseq.modules.units import UNITS, units_of, with_units
+from skill_fairseq.pruning.costs import PARAMETERS, Cost
+from skill_fairseq.pruning.expected import expected_widths, full_parameters
 
 
 class Gates:
@@ -24,17 +26,17 @@ class Gates:
     def __init__(self, encoder: SpeechEncoder) -> None:
         self.encoder = encoder
 
-    def expected_parameters(self) -> Tensor:
-        """Expected number of parameters of the encoder, a float32 scalar with gradient.
+    def expected_cost(self, cost: Cost = PARAMETERS) -> Tensor:
+        """What the gates expect the encoder to cost, a float32 scalar with gradient.
 
         Counted are the conv stack, feature projection, positional convolution and Transformer; the mask embedding of
         transformers' models, heads and the gates themselves are not.
         """
-        return expected_parameters(self.encoder)
+        return cost(self.encoder.config, expected_widths(self.encoder))  # type: ignore[return-value]
 
-    def expected_sparsity(self) -> Tensor:
-        """Expected fraction of the unpruned encoder's parameters that is gone, a float32 scalar with gradient."""
-        return sparsity(self.expected_parameters(), full_parameters(self.encoder.config))
+    def expected_sparsity(self, cost: Cost = PARAMETERS) -> Tensor:
+        """Expected fraction of the unpruned encoder's cost that is gone, a float32 scalar with gradient."""
+        return cost.sparsity(self.encoder.config, expected_widths(self.encoder))  # type: ignore[no-any-return]
 
 
 def gate(model: nn.Module, units: Sequence[str] = ("conv", "heads", "ffn"), drop_rate: float = 0.01) -> Gates:
@@ -55,42 +57,42 @@ def gate(model: nn.Module, units: Sequence[str] = ("conv", "heads", "ffn"), drop
         ValueError: the model has gates already, a unit or the drop rate is unknown, or the model has something that
             :class:`SpeechEncoder` lacks.
     """
-    if not units or not set(units) <= set(PRUNING_UNITS):
-        raise ValueError(f"units: {units!r}; expected some of {PRUNING_UNITS}")
+    if not units or not set(units) <= set(UNITS):
+        raise ValueError(f"units: {units!r}; expected some of {', '.join(UNITS)}")
     if not 0.0 < drop_rate < 1.0:
         raise ValueError(f"drop_rate: {drop_rate}; expected a number in (0, 1), such as 0.01")
     if getattr(model, "gates", None) is not None:
         raise ValueError(f"{type(model).__name__} has gates already; shrink() it first")
     if isinstance(model, SpeechEncoder):
-        gated = _with_gates(model.config, units, drop_rate)
-        _take_gates(model, gated)
-        return Gates(model)
-    from skill_fairseq.pruning.huggingface import attach, encoder_config
+        encoder = model
+        _place(encoder, _with_units(encoder.config, units))
+    else:
+        from skill_fairseq.pruning.huggingface import attach, encoder_config
 
-    gated = _with_gates(encoder_config(model, "gate"), units, drop_rate)
-    attach(model, gated)
-    return Gates(gated)
-
-
-def _with_gates(config: EncoderConfig, units: Sequence[str], drop_rate: float) -> SpeechEncoder:
-    """An encoder of this shape with fresh gates; nobody uses its weights."""
-    config = config.replace(pruning_units=list(units), original_parameters=full_parameters(config))
-    encoder = SpeechEncoder(config)
+        encoder = SpeechEncoder(_with_units(encoder_config(model, "gate"), units))
+        attach(model, encoder)
     for _, vector in encoder.named_gates():
         vector.drop_rate = drop_rate
         vector.reset_parameters()
-    return encoder
+    return Gates(encoder)
 
 
-def _take_gates(model: SpeechEncoder, gated: SpeechEncoder) -> None:
-    """Moves the gates of an encoder of the same shape into a model."""
-    for name, vector in gated.named_gates():
-        path, attribute = name.rsplit(".", 1)
-        setattr(model.get_submodule(path), attribute, vector)
-    assert gated.gates is not None
-    model.gates = gated.gates.train(model.training).to(model.feature_projection.linear.weight.device)
-    model.config = model.feature_extractor.config = gated.config
-    model.feature_extractor.gated = gated.feature_extractor.gated
+def _with_units(config: EncoderConfig, units: Sequence[str]) -> EncoderConfig:
+    return config.replace(pruning_units=list(units), original_parameters=full_parameters(config))
+
+
+def _place(encoder: SpeechEncoder, config: EncoderConfig) -> None:
+    """Puts the gates of ``config.pruning_units`` on an encoder without gates."""
+    state = with_units(config, encoder.state_dict())
+    encoder.config = encoder.feature_extractor.config = config
+    for unit in units_of(config):
+        unit.build(encoder)
+    encoder.gates = GateBank()
+    encoder.gates.place(encoder)
+    state.update({f"gates.{name}": value for name, value in encoder.gates.state_dict().items()})
+    encoder.load_state_dict(state)
+    like = encoder.feature_projection.linear.weight
+    encoder.to(like.device, like.dtype).train(encoder.training)
 
 
 def parameter_groups(

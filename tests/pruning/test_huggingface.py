@@ -13,7 +13,7 @@ from messages import says
 from torch import Tensor, nn
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
-from skill_fairseq.modules.config import PRUNING_UNITS
+from skill_fairseq.modules.units import UNITS
 from skill_fairseq.pruning import Gates, as_encoder, gate, shrink
 
 KINDS = ("wavlm", "hubert", "wav2vec2", "data2vec-audio")
@@ -31,7 +31,7 @@ OUTSIDE = ("masked_spec_embed", "gates.log_alpha")
 SAMPLES = (4000, 3990, 2500)
 
 
-def gated(kind: str, style: str, units: Any = PRUNING_UNITS, **changes: Any) -> tuple[Any, Gates]:
+def gated(kind: str, style: str, units: Any = tuple(UNITS), **changes: Any) -> tuple[Any, Gates]:
     """A model whose gates lie around their threshold, and some sublayers without units or gone altogether."""
     model = huggingface(kind, style, **changes)
     gates = gate(model, units)
@@ -170,11 +170,11 @@ def test_recomputed_layers_see_the_same_gates() -> None:
 def test_expected_size_is_that_of_the_model_which_certain_gates_leave(kind: str, style: str) -> None:
     model = huggingface(kind, style)
     full = size(model)
-    gates = gate(model, PRUNING_UNITS)
+    gates = gate(model, tuple(UNITS))
     vectors = dict(gates.encoder.named_gates())
     with torch.no_grad():
         model.gates.log_alpha.fill_(40.0)
-    assert gates.expected_parameters().item() == full and gates.expected_sparsity().item() == 0
+    assert gates.expected_cost().item() == full and gates.expected_sparsity().item() == 0
     with torch.no_grad():
         for name, kept in (("0.attention", 1), ("1.attention", 3), ("1.ffn", 50), ("2.ffn", 7)):
             vectors[f"transformer.layers.{name}.gate"].log_alpha[kept:] = -40.0
@@ -185,7 +185,7 @@ def test_expected_size_is_that_of_the_model_which_certain_gates_leave(kind: str,
     left = size(shrink(model))
     # A closed attention keeps its small gate of relative position in the expectation: only rounding tells that it goes.
     relative = gates.encoder.config.head_dim * 8 + 8 + gates.encoder.config.encoder_attention_heads
-    assert gates.expected_parameters().item() == left + (relative if kind == "wavlm" else 0) < full / 2
+    assert gates.expected_cost().item() == left + (relative if kind == "wavlm" else 0) < full / 2
     with torch.no_grad():
         model.gates.log_alpha.copy_(torch.randn(model.gates.log_alpha.shape, generator=torch.manual_seed(2)))
     (slope,) = torch.autograd.grad(gates.expected_sparsity(), model.gates.log_alpha)
@@ -265,7 +265,7 @@ def test_a_copy_has_gates_of_its_own_and_states_load() -> None:
     model.train()(source)  # a draw with a graph is at hand
     twin = copy.deepcopy(model).eval()
     fresh = huggingface("wavlm", "base", **STILL)
-    gate(fresh, PRUNING_UNITS)
+    gate(fresh, tuple(UNITS))
     fresh.load_state_dict(model.state_dict())
     with torch.no_grad():
         expected = model.eval()(source).last_hidden_state
