@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.gate_bank import GateBank
-from skill_fairseq.modules.units import UNITS, units_of, with_units
+from skill_fairseq.modules.units import UNITS, units_of
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.expected import expected_widths, full_parameters
 
@@ -46,10 +46,10 @@ def gate(model: nn.Module, units: Sequence[str] = ("conv", "heads", "ffn"), drop
     deterministic. Build the optimizer afterwards: the gates are a new parameter of the model.
 
     Args:
-        model: a :class:`SpeechEncoder`, or a ``WavLMModel``, ``HubertModel``, ``Wav2Vec2Model`` or
+        model: without gates, a :class:`SpeechEncoder`, or a ``WavLMModel``, ``HubertModel``, ``Wav2Vec2Model`` or
             ``Data2VecAudioModel`` of transformers. It may have been shrunk before.
         units: what may be pruned: "conv" (channels of the convolutions), "heads", "ffn" (units of the feed-forward
-            sublayers), "attention_layers" and "ffn_layers" (whole sublayers).
+            sublayers), "attention_layers" and "ffn_layers" (whole sublayers); of our encoder also registered kinds.
         drop_rate: how far the gates are closed at the start, in (0, 1).
 
     Raises:
@@ -83,9 +83,11 @@ def _with_units(config: EncoderConfig, units: Sequence[str]) -> EncoderConfig:
 
 def _place(encoder: SpeechEncoder, config: EncoderConfig) -> None:
     """Puts the gates of ``config.pruning_units`` on an encoder without gates."""
-    state = with_units(config, encoder.state_dict())
+    state = encoder.state_dict()
+    new = [unit for unit in units_of(config) if unit not in units_of(encoder.config)]
     encoder.config = encoder.feature_extractor.config = config
-    for unit in units_of(config):
+    for unit in new:
+        unit.convert(config, state)
         unit.build(encoder)
     encoder.gates = GateBank()
     encoder.gates.place(encoder)

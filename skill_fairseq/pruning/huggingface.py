@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.gate_bank import Draw, GateBank, HardConcrete
+from skill_fairseq.modules.units import UNITS
 
 _LAYER = r"transformer\.layers\.(\d+)\."
 _SHRUNK_NAMES = (
@@ -161,8 +162,12 @@ def attach(model: Any, encoder: SpeechEncoder) -> None:
     """Makes a model of transformers apply the gates of an encoder of its shape.
 
     Raises:
-        ValueError: a linear layer that reads gated units has been replaced, by an adapter or a quantised one.
+        ValueError: a kind of unit needs modules of our own, or a linear layer that reads gated units has been replaced,
+            by an adapter or a quantised one.
     """
+    added = [name for name in encoder.config.pruning_units if UNITS[name].field is None]
+    if added:
+        raise ValueError(f"units: {added} cannot be gated in a {type(model).__name__}; gate as_encoder(model) instead")
     assert encoder.gates is not None
     layers, on = model.encoder.layers, functools.partial
     readers = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.modules.units import UNITS
-from skill_fairseq.pruning import Gates, as_encoder, gate, shrink
+from skill_fairseq.pruning import Gates, MacCost, as_encoder, gate, shrink
 
 KINDS = ("wavlm", "hubert", "wav2vec2", "data2vec-audio")
 STYLES = ("base", "large")  # GroupNorm and post-LN; a LayerNorm after every convolution and pre-LN
@@ -205,8 +205,10 @@ def test_a_size_is_met(kind: str) -> None:
     gate(model)
     with torch.no_grad():
         model.gates.log_alpha.copy_(torch.randn(model.gates.log_alpha.shape, generator=torch.manual_seed(0)))
+    macs = as_encoder(huggingface(kind, "base")).macs(1.0)
     for sparsity in (0.3, 0.6):
         assert abs(size(shrink(model, sparsity)) / full - (1 - sparsity)) < 1e-3
+    assert abs(as_encoder(shrink(model, 0.4, MacCost(1.0))).macs(1.0) / macs - 0.6) < 3e-3
 
 
 def test_a_model_with_a_head_keeps_its_forward_and_its_loss() -> None:
