@@ -93,7 +93,7 @@ def _place(encoder: SpeechEncoder, config: EncoderConfig) -> None:
     encoder.gates.place(encoder)
     state.update({f"gates.{name}": value for name, value in encoder.gates.state_dict().items()})
     encoder.load_state_dict(state)
-    like = encoder.feature_projection.linear.weight
+    like = encoder.feature_extractor.layers[0].conv.weight
     encoder.to(like.device, like.dtype).train(encoder.training)
 
 

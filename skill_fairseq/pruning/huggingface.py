@@ -201,7 +201,7 @@ def attach(model: Any, encoder: SpeechEncoder) -> None:
             handles.append(convs[i].register_forward_hook(on(gates.scale_channels, vector)))
             if encoder.config.extractor_mode == "layer_norm":
                 handles.append(convs[i].layer_norm.register_forward_pre_hook(on(gates.close_inputs, vector)))
-            if i == len(convs) - 1:
+            if i == len(convs) - 1 and encoder.config.feature_layer_norm:
                 norm = model.feature_projection.layer_norm
                 handles.append(norm.register_forward_hook(on(gates.close_outputs, vector)))
         elif vector.index in readers:

@@ -51,7 +51,8 @@ def _transplant(model: Any, small: SpeechEncoder) -> None:
     last = model.feature_extractor.conv_layers[-1]
     function = last.activation.function if isinstance(last.activation, ScaledActivation) else last.activation
     last.activation = ScaledActivation(function, stack.scale)
-    model.feature_projection.layer_norm = small.feature_projection.norm
+    if small.feature_projection.norm is not None:
+        model.feature_projection.layer_norm = small.feature_projection.norm
     model.feature_projection.projection = small.feature_projection.linear
     first = model.encoder.layers[0]
     for layer, small_layer in zip(model.encoder.layers, small.transformer.layers):
@@ -70,7 +71,7 @@ def _attention(theirs: Any, ours: Optional[SelfAttention], small: SpeechEncoder)
         return ours
     if ours is None or isinstance(ours.out_proj, OutputBias):
         bias = None if ours is None else ours.out_proj
-        weight = small.feature_projection.linear.weight
+        weight = small.feature_extractor.layers[0].conv.weight
         return NoHeads(bias, len(theirs(weight.new_zeros(1, 1, small.config.encoder_embed_dim))))
     theirs.q_proj, theirs.k_proj, theirs.v_proj, theirs.out_proj = ours.q_proj, ours.k_proj, ours.v_proj, ours.out_proj
     theirs.num_heads, theirs.embed_dim = ours.heads.numel(), ours.out_proj.in_features  # transformers < 4.48 reshapes

@@ -95,6 +95,16 @@ def test_the_smaller_model_computes_the_same(kind: str, style: str, attention: s
             assert_close(states(small, source, mask), states(model, source, mask))
 
 
+def test_a_hubert_without_a_norm_after_its_convolutions() -> None:
+    model, _ = gated("hubert", "base", feat_proj_layer_norm=False)
+    small = shrink(model)
+    source, padding = padded_batch(SAMPLES)
+    assert not hasattr(small.feature_projection, "layer_norm")
+    assert small.encoder_shape.conv_channels[-1] < 16 and size(small) == as_encoder(small).num_parameters()
+    with torch.no_grad():
+        assert_close(states(small, source, padding), states(model, source, padding))
+
+
 @pytest.mark.parametrize("units", [("conv",), ("heads",), ("ffn",), ("attention_layers", "ffn_layers")], ids=str)
 @pytest.mark.parametrize("kind", ["wavlm", "hubert"])
 def test_kinds_of_unit_one_by_one(kind: str, units: tuple[str, ...]) -> None:
