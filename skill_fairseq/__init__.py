@@ -7,12 +7,23 @@ trainer. Without fairseq, or with one that is broken, encoders still load and ru
 
 import sys
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from skill_fairseq.checkpoints import load_encoder
-from skill_fairseq.pruning.shrink import shrink
+from skill_fairseq.pruning import shrink
+
+if TYPE_CHECKING:
+    from skill_fairseq.checkpoints import load_encoder
 
 __all__ = ["load_encoder", "shrink"]
 __version__ = "0.2.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load_encoder":  # asked for alone: reading files takes safetensors, pruning takes torch alone
+        from skill_fairseq.checkpoints import load_encoder
+
+        return load_encoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _register() -> None:

@@ -87,7 +87,7 @@ def read_huggingface(folder: Path, trust: bool = False) -> EncoderSource:
         )
     refuse(folder / "config.json", fields, SUPPORTED)
     with reading_config(folder / "config.json"):
-        config = _config(fields, audio)
+        config = config_of_fields(fields, audio)
     state = {_spelling(name, kind): tensor for name, tensor in _read_weights(folder, trust).items()}
     assumed = (
         f"waveforms at {config.sample_rate} Hz, {'normalised' if config.normalize else 'as they are'}: assumed, as the "
@@ -104,7 +104,7 @@ def read_huggingface(folder: Path, trust: bool = False) -> EncoderSource:
     )
 
 
-def _config(fields: Mapping[str, Any], audio: Mapping[str, Any] | None) -> EncoderConfig:
+def config_of_fields(fields: Mapping[str, Any], audio: Mapping[str, Any] | None = None) -> EncoderConfig:
     """The shape; absent fields have the defaults of transformers, which are those of the Base models."""
     conv = [fields.get(name, default) for name, default in _CONV_DEFAULTS.items()]
     if len({len(numbers) for numbers in conv}) != 1:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, TypeVar
 
 import torch
+from torch import nn
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -14,9 +15,11 @@ from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.expected import full_parameters
 from skill_fairseq.pruning.selection import select_units
 
+Encoder = TypeVar("Encoder", bound=nn.Module)
+
 
 @torch.no_grad()
-def shrink(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost: Cost = PARAMETERS) -> SpeechEncoder:
+def shrink(encoder: Encoder, sparsity: Optional[float] = None, cost: Cost = PARAMETERS) -> Encoder:
     """A physically smaller encoder that computes what the gated one computes in evaluation.
 
     Units whose gate is closed are cut out; the soft value of an open gate is folded into the next weights. Without
@@ -24,17 +27,22 @@ def shrink(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost: Cost 
     cost right (see :func:`select_units`), and outputs agree with the gated encoder under the same selection.
 
     Args:
-        encoder: with gates; left as it is. It may have been shrunk and gated before.
+        encoder: with gates; left as it is. It may have been shrunk and gated before. Besides our encoder, a model of
+            transformers that :func:`skill_fairseq.pruning.gate` takes.
         sparsity: fraction of the original cost to remove, in [0, 1); None: as the gates round.
         cost: what the sparsity is of.
 
     Returns:
-        A new encoder without gates, in evaluation mode, on the same device and of the same dtype.
+        A new encoder of the same class without gates, in evaluation mode, on the same device and of the same dtype.
 
     Raises:
         ValueError: the encoder has no gates, a convolution would lose all its channels, or the sparsity cannot be
             reached.
     """
+    if not isinstance(encoder, SpeechEncoder):
+        from skill_fairseq.pruning.huggingface_shrink import shrink_model
+
+        return shrink_model(encoder, sparsity, cost)
     selection = select_units(encoder, sparsity, cost)
     fields = encoder.config.to_dict()
     shape = {name: fields.get(name, {}) for name in ("conv_channels", "heads", "ffn_dims", "unit_widths")}
@@ -52,7 +60,7 @@ def shrink(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost: Cost 
     like = encoder.feature_extractor.layers[0].conv.weight
     small = SpeechEncoder(config, encoder.dropouts).eval().to(like.device, like.dtype)
     small.load_state_dict({name: state[name] for name in small.state_dict()})
-    return small
+    return small  # type: ignore[return-value]
 
 
 def kept_tables(config: EncoderConfig) -> Dict[str, List[List[str]]]:

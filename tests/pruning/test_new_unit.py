@@ -11,9 +11,11 @@ from typing import Any, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_models import huggingface
 from messages import says
 from torch import Tensor, nn
 
+from skill_fairseq import pruning
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -208,6 +210,23 @@ def test_what_was_cut_can_be_gated_and_cut_again(gated: SpeechEncoder) -> None:
     assert twice.num_parameters() < once.num_parameters()
     assert twice.config.unit_widths == once.config.unit_widths
     assert_close(again, twice)
+
+
+def test_the_library_for_any_loop_has_it(teacher: SpeechEncoder) -> None:
+    expected = random_encoder()
+    pruning.gate(teacher, KINDS)
+    teacher.gates.log_alpha.data.fill_(60.0)
+    assert_close(teacher, expected)
+    assert isinstance(teacher.transformer.layers[0].ffn.fc1, LowRank)
+    teacher.gates.log_alpha.data.copy_(torch.linspace(-2, 4, teacher.gates.log_alpha.numel()))
+    once = shrink(teacher)
+    assert_close(teacher, once)
+    again = pruning.gate(once, ["ffn_rank"])  # its modules are there already
+    once.gates.log_alpha.data.fill_(60.0)
+    assert again.expected_cost().item() == PARAMETERS(once.config, widths_of(once.config))
+    assert_close(teacher, once)
+    with pytest.raises(ValueError, match=says("units", "ffn_rank", "HubertModel", "as_encoder(model)")):
+        pruning.gate(huggingface("hubert", "base"), KINDS)
 
 
 def test_a_student_of_fairseq_has_it(speech: Path, teacher_file: Path, small: Any, tmp_path: Path) -> None:

@@ -1,0 +1,225 @@
+"""Gates on models of transformers, and what such a model is as our encoder. transformers itself is not imported."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+from torch import Tensor, nn
+
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.gate_bank import Draw, GateBank, HardConcrete
+from skill_fairseq.modules.units import UNITS
+
+_LAYER = r"transformer\.layers\.(\d+)\."
+_SHRUNK_NAMES = (
+    (_LAYER + r"attention\.position_gate\.", r"encoder.layers.\1.attention.position_gate."),
+    (r"transformer\.relative_position\.", "encoder.layers.0.attention.relative_position."),
+)
+"""From our names to those of a shrunk model, where they differ from an unpruned one's."""
+
+
+def encoder_config(model: Any, caller: str) -> EncoderConfig:
+    """The shape of a model of transformers as our encoder's.
+
+    Args:
+        model: may have been shrunk.
+        caller: public function to name in messages.
+
+    Raises:
+        TypeError: no encoder that we know.
+        ValueError: it has a feature that our encoder lacks.
+    """
+    from skill_fairseq.checkpoints.huggingface import MODEL_TYPES, SUPPORTED, config_of_fields
+    from skill_fairseq.checkpoints.source import refuse
+
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in MODEL_TYPES or not all(
+        hasattr(model, part) for part in ("feature_extractor", "feature_projection", "encoder")
+    ):
+        inner = f": model.{model.base_model_prefix}" if kind in MODEL_TYPES else ""
+        raise TypeError(
+            f"{caller}() got {type(model).__name__}; expected SpeechEncoder, or WavLMModel, HubertModel, Wav2Vec2Model "
+            f"or Data2VecAudioModel of transformers; of a model with a head, give the encoder inside{inner}"
+        )
+    shape: Optional[EncoderConfig] = getattr(model, "encoder_shape", None)  # what shrinking left
+    if shape is not None:
+        return shape
+    fields = model.config.to_dict()
+    refuse(Path(type(model).__name__), fields, SUPPORTED)
+    return config_of_fields(fields)
+
+
+def as_encoder(model: Any) -> SpeechEncoder:
+    """A copy of a model of transformers as our encoder: with its gates if it has some, or as shrinking left it.
+
+    What it computes is the same. :func:`skill_fairseq.checkpoints.save_encoder` writes it into one file that
+    :func:`skill_fairseq.load_encoder` and ``skill-export`` read, and
+    :func:`skill_fairseq.exporting.huggingface_folder.save_huggingface` into a folder for ``AutoModel``. Whether waves
+    are normalised is not part of a model of transformers: ``config.normalize`` follows the published models.
+
+    Raises:
+        TypeError, ValueError: as :func:`skill_fairseq.pruning.gate`.
+    """
+    from skill_fairseq.checkpoints.huggingface import ENCODER_NAMES, TASK_HEADS
+    from skill_fairseq.checkpoints.source import (
+        ADDED_HERE,
+        EncoderSource,
+        build_encoder,
+        renaming,
+        weight_norm_spelling,
+    )
+
+    config = encoder_config(model, "as_encoder")
+    gates = getattr(model, "pruning_gates", None)
+    last = len(config.conv_feature_layers) - 1
+    scale = (("feature_extractor.scale", f"feature_extractor.conv_layers.{last}.activation.scale"),)
+    names = (*scale, *(_SHRUNK_NAMES if hasattr(model, "encoder_shape") else ()), *ENCODER_NAMES)
+    source = EncoderSource(
+        f"a {type(model).__name__}",
+        config if gates is None else gates.encoder.config,
+        {weight_norm_spelling(name): tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()},
+        renaming(names),
+        TASK_HEADS,
+        ADDED_HERE,
+    )
+    return build_encoder(source, Path(type(model).__name__)).eval()
+
+
+class ModelGates:
+    """Applies the gates of an encoder in the modules of a model of transformers, by hooks.
+
+    The model holds it as ``pruning_gates``, and its :class:`GateBank` as the submodule ``gates``.
+
+    Attributes:
+        encoder: without weights; says which gate belongs where.
+        handles: of the hooks.
+    """
+
+    def __init__(self, encoder: SpeechEncoder) -> None:
+        self.encoder = encoder
+        self.handles: List[Any] = []
+        self._draw: Optional[Draw] = None
+
+    @property
+    def bank(self) -> GateBank:
+        assert self.encoder.gates is not None
+        return self.encoder.gates
+
+    def draw(self, *arguments: Any) -> None:
+        """Before every forward of the model. Kept until the next: gradient checkpointing asks for it again."""
+        self._draw = self.bank.draw(slicing=False)
+
+    def values(self, gate: HardConcrete, like: Tensor) -> Tensor:
+        """(num_units,) values of one vector of gates, in the type of ``like``."""
+        if self._draw is None:
+            self.draw()
+        assert self._draw is not None
+        return self._draw.z[gate.part].to(like.dtype)
+
+    def scale_channels(self, gate: HardConcrete, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """(B, C, T) output of a convolution's layer times its gates."""
+        return output * self.values(gate, output)[:, None]
+
+    def close_inputs(self, gate: HardConcrete, module: nn.Module, inputs: Tuple[Tensor]) -> Tensor:
+        """(..., C) input of a norm with closed channels at zero, as they count in its statistics once cut out."""
+        return inputs[0] * (self.values(gate, inputs[0]) > 0).to(inputs[0].dtype)
+
+    def close_outputs(self, gate: HardConcrete, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """(..., C) output of a norm without what its bias and mean make of closed channels."""
+        return output * (self.values(gate, output) > 0).to(output.dtype)
+
+    def scale_columns(self, gate: HardConcrete, width: int, weight: Tensor) -> Tensor:
+        """(out, in) weight times the gates of its inputs, ``width`` columns a unit."""
+        return weight * self.values(gate, weight).repeat_interleave(width)
+
+    def scale_sublayer(self, gate: HardConcrete, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """(B, T, D) output of a sublayer, alone or first in a tuple, times its gate."""
+        if isinstance(output, tuple):
+            return (self.scale_sublayer(gate, module, inputs, output[0]), *output[1:])
+        return output * self.values(gate, output)
+
+    def __getstate__(self) -> Dict[str, Any]:
+        return {**self.__dict__, "_draw": None}  # a part of an autograd graph, which cannot be copied
+
+
+class GatedLinear(nn.Linear):
+    """A linear layer whose inputs are gated, by its weight: WavLM's attention reads weights and calls no layer."""
+
+    columns: Callable[[Tensor], Tensor]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """(out, in), gates multiplied in."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return self.columns(weight)
+
+
+def attach(model: Any, encoder: SpeechEncoder) -> None:
+    """Makes a model of transformers apply the gates of an encoder of its shape.
+
+    Raises:
+        ValueError: a kind of unit needs modules of our own, or a linear layer that reads gated units has been replaced,
+            by an adapter or a quantised one.
+    """
+    added = [name for name in encoder.config.pruning_units if UNITS[name].field is None]
+    if added:
+        raise ValueError(f"units: {added} cannot be gated in a {type(model).__name__}; gate as_encoder(model) instead")
+    assert encoder.gates is not None
+    layers, on = model.encoder.layers, functools.partial
+    readers = {
+        vector.index: (f"encoder.layers.{i}.{path}", layers[i].get_submodule(path), width)
+        for vector in encoder.gates.gates
+        for unit, path, width in (
+            ("heads", "attention.out_proj", encoder.config.head_dim),
+            ("ffn", "feed_forward.output_dense", 1),
+        )
+        if vector.unit == unit
+        for i in (vector.site.place,)
+    }
+    for name, linear, _ in readers.values():
+        if type(linear) is not nn.Linear:
+            raise ValueError(
+                f"{name} is a {type(linear).__name__}; expected nn.Linear: gate the model before an adapter or a "
+                "quantised layer replaces it"
+            )
+
+    gates, bank = ModelGates(encoder), encoder.gates
+    encoder.gates = None
+    encoder.to("meta")  # of its weights nothing is needed
+    like = model.feature_projection.projection.weight
+    model.gates = encoder.gates = bank.train(model.training).to(like.device)
+    model.pruning_gates = gates
+    handles = [model.register_forward_pre_hook(gates.draw)]
+    convs = model.feature_extractor.conv_layers
+    for vector in bank.gates:
+        i = vector.site.place
+        if vector.unit == "conv":
+            handles.append(convs[i].register_forward_hook(on(gates.scale_channels, vector)))
+            if encoder.config.extractor_mode == "layer_norm":
+                handles.append(convs[i].layer_norm.register_forward_pre_hook(on(gates.close_inputs, vector)))
+            if i == len(convs) - 1 and encoder.config.feature_layer_norm:
+                norm = model.feature_projection.layer_norm
+                handles.append(norm.register_forward_hook(on(gates.close_outputs, vector)))
+        elif vector.index in readers:
+            _, linear, width = readers[vector.index]
+            linear.__class__ = GatedLinear
+            linear.columns = on(gates.scale_columns, vector, width)
+        else:
+            sublayer = layers[i].attention if vector.unit == "attention_layers" else layers[i].feed_forward
+            handles.append(sublayer.register_forward_hook(on(gates.scale_sublayer, vector)))
+    gates.handles = handles
+
+
+def detach(model: Any) -> None:
+    """Removes hooks and gates; gated linear layers are plain again."""
+    for handle in model.pruning_gates.handles:
+        handle.remove()
+    for module in model.modules():
+        if isinstance(module, GatedLinear):
+            del module.columns
+            module.__class__ = nn.Linear  # type: ignore[assignment]
+    del model.gates, model.pruning_gates
