@@ -132,7 +132,9 @@ class PrunedWavLMAttention(SelfAttention):
         if position_bias is None and self.relative_position is not None:
             position_bias = self.relative_position(hidden_states.size(1))
         padding = None if attention_mask is None else attention_mask.ne(1)
-        return super().forward(hidden_states, position_bias, padding), None, position_bias
+        x = super().forward(hidden_states, position_bias, padding)
+        assert isinstance(x, Tensor)
+        return x, None, position_bias
 
 
 class NoHeads(nn.Module):
