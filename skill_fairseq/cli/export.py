@@ -11,6 +11,7 @@ from skill_fairseq.checkpoints.export import DTYPES, save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.own_folders import UPSTREAM
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
+from skill_fairseq.cli import info
 from skill_fairseq.cli._common import Parser, run
 from skill_fairseq.exporting.folder import check_folder
 from skill_fairseq.exporting.huggingface_folder import save_huggingface
@@ -55,7 +56,12 @@ cuts out what they have closed.
 @run
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.info is not None:
+        return info.main([str(args.info), *["--json"] * args.json, *["--trust"] * args.trust])
+    if args.out is None:
+        parser.error("CHECKPOINT and OUT are needed")
     _check(args)
     source = read_source(args.checkpoint, args.trust)
     encoder = build_encoder(source, args.checkpoint).eval()
@@ -132,8 +138,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-export", description="Write the encoder of a checkpoint for other programs.", epilog=EPILOG
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CHECKPOINT", help="file or folder to read")
-    add("out", type=Path, metavar="OUT", help="file (.safetensors, .onnx, .pt2) or folder to write")
+    add("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="file or folder to read")
+    add("out", type=Path, nargs="?", metavar="OUT", help="file (.safetensors, .onnx, .pt2) or folder to write")
     add("--to", choices=list(SUFFIXES), help="what to write (default: what OUT's ending says)")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: float32)")
     add(
@@ -141,5 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="give a graph (onnx, torch) a second input: (batch, samples) bool, true = padding, at each row's end",
     )
+    add("--info", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # skill-info, by its older name
+    add("--json", action="store_true", help=argparse.SUPPRESS)
     parser.add_trust()
     return parser

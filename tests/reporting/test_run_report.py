@@ -122,7 +122,7 @@ def test_groups_and_their_picture(made: tuple, run_folder: Path) -> None:
     for number, group in enumerate(json.loads((run_folder / "clusters" / "clusters.json").read_text())["groups"]):
         row = next(row for row in rows(html) if row[0] == str(number))
         assert row[1] == ", ".join(map(str, group))
-    assert "similarity of layers and dendrogram" in html
+    assert html.count("<img") == 1 and "dendrogram" in html
 
 
 def test_settings_and_commands_to_repeat(made: tuple, run_folder: Path, teacher_file: Path, speech: Path) -> None:
@@ -240,7 +240,7 @@ def test_teacher_and_data_may_be_given(run_folder: Path, tmp_path: Path, teacher
 def test_a_teacher_of_another_depth_is_no_obstacle(run_folder: Path, tmp_path: Path, small: Any) -> None:
     save_encoder(small.random_encoder(encoder_layers=2), tmp_path / "other.safetensors")
     html = report(run_folder, tmp_path / "out", teacher=tmp_path / "other.safetensors")
-    assert "distance to the teacher: student states" in section(html, "Left out")
+    assert re.search("distance to the teacher.*student", section(html, "Left out"))
 
 
 def test_text_from_files_is_escaped(run_folder: Path, tmp_path: Path) -> None:
