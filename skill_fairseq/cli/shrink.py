@@ -157,7 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     size.add_argument("--by-rounding", action="store_true", help="keep exactly what each gate rounds to")
     add("--cost", choices=COSTS, help="what the sparsity is of (default: as in stage 1)")
-    add("--seconds", type=in_range(float, 0.1, 86400), metavar="T", help="audio that the MACs are for (default: as in stage 1, or 10)")
+    length = in_range(float, least=0.1, most=86_400)
+    add("--seconds", type=length, metavar="T", help="audio that the MACs are for (default: as in stage 1, or 10)")
     add("--table-only", action="store_true", help="print the table, write nothing")
     parser.add_trust()
     return parser
