@@ -51,13 +51,13 @@ class Trainer(fairseq_cli.train.Trainer):
 
     def train_step(self, samples, raise_oom=False):
         teacher, heard = self.task.teacher, []
-        means = type(teacher).group_means
+        whole = type(teacher).tap
 
-        def group_means(source, *args):
+        def tap(source, *args):
             heard.append([str(source.dtype), source.double().sum().item()])
-            return means(teacher, source, *args)
+            return whole(teacher, source, *args)
 
-        teacher.group_means = group_means
+        teacher.tap = tap
         logged = super().train_step(samples, raise_oom)
         named = [*self.get_model().named_parameters(), *self.get_criterion().named_parameters()]
         self.record.append({

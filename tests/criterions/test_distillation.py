@@ -228,16 +228,10 @@ def configure(folder: Path) -> Path:
     """Both tiny recipes with another criterion block."""
     for kind in ("distill", "final"):
         text = (CONFIG / kind / "tiny.yaml").read_text()
-        size = "".join(
-            re.findall(r"(?m)^  (?:target_sparsity|sparsity_warmup|init_from): .*\n", text.split("model:")[0])
-        )
-        objectives = (
-            f"  _name: distillation\n  objectives:\n    skill: {SKILL}\n    new: {dict(NEW, weight=1.0)}\n".replace(
-                "'", ""
-            )
-        )
-        text, count = re.subn(r"(?ms)^criterion:\n.*?(?=^\w)", f"criterion:\n{objectives}{size}\n", text)
-        assert count == 1
+        (block,) = re.findall(r"(?ms)^criterion:\n.*?(?=^\w)", text)
+        fields = ["_name: distillation", "objectives:", f"  skill: {SKILL}", f"  new: {dict(NEW, weight=1.0)}"]
+        fields += re.findall(r"(?m)^  ((?:target_sparsity|sparsity_warmup|init_from): .*)$", block)
+        text = text.replace(block, "".join(f"{line}\n" for line in ["criterion:", *(f"  {f}" for f in fields)]))
         (folder / kind).mkdir()
         (folder / kind / "tiny.yaml").write_text(text)
     return folder
@@ -248,14 +242,9 @@ def test_a_new_objective_in_one_file_through_both_stages(speech: Path, teacher_f
     """Pruned, continued and distilled on, by fairseq-hydra-train's own program that has imported the file."""
     config = configure(tmp_path)
     program = [sys.executable, str(Path(new_objective.__file__)), "--config-name", "tiny"]
-    where = [
-        "hydra.run.dir=.",
-        "checkpoint.save_dir=.",
-        f"task.data={speech}",
-        f"task.teacher={teacher_file}",
-        "common.log_format=json",
-    ]
-    often = ["common.log_interval=1", "dataset.max_tokens=60000", "criterion.objectives.new.weight=0.5"]
+    where = ["hydra.run.dir=.", "checkpoint.save_dir=.", f"task.data={speech}", f"task.teacher={teacher_file}"]
+    often = ["common.log_format=json", "common.log_interval=1", "dataset.max_tokens=60000"]
+    often += ["criterion.objectives.new.weight=0.5"]
 
     def train(kind: str, updates: int, *overrides: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
         overrides = (*where, *often, *overrides, f"optimization.max_update={updates}")
