@@ -25,7 +25,23 @@ class Claim(NamedTuple):
 
 README = "README.md"
 CONFIGS = "config/README.md"
+PRUNE = "examples/prune_your_own/README.md"
 CLAIMS = [
+    Claim(
+        PRUNE,
+        "Your forward, your loss and your loop stay yours; fairseq is not needed",
+        "tests/pruning/test_prune_your_own.py::test_it_prunes_by_70_percent_without_fairseq",
+    ),
+    Claim(
+        PRUNE,
+        "the outputs agree to float rounding, padded or not, eager or sdpa",
+        "tests/pruning/test_huggingface.py::test_the_smaller_model_computes_the_same",
+    ),
+    Claim(
+        PRUNE,
+        "makes a `SpeechEncoder` of it that computes the same",
+        "tests/pruning/test_huggingface.py::test_gated_and_shrunk_models_go_into_files_of_our_encoder",
+    ),
     Claim(
         README,
         "The student loads without fairseq: torch and safetensors are enough",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 from torch import Tensor, nn
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.modules.gate_bank import Draw, GateBank, HardConcrete
+from skill_fairseq.modules.gate_bank import GateBank, HardConcrete
+from skill_fairseq.modules.hard_concrete import hard_concrete_sample
 from skill_fairseq.modules.units import UNITS
 
 _LAYER = r"transformer\.layers\.(\d+)\."
@@ -101,7 +102,7 @@ class ModelGates:
     def __init__(self, encoder: SpeechEncoder) -> None:
         self.encoder = encoder
         self.handles: List[Any] = []
-        self._draw: Optional[Draw] = None
+        self._noise: Optional[Tensor] = None
 
     @property
     def bank(self) -> GateBank:
@@ -109,15 +110,20 @@ class ModelGates:
         return self.encoder.gates
 
     def draw(self, *arguments: Any) -> None:
-        """Before every forward of the model. Kept until the next: gradient checkpointing asks for it again."""
-        self._draw = self.bank.draw(slicing=False)
+        """Before every forward of the model: its noise, one draw for all gates. Recomputed layers need it once more."""
+        self._noise = self.bank.noise(self.bank.log_alpha.numel()) if self.bank.training else None
 
     def values(self, gate: HardConcrete, like: Tensor) -> Tensor:
-        """(num_units,) values of one vector of gates, in the type of ``like``."""
-        if self._draw is None:
+        """(num_units,) values of one vector of gates, in the type of ``like``.
+
+        They are computed wherever they are asked for: reentrant checkpointing may go through no graph twice.
+        """
+        if not self.bank.training:
+            return gate().to(like.dtype)
+        if self._noise is None:
             self.draw()
-        assert self._draw is not None
-        return self._draw.z[gate.part].to(like.dtype)
+        assert self._noise is not None
+        return hard_concrete_sample(gate.log_alpha, self._noise[gate.part]).to(like.dtype)
 
     def scale_channels(self, gate: HardConcrete, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         """(B, C, T) output of a convolution's layer times its gates."""
@@ -140,9 +146,6 @@ class ModelGates:
         if isinstance(output, tuple):
             return (self.scale_sublayer(gate, module, inputs, output[0]), *output[1:])
         return output * self.values(gate, output)
-
-    def __getstate__(self) -> Dict[str, Any]:
-        return {**self.__dict__, "_draw": None}  # a part of an autograd graph, which cannot be copied
 
 
 class GatedLinear(nn.Linear):

@@ -73,6 +73,10 @@ def assert_close(found: list[Tensor], expected: list[Tensor], tolerance: float =
         assert float((a - b).norm() / b.norm()) < tolerance, f"state {i}"
 
 
+def num_hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
 def size(model: nn.Module) -> int:
     """Parameters of the encoder."""
     return sum(p.numel() for name, p in model.named_parameters() if name not in OUTSIDE)
@@ -87,7 +91,7 @@ def test_the_smaller_model_computes_the_same(kind: str, style: str, attention: s
     model, gates = gated(kind, style, attn_implementation=attention)
     small = shrink(model)
     assert type(small) is type(model) and not hasattr(small, "gates")
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in small.modules())
+    assert num_hooks(small) == num_hooks(huggingface(kind, style)) < num_hooks(model)
     assert size(small) == as_encoder(small).num_parameters() < size(model) / 2
     source, padding = padded_batch(SAMPLES)
     with torch.no_grad():
@@ -128,7 +132,7 @@ def test_kinds_of_unit_one_by_one(kind: str, units: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_computes_what_our_gated_encoder_computes(kind: str, style: str) -> None:
     """The same noise gives the same states and the same gradients, of weights and of gates."""
-    model, _ = gated(kind, style, **STILL)
+    model, gates = gated(kind, style, **STILL)
     ours = as_encoder(model).train()
     model.train()
     source, padding = padded_batch(SAMPLES)
@@ -142,7 +146,8 @@ def test_training_computes_what_our_gated_encoder_computes(kind: str, style: str
     expected = ours.gates.log_alpha.grad
     assert (expected != 0).float().mean() > 0.1
     assert torch.allclose(model.gates.log_alpha.grad, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    closed = model.pruning_gates._draw.z[ours.transformer.layers[0].ffn.gate.part] == 0
+    vector = dict(gates.encoder.named_gates())["transformer.layers.0.ffn.gate"]
+    closed = model.pruning_gates.values(vector, weights) == 0
     gradient = model.encoder.layers[0].feed_forward.output_dense._parameters["weight"].grad
     assert closed.any() and not gradient[:, closed].any() and gradient[:, ~closed].any()
 
@@ -274,7 +279,10 @@ def test_gated_and_shrunk_models_go_into_files_of_our_encoder(kind: str, style: 
 def test_a_copy_has_gates_of_its_own_and_states_load() -> None:
     model, _ = gated("wavlm", "base", **STILL)
     source, _ = padded_batch(SAMPLES)
-    model.train()(source)  # a draw with a graph is at hand
+    model.train()(source)
+    conv = model.encoder.pos_conv_embed.conv
+    if "weight" in vars(conv):  # torch < 2.1 cannot copy weight norm's after a forward
+        conv.weight = conv.weight.detach()
     twin = copy.deepcopy(model).eval()
     fresh = huggingface("wavlm", "base", **STILL)
     gate(fresh, tuple(UNITS))
@@ -318,7 +326,9 @@ def test_bad_input_says_what_to_do() -> None:
     model.encoder.layers[1].attention.out_proj = nn.Sequential(model.encoder.layers[1].attention.out_proj)
     with pytest.raises(ValueError, match=says("encoder.layers.1.attention.out_proj", "Sequential", "nn.Linear")):
         gate(model)
-    assert not hasattr(model, "gates") and not model._forward_pre_hooks  # nothing half-done
+    assert not hasattr(model, "gates") and num_hooks(model) == num_hooks(
+        huggingface("hubert", "base")
+    )  # nothing half-done
     gate(model, ("ffn",))
     with pytest.raises(ValueError, match=says("HubertModel", "gates already", "shrink()")):
         gate(model)
