@@ -46,6 +46,7 @@ PRIVATE_NAMES: dict[str, tuple[str, str]] = {
     ),
     "torch.nn.Module._apply": ("modules/fp32.py", "what half() and to() call: gates and sizes stay float32"),
     "torch.nn.Module._load_from_state_dict": ("modules/encoder.py", "gates of earlier versions' files become a bank"),
+    "torch.nn.Module._parameters": ("pruning/huggingface.py", "a weight as it is, where the attribute gives it gated"),
     "torch.nn.Module._replicate_for_data_parallel": (
         "modules/prepared.py",
         "a replica must not keep weights that were prepared on another device",

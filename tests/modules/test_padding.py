@@ -10,6 +10,7 @@ from messages import says
 from torch import Tensor
 
 from skill_fairseq.modules.padding import padding_of_attention_mask
+from skill_fairseq.modules.taps import Tap
 from tests.conftest import random_encoder
 
 RULES = ("chunks", "convolution")
@@ -28,7 +29,7 @@ def test_masks_of_another_type_are_refused(rule: str, dtype: torch.dtype, padded
     encoder = random_encoder(padding_rule=rule)
     source, mask = batch()
     mask = (mask if padded else torch.zeros_like(mask)).to(dtype)
-    for call in (encoder, encoder.states):
+    for call in (encoder, lambda *inputs: encoder.tap(*inputs, [Tap((1,))])):
         with pytest.raises(TypeError, match=says("padding_mask", dtype, "(2, 4000)", "bool", "attention_mask == 0")):
             call(source, mask)
 
@@ -38,7 +39,7 @@ def test_masks_of_another_type_are_refused(rule: str, dtype: torch.dtype, padded
 def test_masks_of_another_shape_are_refused(rule: str, shape: tuple[int, ...]) -> None:
     encoder = random_encoder(padding_rule=rule)
     source, _ = batch()
-    for call in (encoder, encoder.states):
+    for call in (encoder, lambda *inputs: encoder.tap(*inputs, [Tap((1,))])):
         with pytest.raises(ValueError, match=says("padding_mask", shape, "(2, 4000)")):
             call(source, torch.zeros(shape, dtype=torch.bool))
 
@@ -55,7 +56,7 @@ def test_masks_that_mean_something_else_are_refused(rule: str) -> None:
         (mask.flip(1), 1, "starts"),  # padding on the left
         (gap, 1, "audio after padding"),
     ):
-        for call in (encoder, encoder.states):
+        for call in (encoder, lambda *inputs: encoder.tap(*inputs, [Tap((1,))])):
             with pytest.raises(ValueError, match=says("padding_mask", f"row {row}", said)):
                 call(source, wrong)
 
