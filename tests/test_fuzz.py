@@ -95,7 +95,7 @@ KINDS = {
     "ONNX graph": Kind(onnx_graph, lambda d: list(as_lines(describe(d / "a.onnx")))),
     "groups": Kind(
         lambda d: (d / "groups.yaml").write_text(GROUPS),
-        lambda d: parse_groups(read_groups(None, str(d / "groups.yaml")), 12),
+        lambda d: parse_groups(read_groups(None, str(d / "groups.yaml")), [12]),
     ),
     "training config": Kind(
         lambda d: (d / "a.yaml").write_text(GROUPS),

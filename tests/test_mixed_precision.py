@@ -50,7 +50,7 @@ class Trainer(fairseq_cli.train.Trainer):
     record = []
 
     def train_step(self, samples, raise_oom=False):
-        teacher, heard = self.task.teacher, []
+        teacher, heard = self.task.teachers[0], []
         whole = type(teacher).tap
 
         def tap(source, *args):

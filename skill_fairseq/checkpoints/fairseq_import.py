@@ -280,5 +280,9 @@ def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if criterion.get("cost") != "parameters":
         kept.update({name: value for name, value in criterion.items() if name == "cost" or name.startswith("cost_")})
     # Names alone: where they lay is nobody's business, and true on one machine only.
-    kept.update({name: Path(str(task[name])).name for name in ("teacher", "data") if task.get(name)})
+    for name in ("teacher", "data"):
+        paths = task.get(name) or []
+        files = [Path(str(path)).name for path in (paths if isinstance(paths, list) else [paths])]
+        if files:
+            kept[name] = files[0] if len(files) == 1 else files
     return {**found, **{name: value for name, value in kept.items() if value is not None}}

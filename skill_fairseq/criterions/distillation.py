@@ -103,17 +103,18 @@ class DistillationCriterion(FairseqCriterion):
     def __init__(self, cfg: Any, task: Any) -> None:
         super().__init__(task)
         self.cfg = cfg
-        student, teachers = task.student_config, [task.teacher.config]
+        student, teachers = task.student_config, [teacher.config for teacher in task.teachers]
         self.terms = self.build_terms(student, teachers)
         self.student_taps = list(dict.fromkeys(tap for term in self.terms for tap in term.objective.student_taps))
         self.teacher_taps = list(dict.fromkeys(tap for term in self.terms for tap in term.objective.teacher_taps))
-        for whose, shape, taps in (
-            ("student", student, self.student_taps),
-            ("teacher", teachers[0], self.teacher_taps),
-        ):
-            for tap in taps:
-                with named(f"{self.unsupervised}: what is asked of the {whose}"):
-                    tap.check(shape)
+        asked = [("student", student, tap) for tap in self.student_taps]
+        asked += [("teacher", teachers[tap.teacher], tap) for tap in self.teacher_taps]
+        for whose, shape, tap in asked:
+            with named(f"{self.unsupervised}: what is asked of the {whose}"):
+                tap.check(shape)
+        unheard = set(range(1, len(teachers))) - {tap.teacher for tap in self.teacher_taps}
+        if unheard:
+            logger.warning(f"{self.unsupervised}: nothing is asked of the teachers {sorted(unheard)} of task.teacher")
         if deepest(self.student_taps) < student.encoder_layers:
             logger.warning(self._unsupervised(student.encoder_layers))
         if cfg.init_from:
@@ -238,11 +239,13 @@ class DistillationCriterion(FairseqCriterion):
         source, padding = net_input["source"], net_input.get("padding_mask")
         # The gates before all else: the host waits for them, and the device shall have nothing left to do by then.
         draw = model.draw_gates()
-        # Then the teacher: its memory is free again before the student's activations pile up.
-        heard = self.task.teacher.tap(source, padding, self.teacher_taps) if self.teacher_taps else []
+        # Then the teachers: their memory is free again before the student's activations pile up.
+        teacher: Dict[Tap, Tensor] = {}
+        for index in sorted({tap.teacher for tap in self.teacher_taps}):
+            taps = [tap for tap in self.teacher_taps if tap.teacher == index]
+            teacher.update(zip(taps, self.task.teachers[index].tap(source, padding, taps)))
         out = model(**net_input, draw=draw, taps=self.student_taps)
         student: Dict[Tap, Tensor] = dict(zip(self.student_taps, out["taps"]))
-        teacher: Dict[Tap, Tensor] = dict(zip(self.teacher_taps, heard))
         mask = out["padding_mask"]
         losses, values = [], {}
         for term in self.terms:

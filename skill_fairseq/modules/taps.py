@@ -35,12 +35,14 @@ class Tap:
             layers of large norm do not rule the mean.
         transform: changes the projected features, as masking does. Taps with equal transforms share a pass through
             the Transformer; the convolutions run once for all.
+        teacher: which of several teachers is asked, from 0; nothing to the encoder itself.
     """
 
     layers: tuple[int, ...]
     kind: str = "states"
     normalize: bool = False
     transform: FrameTransform | None = None
+    teacher: int = 0
 
     def check(self, config: EncoderConfig) -> None:
         """Raises:

@@ -11,8 +11,17 @@ from torch import Tensor, nn
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.taps import Tap
-from skill_fairseq.objectives.groups import is_sequence, map_groups, parse_groups, parse_sharing, read_groups
-from skill_fairseq.objectives.loss import COS_TYPES, distillation_loss, without_padding
+from skill_fairseq.objectives.groups import (
+    by_teacher,
+    is_sequence,
+    layer_name,
+    layer_of,
+    map_groups,
+    parse_groups,
+    parse_sharing,
+    read_groups,
+)
+from skill_fairseq.objectives.loss import COS_TYPES, LossParts, distillation_loss, without_padding
 from skill_fairseq.objectives.objective import Objective, register_objective
 
 logger = logging.getLogger(__name__)
@@ -24,7 +33,10 @@ class GroupMeansConfig:
 
     groups: Optional[Any] = field(
         default=None,
-        metadata={"help": "groups of teacher layers, e.g. [[0],[1,2,3],[4,5]]; layer 0 precedes the transformer"},
+        metadata={
+            "help": "groups of teacher layers, e.g. [[0],[1,2,3],[4,5]]; layer 0 precedes the transformer; with several "
+            "teachers 1/4 is layer 4 of the second"
+        },
     )
     groups_file: Optional[str] = field(
         default=None, metadata={"help": "YAML or JSON with the key 'groups', as skill-cluster writes it"}
@@ -47,7 +59,9 @@ class GroupMeansConfig:
     )
     projection_sharing: Any = field(
         default="all",
-        metadata={"help": "none, all, or the projection's index for each group; DPHuBERT is [0,1,1,1]"},
+        metadata={
+            "help": "none, all, or the projection's index for each group; DPHuBERT is [0,1,1,1]; each teacher has its own"
+        },
     )
 
 
@@ -55,7 +69,9 @@ class GroupMeansConfig:
 class GroupMeans(Objective):
     """loss = sum over groups g of w_g [a mean|t_g - W_g s_g| + b C_g], t_g and s_g the mean states of the group.
 
-    A student of another depth averages the layers of :func:`map_groups`.
+    A student of another depth averages the layers of :func:`map_groups`. Of a group with layers of several teachers,
+    which may differ in width, each teacher has its own mean and projection, and the group's loss is the mean of
+    theirs (our choice); the student has one mean.
 
     Args:
         cfg: a :class:`GroupMeansConfig`; groups of a file and ``normalize_states`` are written into it.
@@ -71,27 +87,30 @@ class GroupMeans(Objective):
         super().__init__(cfg, student, teachers, field)
         self.cfg = cfg
         _check_distance(cfg, field)
-        (teacher,) = teachers
+        depths = [teacher.encoder_layers for teacher in teachers]
         found = read_groups(cfg.groups, cfg.groups_file, field)
-        self.groups = parse_groups(found, teacher.encoder_layers, f"{field}.groups")
+        self.groups = parse_groups(found, depths, f"{field}.groups")
         cfg.groups, cfg.groups_file = [list(group) for group in self.groups], None
-        self.student_groups = map_groups(self.groups, teacher.encoder_layers, student.encoder_layers)
+        self.student_groups = map_groups(self.groups, depths, student.encoder_layers)
         if self.student_groups != self.groups:
             logger.info(f"student has {student.encoder_layers} layers: groups {self.groups} -> {self.student_groups}")
         if cfg.normalize_states is None:
             # Where layers begin with their LayerNorm (HuBERT and WavLM Large), nothing bounds what they add up: states
             # of layers differ in size by orders of magnitude, and the L1 term would outweigh the size constraint.
-            cfg.normalize_states = teacher.layer_norm_first
+            cfg.normalize_states = any(teacher.layer_norm_first for teacher in teachers)
         self.student_taps = [Tap(group, normalize=cfg.normalize_states) for group in self.student_groups]
-        self.teacher_taps = [Tap(group, normalize=cfg.normalize_states) for group in self.groups]
+        parts = [(g, k, layers) for g, group in enumerate(self.groups) for k, layers in by_teacher(group).items()]
+        self.teacher_taps = [Tap(layers, normalize=cfg.normalize_states, teacher=k) for _, k, layers in parts]
         self.weights = _weights(cfg.group_weights, len(self.groups), field)
         for index, group in enumerate(self.groups):
             logger.info(f"group {index}: teacher layers {list(group)}, weight {self.weights[index]:.3f}")
         self.sharing = parse_sharing(cfg.projection_sharing, len(self.groups), f"{field}.projection_sharing")
-        widths = student.encoder_embed_dim, teacher.encoder_embed_dim
+        own = sorted({(k, self.sharing[g]) for g, k, _ in parts})  # teacher, and its projection
         self.projections = nn.ModuleList(
-            projection(cfg.projection, *widths, f"{field}.projection") for _ in range(max(self.sharing) + 1)
+            projection(cfg.projection, student.encoder_embed_dim, teachers[k].encoder_embed_dim, f"{field}.projection")
+            for k, _ in own
         )
+        self.parts = [(g, own.index((k, self.sharing[g]))) for g, k, _ in parts]  # group and projection of each target
 
     def forward(
         self,
@@ -101,22 +120,25 @@ class GroupMeans(Objective):
         sample: Optional[Mapping[str, Any]] = None,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
         """See :class:`Objective`; logged are ``l1_gN`` and ``cos_gN``, L1 and mean cosine of each group."""
-        means = [self.projections[index](mean) for index, mean in zip(self.sharing, student)]
+        means = [self.projections[index](student[g]) for g, index in self.parts]
         if padding_mask is not None:
             frames = without_padding([*means, *teacher], padding_mask)
             means, teacher = frames[: len(means)], frames[len(means) :]
         weights = self.cfg.l1_weight, self.cfg.cos_weight
-        parts = [distillation_loss(s, t, None, *weights, self.cfg.cos_type) for s, t in zip(means, teacher)]
-        loss = torch.stack([w * p.total for w, p in zip(self.weights, parts)]).sum()
-        l1 = {f"l1_g{i}": p.l1 for i, p in enumerate(parts)}
-        return loss, {**l1, **{f"cos_g{i}": -p.cos for i, p in enumerate(parts)}}
+        parts: List[List[LossParts]] = [[] for _ in self.groups]  # of each group, one for each of its teachers
+        for (g, _), s, t in zip(self.parts, means, teacher):
+            parts[g].append(distillation_loss(s, t, None, *weights, self.cfg.cos_type))
+        loss = torch.stack([w / len(group) * p.total for w, group in zip(self.weights, parts) for p in group]).sum()
+        l1 = {f"l1_g{i}": _mean([p.l1 for p in group]) for i, group in enumerate(parts)}
+        return loss, {**l1, **{f"cos_g{i}": -_mean([p.cos for p in group]) for i, group in enumerate(parts)}}
 
     def settings(self, cfg: Mapping[str, Any]) -> Dict[str, Any]:
         """See :class:`Objective`."""
         names = ("groups", "projection_sharing", "normalize_states")
         found = {name: cfg[name] for name in names if cfg.get(name) is not None}
         if "groups" in found:
-            found["groups"] = [sorted(group) for group in found["groups"]]
+            pairs = [sorted(layer_of(name) for name in group) for group in found["groups"]]
+            found["groups"] = [[layer_name(*pair) for pair in group] for group in pairs]
             if "projection_sharing" in found:
                 found["projection_sharing"] = list(parse_sharing(found["projection_sharing"], len(found["groups"])))
         return found
@@ -144,6 +166,10 @@ def projection(kind: str, student: int, teacher: int, field: str = "criterion.pr
     nn.init.eye_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
 
 
 def _check_distance(cfg: Any, field: str) -> None:

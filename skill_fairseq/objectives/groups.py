@@ -1,21 +1,29 @@
 """Groups of layers: reading and checking them.
 
-Layers are numbered as hidden states are: 0 before the positional convolution, i after Transformer layer i.
+Layers are numbered as hidden states are: 0 before the positional convolution, i after Transformer layer i. A number alone
+is a layer of the first teacher; ``1/4`` is layer 4 of the second one (teachers count from 0). YAML reads that as text,
+with and without quotes, and so does hydra's command line; of ``1:4`` YAML 1.1 would make the number 64.
 """
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import yaml
 
 from skill_fairseq.files import named
 from skill_fairseq.reading import read_text
 
-Groups = tuple[tuple[int, ...], ...]
+Layer = Union[int, str]
+"""A layer as configs write it: a number, or ``k/i`` for layer i of teacher k >= 1."""
+Groups = tuple[tuple[Layer, ...], ...]
+StudentGroups = tuple[tuple[int, ...], ...]
+
+_OF_TEACHER = re.compile("([0-9]{1,3})/([0-9]{1,3})")
 
 MAX_GROUPS_FILE = 1_000_000
 
@@ -60,52 +68,82 @@ def read_groups(groups: Any, groups_file: str | None, field: str = "criterion") 
     return found
 
 
-def parse_groups(value: Any, num_layers: int, field: str = "criterion.groups") -> Groups:
+def layer_name(teacher: int, layer: int) -> Layer:
+    """How configs write layer i of teacher k: the number alone for the first teacher, ``k/i`` for the others."""
+    return f"{teacher}/{layer}" if teacher else layer
+
+
+def layer_of(name: Any) -> tuple[int, int]:
+    """Teacher and layer, both from 0, of what :func:`layer_name` writes.
+
+    Raises:
+        ValueError: it is neither a number nor ``k/i``.
+    """
+    if isinstance(name, int) and not isinstance(name, bool):
+        return 0, name
+    parts = _OF_TEACHER.fullmatch(name) if isinstance(name, str) else None
+    if parts is None:
+        raise ValueError(f"layer {_shown(name)}, which is neither an integer nor as 1/4, layer 4 of the second teacher")
+    return int(parts[1]), int(parts[2])
+
+
+def by_teacher(group: Sequence[Layer]) -> dict[int, tuple[int, ...]]:
+    """The layers of a group for each teacher that it has layers of, teachers ascending."""
+    found = [layer_of(name) for name in group]
+    return {k: tuple(layer for of, layer in found if of == k) for k in sorted({k for k, _ in found})}
+
+
+def parse_groups(value: Any, depths: Sequence[int], field: str = "criterion.groups") -> Groups:
     """Checks groups of teacher layers as a config holds them.
 
     Args:
-        value: sequence of sequences of ints (lists, tuples, omegaconf's), such as ``[[0], [4], [8], [12]]``.
-        num_layers: Transformer layers of the teacher; valid are the layers 0 to ``num_layers``.
+        value: sequence of sequences (lists, tuples, omegaconf's) of layers, such as ``[[0], [4, 1/2], [8, 1/3]]``.
+        depths: Transformer layers of each teacher; valid are the layers from 0 to this.
         field: where the value comes from, for messages.
 
     Returns:
-        The groups, in the order given.
+        The groups, in the order given; layers of the first teacher as numbers.
 
     Raises:
-        ValueError: if there is no group, a group is empty or no sequence of ints, or a layer does not exist
+        ValueError: if there is no group, a group is empty or no sequence of layers, or a layer does not exist
             or appears twice.
     """
-    remedy = f"give groups of layers 0..{num_layers}, each layer at most once, such as [[0],[{num_layers}]]"
+    others = [f", {layer_name(k, 0)}..{layer_name(k, depth)}" for k, depth in enumerate(depths) if k]
+    remedy = f"give groups of layers 0..{depths[0]}{''.join(others)}, each at most once, such as [[0],[{depths[0]}]]"
     if not is_sequence(value) or not len(value):
         raise ValueError(f"{field} is {_shown(value)}, but must be a list of at least one group; {remedy}")
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     for group in value:
         if not is_sequence(group) or not len(group):
             raise ValueError(f"{field} has the group {_shown(group)}, which is no list of layers; {remedy}")
-        for layer in group:
-            if isinstance(layer, bool) or not isinstance(layer, int):
-                raise ValueError(f"{field} names the layer {_shown(layer)}, which is no integer; {remedy}")
-            if not 0 <= layer <= num_layers:
-                raise ValueError(f"{field} names layer {layer}, which the teacher has not; {remedy}")
-            if layer in seen:
-                raise ValueError(f"{field} names layer {layer} twice in {_shown(value)}; {remedy}")
-            seen.add(layer)
-    return tuple(tuple(group) for group in value)
+        for name in group:
+            try:
+                teacher, layer = layer_of(name)
+            except ValueError as error:
+                raise ValueError(f"{field} names the {error}; {remedy}") from None
+            if teacher >= len(depths):
+                raise ValueError(f"{field} names layer {name}, but task.teacher has {len(depths)} teacher(s); {remedy}")
+            if not 0 <= layer <= depths[teacher]:
+                raise ValueError(f"{field} names layer {name}, which the teacher does not have; {remedy}")
+            if (teacher, layer) in seen:
+                raise ValueError(f"{field} names layer {name} twice in {_shown(value)}; {remedy}")
+            seen.add((teacher, layer))
+    return tuple(tuple(layer_name(*layer_of(name)) for name in group) for group in value)
 
 
-def map_groups(groups: Groups, teacher_layers: int, student_layers: int) -> Groups:
-    """Groups for a student of another depth: layer i becomes ``i student_layers / teacher_layers``.
+def map_groups(groups: Groups, depths: Sequence[int], student_layers: int) -> StudentGroups:
+    """Groups of a student's layers: layer i of a teacher of depth L becomes ``i student_layers / L``.
 
     Rounded half up, but never from a Transformer layer to layer 0, the convolutional features (our choice).
-    Layers of a group that meet in one student layer count once; two groups may share a student layer. At
-    equal depth the groups stay as they are.
+    Layers of a group that meet in one student layer count once, those of several teachers too; two groups may
+    share a student layer. With one teacher of equal depth the groups stay as they are.
     """
 
-    def mapped(layer: int) -> int:
-        nearest = (2 * layer * student_layers + teacher_layers) // (2 * teacher_layers)
+    def mapped(teacher: int, layer: int) -> int:
+        nearest = (2 * layer * student_layers + depths[teacher]) // (2 * depths[teacher])
         return max(nearest, min(layer, 1))
 
-    return tuple(tuple(dict.fromkeys(mapped(layer) for layer in group)) for group in groups)
+    return tuple(tuple(dict.fromkeys(mapped(*layer_of(name)) for name in group)) for group in groups)
 
 
 def parse_sharing(value: Any, num_groups: int, field: str = "criterion.projection_sharing") -> tuple[int, ...]:

@@ -41,7 +41,7 @@ class Objective(nn.Module):
 
     Attributes:
         student_taps: what it asks of the student.
-        teacher_taps: what it asks of the teacher; nothing where it needs labels alone.
+        teacher_taps: what it asks of the teachers (:attr:`Tap.teacher` says which); nothing where it needs labels alone.
     """
 
     def __init__(

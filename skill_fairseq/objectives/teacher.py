@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from typing import List, Optional, Sequence
 
 import torch
 from torch import Tensor
 
+from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.taps import Tap
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions a teacher may run in."""
+
+
+def check_alike(shapes: Sequence[EncoderConfig], names: Sequence[str], field: str = "task.teacher") -> None:
+    """Refuses several teachers that cannot hear the same waveforms and answer frame by frame.
+
+    Args:
+        shapes, names: of each teacher, its shape and its file.
+        field: where they are named, for messages.
+
+    Raises:
+        ValueError: two differ in sample rate, normalisation or frames; names the files and values.
+    """
+    for shape, name in zip(shapes[1:], names[1:]):
+        for what, first, other in (
+            ("sample_rate", shapes[0].sample_rate, shape.sample_rate),
+            ("normalize", shapes[0].normalize, shape.normalize),
+            ("samples a frame", _hop(shapes[0]), _hop(shape)),
+            ("samples that the first frame hears", shapes[0].receptive_field, shape.receptive_field),
+        ):
+            if first != other:
+                raise ValueError(
+                    f"{field}: {name} has {what} = {other}, but {names[0]} has {first}; expected the same of all "
+                    "teachers, which hear the same waveforms: leave one out"
+                )
+
+
+def _hop(shape: EncoderConfig) -> int:
+    return math.prod(stride for *_, stride in shape.conv_feature_layers)
 
 
 class FrozenTeacher:

@@ -154,10 +154,11 @@ def _checkpoint(path: Path, folder: Path, config: Optional[Mapping[str, Any]]) -
 
 
 def _named(stages: Sequence[Stage], field: str) -> Optional[Path]:
-    """A path in the settings of the first training that has some, where it exists on this machine."""
+    """A path in the settings of the first training that has some, where it exists on this machine; of a list the first."""
     for stage in stages:
         if stage.config:
             value = _setting(stage.config, "task", field)
+            value = value[0] if isinstance(value, list) and value else value
             file = stage.cwd / value if isinstance(value, str) and value else None
             return file if file and (os.path.isfile(file) or os.path.isdir(file)) else None
     return None

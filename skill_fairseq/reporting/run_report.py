@@ -221,13 +221,9 @@ def _shrink_options(provenance: Mapping[str, Any]) -> list[str]:
 def cluster_command(clusters: Mapping[str, Any]) -> list[str]:
     """skill-cluster with every option that is not its default written out."""
     settings = clusters["settings"]
-    command = [
-        "skill-cluster",
-        "--teacher",
-        clusters["teacher"]["name"],
-        "--manifest",
-        clusters["calibration"]["manifest"],
-    ]
+    teachers = clusters["teacher"] if isinstance(clusters["teacher"], list) else [clusters["teacher"]]
+    command = ["skill-cluster", "--teacher", *(teacher["name"] for teacher in teachers)]
+    command += ["--manifest", clusters["calibration"]["manifest"]]
     command += ["--measure", clusters["measure"], "--linkage", settings["linkage"]]
     if clusters["cut"]["by"] == "height":
         command += ["--height", f"{settings['height']:g}"]

@@ -26,14 +26,15 @@ PROBES = {
         }
     ]
 }
+LAYER = (int, str)
 CLUSTERS = {
-    "groups": [[int]],
-    "layers": [int],
+    "groups": [[LAYER]],
+    "layers": [LAYER],
     "measure": set(NAMES),
     "linkage": [[float, float, float, float]],
     "cut": {"by": str, "height": float},
     "matrices": {str: [[float]]},
-    "teacher": {"name": str},
+    "teacher": ({"name": str}, [{"name": str}]),
     "calibration": {"manifest": str, "num_utterances": int, "num_frames": int, "seconds": float},
     "settings": {
         **{"linkage": str, "num_groups": (int, None), "height": (float, None), "silhouette": ([int, int], None)},
@@ -153,7 +154,8 @@ def check_clusters(clusters: Any) -> None:
         raise ValueError(f"layers: {layers}; expected each once")
     if number < 2 or sorted(merged) != list(range(2 * number - 2)) or not earlier:
         raise ValueError(f"linkage: expected a tree of {number} layers, {number - 1} merges")
-    if sorted(layer for group in clusters["groups"] for layer in group) != sorted(layers) or [] in clusters["groups"]:
+    grouped = [layer for group in clusters["groups"] for layer in group]
+    if sorted(grouped, key=str) != sorted(layers, key=str) or [] in clusters["groups"]:
         raise ValueError("groups: expected every one of the layers in one group")
     settings, by = clusters["settings"], clusters["cut"]["by"]
     field = by if by in ("height", "silhouette") else "num_groups"

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 from skill_fairseq.checkpoints import load_encoder
+from skill_fairseq.checkpoints.safe_load import plain
 from skill_fairseq.criterions.distillation import DistillationCriterion
 from skill_fairseq.files import content_sha256, named
 from skill_fairseq.models.skill_student import check_student_fields
@@ -20,7 +21,8 @@ from skill_fairseq.models.student_init import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.objectives.teacher import FrozenTeacher
+from skill_fairseq.objectives.groups import is_sequence
+from skill_fairseq.objectives.teacher import FrozenTeacher, check_alike
 from skill_fairseq.pruning.agreement import check_ranks
 from skill_fairseq.pruning.lagrangian import CostConstraint
 from skill_fairseq.tasks.speech_dataset import SpeechDataset
@@ -33,8 +35,12 @@ logger = logging.getLogger(__name__)
 class SkillDistillationConfig(AudioPretrainingConfig):
     """fairseq's audio task and what distillation adds."""
 
-    teacher: Optional[str] = field(
-        default=None, metadata={"help": "teacher file or folder, of any kind that skill_fairseq.load_encoder knows"}
+    teacher: Optional[Any] = field(
+        default=None,
+        metadata={
+            "help": "teacher file or folder, of any kind that skill_fairseq.load_encoder knows; or a list of them, whose "
+            "layers criterion.groups names as 1/4: layer 4 of the second"
+        },
     )
     teacher_dtype: ChoiceEnum(["fp32", "bf16", "fp16"]) = field(  # type: ignore[valid-type]
         default="fp32", metadata={"help": "precision that the teacher runs in, whatever the student's"}
@@ -87,12 +93,13 @@ class SkillDistillationTask(AudioPretrainingTask):
     def __init__(self, cfg: SkillDistillationConfig) -> None:
         super().__init__(cfg)
         whole = cfg._get_parent()  # fairseq reads task.data there too, and saves it; this is a copy of its task
+        check_teachers(cfg.teacher)
         for name in ("data", "teacher"):
             if cfg.get(name):
                 cfg[name] = from_shell(cfg[name])
                 if whole is not None and "task" in whole:
                     whole.task[name] = cfg[name]
-        self._teacher: Optional[FrozenTeacher] = None
+        self._teachers: Optional[List[FrozenTeacher]] = None
         self.student_config: Optional[EncoderConfig] = None
         self.num_updates = 0
         self.losses: List[Tuple[Tensor, List[str]]] = []  # of the present update, with the files of each batch
@@ -102,25 +109,28 @@ class SkillDistillationTask(AudioPretrainingTask):
         self._training_data: Optional[SpeechDataset] = None
 
     @property
-    def teacher(self) -> FrozenTeacher:
-        """The teacher, loaded when first asked for: a checkpoint loads without it.
+    def teachers(self) -> List[FrozenTeacher]:
+        """The teachers, loaded when first asked for: a checkpoint loads without them.
 
         Raises:
-            ValueError, FileNotFoundError: no teacher is given, or it is not usable.
+            ValueError, FileNotFoundError: no teacher is given, or one is not usable.
         """
-        if self._teacher is None:
-            if not self.cfg.teacher:
+        if self._teachers is None:
+            files, encoders = several(self.cfg.teacher), []
+            if not files:
                 raise ValueError("task.teacher: not set; expected a teacher file or folder, for example WavLM-Base+.pt")
-            with named("task.teacher"):
-                encoder = load_encoder(self.cfg.teacher)
-            self._check_waveforms(encoder, f"the teacher {self.cfg.teacher}")
+            for file in files:
+                with named("task.teacher"):
+                    encoders.append(load_encoder(file))
+            check_alike([encoder.config for encoder in encoders], files)
+            self._check_waveforms(encoders[0], f"the teacher {files[0]}")
             dtype = str(getattr(self.cfg.teacher_dtype, "name", self.cfg.teacher_dtype))
-            self._teacher = FrozenTeacher(encoder, dtype, self.cfg.teacher_compile)
-        return self._teacher
+            self._teachers = [FrozenTeacher(encoder, dtype, self.cfg.teacher_compile) for encoder in encoders]
+        return self._teachers
 
     def teacher_sha256(self) -> str:
-        """Hash of the teacher's file or folder, by which a run that goes on knows it again."""
-        return content_sha256(self.cfg.teacher or "")
+        """Hash of each teacher's file or folder, by which a run that goes on knows them again."""
+        return ", ".join(content_sha256(file) for file in several(self.cfg.teacher) or [""])
 
     def _check_waveforms(self, encoder: SpeechEncoder, what: str) -> None:
         """Refuses an encoder that expects other waveforms than the task gives it."""
@@ -186,7 +196,7 @@ class SkillDistillationTask(AudioPretrainingTask):
             check_task_fields(self.cfg)
             check_student_fields(cfg)
         if not from_checkpoint and getattr(cfg, "init_from", None):
-            _update(cfg, {"init_from": from_shell(cfg.init_from)})
+            _update(cfg, {"init_from": from_shell(several(cfg.init_from)[0])})  # of ${task.teacher} the first
             encoder = initial_student(cfg)
             self._check_waveforms(encoder, f"model.init_from={cfg.init_from}")
             _update(cfg, fairseq_fields(encoder.config))
@@ -266,6 +276,22 @@ NOT_HERE = (
     "text_compression_level",
 )
 """Fields of fairseq's audio task that distillation does not have: a value is refused."""
+
+
+def several(value: Any) -> List[str]:
+    """A path or a list of paths, as a list; empty where nothing is given."""
+    return [value] if value and isinstance(value, str) else list(value or ())
+
+
+def check_teachers(value: Any) -> None:
+    """Refuses what is neither a path nor a list of paths.
+
+    Raises:
+        ValueError: names the field and the value.
+    """
+    text = value is None or isinstance(value, str)
+    if not text and not (is_sequence(value) and value and all(file and isinstance(file, str) for file in value)):
+        raise ValueError(f"task.teacher: {plain(value)}; expected a path, or a list of paths such as [A.pt,B.pt]")
 
 
 def check_task_fields(cfg: SkillDistillationConfig) -> None:

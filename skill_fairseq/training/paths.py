@@ -5,16 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.process
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import to_absolute_path
 
 
-def from_shell(path: str) -> str:
-    """The path, absolute: relative to where the command was started, for hydra has changed into the run's folder since.
+def from_shell(path: Any) -> Any:
+    """The path, or each of a list, absolute: relative to where the command was started, for hydra has changed into the run's folder since.
 
     fairseq starts a process for each GPU of a node, which knows nothing of hydra, but where its parent was started.
     """
+    if not isinstance(path, str):
+        return [from_shell(each) for each in path]
     expanded = Path(path).expanduser()
     if not HydraConfig.initialized() and multiprocessing.parent_process() is not None:
         started: str = multiprocessing.process.ORIGINAL_DIR  # type: ignore[attr-defined]

@@ -257,9 +257,9 @@ class SkillTrainer(Trainer):
 
     def _check_weights(self, update: int, reason: UpdateSkipped) -> None:
         """Raises FloatingPointError where weights, and no audio file, are at fault: all further updates would fail."""
-        teacher = getattr(getattr(self.task, "_teacher", None), "encoder", None)
-        for whose, module in (("student", self.get_model()), ("criterion", self.get_criterion()), ("teacher", teacher)):
-            for name, weight in () if module is None else module.named_parameters():
+        teachers = [("teacher", teacher.encoder) for teacher in getattr(self.task, "_teachers", None) or ()]
+        for whose, module in (("student", self.get_model()), ("criterion", self.get_criterion()), *teachers):
+            for name, weight in module.named_parameters():
                 if not torch.isfinite(weight).all():
                     raise FloatingPointError(
                         f"update {update}: {reason}, as the weight {name} of the {whose} is NaN or infinite; no audio "

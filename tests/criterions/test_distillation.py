@@ -67,7 +67,7 @@ def test_skill_by_its_own_criterion_is_the_sum_of_one(build: Any, small: Any) ->
 def test_objectives_add_up_and_the_teacher_runs_once(build: Any, small: Any) -> None:
     task, model, criterion, _ = build(objectives={"skill": SKILL, "new": {**NEW, "weight": 0.25}})
     ran: list[int] = []
-    task.teacher.encoder.transformer.layers[2].register_forward_hook(lambda *_: ran.append(3))
+    task.teachers[0].encoder.transformer.layers[2].register_forward_hook(lambda *_: ran.append(3))
     loss, _, log = criterion(model, batch(small))
     per_frame = {name: float(value) / log["frames"] for name, value in log.items()}
     alone = [build(objectives={name: entry}) for name, entry in (("skill", SKILL), ("new", NEW))]
@@ -87,11 +87,11 @@ def test_a_new_objective_by_hand(build: Any, small: Any) -> None:
     new, source = criterion.objectives["new"], small.waves()
     with torch.no_grad():
         state = model.speech_encoder(source, transform=new.mask).hidden_states[3]
-        states = task.teacher.encoder(source).hidden_states
+        states = task.teachers[0].encoder(source).hidden_states
         mse = sum(F.mse_loss(head(state), states[i]) for head, i in zip(new.heads, (2, 3))) / 2
         own, wanted = (
             encoder.tap(source, None, [Tap((3,), "maps")])[0][0].mean(1)
-            for encoder in (model.speech_encoder, task.teacher.encoder)
+            for encoder in (model.speech_encoder, task.teachers[0].encoder)
         )
         kl = F.kl_div(own.log().flatten(0, 1), wanted.flatten(0, 1), reduction="batchmean")
     assert float(log["new_mse"]) / log["frames"] == pytest.approx(mse.item(), rel=1e-5)
@@ -140,7 +140,7 @@ def test_labels_beside_distillation(
     monkeypatch.setitem(objective.OBJECTIVES, "labels", (Labels, new_objective.HeadsAndMapsConfig))
     objectives = {"label": {"_name": "labels", "weight": 3.0}}
     task, model, criterion, _ = build(student=path, teacher=path, objectives=objectives)
-    monkeypatch.setattr(task.teacher, "tap", None)  # nobody asks it
+    monkeypatch.setattr(task.teachers[0], "tap", None)  # nobody asks it
     label = torch.tensor([0, 1])
     loss, _, _ = criterion(model, {**batch(small), "label": label})
     state = model.speech_encoder(small.waves()).hidden_states[2].mean(1)

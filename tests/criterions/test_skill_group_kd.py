@@ -62,7 +62,7 @@ def test_value_by_hand(build: Any, small: Any) -> None:
     source = small.waves(batch=3)
     result = loss, weight, _ = criterion(model.eval(), batch(source))
     log = means(result)
-    student, teacher = states(model.speech_encoder, source), states(task.teacher.encoder, source)
+    student, teacher = states(model.speech_encoder, source), states(task.teachers[0].encoder, source)
     expected = 0.0
     for index, group in enumerate(GROUPS):
         s = sum(student[i].double() for i in group) / len(group)
@@ -95,7 +95,7 @@ def test_weights_and_kinds_of_the_loss(build: Any, small: Any) -> None:
     assert loss == pytest.approx(sum(w * (0.3 * a - 0.7 * c) for w, a, c in zip(weights, l1, cos)), rel=1e-5)
     task, model, log_sig = build(cos_type="log_sig", l1_weight=0.0)
     loss = log_sig(model.eval(), batch(source))[0].item()
-    student, teacher = states(model.speech_encoder, source), states(task.teacher.encoder, source)
+    student, teacher = states(model.speech_encoder, source), states(task.teachers[0].encoder, source)
     expected = 0.0
     for group in GROUPS:
         pair = [sum(hidden[i] for i in group) / len(group) for hidden in (student, teacher)]
@@ -114,7 +114,7 @@ def test_states_can_be_normalised_before_averaging(build: Any, small: Any) -> No
             / len(group)
             for kept in (
                 [hidden[i] for i in group]
-                for hidden in (states(model.speech_encoder, source), states(task.teacher.encoder, source))
+                for hidden in (states(model.speech_encoder, source), states(task.teachers[0].encoder, source))
             )
         )
         expected += (s - t).abs().mean().item() / 3
@@ -126,7 +126,7 @@ def test_singletons_are_distillation_layer_by_layer(build: Any, small: Any) -> N
     source = small.waves()
     task, model, criterion = build(groups=[[0], [3]])
     loss = criterion(model.eval(), batch(source))[0].item()
-    student, teacher = states(model.speech_encoder, source), states(task.teacher.encoder, source)
+    student, teacher = states(model.speech_encoder, source), states(task.teachers[0].encoder, source)
     parts = [
         F.l1_loss(student[i], teacher[i]) - F.cosine_similarity(student[i], teacher[i], dim=-1).mean() for i in (0, 3)
     ]
@@ -250,7 +250,7 @@ def test_a_student_of_another_depth_maps_its_layers(build: Any, small: Any, tmp_
     task, model, criterion = build(student=path)
     assert criterion.projections.student_groups == ((0,), (2, 4), (6,))
     source = small.waves()
-    student, teacher = states(model.speech_encoder, source), states(task.teacher.encoder, source)
+    student, teacher = states(model.speech_encoder, source), states(task.teachers[0].encoder, source)
     l1 = F.l1_loss((student[2] + student[4]) / 2, (teacher[1] + teacher[2]) / 2).item()
     assert means(criterion(model.eval(), batch(source)))["l1_g1"] == pytest.approx(l1, rel=1e-5)
 

@@ -13,7 +13,7 @@ DPHUBERT = ((0,), (4,), (8,), (12,))
 
 @pytest.mark.parametrize("convert", [list, tuple, OmegaConf.create])
 def test_parse_groups(convert: Any) -> None:
-    groups = parse_groups(convert([[0], [3, 1, 2], [12]]), num_layers=12)
+    groups = parse_groups(convert([[0], [3, 1, 2], [12]]), depths=[12])
     assert groups == ((0,), (3, 1, 2), (12,))
     assert all(type(layer) is int for group in groups for layer in group)
 
@@ -38,21 +38,21 @@ def test_parse_groups(convert: Any) -> None:
 def test_bad_groups_name_field_value_and_remedy(value: Any, said: list) -> None:
     for given in (value, OmegaConf.create(value)) if isinstance(value, list) else (value,):
         with pytest.raises(ValueError, match=says("criterion.groups", *said, "layers 0..12")):
-            parse_groups(given, num_layers=12)
+            parse_groups(given, depths=[12])
 
 
 def test_groups_of_another_depth() -> None:
-    assert map_groups(DPHUBERT, 12, 6) == ((0,), (2,), (4,), (6,))
-    assert map_groups(((0,), (1, 2, 3), (11, 12)), 12, 24) == ((0,), (2, 4, 6), (22, 24))
-    assert map_groups(((0, 1, 2), (3, 4, 5, 6), (12,)), 12, 2) == ((0, 1), (1,), (2,))
+    assert map_groups(DPHUBERT, [12], 6) == ((0,), (2,), (4,), (6,))
+    assert map_groups(((0,), (1, 2, 3), (11, 12)), [12], 24) == ((0,), (2, 4, 6), (22, 24))
+    assert map_groups(((0, 1, 2), (3, 4, 5, 6), (12,)), [12], 2) == ((0, 1), (1,), (2,))
 
 
 @pytest.mark.parametrize("student_layers", [1, 2, 5, 12, 24])
 def test_mapping_is_monotone_and_keeps_both_ends(student_layers: int) -> None:
-    ((*mapped,),) = map_groups((tuple(range(13)),), 12, student_layers)
+    ((*mapped,),) = map_groups((tuple(range(13)),), [12], student_layers)
     assert mapped == sorted(mapped)
     assert (mapped[0], mapped[-1]) == (0, student_layers)
-    single = [map_groups(((layer,),), 12, student_layers)[0][0] for layer in range(13)]
+    single = [map_groups(((layer,),), [12], student_layers)[0][0] for layer in range(13)]
     assert 0 not in single[1:]
     assert student_layers != 12 or single == list(range(13))
 

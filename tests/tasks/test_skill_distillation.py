@@ -255,11 +255,11 @@ def test_teacher_is_loaded_when_first_asked_for(speech: Path, small: Any, teache
     task = small.make_task(speech, speech / "no_such_teacher.pt")
     task.load_dataset("train")
     with pytest.raises(FileNotFoundError, match="no_such_teacher"):
-        _ = task.teacher
+        _ = task.teachers
     with pytest.raises(ValueError, match=says("task.teacher")):
-        _ = small.make_task(speech).teacher
+        _ = small.make_task(speech).teachers
     task = small.make_task(speech, teacher_file)
-    assert task.teacher is task.teacher
+    assert task.teachers is task.teachers
 
 
 def test_teacher_is_frozen_and_outside_of_everything(speech: Path, small: Any, teacher_file: Path) -> None:
@@ -268,7 +268,7 @@ def test_teacher_is_frozen_and_outside_of_everything(speech: Path, small: Any, t
     criterion = small.make_criterion(task, groups=[[0], [1, 2, 3]], target_sparsity=0.1)
     model.train()
     criterion.train()
-    teacher = task.teacher.encoder
+    teacher = task.teachers[0].encoder
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     loss, _, _ = criterion(model, {"net_input": {"source": small.waves()}})
     loss.backward()
@@ -287,14 +287,14 @@ def test_teacher_of_another_normalisation_is_refused(
     speech: Path, small: Any, teacher_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=says("task.normalize: True", "teacher", "task.normalize=false")):
-        _ = small.make_task(speech, teacher_file, normalize=True).teacher
+        _ = small.make_task(speech, teacher_file, normalize=True).teachers
     save_encoder(small.random_encoder(normalize=True), tmp_path / "normalised.safetensors")
     with pytest.raises(ValueError, match=says("task.normalize: False", "teacher", "task.normalize=true")):
-        _ = small.make_task(speech, tmp_path / "normalised.safetensors").teacher
+        _ = small.make_task(speech, tmp_path / "normalised.safetensors").teachers
 
 
 def test_teacher_runs_in_float32_up_to_the_deepest_group(speech: Path, small: Any, teacher_file: Path) -> None:
-    teacher = small.make_task(speech, teacher_file).teacher
+    teacher = small.make_task(speech, teacher_file).teachers[0]
     source = small.waves()
     with torch.no_grad():
         states = small.random_encoder()(source.half().float()).hidden_states

@@ -121,9 +121,9 @@ def test_teacher_of_another_sample_rate_is_refused(
     telephone = tmp_path / "telephone.safetensors"
     save_encoder(small.random_encoder(sample_rate=8000), telephone)
     with pytest.raises(ValueError, match=says("task.sample_rate: 16000", 8000, "task.sample_rate=8000")):
-        _ = small.make_task(speech, telephone).teacher
+        _ = small.make_task(speech, telephone).teachers
     task = small.make_task(speech, telephone, sample_rate=8000)
-    assert task.teacher.config.sample_rate == 8000
+    assert task.teachers[0].config.sample_rate == 8000
     with pytest.raises(ValueError, match=says("task.sample_rate: 8000", "model.init_from", 16000)):
         task.build_model(small.student_config(teacher_file))
 
