@@ -5,19 +5,25 @@ and students of other shapes than their teacher's.
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import fairseq_cli.train
 import pytest
+import torch
+from fairseq.checkpoint_utils import load_model_ensemble_and_task
 from fairseq.dataclass.initialize import hydra_init
 from hydra.core.global_hydra import GlobalHydra
 from hydra.experimental import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from runs import run
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
+from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
 from skill_fairseq.cli import shrink
+from skill_fairseq.files import content_sha256
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
 LARGE = {"extractor_mode": "layer_norm", "layer_norm_first": True, "normalize": True}
@@ -122,3 +128,65 @@ def test_gates_on_a_thin_student(data: Path, deep: Path, tmp_path: Path) -> None
     assert half.config.conv_channels[-1] == half.config.encoder_embed_dim == 48
     _, stage2 = train("final", "tiny", tmp_path, *where, f"model.init_from={stage1}")
     assert load_encoder(stage2).config == half.config
+
+
+@pytest.mark.slow
+def test_two_teachers_of_two_widths_in_both_stages(small: Any, data: Path, teacher_file: Path, tmp_path: Path) -> None:
+    """By fairseq-hydra-train itself, paths as in the shell; stage 2 is interrupted, and goes on."""
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    shutil.copy(teacher_file, first)
+    torch.manual_seed(3)
+    save_encoder(small.random_encoder(encoder_layers=5, encoder_embed_dim=48), second)
+    common = [f"task.data={data}", "dataset.max_tokens=70000", "criterion.projection_sharing=none"]
+    common += [
+        "task.teacher=[first.safetensors,second.safetensors]",
+        "criterion.groups=[[0,1/0],[1,2,1/3],[3,1/4,1/5]]",
+    ]
+
+    def stage(kind: str, updates: int, *overrides: str) -> tuple[str, dict[str, Any]]:
+        where = [
+            f"hydra.run.dir={kind}",
+            f"checkpoint.save_dir={tmp_path / kind}",
+            f"optimization.max_update={updates}",
+        ]
+        command = [str(Path(sys.executable).with_name("fairseq-hydra-train")), "--config-dir", str(CONFIG / kind)]
+        log = run([*command, "--config-name", "tiny", *where, *common, *overrides], tmp_path)
+        return log, load_torch_file(tmp_path / kind / "checkpoint_last.pt")
+
+    _, checkpoint = stage("distill", 2, "criterion.target_sparsity=0.5")
+    saved = plain(checkpoint["cfg"])
+    assert saved["task"]["teacher"] == [str(first), str(second)] and saved["model"]["init_from"] == str(first)
+    assert saved["criterion"]["groups"] == [[0, "1/0"], [1, 2, "1/3"], [3, "1/4", "1/5"]]
+    weights = {name: tuple(w.shape) for name, w in checkpoint["criterion"].items() if name.endswith("weight")}
+    shapes = [(32, 32)] * 3 + [(48, 32)] * 3
+    assert weights == {f"projections.projections.{i}.weight": shape for i, shape in enumerate(shapes)}
+    assert checkpoint["extra_state"]["teacher_sha256"] == f"{content_sha256(first)}, {content_sha256(second)}"
+
+    _, before = stage("final", 1, "model.init_from=distill/checkpoint_last.pt")
+    log, after = stage("final", 2, "model.init_from=distill/checkpoint_last.pt")
+    assert "@ 1 updates" in log and "another teacher" not in log and "settings have changed" not in log
+    assert [c["optimizer_history"][-1]["num_updates"] for c in (before, after)] == [1, 2]
+    assert set(weights) <= set(after["criterion"]) == set(before["criterion"])
+    last = tmp_path / "final" / "checkpoint_last.pt"
+    assert read_source(last).provenance["teacher"] == ["first.safetensors", "second.safetensors"]
+    for file in (first, second, tmp_path / "distill" / "checkpoint_last.pt"):
+        file.unlink()
+    half, full = load_encoder(last), load_encoder(teacher_file)
+    assert half.num_parameters() == pytest.approx(full.num_parameters() / 2, rel=0.01)
+    models, _, task = load_model_ensemble_and_task([str(last)])
+    assert task.cfg.teacher == [str(first), str(second)]
+    wave = small.waves()
+    assert torch.equal(models[0].eval().speech_encoder(wave).hidden_states[-1], half.eval()(wave).hidden_states[-1])
+
+
+def test_a_list_of_one_teacher_is_that_teacher(data: Path, teacher_file: Path, tmp_path: Path) -> None:
+    found = []
+    for name, teacher in (("plain", f"{teacher_file}"), ("list", f"[{teacher_file}]")):
+        where = (f"task.data={data}", f"task.teacher={teacher}", "criterion.target_sparsity=0.5")
+        _, last = train("distill", "tiny", tmp_path / name, *where)
+        found.append(load_torch_file(last))
+        assert read_source(last).provenance["teacher"] == teacher_file.name
+    one, other = found
+    for part in ("model", "criterion"):
+        assert list(one[part]) == list(other[part])
+        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())

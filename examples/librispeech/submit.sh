@@ -4,7 +4,8 @@
 #   bash submit.sh --data DIR --teacher FILE --out DIR [options]
 #
 #   --data DIR            manifests of skill-manifest: train.tsv, valid.tsv
-#   --teacher FILE        file or folder, as skill-cluster takes it
+#   --teacher FILE        file or folder, as skill-cluster takes it; given again, several teachers: criterion.groups names
+#                         their layers as 1/4, and the student starts from the first
 #   --out DIR             gets clusters/, stage1/, stage2/, student.safetensors and logs/; seen from every node
 #   --config NAME         of config/distill and config/final (default wavlm_base_plus_librispeech)
 #   --final-config NAME   of config/final, where it has another name
@@ -37,7 +38,7 @@ existing() {  # option, path: its absolute name
     printf '%s/%s\n' "$(cd -- "$(dirname -- "$2")" && pwd)" "$(basename -- "$2")"
 }
 
-data='' teacher='' out='' groups=''
+data='' teacher='' teachers=() out='' groups=''
 config=wavlm_base_plus_librispeech final_config='' run_config=slurm_1node print=0
 cluster_args=() sets_stage1=() sets_stage2=()
 sbatch_cluster=() sbatch_stage1=() sbatch_stage2=() sbatch_export=()
@@ -56,7 +57,7 @@ while [ $# -gt 0 ]; do
     esac
     case $1 in
         --data) data=$2 ;;
-        --teacher) teacher=$2 ;;
+        --teacher) teachers+=("$2") teacher=$2 ;;
         --out) out=$2 ;;
         --config) config=$2 ;;
         --final-config) final_config=$2 ;;
@@ -87,10 +88,18 @@ for file in distill/$config final/$final_config run/$run_config; do
         fail "config/$file.yaml: no such config; there are: $(cd "$configs/${file%/*}" && echo *.yaml)"
     fi
 done
-case "$data$teacher$out$groups$configs" in *'${'*) fail "a path holds \${, which hydra takes for a reference; rename it" ;; esac
+case "$data${teachers[*]}$out$groups$configs" in *'${'*) fail "a path holds \${, which hydra takes for a reference; rename it" ;; esac
 data=$(existing --data "$data")
 existing --data "$data/train.tsv" >/dev/null
-teacher=$(existing --teacher "$teacher")
+for i in "${!teachers[@]}"; do teachers[i]=$(existing --teacher "${teachers[i]}"); done
+teacher=${teachers[0]}
+if [ "${#teachers[@]}" -gt 1 ]; then
+    others=("${teachers[@]:1}")
+    cluster_args=("${others[@]/#/--teacher=}" "${cluster_args[@]}")
+    printf -v several ",'%s'" "${teachers[@]//\'/\\\'}"
+    sets_stage1=("task.teacher=[${several:1}]" "${sets_stage1[@]}")
+    sets_stage2=("task.teacher=[${several:1}]" "${sets_stage2[@]}")
+fi
 case $groups in
     none) groups_file= ;;
     '') groups_file=clusters/groups.yaml ;;

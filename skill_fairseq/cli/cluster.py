@@ -19,9 +19,11 @@ from skill_fairseq.clustering import linkage
 from skill_fairseq.clustering.calibration import choose_utterances, layer_similarity
 from skill_fairseq.clustering.config_file import format_groups, merge_groups, read_config
 from skill_fairseq.clustering.plot import plot_clusters
-from skill_fairseq.clustering.similarity import CHEAP_MEASURES, MEASURES
+from skill_fairseq.clustering.similarity import CHEAP_MEASURES, MEASURES, OF_ANY_WIDTH, check_widths
 from skill_fairseq.files import check_output, content_sha256, write_file, write_json
 from skill_fairseq.messages import printable, remedy_for
+from skill_fairseq.objectives.groups import Layer, layer_name, layer_of
+from skill_fairseq.objectives.teacher import check_alike
 from skill_fairseq.versions import versions
 
 EPILOG = """measures (distances between two layers, over all frames of the calibration set):
@@ -35,6 +37,10 @@ examples:
   skill-cluster --teacher WavLM-Base+.pt --manifest data/train.tsv
   skill-cluster --teacher WavLM-Base+.pt --manifest data/train.tsv --config mine.yaml --num-groups 5
   skill-cluster --teacher HF_FOLDER --manifest data/train.tsv --silhouette 3 6 --neighbours-only --compare
+  skill-cluster --teacher WavLM-Base+.pt WavLM-Large.pt --manifest data/train.tsv
+
+Layers of several teachers are clustered together; 1/4 is layer 4 of the second teacher. They must hear the same
+waveforms; if their widths differ, only cka_minibatch and cka compare them.
 
 writes OUT/groups.yaml (for criterion.groups_file), OUT/clusters.json (all distances, the tree, the settings)
 and OUT/clusters.png (needs matplotlib). With --config the groups go into that training config too; its
@@ -60,7 +66,7 @@ def make_groups(distances: np.ndarray, args: argparse.Namespace) -> tuple[np.nda
     return tree, groups, cut
 
 
-def format_table(distances: np.ndarray, groups: Sequence[Sequence[int]], layers: Sequence[int]) -> str:
+def format_table(distances: np.ndarray, groups: Sequence[Sequence[int]], layers: Sequence[Layer]) -> str:
     """A line a group: its layers, the mean distance within, and to the nearest other group."""
     lines = ["group  layers              within  to nearest"]
     for number, group in enumerate(groups):
@@ -73,7 +79,7 @@ def format_table(distances: np.ndarray, groups: Sequence[Sequence[int]], layers:
 
 
 def format_comparison(
-    matrices: dict[str, np.ndarray], number: int, layers: Sequence[int], args: argparse.Namespace
+    matrices: dict[str, np.ndarray], number: int, layers: Sequence[Layer], args: argparse.Namespace
 ) -> str:
     """As many groups by each measure, under the same linkage."""
     lines = [f"{number} groups by each measure:"]
@@ -85,51 +91,59 @@ def format_comparison(
     return "\n".join(lines)
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, runs shortened: 1-3, 5."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
+def _ranges(layers: Sequence[Layer]) -> str:
+    """Ascending layers, runs shortened: 1-3, 5, 1/2-4."""
+    runs: list[list[tuple[int, int]]] = []
+    for teacher, layer in map(layer_of, layers):
+        if runs and (teacher, layer - 1) == runs[-1][-1]:
+            runs[-1].append((teacher, layer))
         else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+            runs.append([(teacher, layer)])
+    return ", ".join(f"{layer_name(*run[0])}" + (f"-{run[-1][1]}" if len(run) > 1 else "") for run in runs)
 
 
 @run
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
-    args.teacher = args.teacher.absolute()  # a folder may be given as "."
+    args.teacher = [path.absolute() for path in args.teacher]  # a folder may be given as "."
     _check_options(args)
     manifest = read_manifest(args.manifest)
-    encoder = load_encoder(args.teacher, args.device, args.trust)
-    layers = list(range(1 if args.no_layer_0 else 0, encoder.config.encoder_layers + 1))
+    encoders = [load_encoder(path, args.device, args.trust) for path in args.teacher]
+    shapes = [encoder.config for encoder in encoders]
+    check_alike(shapes, [str(path) for path in args.teacher], "--teacher")
+    every = [(k, i) for k, shape in enumerate(shapes) for i in range(shape.encoder_layers + 1)]
+    kept = [index for index, (_, i) in enumerate(every) if i or not args.no_layer_0]
+    layers = [layer_name(*every[index]) for index in kept]
+    widths = [shape.encoder_embed_dim for shape in shapes]
+    check_widths([args.measure], widths)
     make_groups(1.0 - np.eye(len(layers)), args)  # options out of range fail before the work
 
-    rate = encoder.config.sample_rate
+    rate = shapes[0].sample_rate
     chosen = choose_utterances(manifest, args.max_seconds, args.max_utterances, args.seed, rate)
     check_manifest(manifest, chosen)
     files = [manifest.files[i] for i in chosen]
     seconds = sum(manifest.sizes[i] for i in chosen) / rate
     skipped: list[Path] = []
     measures = MEASURES if args.compare else tuple(dict.fromkeys([*CHEAP_MEASURES, args.measure]))
+    if len(set(widths)) > 1:
+        measures = tuple(measure for measure in measures if measure in OF_ANY_WIDTH)
     with tqdm(total=round(seconds, 1), desc="encoding", unit="s audio", disable=None) as bar:
-        similarity = layer_similarity(encoder, files, measures, args.batch_size, bar.update, skipped)
+        similarity = layer_similarity(encoders, files, measures, args.batch_size, bar.update, skipped)
     unusable = [i for i, file in zip(chosen, files) if file in skipped]
     if unusable:
         print(f"skipped {len(unusable)} of {len(chosen)} recordings, see above", file=sys.stderr)
         chosen = [i for i in chosen if i not in unusable]
         seconds = sum(manifest.sizes[i] for i in chosen) / rate
-    everything = similarity.distances()
-    matrices = {measure: matrix[layers[0] :, layers[0] :] for measure, matrix in everything.items()}
+    matrices = {measure: matrix[np.ix_(kept, kept)] for measure, matrix in similarity.distances().items()}
 
     distances = matrices[args.measure]
     tree, groups, cut = make_groups(distances, args)
     named = [[layers[i] for i in group] for group in groups]
     calibration = f"{len(chosen)} utterances, {seconds:.1f} s, {similarity.num_frames} frames"
+    names = " and ".join(printable(path.name) for path in args.teacher)
     title = (
-        f"{printable(args.teacher.name)}: {len(groups)} groups of {len(layers)} layers by {args.measure}, "
+        f"{names}: {len(groups)} groups of {len(layers)} layers by {args.measure}, "
         f"{args.linkage} linkage{' of neighbours' if args.neighbours_only else ''}"
     )
     print(f"{title}\n({calibration})\n\n{format_table(distances, groups, layers)}\n")
@@ -137,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{format_comparison(matrices, len(groups), layers, args)}\n")
 
     _write_groups(args.out / "groups.yaml", named, f"{title} ({calibration})")
+    teachers = [{"name": path.name, "sha256": content_sha256(path)} for path in args.teacher]
     record = {
         "groups": named,
         "layers": layers,
@@ -144,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "linkage": tree.tolist(),
         "cut": cut,
         "matrices": {measure: matrix.tolist() for measure, matrix in matrices.items()},
-        "teacher": {"name": args.teacher.name, "sha256": content_sha256(args.teacher)},
+        "teacher": teachers if len(teachers) > 1 else teachers[0],
         "calibration": {
             "manifest": args.manifest.name,
             "utterances": [manifest.paths[i] for i in chosen],
@@ -176,7 +191,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: None if value == float("inf") else value for name, value in settings.items()}
 
 
-def _write_groups(path: Path, groups: Sequence[Sequence[int]], about: str) -> None:
+def _write_groups(path: Path, groups: Sequence[Sequence[Layer]], about: str) -> None:
     text = (
         f"# {about}\n"
         "# Written by skill-cluster. Train with criterion.groups_file=<this file>, or by the override\n"
@@ -190,7 +205,12 @@ def _check_options(args: argparse.Namespace) -> None:
     """What can be refused before anything is read."""
     linkage.check_linkage(args.linkage, args.measure)
     check_device(args.device)
-    inputs = [args.teacher, args.manifest]
+    if args.neighbours_only and len(args.teacher) > 1:
+        raise ValueError(
+            f"--neighbours-only: with {len(args.teacher)} teachers, layers of which are not neighbours; leave it out, "
+            "or give one teacher"
+        )
+    inputs = [*args.teacher, args.manifest]
     if args.config:
         merge_groups(read_config(args.config), [[0]], str(args.config))
         check_output(args.config, "--config", inputs)
@@ -209,7 +229,15 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
     )
     add = parser.add_argument
-    add("--teacher", required=True, type=Path, metavar="FILE", help="any file or folder that load_encoder reads")
+    add(
+        "--teacher",
+        required=True,
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="any file or folder that load_encoder reads; may be several",
+    )
     parser.add_trust()
     add("--manifest", required=True, type=Path, metavar="TSV", help="audio to choose the calibration set from")
     add("--out", type=Path, default=Path("clusters"), metavar="DIR", help="folder to write (default: clusters)")

@@ -67,7 +67,7 @@ def choose_utterances(
 
 @torch.no_grad()
 def layer_similarity(
-    encoder: SpeechEncoder,
+    encoders: SpeechEncoder | Sequence[SpeechEncoder],
     files: Sequence[PathLike],
     measures: Sequence[str] = CHEAP_MEASURES,
     batch_size: int = 1,
@@ -82,8 +82,9 @@ def layer_similarity(
     pieces (:mod:`skill_fairseq.audio.pieces`), in memory that does not depend on their length.
 
     Args:
-        encoder: in eval mode; its device is used.
-        files: mono audio at the encoder's sample rate.
+        encoders: one or several, in eval mode, of the same waveforms and frames; the first one's device is used.
+            Layers of the second stand after those of the first.
+        files: mono audio at the encoders' sample rate.
         measures: see :mod:`skill_fairseq.clustering.similarity`.
         batch_size: most utterances of one length to encode together.
         progress: called with the seconds of every batch done.
@@ -93,11 +94,14 @@ def layer_similarity(
         ValueError: no file can be read, or states are not finite; the file is named.
     """
     similarity = LayerSimilarity(measures)
+    encoders = [encoders] if isinstance(encoders, SpeechEncoder) else encoders
+    encoder = encoders[0]
     device = next(encoder.parameters()).device
     for names, source in _batches(encoder, files, batch_size, [] if skipped is None else skipped):
         try:
             for piece in pieces(source, encoder.config.sample_rate):
-                similarity.update(encoder(piece.to(device)).hidden_states)
+                piece = piece.to(device)
+                similarity.update([state for each in encoders for state in each(piece).hidden_states])
         except ValueError as error:
             raise ValueError(f"{', '.join(names)}: {error}") from error
         progress(source.numel() / encoder.config.sample_rate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,13 @@ from typing import Any
 import yaml
 
 from skill_fairseq.files import PathLike
+from skill_fairseq.objectives.groups import Layer
 from skill_fairseq.reading import decode
 
 
-def format_groups(groups: Sequence[Sequence[int]], separator: str = ", ") -> str:
-    """One line that YAML, JSON and hydra's command line read alike: ``[[0], [1, 2]]``."""
-    return "[" + separator.join("[" + separator.join(map(str, group)) + "]" for group in groups) + "]"
+def format_groups(groups: Sequence[Sequence[Layer]], separator: str = ", ") -> str:
+    """One line that YAML, JSON and hydra's command line read alike: ``[[0], [1, 2, "1/2"]]``."""
+    return "[" + separator.join("[" + separator.join(map(json.dumps, group)) + "]" for group in groups) + "]"
 
 
 def read_config(path: PathLike) -> str:
@@ -30,7 +32,7 @@ def read_config(path: PathLike) -> str:
     return decode(file.read_bytes(), file)
 
 
-def merge_groups(text: str, groups: Sequence[Sequence[int]], name: str = "config") -> str:
+def merge_groups(text: str, groups: Sequence[Sequence[Layer]], name: str = "config") -> str:
     """A training config with its ``criterion.groups`` replaced, or put in where there is none.
 
     All other text stays, comments included; comments between the lines of a replaced list go with it. The

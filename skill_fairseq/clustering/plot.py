@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from skill_fairseq.files import PathLike, atomic_write
+from skill_fairseq.objectives.groups import Layer
 
 NAMES = {
     "cka": "linear CKA",
@@ -31,7 +32,7 @@ def plot_clusters(
     tree: np.ndarray,
     groups: Sequence[Sequence[int]],
     height: float,
-    layers: Sequence[int],
+    layers: Sequence[Layer],
     measure: str,
     title: str,
 ) -> None:
@@ -46,7 +47,7 @@ def plot_clusters(
         tree: (n - 1, 4) linkage matrix of these distances.
         groups: lists of indices into the n.
         height: where the tree is cut.
-        layers: the n layers' numbers.
+        layers: the n layers' names.
         measure: name of the distances.
         title: one line above the picture.
 

@@ -1,4 +1,6 @@
-"""Distances between the layers of an encoder, measured in one pass over hidden states.
+"""Distances between the layers of one or several encoders, measured in one pass over hidden states.
+
+CKA compares layers of any widths; the other measures subtract features, so that all layers must have one width.
 
 Definitions, for two layers with states x_f, y_f in R^D at the frames f = 1..N (padding left out):
 
@@ -19,7 +21,8 @@ All sums are float64; no frames are kept beyond a buffer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,23 +32,37 @@ from skill_fairseq.objectives.loss import without_padding
 
 MEASURES = ("cka_minibatch", "cka", "cosine", "l1", "l2", "loss")
 CHEAP_MEASURES = ("cka_minibatch", "cosine", "l1", "l2", "loss")
+OF_ANY_WIDTH = ("cka_minibatch", "cka")
+"""Measures between layers that may differ in width."""
 
 MIN_BLOCK = 4  # the unbiased HSIC divides by n (n - 3)
 
 
-def unbiased_hsic(states: Tensor) -> Tensor:
+def check_widths(measures: Sequence[str], widths: Sequence[int]) -> None:
+    """Raises:
+    ValueError: layers of several widths, and a measure that needs one; names it.
+    """
+    unfit = [measure for measure in measures if measure not in OF_ANY_WIDTH]
+    if unfit and len(set(widths)) > 1:
+        raise ValueError(
+            f"measure: {', '.join(unfit)}: needs layers of one width, but they have {sorted(set(widths))}; choose from "
+            f"{', '.join(OF_ANY_WIDTH)}"
+        )
+
+
+def unbiased_hsic(*states: Tensor) -> Tensor:
     """Unbiased HSIC with linear kernels between all pairs of layers (Song et al. 2012).
 
     Computed as inner products of U-centred Gram matrices (Szekely and Rizzo 2014): the same numbers.
 
     Args:
-        states: (S, n, D) float64 states of S layers at n >= 4 frames.
+        states: (S_k, n, D_k) float64 states of S_k layers of width D_k at n >= 4 frames, S layers in all.
 
     Returns:
         (S, S) float64, symmetric.
     """
-    n = states.size(1)
-    gram = states @ states.transpose(1, 2)
+    n = states[0].size(1)
+    gram = torch.cat([layers @ layers.transpose(1, 2) for layers in states])
     gram.diagonal(dim1=1, dim2=2).zero_()
     rows = gram.sum(2) / (n - 2)
     total = rows.sum(1) / (n - 1)
@@ -96,40 +113,46 @@ class LayerSimilarity:
         self.block_frames = block_frames
         self.buffer_blocks = buffer_blocks
         self.num_frames = 0
-        self._shape = (0, 0)  # layers, features
-        self._buffer: list[Tensor] = []
+        self._widths: tuple[int, ...] = ()  # features of each layer
+        self._buffer: list[list[Tensor]] = []
         self._buffered = 0
 
     def update(self, hidden_states: Sequence[Tensor], padding_mask: Tensor | None = None) -> None:
         """Takes the states of one batch.
 
         Args:
-            hidden_states: L + 1 tensors (B, T, D), any floating type.
+            hidden_states: L + 1 tensors (B, T, D), any floating type; D may differ between layers for
+                :data:`OF_ANY_WIDTH`. States of several encoders stand one after the other.
             padding_mask: (B, T) bool, True = padding, which does not count; None: there is none.
 
         Raises:
-            ValueError: shapes that differ from layer to layer or from earlier batches, or states not finite.
+            ValueError: frames that differ from layer to layer, widths that differ from earlier batches or that a
+                measure cannot compare, or states not finite.
         """
         shapes = {tuple(state.shape) for state in hidden_states}
-        if len(shapes) != 1 or len(next(iter(shapes))) != 3:
-            raise ValueError(f"hidden_states: shapes {sorted(shapes)}; expected one shape (B, T, D) for all layers")
+        if len({shape[:2] for shape in shapes}) != 1 or {len(shape) for shape in shapes} != {3}:
+            raise ValueError(f"hidden_states: shapes {sorted(shapes)}; expected (B, T, D) of the same B and T")
+        widths = tuple(state.size(2) for state in hidden_states)
+        check_widths(self.measures, widths)
         if padding_mask is None:
-            frames = torch.stack([state.flatten(0, 1) for state in hidden_states])
+            states = [state.flatten(0, 1) for state in hidden_states]
         else:
-            frames = torch.stack(without_padding(hidden_states, padding_mask))
-        layers, count, features = frames.shape
+            states = without_padding(hidden_states, padding_mask)
         if self.num_frames == 0:
-            self._start(layers, features, frames.device)
-        if self._shape != (layers, features):
-            raise ValueError(
-                f"hidden_states: {layers} layers of {features} features after {self._shape[0]} of "
-                f"{self._shape[1]}; use a new LayerSimilarity for another encoder"
+            self._start(widths, states[0].device)
+        if self._widths != widths:
+            new, old = (
+                f"{len(w)} layers of {' and '.join(map(str, dict.fromkeys(w)))}" for w in (widths, self._widths)
             )
-        self.num_frames += count
-        self._add(frames)
-        if not torch.isfinite(self._l1).all():
-            bad = [i for i in range(layers) if not torch.isfinite(frames[i]).all()]
+            raise ValueError(
+                f"hidden_states: {new} features after {old}; use a new LayerSimilarity for another encoder"
+            )
+        bad = [i for i, state in enumerate(states) if not torch.isfinite(state).all()]
+        if bad:
             raise ValueError(f"hidden_states: NaN or infinity in layers {bad}; check the audio and the teacher")
+        frames = [torch.stack(list(same)) for _, same in itertools.groupby(states, key=lambda state: state.size(1))]
+        self.num_frames += len(states[0])
+        self._add(frames)
         if "cka_minibatch" in self.measures:
             self._fill(frames)
 
@@ -144,7 +167,7 @@ class LayerSimilarity:
         """
         if self.num_frames < MIN_BLOCK:
             raise ValueError(f"similarity: {self.num_frames} frames; at least {MIN_BLOCK} are needed: add audio")
-        numbers = self.num_frames * self._shape[1]
+        numbers = self.num_frames * self._widths[0]
         found = {
             "cosine": 1.0 - self._cosine / self.num_frames,
             "l1": _square(self._l1 / numbers),
@@ -154,27 +177,26 @@ class LayerSimilarity:
         if "cka" in self.measures:
             found["cka"] = cka_distance(self._exact_hsic())
         if "cka_minibatch" in self.measures:
-            rest = torch.cat(self._buffer, 1)[:, : self._buffered] if self._buffered else None
-            hsic = self._hsic if rest is None else self._hsic + self._blocks(rest)
+            hsic = self._hsic + self._blocks() if self._buffered else self._hsic
             found["cka_minibatch"] = cka_distance(hsic)
         return {measure: _as_distances(found[measure]) for measure in self.measures}
 
-    def _start(self, layers: int, features: int, device: torch.device) -> None:
+    def _start(self, widths: tuple[int, ...], device: torch.device) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-        self._shape = (layers, features)
+        self._widths, layers = widths, len(widths)
         pairs = layers * (layers - 1) // 2
         self._l1, self._l2, self._cosine, self._hsic = zeros(pairs), zeros(pairs), *zeros(2, layers, layers)
         if "cka" in self.measures:
-            self._sums = zeros(layers, features)
+            self._sums = zeros(sum(widths))
             # Row i: x_i^T [x_i x_{i+1} ... x_L].
-            self._products = [zeros(features, (layers - i) * features) for i in range(layers)]
+            self._products = [zeros(width, sum(widths[i:])) for i, width in enumerate(widths)]
 
-    def _add(self, frames: Tensor) -> None:
-        """Per-frame measures and covariances of (L + 1, n, D) states."""
+    def _add(self, frames: Sequence[Tensor]) -> None:
+        """Per-frame measures, of layers of one width, and covariances; (S_k, n, D_k) states as of :meth:`update`."""
         # Few frames at a time, so that they stay in the processor's cache.
-        for piece in frames.split(max(1, 8192 // self._shape[1]), dim=1):
+        for piece in frames[0].split(max(1, 8192 // self._widths[0]), dim=1) if len(frames) == 1 else ():
             piece = piece.double()
             rows = piece.flatten(1)
             self._l1 += torch.pdist(rows, 1)
@@ -184,44 +206,50 @@ class LayerSimilarity:
             norms = products.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-8)
             self._cosine += (products / norms[:, :, None] / norms[:, None, :]).sum(0)
         if "cka" in self.measures:
-            exact = frames.double()
-            self._sums += exact.sum(1)
-            side_by_side = exact.transpose(0, 1).flatten(1)
-            for i, products in enumerate(self._products):
-                products.addmm_(exact[i].T, side_by_side[:, i * self._shape[1] :])
+            side_by_side = torch.cat([layers.double().transpose(0, 1).flatten(1) for layers in frames], 1)
+            self._sums += side_by_side.sum(0)
+            for own, right, products in zip(
+                side_by_side.split(self._widths, 1), self._right(side_by_side), self._products
+            ):
+                products.addmm_(own.T, right)
+
+    def _right(self, side_by_side: Tensor) -> Iterator[Tensor]:
+        """Of features of all layers in the last dimension, for each layer those from it on."""
+        for start in itertools.accumulate((0, *self._widths[:-1])):
+            yield side_by_side[..., start:]
 
     def _exact_hsic(self) -> Tensor:
         """Squared Frobenius norms of the cross-covariances (times the number of frames), (L + 1, L + 1)."""
-        layers, features = self._shape
+        layers = len(self._widths)
         hsic = self._sums.new_zeros(layers, layers)
-        for i, products in enumerate(self._products):
-            centred = products - torch.outer(self._sums[i], self._sums[i:].flatten()) / self.num_frames
-            norms = centred.view(features, -1, features).square().sum((0, 2))
+        rows = zip(self._sums.split(self._widths), self._right(self._sums), self._products)
+        for i, (own, right, products) in enumerate(rows):
+            centred = products - torch.outer(own, right) / self.num_frames
+            norms = torch.stack([part.square().sum() for part in centred.split(self._widths[i:], 1)])
             hsic[i, i:] = norms
             hsic[i:, i] = norms
         return hsic
 
-    def _fill(self, frames: Tensor) -> None:
-        """Puts (L + 1, n, D) states into the buffer, and empties it whenever it is full."""
-        size = self.block_frames * self.buffer_blocks
-        for piece in self._pieces(frames, size):
-            self._buffer.append(piece)
-            self._buffered += piece.size(1)
+    def _fill(self, frames: Sequence[Tensor]) -> None:
+        """Puts (S_k, n, D_k) states into the buffer, and empties it whenever it is full."""
+        size, start, count = self.block_frames * self.buffer_blocks, 0, frames[0].size(1)
+        while start < count:
+            end = min(start + size - self._buffered, count)
+            self._buffer.append([layers[:, start:end] for layers in frames])
+            self._buffered += end - start
+            start = end
             if self._buffered == size:
-                self._hsic += self._blocks(torch.cat(self._buffer, 1))
+                self._hsic += self._blocks()
                 self._buffer, self._buffered = [], 0
 
-    def _pieces(self, frames: Tensor, size: int) -> list[Tensor]:
-        first = min(size - self._buffered, frames.size(1))
-        return [frames[:, :first], *(frames[:, first:].split(size, 1) if first < frames.size(1) else ())]
-
-    def _blocks(self, frames: Tensor) -> Tensor:
-        """HSIC summed over interleaved blocks, weighted by frames: (L + 1, n, D) to (L + 1, L + 1)."""
-        if frames.size(1) < MIN_BLOCK:  # 1 to 3 frames left at the very end of the stream
+    def _blocks(self) -> Tensor:
+        """HSIC of the buffer, (L + 1, L + 1), summed over interleaved blocks, weighted by frames."""
+        if self._buffered < MIN_BLOCK:  # 1 to 3 frames left at the very end of the stream
             return torch.zeros_like(self._hsic)
-        blocks = max(1, frames.size(1) // self.block_frames)
-        parts = [frames[:, b::blocks].double() for b in range(blocks)]
-        return torch.stack([part.size(1) * unbiased_hsic(part) for part in parts]).sum(0)
+        frames = [torch.cat(pieces, 1) for pieces in zip(*self._buffer)]
+        blocks = max(1, self._buffered // self.block_frames)
+        parts = [[layers[:, b::blocks].double() for layers in frames] for b in range(blocks)]
+        return torch.stack([part[0].size(1) * unbiased_hsic(*part) for part in parts]).sum(0)
 
 
 def _square(pairs: Tensor) -> Tensor:

@@ -42,10 +42,11 @@ def _shape(meaning: str) -> Any:
 class SkillStudentConfig(_Hubert):
     """Origin, gates, dropout and shape of the student. What is null of the shape is filled in from ``init_from``."""
 
-    init_from: Optional[str] = field(
+    init_from: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "teacher file (the student starts as its copy), or the stage-1 checkpoint, which is shrunk first"
+            "help": "teacher file (the student starts as its copy; of a list, as task.teacher may be, the first), or the "
+            "stage-1 checkpoint, which is shrunk first"
         },
     )
     init_parts: Optional[Any] = field(

@@ -34,8 +34,8 @@ class GroupMeansConfig:
     groups: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "groups of teacher layers, e.g. [[0],[1,2,3],[4,5]]; layer 0 precedes the transformer; with several "
-            "teachers 1/4 is layer 4 of the second"
+            "help": "groups of teacher layers, e.g. [[0],[1,2,3],[4,5]]; layer 0 precedes the transformer; 1/4 is layer "
+            "4 of the second of several teachers"
         },
     )
     groups_file: Optional[str] = field(
@@ -60,7 +60,8 @@ class GroupMeansConfig:
     projection_sharing: Any = field(
         default="all",
         metadata={
-            "help": "none, all, or the projection's index for each group; DPHuBERT is [0,1,1,1]; each teacher has its own"
+            "help": "none, all, or the projection's index for each group; DPHuBERT is [0,1,1,1]; each teacher has its "
+            "own"
         },
     )
 

@@ -1,8 +1,8 @@
 """Groups of layers: reading and checking them.
 
-Layers are numbered as hidden states are: 0 before the positional convolution, i after Transformer layer i. A number alone
-is a layer of the first teacher; ``1/4`` is layer 4 of the second one (teachers count from 0). YAML reads that as text,
-with and without quotes, and so does hydra's command line; of ``1:4`` YAML 1.1 would make the number 64.
+Layers are numbered as hidden states are: 0 before the positional convolution, i after Transformer layer i. A number
+alone is a layer of the first teacher; ``1/4`` is layer 4 of the second one (teachers count from 0). YAML reads that as
+text, with and without quotes, and so does hydra's command line; of ``1:4`` YAML 1.1 would make the number 64.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class Objective(nn.Module):
 
     Attributes:
         student_taps: what it asks of the student.
-        teacher_taps: what it asks of the teachers (:attr:`Tap.teacher` says which); nothing where it needs labels alone.
+        teacher_taps: what it asks of the teachers, each tap of that which ``Tap.teacher`` says; nothing where it needs
+            labels alone.
     """
 
     def __init__(

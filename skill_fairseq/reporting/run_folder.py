@@ -154,7 +154,8 @@ def _checkpoint(path: Path, folder: Path, config: Optional[Mapping[str, Any]]) -
 
 
 def _named(stages: Sequence[Stage], field: str) -> Optional[Path]:
-    """A path in the settings of the first training that has some, where it exists on this machine; of a list the first."""
+    """A path in the settings of the first training that has some, of a list the first, where it exists on this
+    machine."""
     for stage in stages:
         if stage.config:
             value = _setting(stage.config, "task", field)

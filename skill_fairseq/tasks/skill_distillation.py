@@ -38,8 +38,8 @@ class SkillDistillationConfig(AudioPretrainingConfig):
     teacher: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "teacher file or folder, of any kind that skill_fairseq.load_encoder knows; or a list of them, whose "
-            "layers criterion.groups names as 1/4: layer 4 of the second"
+            "help": "teacher file or folder, of any kind that skill_fairseq.load_encoder knows, or a list of them; in "
+            "criterion.groups 1/4 is layer 4 of the second"
         },
     )
     teacher_dtype: ChoiceEnum(["fp32", "bf16", "fp16"]) = field(  # type: ignore[valid-type]

@@ -12,7 +12,8 @@ from hydra.utils import to_absolute_path
 
 
 def from_shell(path: Any) -> Any:
-    """The path, or each of a list, absolute: relative to where the command was started, for hydra has changed into the run's folder since.
+    """The path, or each of a list, absolute: relative to where the command was started, for hydra has changed into the
+    run's folder since.
 
     fairseq starts a process for each GPU of a node, which knows nothing of hydra, but where its parent was started.
     """

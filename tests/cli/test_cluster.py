@@ -20,29 +20,35 @@ from skill_fairseq.clustering.calibration import choose_utterances, layer_simila
 from skill_fairseq.clustering.similarity import CHEAP_MEASURES, MEASURES
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.objectives.groups import parse_groups, read_groups
+from skill_fairseq.reporting.run_report import cluster_command
+from skill_fairseq.reporting.shapes import check_clusters
 
 SPEECH = Path(__file__).parents[2] / "examples" / "tiny" / "data" / "valid.tsv"
 LAYERS = 5
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
+def make_teacher(path, layers=LAYERS, width=16, **changes):
     torch.manual_seed(0)
     shape = EncoderConfig(
         conv_feature_layers="[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2",
-        encoder_layers=LAYERS,
-        encoder_embed_dim=16,
+        encoder_layers=layers,
+        encoder_embed_dim=width,
         encoder_ffn_embed_dim=32,
         encoder_attention_heads=2,
         conv_pos=8,
         conv_pos_groups=2,
-    )
+    ).replace(**changes)
     encoder = SpeechEncoder(shape)
     for parameter in encoder.transformer.layers.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)  # or all layers would be alike
-    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     save_encoder(encoder, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
 
 
 @pytest.fixture
@@ -180,6 +186,47 @@ def test_without_layer_0(command, tmp_path):
     assert matrix.shape == (LAYERS, LAYERS)
     tree = linkage.link(matrix, "ward")
     assert found["groups"] == [[i + 1 for i in group] for group in linkage.cut_to_number(tree, 2)]
+
+
+def test_teachers_of_two_widths_are_clustered_together(command, teacher, tmp_path):
+    """CKA between all layers, as the library has it; groups.yaml is what criterion.groups_file takes."""
+    wider = make_teacher(tmp_path / "wider.safetensors", layers=3, width=24)
+    code, out, err = command("--teacher", wider, "--num-groups", 3, "--no-layer-0", "--compare")
+    assert code == 0, err
+    found = record(tmp_path)
+    names = [1, 2, 3, 4, 5, "1/1", "1/2", "1/3"]
+    assert found["layers"] == names and set(found["matrices"]) == {"cka", "cka_minibatch"}
+    assert [each["name"] for each in found["teacher"]] == ["teacher.safetensors", "wider.safetensors"]
+    manifest = read_manifest(SPEECH)
+    files = [manifest.files[i] for i in choose_utterances(manifest, max_seconds=8)]
+    encoders = [load_encoder(teacher), load_encoder(wider)]
+    expected = layer_similarity(encoders, files, ["cka"]).distances()["cka"]
+    kept = [1, 2, 3, 4, 5, 7, 8, 9]
+    np.testing.assert_allclose(found["matrices"]["cka"], expected[np.ix_(kept, kept)], rtol=1e-6, atol=1e-9)
+    one = layer_similarity(encoders[0], files, ["cka"]).distances()["cka"]
+    np.testing.assert_allclose(expected[:6, :6], one, rtol=1e-6, atol=1e-9)
+    groups = linkage.cut_to_number(linkage.link(np.array(found["matrices"]["cka_minibatch"])), 3)
+    assert found["groups"] == [[names[i] for i in group] for group in groups]
+    text = (tmp_path / "out" / "groups.yaml").read_text()
+    read = parse_groups(read_groups(None, tmp_path / "out" / "groups.yaml"), [5, 3])
+    assert read == tuple(map(tuple, found["groups"]))
+    override = f"'criterion.groups={json.dumps(found['groups']).replace(' ', '')}'"
+    assert override in text and override in out
+    check_clusters(found)
+    assert cluster_command(found)[:4] == ["skill-cluster", "--teacher", "teacher.safetensors", "wider.safetensors"]
+
+
+def test_teachers_that_do_not_fit_together(command, tmp_path):
+    wider = make_teacher(tmp_path / "wider.safetensors", width=24)
+    slower = make_teacher(tmp_path / "slower.safetensors", sample_rate=8000)
+    for words, said in (
+        (["--teacher", wider, "--measure", "cosine"], ["cosine", "[16, 24]", "cka"]),
+        (["--teacher", wider, "--neighbours-only"], ["--neighbours-only", "2 teachers"]),
+        (["--teacher", slower], ["--teacher", "slower.safetensors", "sample_rate", 8000, 16000]),
+    ):
+        code, out, err = command(*words)
+        assert code == 2 and out == "" and re.search(says(*said), err), err
+    assert not (tmp_path / "out").exists()
 
 
 def test_height_silhouette_and_neighbours(command, tmp_path):

@@ -171,6 +171,35 @@ def test_reading_the_result_does_not_end_the_stream():
         np.testing.assert_allclose(matrix, expected[measure], rtol=1e-9, atol=1e-14)
 
 
+@pytest.mark.parametrize("measure", ["cka", "cka_minibatch"])
+def test_layers_of_several_widths(measure):
+    """As two encoders have them; equal to the definition for each pair."""
+    generator = torch.Generator().manual_seed(1)
+    narrow, wide = states(90), states(90, seed=1) @ torch.randn(FEATURES, 11, generator=generator)
+    layers = [*narrow, *(wide + 0.5 * torch.randn(wide.shape, generator=generator)), narrow[1] * 2]
+    similarity = LayerSimilarity([measure], block_frames=15, buffer_blocks=2)
+    for start, end in ((0, 40), (40, 47), (47, 90)):
+        similarity.update([layer[None, start:end] for layer in layers])
+    found = similarity.distances()[measure]
+    layers = [layer.double() for layer in layers]
+    if measure == "cka":
+        expected = torch.tensor([[1 - exact_cka(x, y) for y in layers] for x in layers])
+    else:
+        blocks = [slice(30 * full + b, 30 * full + 30, 2) for full in range(3) for b in range(2)]
+        hsic = torch.tensor([[sum(hsic_1(x[part], y[part]) for part in blocks) for y in layers] for x in layers])
+        expected = 1 - hsic / torch.outer(hsic.diagonal(), hsic.diagonal()).sqrt()
+    np.testing.assert_allclose(found, expected.clamp_min(0).fill_diagonal_(0).numpy(), rtol=1e-9, atol=1e-12)
+    assert found[1, -1] == pytest.approx(0, abs=1e-12) and 0.01 < found[0, 5] < 1
+
+
+def test_measures_that_need_one_width_are_refused_by_name():
+    similarity = LayerSimilarity(["cka", "l2", "cosine"])
+    with pytest.raises(ValueError, match=says("measure", "l2", "cosine", "[6, 7]", "cka_minibatch")):
+        similarity.update([torch.randn(1, 9, 6), torch.randn(1, 9, 7)])
+    with pytest.raises(ValueError, match=says("hidden_states", "(1, 8, 7)")):
+        LayerSimilarity(["cka"]).update([torch.randn(1, 9, 6), torch.randn(1, 8, 7)])
+
+
 def test_clear_errors():
     frames = states(8)
     with pytest.raises(ValueError, match=says("measure", "'euclid'", "cka_minibatch")):

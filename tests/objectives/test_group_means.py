@@ -84,6 +84,54 @@ def test_what_it_asks_and_chooses() -> None:
     assert cfg.normalize_states is True
 
 
+WIDER = TEACHER.replace(encoder_embed_dim=48, encoder_attention_heads=4, encoder_layers=6)
+TWO = [[0, "1/0"], [1, 3, "1/2", "1/5", "1/6"], ["1/1"], [2]]
+
+
+@pytest.mark.parametrize("sharing", ["none", "all", [0, 1, 1, 0]])
+def test_groups_of_two_teachers_of_two_widths(sharing: Any) -> None:
+    """Loss and gradients by the definition: the group's loss is the mean over its teachers, each with a projection."""
+    cfg = GroupMeansConfig(groups=TWO, group_weights=[0.5, 1.0, 2.0, 0.25], projection_sharing=sharing)
+    skill = GroupMeans(cfg, TEACHER, [TEACHER, WIDER]).double()
+    asked = [(tap.teacher, tap.layers) for tap in skill.teacher_taps]
+    assert asked == [(0, (0,)), (1, (0,)), (0, (1, 3)), (1, (2, 5, 6)), (1, (1,)), (0, (2,))]
+    assert [tap.layers for tap in skill.student_taps] == [(0,), (1, 3), (1,), (2,)]
+    torch.manual_seed(0)
+    for parameter in skill.parameters():
+        torch.nn.init.normal_(parameter)
+    student = [state.requires_grad_() for state in means(4)]
+    teacher = [means(1, (32, 48)[k], seed)[0] for seed, (k, _) in enumerate(asked)]
+    loss, logged = skill(student, teacher)
+    given = torch.autograd.grad(loss, [*student, *skill.parameters()])
+
+    indices = {"none": [0, 1, 2, 3], "all": [0, 0, 0, 0]}.get(str(sharing), sharing)
+    pairs = {(k, indices[g]) for g, k in zip((0, 0, 1, 1, 2, 3), (0, 1, 0, 1, 1, 0))}
+    of = {pair: i for i, pair in enumerate(sorted(pairs))}
+    assert [p.out_features for p in skill.projections] == [(32, 48)[k] for k, _ in of]
+
+    def term(g: int, k: int, target: Tensor) -> Tensor:
+        each = skill.projections[of[k, indices[g]]]
+        found = student[g] @ each.weight.T + each.bias
+        cos = (found * target).sum(-1) / found.norm(dim=-1) / target.norm(dim=-1)
+        return (found - target).abs().mean() - cos.mean()
+
+    t = teacher
+    brute = [(term(0, 0, t[0]) + term(0, 1, t[1])) / 2, (term(1, 0, t[2]) + term(1, 1, t[3])) / 2]
+    brute += [term(2, 1, t[4]), term(3, 0, t[5])]
+    expected = sum(weight * part for weight, part in zip((0.5, 1.0, 2.0, 0.25), brute))
+    wanted = torch.autograd.grad(expected, [*student, *skill.parameters()])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for mine, theirs in zip(given, wanted):
+        assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-14) and mine.any()
+    for g, part in enumerate(brute):
+        assert (logged[f"l1_g{g}"] - logged[f"cos_g{g}"]).item() == pytest.approx(part.item(), rel=1e-12)
+
+
+def test_settings_of_two_teachers() -> None:
+    skill = GroupMeans(GroupMeansConfig(groups=TWO), TEACHER, [TEACHER, WIDER])
+    assert skill.settings({"groups": [["1/10", 3, "1/2"], ["0/1"]]}) == {"groups": [[3, "1/2", "1/10"], [1]]}
+
+
 def test_settings_are_the_same_however_they_are_written() -> None:
     skill = objective()
     one = {"groups": [[1, 3], [0]], "projection_sharing": "all", "normalize_states": None, "l1_weight": 2.0}

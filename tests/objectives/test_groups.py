@@ -3,10 +3,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from messages import says
 from omegaconf import OmegaConf
 
-from skill_fairseq.objectives.groups import map_groups, parse_groups, parse_sharing
+from skill_fairseq.objectives.groups import by_teacher, layer_name, layer_of, map_groups, parse_groups, parse_sharing
 
 DPHUBERT = ((0,), (4,), (8,), (12,))
 
@@ -39,6 +40,36 @@ def test_bad_groups_name_field_value_and_remedy(value: Any, said: list) -> None:
     for given in (value, OmegaConf.create(value)) if isinstance(value, list) else (value,):
         with pytest.raises(ValueError, match=says("criterion.groups", *said, "layers 0..12")):
             parse_groups(given, depths=[12])
+
+
+def test_layers_of_several_teachers() -> None:
+    read = yaml.safe_load("[[0, 1/0], [2, '1/6', 3], [0/1, 2/10]]")
+    groups = parse_groups(OmegaConf.create(read), [3, 6, 10])
+    assert groups == ((0, "1/0"), (2, "1/6", 3), (1, "2/10"))
+    assert by_teacher(groups[1]) == {0: (2, 3), 1: (6,)} and by_teacher(groups[2]) == {0: (1,), 2: (10,)}
+    for pair in ((0, 7), (1, 0), (2, 24)):
+        assert layer_of(layer_name(*pair)) == pair
+    # Each in proportion to its own teacher's depth; what meets in one student layer counts once.
+    assert map_groups(((0, "1/0"), (2, "1/4"), (3, "1/3")), [3, 6], 6) == ((0,), (4,), (6, 3))
+
+
+@pytest.mark.parametrize(
+    "layer, said",
+    [
+        ("1/7", ["layer 1/7", "does not have"]),
+        ("2/1", ["layer 2/1", "2 teacher"]),
+        (yaml.safe_load("1:4"), ["layer 64", "does not have"]),  # of YAML 1.1
+        ("1:4", ["'1:4'", "1/4"]),
+        ("-1/2", ["'-1/2'"]),
+        ("1/2/3", ["'1/2/3'"]),
+        ("1/٢", ["'1/"]),
+        ("0/2", ["0/2", "twice"]),
+        (None, ["None"]),
+    ],
+)
+def test_bad_layers_of_several_teachers(layer: Any, said: list) -> None:
+    with pytest.raises(ValueError, match=says("criterion.groups", *said, "0..3", "1/0..1/6")):
+        parse_groups([[2], [layer]], [3, 6])
 
 
 def test_groups_of_another_depth() -> None:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 import yaml
 from messages import says
 from runs import ENVIRONMENT, WORST
@@ -133,6 +134,23 @@ def test_paths_are_handed_on_whatever_they_hold(tmp_path: Path) -> None:
         assert f"{folder / 'clone' / 'config' / kind / 'wavlm_base_plus_librispeech'}" in command
     result = submit(*options[:3], "${x}", *options[4:])
     assert result.returncode == 2 and "${" in result.stderr
+
+
+def test_several_teachers(tmp_path: Path) -> None:
+    """Whatever their paths hold, each step gets all of them; the first as before."""
+    folder = tmp_path / WORST
+    folder.mkdir()
+    for name in ("one, two", "second"):
+        (folder / name).symlink_to(TEACHER)
+    one, two = str(folder / "one, two"), str(folder / "second")
+    options = ["--data", DATA, "--teacher", one, "--teacher", two, "--out", tmp_path / "out", "--print"]
+    result = submit(*options)
+    assert result.returncode == 0, result.stderr
+    cluster, *stages = (shlex.split(line) for line in result.stdout.splitlines() if line.startswith("sbatch "))
+    assert f"--teacher={two}" in cluster and one in cluster
+    for command in stages[:2]:
+        (word,) = (word for word in command if word.startswith("task.teacher="))
+        assert OverridesParser.create().parse_override(word).value() == [one, two]
 
 
 @pytest.mark.slow

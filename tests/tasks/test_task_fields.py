@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from messages import says
+from omegaconf import OmegaConf
 
 from skill_fairseq.checkpoints import save_encoder
+from skill_fairseq.files import content_sha256
+from skill_fairseq.tasks.skill_distillation import SkillDistillationTask
 
 
 def loaded(small: Any, data: Path, **fields: Any) -> Any:
@@ -139,3 +142,33 @@ def test_student_keeps_the_sample_rate_in_its_config(small: Any, speech: Path, t
     del cfg["sample_rate"]  # of a checkpoint that does not hold it; the task's config does
     old = small.make_task(speech, sample_rate=8000).build_model(cfg, from_checkpoint=True)
     assert old.speech_encoder.config.sample_rate == 8000
+
+
+@pytest.mark.parametrize("given", [[], [None], ["a.pt", 3], ["a.pt", ""], 3, {"a": "b"}])
+def test_teachers_are_paths(given: Any, small: Any, speech: Path) -> None:
+    with pytest.raises(ValueError, match=says("task.teacher", str(given), "list of paths")):
+        SkillDistillationTask(OmegaConf.merge(small.make_task(speech).cfg, {"teacher": given}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sample_rate": 8000}, ["sample_rate", 8000, 16000]),
+        ({"normalize": True}, ["normalize", "True", "False"]),
+        ({"conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)]"}, ["samples a frame", 160, 320]),
+        ({"conv_feature_layers": "[(8,12,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2"}, ["first frame", 402, 400]),
+    ],
+)
+def test_several_teachers_hear_the_same(
+    changes: dict, said: list, small: Any, speech: Path, teacher_file: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.safetensors"
+    save_encoder(small.random_encoder(**changes), other)
+    task = small.make_task(speech)
+    task.cfg.teacher = [str(teacher_file), str(other)]
+    with pytest.raises(ValueError, match=says("task.teacher", other.name, teacher_file.name, *said)):
+        _ = task.teachers
+    assert task.teacher_sha256() == f"{content_sha256(teacher_file)}, {content_sha256(other)}"
+    task.cfg.teacher = [str(teacher_file), str(tmp_path / "none.pt")]
+    with pytest.raises(FileNotFoundError, match=says("task.teacher", "none.pt")):
+        _ = task.teachers
