@@ -175,7 +175,7 @@ def test_recipe_of_dphubert() -> None:
         assert cfg.dataset.max_tokens == 160 * 16000
         assert (cfg.task.min_sample_size, cfg.task.max_sample_size) == (2 * 16000, 250000)
         assert cfg.criterion.l1_weight == cfg.criterion.cos_weight == 1.0
-        assert cfg.criterion.init_from == (None if "distill" in name else "1")
+        assert cfg.criterion.init_from == (None if "distill" in name else 1)
         assert cfg.model.encoder_layerdrop == 0.0 and cfg.model.dropout == 0.1
         groups = cfg.optimizer.groups.items() if "distill" in name else [("default", cfg)]
         for group, part in groups:
@@ -187,7 +187,7 @@ def test_recipe_of_dphubert() -> None:
     stage1 = composed("distill/wavlm_base_plus_librispeech.yaml")
     assert stage1.criterion.target_sparsity == 0.75
     assert updates_of(stage1.criterion.sparsity_warmup, stage1.criterion.max_update, "") == 5000
-    assert stage1.model.pruning_units == ["conv", "heads", "ffn"] and stage1.model.init_from == "1"
+    assert stage1.model.pruning_units == ["conv", "heads", "ffn"] and stage1.model.init_from == 1
 
 
 @pytest.mark.parametrize("name", [f"{k}/{n}.yaml" for k in ("distill", "final") for n in ("tiny", BASE)])

@@ -45,8 +45,8 @@ class SkillStudentConfig(_Hubert):
     init_from: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "teacher file (the student starts as its copy; of a list, as task.teacher may be, the first), or the "
-            "stage-1 checkpoint, which is shrunk first"
+            "help": "teacher file (the student starts as its copy; of a list, as task.teacher may be, the first), or "
+            "the stage-1 checkpoint, which is shrunk first"
         },
     )
     init_parts: Optional[Any] = field(

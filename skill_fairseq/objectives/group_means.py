@@ -34,8 +34,8 @@ class GroupMeansConfig:
     groups: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "groups of teacher layers, e.g. [[0],[1,2,3],[4,5]]; layer 0 precedes the transformer; 1/4 is layer "
-            "4 of the second of several teachers"
+            "help": "groups of teacher layers, e.g. [[0],[1,2,3],[4,5]]; layer 0 precedes the transformer; 1/4 is "
+            "layer 4 of the second of several teachers"
         },
     )
     groups_file: Optional[str] = field(

@@ -280,7 +280,7 @@ NOT_HERE = (
 
 def several(value: Any) -> List[str]:
     """A path or a list of paths, as a list; empty where nothing is given."""
-    return [value] if value and isinstance(value, str) else list(value or ())
+    return list(value) if is_sequence(value) else [value] if value else []
 
 
 def check_teachers(value: Any) -> None:
@@ -289,8 +289,8 @@ def check_teachers(value: Any) -> None:
     Raises:
         ValueError: names the field and the value.
     """
-    text = value is None or isinstance(value, str)
-    if not text and not (is_sequence(value) and value and all(file and isinstance(file, str) for file in value)):
+    files = [None] if is_sequence(value) and not value else several(value)
+    if any(not file or isinstance(file, bool) or not isinstance(file, (str, int)) for file in files):
         raise ValueError(f"task.teacher: {plain(value)}; expected a path, or a list of paths such as [A.pt,B.pt]")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.process
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ def from_shell(path: Any) -> Any:
 
     fairseq starts a process for each GPU of a node, which knows nothing of hydra, but where its parent was started.
     """
-    if not isinstance(path, str):
+    if isinstance(path, Sequence) and not isinstance(path, str):
         return [from_shell(each) for each in path]
-    expanded = Path(path).expanduser()
+    expanded = Path(str(path)).expanduser()  # a name of digits is a number to YAML
     if not HydraConfig.initialized() and multiprocessing.parent_process() is not None:
         started: str = multiprocessing.process.ORIGINAL_DIR  # type: ignore[attr-defined]
         return str(Path(started) / expanded)

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from messages import says
 from runs import ENVIRONMENT, WORST
 

@@ -144,7 +144,7 @@ def test_student_keeps_the_sample_rate_in_its_config(small: Any, speech: Path, t
     assert old.speech_encoder.config.sample_rate == 8000
 
 
-@pytest.mark.parametrize("given", [[], [None], ["a.pt", 3], ["a.pt", ""], 3, {"a": "b"}])
+@pytest.mark.parametrize("given", [[], [None], ["a.pt", 0.5], ["a.pt", ""], True, {"a": "b"}])
 def test_teachers_are_paths(given: Any, small: Any, speech: Path) -> None:
     with pytest.raises(ValueError, match=says("task.teacher", str(given), "list of paths")):
         SkillDistillationTask(OmegaConf.merge(small.make_task(speech).cfg, {"teacher": given}))
