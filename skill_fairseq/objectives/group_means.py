@@ -1,18 +1,17 @@
 """SKILL's objective: mean states of groups of layers (arXiv:2402.16830). With singleton groups it is DPHuBERT's."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.taps import Tap
-from skill_fairseq.objectives.groups import is_sequence, map_groups, parse_groups, parse_sharing, read_groups
-from skill_fairseq.objectives.loss import COS_TYPES, distillation_loss, without_padding
+from skill_fairseq.objectives.groups import map_groups, parse_groups, parse_sharing, read_groups
+from skill_fairseq.objectives.loss import check_distance, distillation_loss, parse_weights, without_padding
 from skill_fairseq.objectives.objective import Objective, register_objective
 
 logger = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ class GroupMeans(Objective):
     ) -> None:
         super().__init__(cfg, student, teachers, field)
         self.cfg = cfg
-        _check_distance(cfg, field)
+        check_distance(cfg, field)
         (teacher,) = teachers
         found = read_groups(cfg.groups, cfg.groups_file, field)
         self.groups = parse_groups(found, teacher.encoder_layers, f"{field}.groups")
@@ -84,7 +83,7 @@ class GroupMeans(Objective):
             cfg.normalize_states = teacher.layer_norm_first
         self.student_taps = [Tap(group, normalize=cfg.normalize_states) for group in self.student_groups]
         self.teacher_taps = [Tap(group, normalize=cfg.normalize_states) for group in self.groups]
-        self.weights = _weights(cfg.group_weights, len(self.groups), field)
+        self.weights = parse_weights(cfg.group_weights, len(self.groups), f"{field}.group_weights", "group")
         for index, group in enumerate(self.groups):
             logger.info(f"group {index}: teacher layers {list(group)}, weight {self.weights[index]:.3f}")
         self.sharing = parse_sharing(cfg.projection_sharing, len(self.groups), f"{field}.projection_sharing")
@@ -144,25 +143,3 @@ def projection(kind: str, student: int, teacher: int, field: str = "criterion.pr
     nn.init.eye_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
-
-
-def _check_distance(cfg: Any, field: str) -> None:
-    for name in ("l1_weight", "cos_weight"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise ValueError(f"{field}.{name}: {getattr(cfg, name)}; expected a number of at least 0")
-    if not cfg.l1_weight and not cfg.cos_weight:
-        raise ValueError(f"{field}.l1_weight: 0, as {field}.cos_weight, so that nothing is distilled; raise one")
-    if cfg.cos_type not in COS_TYPES:
-        raise ValueError(f"{field}.cos_type: {cfg.cos_type!r}; expected one of {', '.join(COS_TYPES)}")
-
-
-def _weights(value: Any, num_groups: int, field: str) -> List[float]:
-    if value is None:
-        return [1 / num_groups] * num_groups
-    value = list(value) if is_sequence(value) else value
-    weights = [w for w in value if isinstance(w, (int, float))] if isinstance(value, list) else []
-    if len(weights) != num_groups or not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
-        raise ValueError(
-            f"{field}.group_weights: {value}; expected {num_groups} numbers >= 0, not all 0, one for each group"
-        )
-    return weights
