@@ -167,9 +167,9 @@ def _reserved(target: Path, temporary: Path) -> Iterator[None]:
     if before is not None and not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     mode = 0o666 if before is None else stat.S_IMODE(before.st_mode)
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
     number = None
-    try:
+    try:  # from before it is there: a signal may come in between
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
         number = lock(temporary)
         if before is not None:
             with contextlib.suppress(PermissionError):  # another's file in a folder that is ours

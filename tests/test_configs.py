@@ -141,19 +141,20 @@ def test_run_configs(name: str, launcher: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_groups_of_the_optimizer(name: str) -> None:
-    """Gated students need the three groups, each with a schedule; others have one optimizer."""
+    """Gated students need the three groups, biases that do not decay two, each with a schedule; others have one
+    optimizer."""
     fields = read(name)
-    gated = bool(fields["model"].get("pruning_units"))
-    assert (fields["optimizer"]["_name"] == "composite") == gated
-    assert (fields["lr_scheduler"]["_name"] == "pass_through") == gated
+    gated, apart = bool(fields["model"].get("pruning_units")), fields["task"].get("separate_biases", False)
+    assert (fields["optimizer"]["_name"] == "composite") == (gated or apart)
+    assert (fields["lr_scheduler"]["_name"] == "pass_through") == (gated or apart)
     assert gated == (fields["criterion"].get("target_sparsity") is not None)
-    if gated:
+    if gated or apart:
         groups = fields["optimizer"]["groups"]
-        assert set(groups) == {"default", "gates", "multipliers"}
-        for group in groups.values():
+        assert set(groups) == {"default", *(("gates", "multipliers") if gated else ()), *(("biases",) if apart else ())}
+        for kind, group in groups.items():
             for block in ("optimizer", "lr_scheduler"):
                 assert set(group[block]) <= {"_name", *registered(block)[group[block]["_name"]].__dataclass_fields__}
-            assert group["optimizer"]["weight_decay"] == 0.0
+            assert group["optimizer"]["weight_decay"] == (0.01 if apart and kind == "default" else 0.0)
 
 
 def schedule_of(scheduler: Any) -> tuple[int, int]:
@@ -282,7 +283,7 @@ def test_baseline_is_dphubert_and_nothing_else() -> None:
     assert baseline == expected
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("distill/")])
+@pytest.mark.parametrize("name", [name for name in FILES if read(name)["model"].get("pruning_units")])
 def test_gates_can_get_to_the_target_of_every_stage_1_config(name: str) -> None:
     cfg = composed(name)
     tiny = CONFIG.parent / "examples" / "tiny" / "teacher" / "teacher.safetensors"

@@ -8,12 +8,19 @@ from fairseq.criterions import register_criterion
 from skill_fairseq.checkpoints.safe_load import plain
 from skill_fairseq.criterions.distillation import DistillationCriterion, SizeConstraintConfig, Term
 from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.objectives import groups
 from skill_fairseq.objectives.group_means import GroupMeans, GroupMeansConfig
+from skill_fairseq.objectives.groups import parse_groups  # noqa: F401
 
 
 @dataclass
 class SkillGroupKDConfig(SizeConstraintConfig, GroupMeansConfig):
     """Groups, loss and size constraint."""
+
+
+def read_groups(cfg: SkillGroupKDConfig) -> Any:
+    """The raw groups of a config, or of its file, see :func:`skill_fairseq.objectives.groups.read_groups`."""
+    return groups.read_groups(cfg.groups, cfg.groups_file, "criterion")
 
 
 @register_criterion("skill_group_kd", dataclass=SkillGroupKDConfig)

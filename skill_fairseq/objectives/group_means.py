@@ -1,10 +1,9 @@
 """SKILL's objective: mean states of groups of layers (arXiv:2402.16830). With singleton groups it is DPHuBERT's."""
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.taps import Tap
 from skill_fairseq.objectives.groups import (
     by_teacher,
-    is_sequence,
     layer_name,
     layer_of,
     map_groups,
@@ -21,7 +19,7 @@ from skill_fairseq.objectives.groups import (
     parse_sharing,
     read_groups,
 )
-from skill_fairseq.objectives.loss import COS_TYPES, LossParts, distillation_loss, without_padding
+from skill_fairseq.objectives.loss import LossParts, check_distance, distillation_loss, parse_weights, without_padding
 from skill_fairseq.objectives.objective import Objective, register_objective
 
 logger = logging.getLogger(__name__)
@@ -87,7 +85,7 @@ class GroupMeans(Objective):
     ) -> None:
         super().__init__(cfg, student, teachers, field)
         self.cfg = cfg
-        _check_distance(cfg, field)
+        check_distance(cfg, field)
         depths = [teacher.encoder_layers for teacher in teachers]
         found = read_groups(cfg.groups, cfg.groups_file, field)
         self.groups = parse_groups(found, depths, f"{field}.groups")
@@ -102,7 +100,7 @@ class GroupMeans(Objective):
         self.student_taps = [Tap(group, normalize=cfg.normalize_states) for group in self.student_groups]
         parts = [(g, k, layers) for g, group in enumerate(self.groups) for k, layers in by_teacher(group).items()]
         self.teacher_taps = [Tap(layers, normalize=cfg.normalize_states, teacher=k) for _, k, layers in parts]
-        self.weights = _weights(cfg.group_weights, len(self.groups), field)
+        self.weights = parse_weights(cfg.group_weights, len(self.groups), f"{field}.group_weights", "group")
         for index, group in enumerate(self.groups):
             logger.info(f"group {index}: teacher layers {list(group)}, weight {self.weights[index]:.3f}")
         self.sharing = parse_sharing(cfg.projection_sharing, len(self.groups), f"{field}.projection_sharing")
@@ -126,7 +124,7 @@ class GroupMeans(Objective):
             frames = without_padding([*means, *teacher], padding_mask)
             means, teacher = frames[: len(means)], frames[len(means) :]
         weights = self.cfg.l1_weight, self.cfg.cos_weight
-        parts: List[List[LossParts]] = [[] for _ in self.groups]  # of each group, one for each of its teachers
+        parts: list[list[LossParts]] = [[] for _ in self.groups]  # of each group, one for each of its teachers
         for (g, _), s, t in zip(self.parts, means, teacher):
             parts[g].append(distillation_loss(s, t, None, *weights, self.cfg.cos_type))
         loss = torch.stack([w / len(group) * p.total for w, group in zip(self.weights, parts) for p in group]).sum()
@@ -171,25 +169,3 @@ def projection(kind: str, student: int, teacher: int, field: str = "criterion.pr
 
 def _mean(values: Sequence[Tensor]) -> Tensor:
     return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
-
-
-def _check_distance(cfg: Any, field: str) -> None:
-    for name in ("l1_weight", "cos_weight"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise ValueError(f"{field}.{name}: {getattr(cfg, name)}; expected a number of at least 0")
-    if not cfg.l1_weight and not cfg.cos_weight:
-        raise ValueError(f"{field}.l1_weight: 0, as {field}.cos_weight, so that nothing is distilled; raise one")
-    if cfg.cos_type not in COS_TYPES:
-        raise ValueError(f"{field}.cos_type: {cfg.cos_type!r}; expected one of {', '.join(COS_TYPES)}")
-
-
-def _weights(value: Any, num_groups: int, field: str) -> List[float]:
-    if value is None:
-        return [1 / num_groups] * num_groups
-    value = list(value) if is_sequence(value) else value
-    weights = [w for w in value if isinstance(w, (int, float))] if isinstance(value, list) else []
-    if len(weights) != num_groups or not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
-        raise ValueError(
-            f"{field}.group_weights: {value}; expected {num_groups} numbers >= 0, not all 0, one for each group"
-        )
-    return weights

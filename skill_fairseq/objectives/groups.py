@@ -93,12 +93,12 @@ def by_teacher(group: Sequence[Layer]) -> dict[int, tuple[int, ...]]:
     return {k: tuple(layer for of, layer in found if of == k) for k in sorted({k for k, _ in found})}
 
 
-def parse_groups(value: Any, depths: Sequence[int], field: str = "criterion.groups") -> Groups:
+def parse_groups(value: Any, depths: int | Sequence[int], field: str = "criterion.groups") -> Groups:
     """Checks groups of teacher layers as a config holds them.
 
     Args:
         value: sequence of sequences (lists, tuples, omegaconf's) of layers, such as ``[[0], [4, 1/2], [8, 1/3]]``.
-        depths: Transformer layers of each teacher; valid are the layers from 0 to this.
+        depths: Transformer layers of each teacher, or of the one; valid are the layers from 0 to this.
         field: where the value comes from, for messages.
 
     Returns:
@@ -108,6 +108,7 @@ def parse_groups(value: Any, depths: Sequence[int], field: str = "criterion.grou
         ValueError: if there is no group, a group is empty or no sequence of layers, or a layer does not exist
             or appears twice.
     """
+    depths = [depths] if isinstance(depths, int) else depths
     others = [f", {layer_name(k, 0)}..{layer_name(k, depth)}" for k, depth in enumerate(depths) if k]
     remedy = f"give groups of layers 0..{depths[0]}{''.join(others)}, each at most once, such as [[0],[{depths[0]}]]"
     if not is_sequence(value) or not len(value):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from skill_fairseq.objectives.groups import is_sequence
+
 COS_TYPES = ("raw", "log_sig")
+DISTANCES = ("l1_weight", "mse_weight", "cos_weight")
+"""Fields of a config that weigh the terms of :func:`distillation_loss`."""
 
 
 class LossParts(NamedTuple):
@@ -18,6 +23,7 @@ class LossParts(NamedTuple):
     total: Tensor
     l1: Tensor
     cos: Tensor
+    mse: Tensor
 
 
 def distillation_loss(
@@ -27,11 +33,12 @@ def distillation_loss(
     l1_weight: float = 1.0,
     cos_weight: float = 1.0,
     cos_type: str = "raw",
+    mse_weight: float = 0.0,
 ) -> LossParts:
-    """Weighted sum of L1 and cosine terms (DistilHuBERT, arXiv:2110.01900, eq. 1; DPHuBERT, eq. 1).
+    """Weighted sum of L1, cosine (DistilHuBERT, arXiv:2110.01900, eq. 1; DPHuBERT, eq. 1) and squared distances.
 
-    L1 is the mean over the features of all frames outside the padding, the cosine term over the frames. Lower precision
-    is raised to float32 first.
+    L1 and squared distance are means over the features of all frames outside the padding, the cosine term over the
+    frames. Lower precision is raised to float32 first.
 
     Args:
         student: (B, T, D) or, with the padding gone, (N, D), projected to the teacher's dimension.
@@ -40,6 +47,7 @@ def distillation_loss(
         l1_weight: weight of ``mean |student - teacher|``.
         cos_weight: weight of the cosine term.
         cos_type: "raw" for ``-mean cos``, "log_sig" for ``-mean log sigmoid(cos)``.
+        mse_weight: weight of ``mean (student - teacher)^2``.
 
     Raises:
         ValueError: if shapes differ, every frame is padding, or ``cos_type`` is unknown.
@@ -51,20 +59,69 @@ def distillation_loss(
             f"student has shape {tuple(student.shape)}, teacher {tuple(teacher.shape)}, but they must agree; "
             "give both the same audio and project the student to the teacher's dimension"
         )
-    student, teacher = _at_least_float32(student), _at_least_float32(teacher)
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
     if padding_mask is not None:
         student, teacher = without_padding([student, teacher], padding_mask)
 
-    l1 = cos = student.new_zeros(())
+    l1 = cos = mse = student.new_zeros(())
     if l1_weight:
         l1 = F.l1_loss(student, teacher)
     if cos_weight:
         similarity = F.cosine_similarity(student, teacher, dim=-1)
         cos = -(similarity if cos_type == "raw" else F.logsigmoid(similarity)).mean()
-    return LossParts(l1_weight * l1 + cos_weight * cos, l1, cos)
+    total = l1_weight * l1 + cos_weight * cos
+    if mse_weight:
+        mse = F.mse_loss(student, teacher)
+        total = total + mse_weight * mse
+    return LossParts(total, l1, cos, mse)
 
 
-def _at_least_float32(states: Tensor) -> Tensor:
+def check_distance(cfg: Any, field: str) -> None:
+    """Checks the fields of :data:`DISTANCES` that a config has, and ``cos_type``.
+
+    Raises:
+        ValueError: see :func:`check_weights`, or ``cos_type`` is unknown; names the field.
+    """
+    check_weights(cfg, [name for name in DISTANCES if hasattr(cfg, name)], field)
+    if cfg.cos_type not in COS_TYPES:
+        raise ValueError(f"{field}.cos_type: {cfg.cos_type!r}; expected one of {', '.join(COS_TYPES)}")
+
+
+def check_weights(cfg: Any, names: Sequence[str], field: str) -> None:
+    """Raises:
+    ValueError: one of these fields of ``cfg`` is negative or not finite, or all are 0; names the field.
+    """
+    for name in names:
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise ValueError(f"{field}.{name}: {getattr(cfg, name)}; expected a number of at least 0")
+    if not any(getattr(cfg, name) for name in names):
+        others = ", ".join(f"{field}.{name}" for name in names[1:])
+        raise ValueError(f"{field}.{names[0]}: 0, as {others}, so that nothing is distilled; raise one")
+
+
+def parse_weights(value: Any, count: int, field: str, of: str) -> list[float]:
+    """Weights of the terms of a sum.
+
+    Args:
+        value: one for each, or None, which is the mean: 1 / count each.
+        count: number of terms.
+        field: where the value comes from, for messages.
+        of: what a term is of, for messages.
+
+    Raises:
+        ValueError: these are not ``count`` finite numbers of at least 0, or all are 0.
+    """
+    if value is None:
+        return [1 / count] * count
+    value = list(value) if is_sequence(value) else value
+    weights = [w for w in value if isinstance(w, (int, float))] if isinstance(value, list) else []
+    if len(weights) != count or not all(math.isfinite(w) and w >= 0 for w in weights) or not sum(weights):
+        raise ValueError(f"{field}: {value}; expected {count} numbers >= 0, not all 0, one for each {of}")
+    return weights
+
+
+def at_least_float32(states: Tensor) -> Tensor:
+    """Half precision as float32, all else as it is."""
     return states.float() if states.dtype in (torch.float16, torch.bfloat16) else states
 
 

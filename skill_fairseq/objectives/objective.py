@@ -82,6 +82,17 @@ class Objective(nn.Module):
         return {}
 
 
+def the_teacher(teachers: Sequence[EncoderConfig], field: str) -> EncoderConfig:
+    """The one teacher of an objective that takes no more.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if len(teachers) > 1:
+        raise ValueError(f"{field}: task.teacher has {len(teachers)} teachers, and this objective takes one; give one")
+    return teachers[0]
+
+
 def register_objective(name: str, dataclass: type) -> Callable[[type], type]:
     """A decorator that gives an objective a name for configs.
 

@@ -1,9 +1,9 @@
-"""DPHuBERT's learning-rate schedule: linear warm-up, linear decay to 0."""
+"""The learning-rate schedule: linear warm-up, then decay to 0 in a line (DPHuBERT, DistilHuBERT) or a cosine (STaR)."""
 
 from dataclasses import dataclass, field
 from typing import Any, List, Optional
 
-from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.optim.lr_scheduler import FairseqLRScheduler, register_lr_scheduler
 from omegaconf import II
 
@@ -19,6 +19,9 @@ class LinearWarmupDecayConfig(FairseqDataclass):
     )
     total_num_update: int = field(
         default=II("optimization.max_update"), metadata={"help": "update at which the rate has fallen to 0"}
+    )
+    decay: ChoiceEnum(["linear", "cosine"]) = field(  # type: ignore[valid-type]
+        default="linear", metadata={"help": "how the rate falls after the warm-up"}
     )
     lr: List[float] = II("optimization.lr")
 
@@ -51,6 +54,6 @@ class LinearWarmupDecay(FairseqLRScheduler):
 
     def step_update(self, num_updates: int) -> float:
         """Sets the rate for the update with this 0-based index."""
-        factor = linear_warmup_decay(num_updates, self.warmup, self.cfg.total_num_update)
+        factor = linear_warmup_decay(num_updates, self.warmup, self.cfg.total_num_update, self.cfg.decay)
         self.optimizer.set_lr(self.cfg.lr[0] * factor)
         return self.optimizer.get_lr()

@@ -30,15 +30,17 @@ def ascending(multiplier: Tensor) -> Tensor:
     return 2 * multiplier.detach() - multiplier
 
 
-def linear_warmup_decay(update: int, warmup: int, max_update: int) -> float:
+def linear_warmup_decay(update: int, warmup: int, max_update: int, decay: str = "linear") -> float:
     """Factor on every learning rate: rises to 1 over ``warmup`` updates, falls to 0 at the last one.
 
-    ``update`` is the index of the update about to be made; the first is 0, and its factor ``1 / warmup``.
+    ``update`` is the index of the update about to be made; the first is 0, and its factor ``1 / warmup``. It falls in
+    a line, or with ``decay`` "cosine" as half a period of it.
     """
     step = update + 1
     if step <= warmup:
         return step / warmup
-    return max(0, max_update - step) / max(1, max_update - warmup)
+    left = max(0, max_update - step) / max(1, max_update - warmup)
+    return (1 - math.cos(math.pi * left)) / 2 if decay == "cosine" else left
 
 
 def updates_of(value: float, total: int, field: str) -> int:

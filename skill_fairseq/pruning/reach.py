@@ -60,7 +60,8 @@ def schedule_factors(scheduler: Any, max_update: int) -> float:
         return float(max_update)
     total = int(_get(scheduler, "total_num_update") or max_update)
     warmup = updates_of(_get(scheduler, "warmup_updates"), total, "lr_scheduler.warmup_updates")
-    return sum(linear_warmup_decay(u, warmup, total) for u in range(max_update))
+    decay = _get(scheduler, "decay") or "linear"
+    return sum(linear_warmup_decay(u, warmup, total, decay) for u in range(max_update))
 
 
 def gate_schedule(cfg: Any) -> Optional[GateSchedule]:

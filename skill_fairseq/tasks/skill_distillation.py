@@ -62,6 +62,13 @@ class SkillDistillationConfig(AudioPretrainingConfig):
             "first convolution, gates, sizes and losses stay float32; no effect on CPUs, in bf16 or fp16"
         },
     )
+    separate_biases: bool = field(
+        default=False,
+        metadata={
+            "help": "biases of the student and of heads are the optimizer's group 'biases', so that weight decay can "
+            "leave them out; needs optimizer._name=composite"
+        },
+    )
     crop_multiple: int = field(
         default=1,
         metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
@@ -230,6 +237,11 @@ class SkillDistillationTask(AudioPretrainingTask):
             _update(cfg, criterion.chosen())
             if self._model is not None:
                 self._model.train_for(criterion.student_taps)
+        if self.cfg.separate_biases:
+            for module in (self._model, criterion):
+                for name, parameter in module.named_parameters():
+                    if "bias" in name.rpartition(".")[2] and not hasattr(parameter, "param_group"):
+                        parameter.param_group = "biases"
         return criterion
 
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:

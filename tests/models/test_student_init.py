@@ -9,9 +9,11 @@ import pytest
 import torch
 from messages import says
 from omegaconf import OmegaConf
+from oracle import RELATED, agrees, near, tensor, tensors
 from torch import nn
 
 from skill_fairseq.checkpoints import save_encoder
+from skill_fairseq.checkpoints.fairseq_import import encoder_names
 from skill_fairseq.models.student_init import make_student, student_shape
 from skill_fairseq.modules.config import EncoderConfig, hubert_base, hubert_large, wavlm_base
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -272,3 +274,24 @@ def test_feature_grad_mult_scales_the_gradients_of_the_convolutions_alone(
                 assert torch.allclose(gradients[1][name], factor * gradient, rtol=1e-6, atol=0)
         else:
             assert torch.equal(gradients[1][name], gradient), name
+
+
+def test_distilhuberts_student_is_the_reference(small: Any, speech: Path, teacher_file: Path) -> None:
+    """States and gradients of the student's shape, without a LayerNorm before the linear map, by s3prl's numbers."""
+    case = RELATED["cases"]["distilhubert_student"]
+    shape = {k: v for k, v in case["config"].items() if k != "feature_grad_mult"}
+    start = {"init_parts": [], "feature_layer_norm": False, "relative_position": False}
+    fields = small.student_config(teacher_file, **start, **shape, feature_grad_mult=0.1)
+    model = small.make_task(speech, teacher_file).build_model(fields).eval()
+    theirs, encoder = tensors(case["weights"]), model.speech_encoder
+    name_of = encoder_names(encoder.config)
+    names = {name: name_of(name) for name in encoder.state_dict()}
+    missing, _ = encoder.load_state_dict({o: theirs.pop(n) for o, n in names.items() if n in theirs}, strict=False)
+    assert not theirs and missing == ["feature_extractor.scale"]  # a number of ours, 1 from the start
+    model.double()
+    out = model(tensor(case["inputs"]["wave"]))
+    assert agrees(out["hidden_states"][0], case["layer_0_before_positional_conv"])
+    assert [agrees(state, summary) for state, summary in zip(out["hidden_states"][1:], case["layers"])] == [True] * 2
+    out["hidden_states"][2].square().mean().backward()
+    norms = {names[n]: p.grad.norm().item() for n, p in encoder.named_parameters() if names[n] in case["grad_norms"]}
+    assert norms == near(case["grad_norms"], rel=1e-4)

@@ -11,16 +11,17 @@ from fairseq.optim import build_optimizer
 from fairseq.optim.lr_scheduler import build_lr_scheduler
 from messages import says
 from omegaconf import OmegaConf
+from oracle import RELATED
 
 from skill_fairseq.pruning.lagrangian import updates_of
 
 ORACLE = json.loads((Path(__file__).parents[1] / "oracle" / "lagrangian.json").read_text())["lr_schedule"]
 
 
-def make_scheduler(warmup: int, total: int, peak: float = 0.002):
+def make_scheduler(warmup: float, total: int, peak: float = 0.002, **more: str):
     adam = {"_name": "adam", "lr": [peak], "tpu": False}
     optimizer = build_optimizer(OmegaConf.create(adam), [torch.nn.Parameter(torch.zeros(3))])
-    fields = {"_name": "linear_warmup_decay", "warmup_updates": warmup, "total_num_update": total, "lr": [peak]}
+    fields = {"_name": "linear_warmup_decay", "warmup_updates": warmup, "total_num_update": total, "lr": [peak], **more}
     return build_lr_scheduler(OmegaConf.create(fields), optimizer), optimizer
 
 
@@ -29,6 +30,20 @@ def test_oracle(case: dict) -> None:
     scheduler, optimizer = make_scheduler(case["warmup"], case["max"])
     returned = scheduler.step_update(case["update_index_0based"])
     assert returned == optimizer.get_lr() == pytest.approx(0.002 * case["factor"], rel=1e-9)
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_schedules_of_related_systems(decay: str) -> None:
+    """A warm-up of a share of all updates, and either decay, as s3prl makes them; it numbers updates from 1 on."""
+    case = RELATED["cases"]["schedule"]
+    scheduler, _ = make_scheduler(case["warmup"], case["total"], decay=decay)
+    for update, factor in case[decay]:
+        assert scheduler.step_update(update - 1) == pytest.approx(0.002 * factor, rel=1e-7, abs=1e-15), update
+
+
+def test_an_unknown_decay_is_refused() -> None:
+    with pytest.raises(ValueError, match=says("sine", "linear", "cosine")):
+        make_scheduler(10, 100, decay="sine")
 
 
 def test_first_update_is_made_at_a_rate_above_zero() -> None:
@@ -60,7 +75,7 @@ def test_neither_updates_nor_a_fraction(value: float) -> None:
 
 
 def test_a_fraction_is_the_same_schedule() -> None:
-    (whole, _), (fraction, _) = make_scheduler(30, 200), make_scheduler(0.15, 200)  # type: ignore[arg-type]
+    (whole, _), (fraction, _) = make_scheduler(30, 200), make_scheduler(0.15, 200)
     assert [whole.step_update(n) for n in range(200)] == [fraction.step_update(n) for n in range(200)]
 
 

@@ -1,0 +1,187 @@
+"""Layers against layers: DistilHuBERT's heads and loss by the reference's numbers, and every pairing by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from messages import says
+from omegaconf import OmegaConf
+from oracle import RELATED, agrees, near, tensors
+from torch import Tensor
+
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.objectives.layers import Layers, LayersConfig, PredictionHeads
+from tests.conftest import SHAPE
+
+ORACLE = RELATED["cases"]["distilhubert"]
+ALONE = {"l1_weight": 0.0, "cos_weight": 0.0, "mse_weight": 0.0}
+
+
+def make(student: Any = None, teacher: Any = None, **fields: Any) -> Layers:
+    """The objective between encoders of these shapes, float64."""
+    shapes = [EncoderConfig(**{**SHAPE, **(shape or {})}) for shape in (student, teacher)]
+    cfg = OmegaConf.merge(OmegaConf.structured(LayersConfig), fields)
+    torch.manual_seed(0)
+    return Layers(cfg, shapes[0], shapes[1:], "criterion.objectives.layers").double()
+
+
+def states(taps: Any, width: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 7, width, generator=generator, dtype=torch.float64) for _ in taps]
+
+
+def deep(layers: int, width: int = 32) -> dict[str, int]:
+    return {"encoder_layers": layers, "encoder_embed_dim": width}
+
+
+@pytest.mark.parametrize(
+    ("case", "weights"),
+    [
+        (0, {"l1_weight": 1.0, "cos_weight": 1.0}),
+        (1, {"l1_weight": 1.0, "cos_weight": 0.0}),
+        (2, {"l1_weight": 0.0, "cos_weight": 1.0, "mse_weight": 1.0}),
+    ],
+)
+def test_distilhubert_is_the_reference(case: int, weights: dict[str, float]) -> None:
+    shared, expected = ORACLE["shared"], ORACLE["cases"][case]
+    inputs, w = tensors(shared["inputs"]), tensors(shared["weights"])
+    fields = {"teacher_layers": [4, 8, 12], "student_layers": "last", "head": "prediction", "cos_type": "log_sig"}
+    thin = {**deep(2, 6), "encoder_attention_heads": 2, "conv_pos_groups": 2}
+    objective = make(thin, deep(12, 8), **fields, **weights)
+    with torch.no_grad():
+        objective.heads.shared.weight.copy_(w["0.weight"])
+        objective.heads.shared.bias.copy_(w["0.bias"])
+        for n, head in enumerate(objective.heads.heads):
+            head.weight.copy_(w["2.weight"][n].T)
+            head.bias.copy_(w["2.bias"][0, 0, n])
+    hidden = inputs["hidden"].requires_grad_()
+    predicted = torch.stack(objective.heads([hidden] * 3), 1)
+    assert agrees(predicted, shared["prediction"])
+    loss, log = objective([hidden] * 3, list(inputs["target"].unbind(1)))
+    assert loss.item() == near(expected["loss"])
+    kind = "mse" if "mse_weight" in weights else "l1"
+    found = [log[f"{kind}_s2_t{layer}"].item() for layer in (4, 8, 12)]
+    assert found == near(expected["reconstruction_per_head"])
+    if weights["cos_weight"]:
+        assert [-log[f"cos_s2_t{layer}"].item() for layer in (4, 8, 12)] == near(expected["cosine_per_head"])
+    else:
+        assert not any(name.startswith("cos") for name in log)
+    gradients = torch.autograd.grad(loss, [hidden, *objective.heads.parameters()])
+    if case == 0:
+        first, bias, *others = (gradient.norm().item() for gradient in gradients[1:])
+        assert gradients[0].norm().item() == near(shared["grad_norm_hidden"])
+        second = [sum(norm**2 for norm in others[k::2]) ** 0.5 for k in (0, 1)]
+        assert [first, bias, *second] == near(list(shared["grad_norms"].values()))
+
+
+def test_heads_have_the_published_sizes_and_start() -> None:
+    for count, size in ((2, 2_362_368), (3, 3_543_552), (1, 1_181_184)):
+        heads = PredictionHeads(768, 768, count)
+        assert sum(p.numel() for p in heads.parameters()) == size
+    for head in heads.heads:  # U(+-1/sqrt(768)), biases too
+        for parameter in (head.weight, head.bias):
+            assert parameter.abs().max() <= 768**-0.5
+            assert parameter.std().item() == pytest.approx((3 * 768) ** -0.5, rel=0.1)
+    assert sum(p.numel() for p in PredictionHeads(384, 768, 1).parameters()) == 443_520
+
+
+@pytest.mark.parametrize(
+    ("depths", "fields", "pairs"),
+    [
+        ((12, 12), {}, [(i, i) for i in range(1, 13)]),
+        ((12, 12), {"teacher_layers": [2, 4, 6]}, [(2, 2), (4, 4), (6, 6)]),
+        ((3, 12), {}, [(1, 4), (2, 8), (3, 12)]),
+        ((3, 12), {"teacher_layers": [4, 8, 12]}, [(1, 4), (2, 8), (3, 12)]),
+        ((12, 24), {"student_layers": [6, 12]}, [(6, 12), (12, 24)]),
+        ((3, 12), {"student_layers": "last", "teacher_layers": [4, 12]}, [(3, 4), (3, 12)]),
+        ((3, 12), {"student_layers": "last"}, [(3, 12)]),
+        ((3, 12), {"student_layers": [0, 1], "teacher_layers": [0, 7]}, [(0, 0), (1, 7)]),
+        ((4, 2), {}, [(1, 1), (2, 1), (3, 2), (4, 2)]),
+    ],
+)
+def test_which_layer_learns_from_which(depths: Any, fields: Any, pairs: list) -> None:
+    objective = make(deep(depths[0]), deep(depths[1]), **fields)
+    assert objective.pairs == pairs
+    taps = [[tap.layers[0] for tap in side] for side in (objective.student_taps, objective.teacher_taps)]
+    assert list(zip(*taps)) == pairs
+    saved = OmegaConf.to_container(objective.cfg)
+    assert [saved["student_layers"], saved["teacher_layers"]] == taps
+    again = make(deep(depths[0]), deep(depths[1]), **saved)
+    assert again.pairs == pairs and again.settings(saved) == objective.settings(saved)
+
+
+@pytest.mark.parametrize(
+    ("weights", "factors"), [(None, [1 / 3] * 3), (1.0, [1.0] * 3), ([0.1, 0.1, 1.0], [0.1, 0.1, 1.0])]
+)
+def test_layer_to_layer_by_hand(weights: Any, factors: list[float]) -> None:
+    """A linear map each; the mean, the sum or a weighted sum over layers; three distances at once."""
+    objective = make(deep(3, 16), None, l1_weight=0.5, mse_weight=2.0, cos_weight=0.25, layer_weights=weights)
+    own, theirs = states(objective.student_taps, 16, 0), states(objective.teacher_taps, 32, 1)
+    loss, log = objective(own, theirs)
+    wanted = 0.0
+    for i in range(3):
+        p = own[i] @ objective.heads[i].weight.T + objective.heads[i].bias
+        l1, mse = (p - theirs[i]).abs().mean(), (p - theirs[i]).square().mean()
+        cos = (F.normalize(p, dim=-1) * F.normalize(theirs[i], dim=-1)).sum(-1).mean()
+        wanted += factors[i] * (0.5 * l1 + 2.0 * mse - 0.25 * cos)
+        named = f"s{i + 1}_t{i + 1}"
+        assert [log[f"{n}_{named}"].item() for n in ("l1", "mse", "cos")] == near([l1.item(), mse.item(), cos.item()])
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("head", ["identity", "linear", "prediction"])
+def test_padding_and_what_is_in_it_change_nothing(head: str) -> None:
+    last = {"student_layers": "last", "teacher_layers": [1, 3]} if head == "prediction" else {}
+    objective = make(head=head, mse_weight=0.5, **last)
+    own, theirs = states(objective.student_taps, 32, 0), states(objective.teacher_taps, 32, 1)
+    own = [own[0]] * len(own) if last else own
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    padding[1, 4:] = True
+    kept = [[torch.cat([s[0], s[1, :4]])[None] for s in side] for side in (own, theirs)]
+    wanted, _ = objective(*kept)
+    for side in (own, theirs):
+        for state in side:
+            state[1, 4:] = float("nan")
+    found, _ = objective(own, theirs, padding)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-12)
+
+
+def test_states_of_teachers_whose_norm_comes_first_are_normalised() -> None:
+    """As for groups of layers; the published teachers are of the other kind, and their states stay as they are."""
+    for first, chosen, normalized in ((False, None, False), (True, None, True), (True, False, False)):
+        objective = make(None, {"layer_norm_first": first}, normalize_states=chosen)
+        taps = [*objective.student_taps, *objective.teacher_taps]
+        assert {tap.normalize for tap in taps} == {normalized} == {objective.cfg.normalize_states}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"teacher_layers": [4, 8]}, ["teacher_layers", "[4, 8]", "0 to 3"]),
+        ({"teacher_layers": []}, ["teacher_layers", "[]"]),
+        ({"teacher_layers": "all"}, ["teacher_layers", "all", "list"]),
+        ({"teacher_layers": [1, True]}, ["teacher_layers", "True"]),
+        ({"student_layers": "first"}, ["student_layers", "first", "same", "last"]),
+        ({"student_layers": [1, 4]}, ["student_layers", "[1, 4]", "0 to 3"]),
+        ({"student_layers": [1], "teacher_layers": [1, 2]}, ["student_layers", "[1]", "2 layers", "teacher_layers"]),
+        ({"student_layers": [1, 1], "teacher_layers": [2, 2]}, ["teacher_layers", "[2, 2]", "once"]),
+        ({"head": "mlp"}, ["head", "mlp", "identity", "linear", "prediction"]),
+        ({"head": "prediction"}, ["head", "student_layers", "[1, 2, 3]", "last"]),
+        ({"l1_weight": -1.0}, ["l1_weight", "-1.0", "at least 0"]),
+        (ALONE, ["l1_weight", "mse_weight", "cos_weight", "nothing"]),
+        ({"cos_type": "sig"}, ["cos_type", "sig", "log_sig"]),
+        ({"layer_weights": [1.0]}, ["layer_weights", "[1.0]", "3 numbers"]),
+        ({"layer_weights": 0.0}, ["layer_weights", "not all 0"]),
+    ],
+)
+def test_what_is_refused(fields: dict, said: list) -> None:
+    with pytest.raises(ValueError, match=says("criterion.objectives.layers." + said[0], *said[1:])):
+        make(**fields)
+
+
+def test_the_identity_needs_equal_widths() -> None:
+    with pytest.raises(ValueError, match=says("criterion.objectives.layers.head", "identity", 16, 32, "linear")):
+        make(deep(3, 16), None, head="identity")
