@@ -159,7 +159,7 @@ CLAIMS = [
     ),
     Claim(
         README,
-        "The kernels that a GPU takes are held against the plain path on a CPU",
+        "The kernels that a GPU takes are held against textbook operations on a CPU",
         "tests/modules/test_attention_kernels.py::",
     ),
     Claim(

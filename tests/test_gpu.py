@@ -29,8 +29,8 @@ def test_the_checks_for_a_gpu_run_on_a_cpu(tmp_path: Path) -> None:
     assert len(rows) == 24 and all(row["ok"] for row in rows.values())
     assert rows["gloo with one rank, gradients"]["error"] == 0.0
     assert 0 < rows["base: bfloat16 by cast, gradients"]["error"] < rows["base: bfloat16 by cast, gradients"]["limit"]
-    assert list(results["speed"]["stage 1, gates open"]) == ["skill_fairseq", "plain"]
+    assert list(results["speed"]["stage 1, gates open"]) == ["skill_fairseq", "transformers"]
     assert results["waits"]["events"]["wait: open gates"]["calls"] == 1
     assert results["kills"]["identical bits"] is True
     table = (tmp_path / "out" / "table.md").read_text()
-    assert "| stage 2, student of 25 % |" in table and "| base: fast against plain, float32, states |" in table
+    assert "| stage 2, student of 25 % |" in table and "| base: float32, states |" in table

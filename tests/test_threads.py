@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from skill_fairseq import load_encoder
-from skill_fairseq.modules.plain import plain_path, use_plain
 
 
 @pytest.fixture(autouse=True)
@@ -60,23 +59,6 @@ def test_loading_files_with_objects(small: Any, tmp_path: Path) -> None:
     together(*[load] * 6)
 
 
-def test_the_plain_path_is_one_threads_own_affair() -> None:
-    inside, done = threading.Event(), threading.Event()
-
-    def plain() -> None:
-        with plain_path():
-            inside.set()
-            assert done.wait(30) and use_plain()
-
-    def other() -> None:
-        assert inside.wait(30)
-        assert not use_plain()
-        done.set()
-
-    together(plain, other)
-    assert not use_plain()
-
-
 def test_forwards_while_the_encoder_is_prepared_and_forgets(small: Any) -> None:
     encoder = small.random_encoder()
     source = small.waves()
@@ -93,9 +75,4 @@ def test_forwards_while_the_encoder_is_prepared_and_forgets(small: Any) -> None:
             encoder.prepare()
             encoder.feature_extractor._prepared = encoder.transformer.pos_conv._prepared = None
 
-    def plain() -> None:
-        with plain_path(), torch.no_grad():
-            for _ in range(10):
-                torch.testing.assert_close(encoder(source).x, wanted, rtol=1e-4, atol=1e-4)
-
-    together(forward, forward, prepare, plain)
+    together(forward, forward, prepare)

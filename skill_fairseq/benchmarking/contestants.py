@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from skill_fairseq.benchmarking.setup import PRECISIONS, Setup, equal_groups, student_of
 from skill_fairseq.messages import remedy_for
 from skill_fairseq.modules.config import EncoderConfig
-from skill_fairseq.modules.plain import plain_path
 from skill_fairseq.modules.taps import collect
 from skill_fairseq.objectives.group_means import GroupMeans, GroupMeansConfig
 from skill_fairseq.objectives.teacher import FrozenTeacher
@@ -138,7 +137,7 @@ def _inference(setup: Setup, encode: Callable[[Tensor], Any]) -> Step:
 
     def step() -> Times:
         watch = Stopwatch(setup.device)
-        with torch.inference_mode(), plain_path(setup.plain):
+        with torch.inference_mode():
             encode(audio)
         watch.lap("forward")
         return watch.times
@@ -167,13 +166,12 @@ def _training(
     def step() -> Times:
         optimizer.zero_grad(set_to_none=True)
         watch = Stopwatch(setup.device)
-        with plain_path(setup.plain):
-            teacher = targets()
-            watch.lap("teacher")
-            with _autocast(setup):
-                loss = objective(means(), teacher)[0] + size_term()
-            watch.lap("student forward, loss")
-            loss.backward()
+        teacher = targets()
+        watch.lap("teacher")
+        with _autocast(setup):
+            loss = objective(means(), teacher)[0] + size_term()
+        watch.lap("student forward, loss")
+        loss.backward()
         watch.lap("backward")
         optimizer.step()
         watch.lap("optimizer")

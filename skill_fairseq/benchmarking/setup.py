@@ -42,7 +42,6 @@ class Setup:
         precision: key of :data:`PRECISIONS`; below fp32 by autocast, gates and sizes stay float32.
         teacher_dtype: precision of the teacher.
         compile: run through ``torch.compile``: the teacher's layers in training, the encoder's in inference.
-        plain: take the plain path, without any of the fast ones.
         threads: CPU threads; None: torch's default.
         seed: of weights, audio and gates.
     """
@@ -58,7 +57,6 @@ class Setup:
     precision: str = "fp32"
     teacher_dtype: str = "fp32"
     compile: bool = False
-    plain: bool = False
     threads: Optional[int] = None
     seed: int = 0
 

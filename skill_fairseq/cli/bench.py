@@ -102,8 +102,6 @@ def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
     setups = [("skill_fairseq", setup)]
     if args.against == "transformers":
         setups.append(("transformers", setup))
-    elif args.against == "plain":
-        setups.append(("skill_fairseq", _setup(args, plain=True)))
     elif args.against == "full":
         setups.append(("skill_fairseq", _setup(args, sparsity=0.0, keep_conv=None)))
     with tqdm(total=len(setups) * (args.warmup + args.repeats), desc="steps", disable=None) as bar:
@@ -269,7 +267,7 @@ def _add_steps(command: argparse.ArgumentParser, what: str) -> None:
     add("--keep-conv", type=SHARE, metavar="F", help="fraction of conv channels kept (default: as of all units)")
     add("--precision", choices=PRECISIONS, default="fp32", help="(default: fp32)")
     add("--compile", action="store_true", help="torch.compile the layers of the teacher (train) or encoder (infer)")
-    against = ["transformers", "plain"] + (["full"] if what == "infer" else [])
+    against = ["transformers"] + (["full"] if what == "infer" else [])
     add("--against", choices=against, help="measure that too, in turn, and print the ratio")
     if what == "train":
         add("--stage", type=int, choices=(1, 2), default=1, help="1: gates; 2: shrunk (default: 1)")

@@ -12,6 +12,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skill_fairseq.modules.conv_stack import ConvStack
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.positional_conv import PositionalConv
 
@@ -43,6 +44,51 @@ class FoldedPositionalConv(nn.Module):
         if self.conv.kernel_size[0] % 2 == 0:  # an even kernel makes one frame too many
             y = y[..., :-1]
         return F.gelu(y).transpose(1, 2)
+
+
+class StepwiseConvStack(nn.Module):
+    """The convolutions one after another over whole utterances, as graphs of any length want them.
+
+    Args:
+        stack: without gates; shares its weights.
+    """
+
+    def __init__(self, stack: ConvStack) -> None:
+        super().__init__()
+        self.layers = stack.layers
+        self.register_buffer("scale", stack.scale)
+        self.scale: Tensor
+
+    def forward(self, source: Tensor, draw: None = None) -> tuple[Tensor, None]:
+        """(B, N) samples to (B, T, C) frames; and no gates."""
+        x = source.unsqueeze(1)
+        for layer in self.layers:
+            x = layer.conv(x)
+            if isinstance(layer.norm, nn.GroupNorm):
+                x = layer.norm(x)
+            elif layer.norm is not None:
+                x = layer.norm(x.transpose(1, 2)).transpose(1, 2)
+            x = F.gelu(x)
+        return x.transpose(1, 2) * self.scale, None
+
+
+def attend_by_index(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factor: Optional[Tensor],
+    by_offset: Optional[Tensor],
+    padding_mask: Optional[Tensor],
+    dropout: float,
+) -> Tensor:
+    """:func:`skill_fairseq.modules.attention_core.attend` for graphs of any length: no loop, no view of offsets."""
+    scores = q @ k.transpose(2, 3) * q.size(3) ** -0.5
+    if factor is not None and by_offset is not None:
+        frames = torch.arange(q.size(2), device=q.device)
+        scores = scores + factor * by_offset[:, frames[:, None] + (q.size(2) - 1 - frames)]
+    if padding_mask is not None:
+        scores = scores.masked_fill(padding_mask[:, None, None, :], torch.finfo(scores.dtype).min)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
 class AllStates(nn.Module):
@@ -110,6 +156,10 @@ def record(encoder: SpeechEncoder, padding_mask: bool = False) -> torch.export.E
     open_sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     model = AllStates(copy.deepcopy(encoder).cpu().float()).eval()
     transformer = model.encoder.transformer
+    model.encoder.feature_extractor = StepwiseConvStack(model.encoder.feature_extractor)  # type: ignore[assignment]
+    for layer in transformer.layers:
+        if layer.attention is not None:
+            layer.attention.attend = attend_by_index  # type: ignore[method-assign]
     if isinstance(transformer.pos_conv, PositionalConv):
         transformer.pos_conv = FoldedPositionalConv(transformer.pos_conv)  # type: ignore[assignment]
     with torch.no_grad():

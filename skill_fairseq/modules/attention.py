@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from skill_fairseq.modules.attention_core import attend, attend_with_maps
+from skill_fairseq.modules.attention_core import Kernel, attend, attend_with_maps
 from skill_fairseq.modules.gate_bank import Draw, HardConcrete
-from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.output_bias import OutputBias
-from skill_fairseq.modules.plain import use_plain
 from skill_fairseq.modules.slicing import (
     all_units,
     computed_units,
@@ -74,8 +72,10 @@ class SelfAttention(nn.Module):
     Attributes:
         gate: of the heads, or None.
         output_gate: of the whole sublayer, or None.
+        attend: what computes softmax and values; recorded graphs have one of their own.
     """
 
+    attend: Kernel = staticmethod(attend)
     heads: Tensor
     gate: Optional[HardConcrete] = None
     output_gate: Optional[HardConcrete] = None
@@ -129,9 +129,6 @@ class SelfAttention(nn.Module):
             y = self._attend(x, by_offset, padding_mask, draw, maps)
             y = y if output is None else y * output.gate.to(y.dtype)
             return y, AttentionMaps(maps[0], None if units is None else units.gate.detach())
-        if use_plain():
-            y = self._plain(x, by_offset, padding_mask, units) if self.heads.numel() else self.out_proj(x)
-            return y if output is None else y * output.gate.to(y.dtype)
         if not self.heads.numel():
             return gated_output(self, output, [x], lambda: self.out_proj(x))
         return gated_output(self, output, [x, by_offset], lambda: self._attend(x, by_offset, padding_mask, draw))
@@ -164,7 +161,7 @@ class SelfAttention(nn.Module):
             by_offset = None
         inputs = (q, k, v, factor, by_offset, padding_mask, self.dropout if self.training else 0.0)
         if maps is None:
-            y = attend(*inputs)
+            y = self.attend(*inputs)
         else:
             y, weights = attend_with_maps(*inputs)
             maps.append(weights)
@@ -175,22 +172,3 @@ class SelfAttention(nn.Module):
         weight = take(self.out_proj.weight, 1, rows)  # type: ignore[arg-type]
         weight = weight * units.gate.to(weight.dtype).repeat_interleave(self.head_dim)
         return F.linear(y.flatten(2), weight, self.out_proj.bias)
-
-    def _plain(
-        self, x: Tensor, by_offset: Optional[Tensor], padding_mask: Optional[Tensor], units: Optional[Units]
-    ) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5
-        if by_offset is not None and self.position_gate is not None:
-            frames = torch.arange(x.size(1), device=x.device)
-            offsets = frames[:, None] + (x.size(1) - 1 - frames)
-            scores = scores + self.position_gate(x, self.heads) * by_offset[self.heads][:, offsets]
-        if padding_mask is not None:
-            scores = scores.masked_fill(padding_mask[:, None, None, :], torch.finfo(scores.dtype).min)
-        y = (F.dropout(scores.softmax(-1), self.dropout, self.training) @ v).transpose(1, 2)  # (B, T, h, d)
-        if units is not None:
-            y = y * units.gate.to(y.dtype).unsqueeze(-1)
-        return self.out_proj(y.flatten(2))

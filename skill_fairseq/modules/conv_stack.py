@@ -13,7 +13,6 @@ from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.norms import ChannelLayerNorm, group_norm_of_linear
-from skill_fairseq.modules.plain import use_plain
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.slicing import take
 from skill_fairseq.modules.tf32 import exact_products
@@ -23,7 +22,7 @@ CHUNK_FRAMES = 256
 
 
 class ConvLayer(nn.Module):
-    """Convolution, normalisation, GELU, gate.
+    """Weights of a convolution, its normalisation, a GELU and gates; :class:`ConvStack` computes with them.
 
     Args:
         in_channels, out_channels: channels that are left.
@@ -56,24 +55,6 @@ class ConvLayer(nn.Module):
             self.norm = nn.GroupNorm(out_channels, out_channels)
         elif norm == "layer":
             self.norm = ChannelLayerNorm(out_channels, full_channels)
-
-    def forward(self, x: Tensor, units: Optional[Units] = None) -> Tensor:
-        """The plain path.
-
-        Args:
-            x: (B, C_in, T_in).
-            units: the output channels with their gates, or None without gates.
-
-        Returns:
-            (B, C_out, T_out).
-        """
-        x = self.conv(x)
-        if isinstance(self.norm, ChannelLayerNorm):
-            x = self.norm(x.transpose(1, 2), units).transpose(1, 2)
-        elif self.norm is not None:
-            x = self.norm(x)
-        x = F.gelu(x)
-        return x if units is None else x * units.gate.to(x.dtype)[:, None]
 
     def kernel(self, inputs: Optional[Units], outputs: Optional[Units]) -> Tensor:
         """(k, C_in, C_out) weights of the units that are computed, the input's gates multiplied in."""
@@ -138,8 +119,6 @@ class ConvStack(Prepared):
             (B, T, C) frames, and which channels these are, with their gates; None without gates.
         """
         units = [None if draw is None else draw.of(layer.gate) for layer in self.layers]
-        if use_plain():
-            return self._plain(source, units)
         kernels = self._kernels(units) if self.gated else self.prepared()
         samples = source.size(1)
         first = self.layers[0].conv
@@ -162,12 +141,6 @@ class ConvStack(Prepared):
     def layout(self) -> List[Tensor]:
         """Kernels (k, C_in, C_out) of a stack without gates."""
         return self._kernels([None] * len(self.layers))
-
-    def _plain(self, source: Tensor, units: Sequence[Optional[Units]]) -> Tuple[Tensor, Optional[Units]]:
-        x = source.to(self.layers[0].conv.weight.dtype).unsqueeze(1)
-        for layer, channels in zip(self.layers, units):
-            x = layer(x, channels)
-        return x.transpose(1, 2) * self.scale.to(x.dtype), units[-1]
 
     def _kernels(self, units: Sequence[Optional[Units]]) -> List[Tensor]:
         inputs = [None, *units[:-1]]

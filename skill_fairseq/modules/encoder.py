@@ -19,8 +19,7 @@ from skill_fairseq.modules.gate_bank import Draw, GateBank, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.layer import EncoderLayer
 from skill_fairseq.modules.norms import ChannelLayerNorm
-from skill_fairseq.modules.padding import check_padding_mask, frame_padding_mask
-from skill_fairseq.modules.plain import exporting, use_plain
+from skill_fairseq.modules.padding import check_padding_mask, exporting, frame_padding_mask
 from skill_fairseq.modules.positional_conv import PositionalConv
 from skill_fairseq.modules.positional_conv_stack import PositionalConvStack
 from skill_fairseq.modules.prepared import Prepared
@@ -321,7 +320,7 @@ class SpeechEncoder(nn.Module):
 
     def draw_gates(self) -> Optional[Draw]:
         """The gates of one forward; None without gates. Drawn before other work is launched, they cost no wait."""
-        return None if self.gates is None else self.gates.draw(slicing=not use_plain())
+        return None if self.gates is None else self.gates.draw()
 
     def _project(
         self, source: Tensor, padding_mask: Optional[Tensor], draw: Optional[Draw]

@@ -12,7 +12,6 @@ from skill_fairseq.modules.activated_conv import activated_conv
 from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.output_bias import OutputBias
-from skill_fairseq.modules.plain import use_plain
 from skill_fairseq.modules.slicing import computed_units, gated_output, has_plain_weight, linear, take
 
 
@@ -58,14 +57,6 @@ class FeedForward(nn.Module):
             (B, T, D).
         """
         units, output = (None, None) if draw is None else (draw.of(self.gate), draw.of(self.output_gate))
-        if use_plain():
-            y = x
-            if self.width:
-                y = self.dropout(self._activate(self.fc1(x)))
-                if units is not None:
-                    y = y * units.gate.to(y.dtype)
-            y = self.fc2(y)
-            return y if output is None else y * output.gate.to(y.dtype)
         if not self.width:
             return gated_output(self, output, [x], lambda: self.fc2(x))
         return gated_output(self, output, [x], lambda: self._open_units(x, units, draw))

@@ -202,7 +202,7 @@ class GateBank(Float32Module):
         Which units are open decides shapes, so the host has to know: it waits for the device once.
 
         Args:
-            slicing: leave closed units out; False: compute all of them, as the plain path does.
+            slicing: leave closed units out; False: compute all of them.
         """
         sizes = [gate.num_units for gate in self.gates]
         if not sizes:

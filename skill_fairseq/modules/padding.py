@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
-from skill_fairseq.modules.plain import exporting
 
 EXPECTED = "bool, True = padding, which ends each row; of transformers' attention_mask that is attention_mask == 0"
+
+
+def exporting() -> bool:
+    """Whether torch is recording the model: ``torch.export``, ONNX or TorchScript tracing."""
+    compiler = getattr(torch, "compiler", None)
+    is_exporting = getattr(compiler, "is_exporting", None)
+    return bool(
+        (is_exporting is not None and is_exporting()) or torch.onnx.is_in_onnx_export() or torch.jit.is_tracing()
+    )
 
 
 def check_padding_mask(padding_mask: Tensor, source: Tensor, values: bool = True) -> Tensor:

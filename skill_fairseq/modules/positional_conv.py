@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skill_fairseq.modules.fft_conv import fft_conv, kernel_spectrum
-from skill_fairseq.modules.plain import use_plain
 from skill_fairseq.modules.prepared import Prepared
 
 
@@ -55,7 +54,7 @@ class PositionalConv(Prepared):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) frames to (B, T, D) position embeddings."""
         kernel_size = self.weight_v.size(-1)
-        kernel = self.weight() if use_plain() else self.prepared()
+        kernel = self.prepared()
         if kernel.is_complex():
             with torch.autocast(x.device.type, enabled=False):
                 wide = torch.promote_types(self.bias.dtype, torch.float32)

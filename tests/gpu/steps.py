@@ -109,7 +109,7 @@ class Steps:
     def speed(self) -> dict[str, Any]:
         teacher = ["--teacher-dtype", "bf16"] if self.gpu else []
         return {
-            "stage 1, gates open": self.bench("train", *teacher, "--against", "plain"),
+            "stage 1, gates open": self.bench("train", *teacher, "--against", "transformers"),
             "stage 1, gates at 75 %": self.bench("train", *teacher, "--sparsity", "0.75"),
             "stage 2, student of 25 %": self.bench("train", *teacher, "--sparsity", "0.75", "--stage", "2"),
             "inference, full": self.bench("infer", "--against", "transformers"),
