@@ -4,7 +4,7 @@
 Plain PyTorch on the small teacher of examples/tiny. It uses nothing of the package; where skill_fairseq is installed,
 the package's number stands beside each of this file's. Layer 0 precedes the Transformer, i is the output of layer i.
 
-    pip install torch numpy soundfile safetensors
+    pip install 'torch>=1.13' numpy soundfile safetensors     # before 1.13, GELU's gradient is wrong on CPUs
     python examples/method.py                     # about a minute on one core
     python examples/method.py --updates 20        # a glance
 """

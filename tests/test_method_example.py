@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    tuple(int(part) for part in torch.__version__.split(".")[:2]) < (1, 13), reason="the script asks for torch 1.13"
+)
 
 FILE = Path(__file__).resolve().parents[1] / "examples" / "method.py"
 WITHOUT = (
