@@ -209,7 +209,7 @@ def make_student(teacher: SpeechEncoder, cfg: Any) -> SpeechEncoder:
     with contextlib.nullcontext() if whole else _random_by(cfg.seed):
         student = SpeechEncoder(shape)
     own = student.state_dict()
-    state = with_units(shape, copied_state(teacher.state_dict(), parts, layers))
+    state = with_units(shape, copied_state(teacher.state_dict(), parts, layers), teacher.config)
     copied = {k: v for k, v in state.items() if k in own}
     student.load_state_dict(copied, strict=False)
     drawn = sum(v.numel() for k, v in own.items() if k not in copied and not k.startswith("gates."))

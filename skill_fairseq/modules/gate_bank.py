@@ -241,6 +241,7 @@ class GateBank(Float32Module):
             for unit in units_of(config)
             if unit.name in config.pruning_units
             for site in unit.sites(encoder)
+            if site.num_units
         ]
         # As module follows module, whatever their kinds: saved gates lie in this order.
         sites.sort(key=lambda found: (modules[found[0].owner], found[0].attribute))

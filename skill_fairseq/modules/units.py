@@ -73,7 +73,7 @@ class PrunableUnit:
         """Changes the state of an encoder without these units to what :meth:`build`'s modules load, in place."""
 
     def sites(self, encoder: Any) -> Iterator[Site]:
-        """Where gates go in a :class:`SpeechEncoder`."""
+        """Where gates go in a :class:`SpeechEncoder`; places without units may be among them."""
         raise NotImplementedError
 
     def cut(self, encoder: Any, site: Site, kept: Tensor, factor: Tensor, state: State, shape: Dict[str, Any]) -> None:
@@ -124,12 +124,17 @@ def units_of(config: EncoderConfig) -> List[PrunableUnit]:
     return [unit for unit in UNITS.values() if unit.field or unit.name in names]
 
 
-def with_units(config: EncoderConfig, state: State) -> State:
-    """The state of an encoder without gates as one with ``config.pruning_units`` loads it, but for the gates."""
+def new_units(config: EncoderConfig, before: EncoderConfig) -> List[PrunableUnit]:
+    """The kinds that ``config.pruning_units`` puts into an encoder of the shape ``before``, which lacks them."""
+    had = units_of(before)
+    return [unit for unit in units_of(config) if unit.name in config.pruning_units and unit not in had]
+
+
+def with_units(config: EncoderConfig, state: State, before: EncoderConfig) -> State:
+    """The state of an encoder of the shape ``before`` as one with ``config.pruning_units`` loads it, gates left out."""
     state = dict(state)
-    for unit in units_of(config):
-        if unit.name in config.pruning_units:
-            unit.convert(config, state)
+    for unit in new_units(config, before):
+        unit.convert(config, state)
     return state
 
 
@@ -217,9 +222,8 @@ class _SublayerUnit(PrunableUnit):
     def sites(self, encoder: Any) -> Iterator[Site]:
         for i, layer in enumerate(encoder.transformer.layers):
             module = getattr(layer, self.sublayer)
-            number = 0 if module is None else self.number(module)
-            if number:
-                yield Site(i, f"transformer.layers.{i}.{self.sublayer}", number)
+            if module is not None:
+                yield Site(i, f"transformer.layers.{i}.{self.sublayer}", self.number(module))
 
     def number(self, module: Any) -> int:
         """Units of a sublayer."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.gate_bank import GateBank
-from skill_fairseq.modules.units import UNITS, units_of
+from skill_fairseq.modules.units import UNITS, new_units, with_units
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.expected import expected_widths, full_parameters
 
@@ -83,11 +83,9 @@ def _with_units(config: EncoderConfig, units: Sequence[str]) -> EncoderConfig:
 
 def _place(encoder: SpeechEncoder, config: EncoderConfig) -> None:
     """Puts the gates of ``config.pruning_units`` on an encoder without gates."""
-    state = encoder.state_dict()
-    new = [unit for unit in units_of(config) if unit not in units_of(encoder.config)]
+    state, new = with_units(config, encoder.state_dict(), encoder.config), new_units(config, encoder.config)
     encoder.config = encoder.feature_extractor.config = config
     for unit in new:
-        unit.convert(config, state)
         unit.build(encoder)
     encoder.gates = GateBank()
     encoder.gates.place(encoder)

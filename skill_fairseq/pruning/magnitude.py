@@ -46,7 +46,7 @@ def prune_by_magnitude(encoder: SpeechEncoder, sparsity: float, units: List[str]
     size = encoder.config.original_parameters or encoder.num_parameters()
     gated = SpeechEncoder(encoder.config.replace(pruning_units=list(units), original_parameters=size))
     gated.to(encoder.feature_extractor.layers[0].conv.weight.dtype)
-    gated.load_state_dict(with_units(gated.config, encoder.state_dict()), strict=False)
+    gated.load_state_dict(with_units(gated.config, encoder.state_dict(), encoder.config), strict=False)
     for _, gate in gated.named_gates():
         gate.log_alpha.copy_(_OPEN + ranks(UNITS[gate.unit].scores(gated, gate.site)))
     return shrink(gated.eval(), sparsity)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from skill_fairseq import pruning
 from skill_fairseq.checkpoints import load_encoder, save_encoder
+from skill_fairseq.models.skill_student import SkillStudentConfig
+from skill_fairseq.models.student_init import make_student
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.gate_bank import Draw, HardConcrete
@@ -115,7 +117,8 @@ def teacher() -> SpeechEncoder:
 def gated(teacher: SpeechEncoder) -> SpeechEncoder:
     """The teacher's weights; gates scattered, one FFN sublayer closed, one of no units, one matrix of no rank."""
     encoder = SpeechEncoder(teacher.config.replace(pruning_units=KINDS)).eval()
-    missing, unexpected = encoder.load_state_dict(with_units(encoder.config, teacher.state_dict()), strict=False)
+    state = with_units(encoder.config, teacher.state_dict(), teacher.config)
+    missing, unexpected = encoder.load_state_dict(state, strict=False)
     assert not unexpected and missing == ["gates.log_alpha", "gates.kept_override"]
     generator = torch.Generator().manual_seed(2)
     gates = dict(encoder.named_gates())
@@ -210,6 +213,16 @@ def test_what_was_cut_can_be_gated_and_cut_again(gated: SpeechEncoder) -> None:
     assert twice.num_parameters() < once.num_parameters()
     assert twice.config.unit_widths == once.config.unit_widths
     assert_close(again, twice)
+
+
+def test_what_was_cut_starts_another_stage_of_its_own_kind(gated: SpeechEncoder) -> None:
+    gated.gates.log_alpha.data.add_(1.0)
+    once = shrink(gated)
+    cfg = SkillStudentConfig(pruning_units=["ffn_rank"], seed=1)
+    again = make_student(once, cfg)  # it has the matrices, which must not be factorised once more
+    again.gates.log_alpha.data.fill_(60.0)
+    assert {gate.unit for _, gate in again.named_gates()} == {"ffn_rank"}
+    assert_close(again, once)
 
 
 def test_the_library_for_any_loop_has_it(teacher: SpeechEncoder) -> None:
