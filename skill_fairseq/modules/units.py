@@ -66,6 +66,10 @@ class PrunableUnit:
         """Widths as they are; None where what they are part of has been removed."""
         return list(config.unit_widths.get(self.name) or self.full(config))
 
+    def smallest(self, config: EncoderConfig) -> List[int]:
+        """Widths if every gate closed that may close."""
+        return [self.least] * len(self.full(config))
+
     def build(self, encoder: nn.Module) -> None:
         """Puts modules into a new encoder, as ``encoder.config`` says, that can hold these gates, or what they left."""
 
@@ -176,6 +180,10 @@ class ConvChannels(PrunableUnit):
 
     def left(self, config: EncoderConfig) -> List[Optional[int]]:
         return list(config.conv_channels or ())
+
+    def smallest(self, config: EncoderConfig) -> List[int]:
+        smallest = super().smallest(config)
+        return smallest if config.feature_linear else [*smallest[:-1], config.encoder_embed_dim]
 
     def sites(self, encoder: Any) -> Iterator[Site]:
         layers = encoder.feature_extractor.layers

@@ -46,10 +46,7 @@ def expected_sparsity(encoder: SpeechEncoder, shift: float = 0.0, cost: Cost = P
 
 def smallest_widths(config: EncoderConfig) -> Widths:
     """Widths if every gate closed that may close: the least that can be reached."""
-    smallest = {
-        name: [UNITS[name].least] * len(column) if name in config.pruning_units else column
+    return {
+        name: UNITS[name].smallest(config) if name in config.pruning_units else column
         for name, column in widths_of(config).items()
     }
-    if not config.feature_linear:  # the last convolution has the model's width, and no gates
-        smallest["conv"] = [*smallest["conv"][:-1], config.encoder_embed_dim]
-    return smallest
