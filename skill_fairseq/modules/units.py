@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Dict, Iterator, List, NamedTupl
 import torch
 from torch import Tensor, nn
 
+from skill_fairseq.modules.cutting import State, cut_inputs, cut_outputs, keys_of
+
 if TYPE_CHECKING:
     from skill_fairseq.modules.config import EncoderConfig
     from skill_fairseq.modules.size import Number, Widths
 
-State = Dict[str, Tensor]
 _U = TypeVar("_U", bound="Type[PrunableUnit]")
 
 
@@ -140,31 +141,6 @@ def with_units(config: EncoderConfig, state: State, before: EncoderConfig) -> St
     for unit in new_units(config, before):
         unit.convert(config, state)
     return state
-
-
-def cut_outputs(state: State, name: str, layer: nn.Module, kept: Tensor) -> None:
-    """Leaves some outputs of a linear map or convolution.
-
-    Args:
-        state: changed in place.
-        name: path of the layer.
-        layer: the layer. One that stands in for a linear layer lists in ``outputs`` its parameters that have its
-            outputs first, and in ``inputs`` those that have its inputs second.
-        kept: (k,) indices.
-    """
-    for key in _keys(state, name, getattr(layer, "outputs", ("weight", "bias"))):
-        state[key] = state[key][kept]
-
-
-def cut_inputs(state: State, name: str, layer: nn.Module, kept: Tensor, factor: Tensor) -> None:
-    """Leaves some inputs of a linear map or convolution, each times its factor (k,); as :func:`cut_outputs`."""
-    for key in _keys(state, name, getattr(layer, "inputs", ("weight",))):
-        weight = state[key][:, kept]
-        state[key] = weight * factor.view(-1, *[1] * (weight.dim() - 2))
-
-
-def _keys(state: State, name: str, parameters: Any) -> List[str]:
-    return [key for key in (f"{name}.{parameter}" for parameter in parameters) if key in state]
 
 
 @register_unit
@@ -326,7 +302,7 @@ class AttentionLayers(_SublayerUnit):
             return
         name = f"{site.owner}.{self.output}"
         layer = encoder.get_submodule(name)
-        for key in _keys(state, name, getattr(layer, "outputs", ("weight", "bias"))):
+        for key in keys_of(state, name, getattr(layer, "outputs", ("weight", "bias"))):
             state[key] = state[key] * factor
 
 
