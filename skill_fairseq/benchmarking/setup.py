@@ -10,7 +10,8 @@ from torch import Tensor
 
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.modules import config as shapes
-from skill_fairseq.modules.encoder import Dropouts, SpeechEncoder
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.transformer import Dropouts
 from skill_fairseq.pruning.expected import expected_parameters, full_parameters
 from skill_fairseq.pruning.shrink import shrink
 

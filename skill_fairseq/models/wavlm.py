@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from skill_fairseq.checkpoints.safe_load import plain
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers
-from skill_fairseq.modules.encoder import Dropouts, SpeechEncoder
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.transformer import Dropouts
 
 NOT_HERE = (
     "layer_type",

@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Collection, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.conv_stack import ConvStack
-from skill_fairseq.modules.feed_forward import FeedForward
 from skill_fairseq.modules.gate_bank import Draw, GateBank, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
-from skill_fairseq.modules.layer import EncoderLayer
 from skill_fairseq.modules.norms import ChannelLayerNorm
-from skill_fairseq.modules.padding import check_padding_mask, exporting, frame_padding_mask
-from skill_fairseq.modules.positional_conv import PositionalConv
-from skill_fairseq.modules.positional_conv_stack import PositionalConvStack
+from skill_fairseq.modules.padding import check_padding_mask, frame_padding_mask
 from skill_fairseq.modules.prepared import Prepared
-from skill_fairseq.modules.relative_position import RelativePosition
 from skill_fairseq.modules.size import count_macs, widths_of
 from skill_fairseq.modules.slicing import has_plain_weight, take
-from skill_fairseq.modules.taps import AttentionMaps, FrameTransform, Tap, collect, map_layers
+from skill_fairseq.modules.taps import FrameTransform, Tap, collect, map_layers
+from skill_fairseq.modules.transformer import Dropouts, Transformer
 from skill_fairseq.modules.units import units_of
-
-
-class Dropouts(NamedTuple):
-    """Dropout probabilities; only training uses them, so they are no part of an encoder's shape."""
-
-    hidden: float = 0.0
-    attention: float = 0.0
-    activation: float = 0.0
-    input: float = 0.0
-    layerdrop: float = 0.0
 
 
 class EncoderOutput(NamedTuple):
@@ -84,131 +67,6 @@ class FeatureProjection(nn.Module):
             every = x.new_zeros(*x.shape[:-1], self.linear.in_features)
             return self.dropout(self.linear(every.index_copy(-1, units.indices, x)))
         return self.dropout(F.linear(x, take(self.linear.weight, 1, units.indices), self.linear.bias))
-
-
-class Transformer(nn.Module):
-    """Positional convolution and transformer layers.
-
-    Args:
-        config: shape.
-        dropouts: dropout probabilities.
-
-    Attributes:
-        checkpoint_activations: keep of each layer its input alone for the backward pass, which computes the layer once
-            more, with the same dropout and the same gates (Chen et al. 2016, arXiv:1604.06174).
-    """
-
-    def __init__(self, config: EncoderConfig, dropouts: Dropouts) -> None:
-        super().__init__()
-        self.checkpoint_activations = False
-        dim = config.encoder_embed_dim
-        self.layer_norm_first = config.layer_norm_first
-        self.layerdrop = dropouts.layerdrop
-        kernel_size, groups, depth = config.pos_conv_kernel, config.conv_pos_groups, config.pos_conv_depth
-        self.pos_conv: Union[PositionalConv, PositionalConvStack] = (
-            PositionalConv(dim, kernel_size, groups)
-            if depth == 1
-            else PositionalConvStack(dim, kernel_size, groups, depth)
-        )
-        self.relative_position = (
-            RelativePosition(config.num_buckets, config.max_distance, config.encoder_attention_heads)
-            if config.relative_position
-            else None
-        )
-        self.layer_norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropouts.hidden)
-        layers = []
-        assert config.heads is not None and config.ffn_dims is not None
-        for heads, ffn_dim in zip(config.heads, config.ffn_dims):
-            attention = ffn = None
-            if heads is not None:
-                attention = SelfAttention(
-                    dim,
-                    config.head_dim,
-                    heads,
-                    config.encoder_attention_heads,
-                    dropouts.attention,
-                    config.relative_position,
-                )
-            if ffn_dim is not None:
-                ffn = FeedForward(dim, ffn_dim, config.activation_fn, dropouts.activation)
-            layers.append(EncoderLayer(dim, attention, ffn, config.layer_norm_first, dropouts.hidden))
-        self.layers: Sequence[EncoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
-        self.apply(_init_like_bert)
-
-    def run(
-        self,
-        x: Tensor,
-        padding_mask: Optional[Tensor] = None,
-        draw: Optional[Draw] = None,
-        map_layers: Collection[int] = (),
-    ) -> Iterator[Tuple[Tensor, Optional[AttentionMaps]]]:
-        """Layer by layer, each computed when it is asked for.
-
-        Args:
-            x: (B, T, D) projected features.
-            padding_mask: (B, T) bool, True = padding, or None.
-            draw: the gates of this forward; None where there are none.
-            map_layers: 1-based layers whose attention maps are wanted; they are never dropped by layerdrop.
-
-        Yields:
-            a layer's output (B, T, D), before a final LayerNorm, and its attention maps where they are wanted.
-        """
-        if padding_mask is not None:
-            # A mask of nothing is asked for on the CPU alone: on a GPU the host would wait for the answer.
-            if exporting() or padding_mask.device.type != "cpu" or padding_mask.any():
-                x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
-            else:
-                padding_mask = None
-        if padding_mask is not None:
-            # Of an utterance without a frame nothing counts; with every key hidden, kernels differ or give NaN.
-            padding_mask = padding_mask & ~padding_mask.all(1, keepdim=True)
-        x = x + self.pos_conv(x)
-        if not self.layer_norm_first:
-            x = self.layer_norm(x)
-        x = self.dropout(x)
-        by_offset = None if self.relative_position is None else self.relative_position(x.size(1))
-        for layer, block in enumerate(self.layers, start=1):
-            dropped = self.training and self.layerdrop > 0 and np.random.random() < self.layerdrop
-            inputs: Tuple[Any, ...] = (x, by_offset, padding_mask, draw)
-            again = self.checkpoint_activations and torch.is_grad_enabled()
-            maps = None
-            if layer in map_layers:
-                inputs = (*inputs, True)
-                x, maps = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
-            elif not dropped:
-                x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
-            yield x, maps
-
-    def forward(
-        self,
-        x: Tensor,
-        padding_mask: Optional[Tensor] = None,
-        layer: Optional[int] = None,
-        draw: Optional[Draw] = None,
-    ) -> Tuple[Tensor, List[Tensor]]:
-        """Args:
-            x: (B, T, D) projected features.
-            padding_mask: (B, T) bool, True = padding, or None.
-            layer: 0-based index of the layer to stop after; None runs all and the final LayerNorm.
-            draw: the gates of this forward; None where there are none.
-
-        Returns:
-            (B, T, D) output, and the output (B, T, D) of every layer that ran.
-        """
-        layers = itertools.islice(self.run(x, padding_mask, draw), None if layer is None else layer + 1)
-        states = [state for state, _ in layers]
-        x = states[-1]
-        return (self.layer_norm(x) if self.layer_norm_first and layer is None else x), states
-
-
-def _init_like_bert(module: nn.Module) -> None:
-    """BERT's initialisation, as fairseq's speech encoders use it."""
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, RelativePosition):
-        nn.init.normal_(module.weight, std=0.02)
 
 
 class SpeechEncoder(nn.Module):

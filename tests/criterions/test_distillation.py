@@ -18,8 +18,8 @@ from torch import Tensor
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
-from skill_fairseq.modules.encoder import Dropouts
 from skill_fairseq.modules.taps import Tap
+from skill_fairseq.modules.transformer import Dropouts
 from skill_fairseq.objectives import objective
 from tests.conftest import LARGE_STYLE, random_encoder
 

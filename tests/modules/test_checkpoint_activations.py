@@ -12,7 +12,8 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from skill_fairseq.modules.encoder import Dropouts, SpeechEncoder
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.transformer import Dropouts
 from tests.conftest import LARGE_STYLE, random_encoder
 from tests.modules.test_fast_path import UNITS, batch, set_gates
 
