@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from skill_fairseq.checkpoints import save_encoder
+from skill_fairseq.criterions import skill_group_kd
 from skill_fairseq.pruning.costs import MacCost
 from skill_fairseq.pruning.expected import expected_parameters, expected_sparsity, full_parameters
 
@@ -521,3 +522,11 @@ def test_the_target_rises_over_a_fraction_of_the_run(build: Any) -> None:
     for warmup, updates in ((0.25, 50), (7, 7)):
         criterion = build(UNITS, target_sparsity=0.5, sparsity_warmup=warmup, max_update=200)[2]
         assert criterion.constraint.warmup == updates
+
+
+def test_groups_are_read_as_the_criterion_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "groups.yaml").write_text("groups: [[0], [1, 2]]\n")
+    cfg = skill_group_kd.SkillGroupKDConfig(groups_file=str(tmp_path / "groups.yaml"))
+    assert skill_group_kd.parse_groups(skill_group_kd.read_groups(cfg), 3) == ((0,), (1, 2))
+    with pytest.raises(ValueError, match=says("criterion.groups", 2)):
+        skill_group_kd.parse_groups(skill_group_kd.read_groups(cfg), 1)
