@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import List, Optional, Sequence
 
 import torch
@@ -30,7 +29,7 @@ def check_alike(shapes: Sequence[EncoderConfig], names: Sequence[str], field: st
         for what, first, other in (
             ("sample_rate", shapes[0].sample_rate, shape.sample_rate),
             ("normalize", shapes[0].normalize, shape.normalize),
-            ("samples a frame", _hop(shapes[0]), _hop(shape)),
+            ("samples a frame", shapes[0].downsampling, shape.downsampling),
             ("samples that the first frame hears", shapes[0].receptive_field, shape.receptive_field),
         ):
             if first != other:
@@ -38,10 +37,6 @@ def check_alike(shapes: Sequence[EncoderConfig], names: Sequence[str], field: st
                     f"{field}: {name} has {what} = {other}, but {names[0]} has {first}; expected the same of all "
                     "teachers, which hear the same waveforms: leave one out"
                 )
-
-
-def _hop(shape: EncoderConfig) -> int:
-    return math.prod(stride for *_, stride in shape.conv_feature_layers)
 
 
 class FrozenTeacher:
