@@ -20,7 +20,7 @@ from skill_fairseq.objectives.groups import (
     read_groups,
 )
 from skill_fairseq.objectives.loss import LossParts, check_distance, distillation_loss, parse_weights, without_padding
-from skill_fairseq.objectives.objective import Objective, register_objective
+from skill_fairseq.objectives.objective import Objective, choose_normalization, register_objective
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +93,7 @@ class GroupMeans(Objective):
         self.student_groups = map_groups(self.groups, depths, student.encoder_layers)
         if self.student_groups != self.groups:
             logger.info(f"student has {student.encoder_layers} layers: groups {self.groups} -> {self.student_groups}")
-        if cfg.normalize_states is None:
-            # Where layers begin with their LayerNorm (HuBERT and WavLM Large), nothing bounds what they add up: states
-            # of layers differ in size by orders of magnitude, and the L1 term would outweigh the size constraint.
-            cfg.normalize_states = any(teacher.layer_norm_first for teacher in teachers)
+        choose_normalization(cfg, teachers)
         self.student_taps = [Tap(group, normalize=cfg.normalize_states) for group in self.student_groups]
         parts = [(g, k, layers) for g, group in enumerate(self.groups) for k, layers in by_teacher(group).items()]
         self.teacher_taps = [Tap(layers, normalize=cfg.normalize_states, teacher=k) for _, k, layers in parts]

@@ -15,7 +15,7 @@ from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.taps import Tap
 from skill_fairseq.objectives.groups import is_sequence, map_groups
 from skill_fairseq.objectives.loss import check_distance, distillation_loss, parse_weights, without_padding
-from skill_fairseq.objectives.objective import Objective, register_objective, the_teacher
+from skill_fairseq.objectives.objective import Objective, choose_normalization, register_objective, the_teacher
 
 
 @dataclass
@@ -220,8 +220,7 @@ def pair_layers(cfg: Any, student: EncoderConfig, teacher: EncoderConfig, field:
 
 def pair_taps(cfg: Any, pairs: Pairs, teacher: EncoderConfig) -> Tuple[List[Tap], List[Tap]]:
     """The states of student and teacher, one for each pair; fills in ``cfg.normalize_states``."""
-    if cfg.normalize_states is None:  # as in group_means
-        cfg.normalize_states = teacher.layer_norm_first
+    choose_normalization(cfg, [teacher])
     own, theirs = ([Tap((i,), normalize=cfg.normalize_states) for i in layers] for layers in zip(*pairs))
     return own, theirs
 

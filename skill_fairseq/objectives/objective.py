@@ -82,6 +82,16 @@ class Objective(nn.Module):
         return {}
 
 
+def choose_normalization(cfg: Any, teachers: Sequence[EncoderConfig]) -> None:
+    """Fills in ``cfg.normalize_states`` where it is null: yes where a teacher's layers begin with their LayerNorm.
+
+    There (HuBERT and WavLM Large) nothing bounds what layers add up: their states differ in size by orders of
+    magnitude, and a distance between them would outweigh the size constraint.
+    """
+    if cfg.normalize_states is None:
+        cfg.normalize_states = any(teacher.layer_norm_first for teacher in teachers)
+
+
 def the_teacher(teachers: Sequence[EncoderConfig], field: str) -> EncoderConfig:
     """The one teacher of an objective that takes no more.
 
