@@ -65,11 +65,11 @@ def gate(model: nn.Module, units: Sequence[str] = ("conv", "heads", "ffn"), drop
         raise ValueError(f"{type(model).__name__} has gates already; shrink() it first")
     if isinstance(model, SpeechEncoder):
         encoder = model
-        _place(encoder, _with_units(encoder.config, units))
+        _place(encoder, _gated(encoder.config, units))
     else:
         from skill_fairseq.pruning.huggingface import attach, encoder_config
 
-        encoder = SpeechEncoder(_with_units(encoder_config(model, "gate"), units))
+        encoder = SpeechEncoder(_gated(encoder_config(model, "gate"), units))
         attach(model, encoder)
     for _, vector in encoder.named_gates():
         vector.drop_rate = drop_rate
@@ -77,7 +77,7 @@ def gate(model: nn.Module, units: Sequence[str] = ("conv", "heads", "ffn"), drop
     return Gates(encoder)
 
 
-def _with_units(config: EncoderConfig, units: Sequence[str]) -> EncoderConfig:
+def _gated(config: EncoderConfig, units: Sequence[str]) -> EncoderConfig:
     return config.replace(pruning_units=list(units), original_parameters=full_parameters(config))
 
 
