@@ -19,7 +19,7 @@ from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.models.skill_student import SkillStudentModel
 from skill_fairseq.models.student_init import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
-from skill_fairseq.modules import encoder as encoder_module
+from skill_fairseq.modules import transformer
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.pruning.costs import PARAMETERS
 from skill_fairseq.pruning.expected import expected_sparsity
@@ -362,8 +362,8 @@ def test_checkpoint_activations_in_either_stage(
         save_encoder(small.random_encoder(heads=[[0, 2], [], [1]], ffn_dims=[5, 48, 0]), start, {})
     drop = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1}
     again: list[int] = []
-    checkpoint = encoder_module.checkpoint
-    monkeypatch.setattr(encoder_module, "checkpoint", lambda *a, **k: (again.append(1), checkpoint(*a, **k))[1])
+    checkpoint = transformer.checkpoint
+    monkeypatch.setattr(transformer, "checkpoint", lambda *a, **k: (again.append(1), checkpoint(*a, **k))[1])
     gradients = []
     for on in (False, True):
         torch.manual_seed(0)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError
 
 from skill_fairseq.models.wavlm import WavLMModel
-from skill_fairseq.modules import encoder as encoder_module
+from skill_fairseq.modules import transformer
 
 CLASSES = 7
 
@@ -171,8 +171,8 @@ def test_the_sample_rate_is_the_tasks(pretraining: Any) -> None:
 
 def test_checkpoint_activations(pretraining: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     again: list[int] = []
-    checkpoint = encoder_module.checkpoint
-    monkeypatch.setattr(encoder_module, "checkpoint", lambda *a, **k: (again.append(1), checkpoint(*a, **k))[1])
+    checkpoint = transformer.checkpoint
+    monkeypatch.setattr(transformer, "checkpoint", lambda *a, **k: (again.append(1), checkpoint(*a, **k))[1])
     gradients = []
     for on in (False, True):
         torch.manual_seed(0)
