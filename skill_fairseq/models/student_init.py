@@ -48,7 +48,7 @@ PARTS = {
     ),
     "layer_norm": Part(("transformer.layer_norm.",), ("encoder_embed_dim", "layer_norm_first")),
     "layers": Part(
-        ("transformer.layers.", "transformer.relative_position."),
+        ("transformer.layers.", "transformer.relative_position.", "transformer.time_reduction."),
         ("encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads", "activation_fn")
         + ("layer_norm_first", "num_buckets", "max_distance"),
     ),
@@ -129,7 +129,7 @@ def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
                 f"copied as a whole alone; leave model.{name} out, or give the teacher in model.init_from"
             )
     changes: dict[str, Any] = {} if layers is None else {"encoder_layers": len(layers)}
-    for name, found in teacher.to_dict().items():
+    for name, found in {**vars(teacher), **teacher.to_dict()}.items():
         value = plain(getattr(cfg, name, None))
         if value is not None and name == "conv_feature_layers":
             value = format_conv_layers(parse_conv_layers(value))
