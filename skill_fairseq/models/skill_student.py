@@ -66,7 +66,10 @@ class SkillStudentConfig(_Hubert):
     )
     pruning_units: List[str] = field(
         default_factory=list,
-        metadata={"help": "what gets gates, out of: conv, heads, ffn, attention_layers, ffn_layers; empty: none"},
+        metadata={
+            "help": "what gets gates, out of: conv, heads, ffn, attention_layers, ffn_layers, rank (components of the "
+            "linear maps); empty: none"
+        },
     )
     conv_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of conv channel gates"})
     head_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of attention head gates"})
@@ -74,6 +77,7 @@ class SkillStudentConfig(_Hubert):
         default=0.01, metadata={"help": "initial drop rate of FFN unit gates (DPHuBERT: 0.5, a damaged start)"}
     )
     layer_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of whole-sublayer gates"})
+    rank_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of the gates of ranks"})
     gate_sampling: ChoiceEnum(["shared", "per_rank"]) = field(  # type: ignore[valid-type]
         default="shared",
         metadata={
@@ -114,7 +118,7 @@ class SkillStudentConfig(_Hubert):
     conv_channels: Optional[Any] = _shape("conv channels left in each layer; null: all")
     heads: Optional[Any] = _shape("indices of the heads left in each layer; null: all")
     ffn_dims: Optional[Any] = _shape("FFN units left in each layer; null: all")
-    unit_widths: Optional[Any] = _shape("what is left of units of further kinds, by their names")
+    unit_widths: Optional[Any] = _shape("what is left of further kinds of units; {rank: 96}: maps of that rank")
     original_parameters: Optional[int] = _shape("parameters before any pruning, which sparsity refers to")
 
 

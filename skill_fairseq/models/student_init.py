@@ -133,7 +133,7 @@ def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
         value = plain(getattr(cfg, name, None))
         if value is not None and name == "conv_feature_layers":
             value = format_conv_layers(parse_conv_layers(value))
-        if value in (None, found) or name in ("pruning_units", *PRUNED, *changes):
+        if value in (None, found) or name in ("pruning_units", "unit_widths", *PRUNED, *changes):
             continue
         needing = [part for part in parts if name in PARTS[part].needs]
         if not needing and teacher.is_full():
@@ -147,6 +147,7 @@ def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
             f"which has {found}; leave the field out, or {remedy}"
         )
     shape = teacher.replace(**changes, original_parameters=None) if changes else teacher
+    shape = _with_widths(shape, cfg)
     for name in PRUNED:
         value, found = plain(getattr(cfg, name, None)), getattr(shape, name)
         if value is not None and value != found:
@@ -155,6 +156,29 @@ def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
                 "the field out, which pruning fills in"
             )
     return shape
+
+
+def _with_widths(shape: EncoderConfig, cfg: Any) -> EncoderConfig:
+    """The shape with ``cfg.unit_widths``, which factorise linear maps at the start: ``{rank: 96}``.
+
+    Raises:
+        ValueError: they are not usable, or the encoder has others already.
+    """
+    asked = plain(getattr(cfg, "unit_widths", None))
+    if asked in (None, {}, shape.unit_widths):
+        return shape
+    try:
+        wanted = shape.replace(unit_widths=asked)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"model.unit_widths: {asked}; expected the rank of all linear maps, or of each: {{rank: 96}}"
+        ) from error
+    if shape.unit_widths and wanted != shape:
+        raise ValueError(
+            f"model.unit_widths: {asked}, but the student made from model.init_from={cfg.init_from} has "
+            f"{shape.unit_widths}; leave the field out, which pruning fills in"
+        )
+    return wanted.replace(original_parameters=shape.original_parameters or full_parameters(shape))
 
 
 def copied_state(

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from skill_fairseq.modules.rank import Rank  # noqa: F401 - registers the kind
 from skill_fairseq.modules.units import UNITS
 
 ConvLayers = List[Tuple[int, int, int]]
@@ -119,7 +120,8 @@ class EncoderConfig:
     heads: Optional[List[Optional[List[int]]]] = None
     ffn_dims: Optional[List[Optional[int]]] = None
 
-    # The same of kinds of units that are registered elsewhere, by their names; of those that have been pruned.
+    # The same of further kinds of units, by their names, of those that have been pruned: a list, or one number for all
+    # places. ``rank`` has six a layer, the ranks of its linear maps.
     unit_widths: Dict[str, List[int]] = dataclasses.field(default_factory=dict)
 
     # Hard-concrete gates on these units (stage 1 only).
@@ -143,8 +145,13 @@ class EncoderConfig:
         self.conv_channels = [int(c) for c in self.conv_channels]
         self.heads = [None if h is None else sorted(int(i) for i in h) for h in self.heads]
         self.ffn_dims = [None if f is None else int(f) for f in self.ffn_dims]
-        self.unit_widths = {name: [int(width) for width in column] for name, column in self.unit_widths.items()}
+        self.unit_widths = {name: self._column(name, column) for name, column in self.unit_widths.items()}
         self._validate()
+
+    def _column(self, name: str, column: Any) -> List[int]:
+        if isinstance(column, int):
+            return [column] * (len(UNITS[name].full(self)) if name in UNITS else 1)
+        return [int(width) for width in column]
 
     def _check_types(self) -> None:
         expected = {"int": "a positive whole number", "bool": "true or false", "str": "a word"}
