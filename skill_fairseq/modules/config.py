@@ -220,12 +220,13 @@ class EncoderConfig:
                 f"the same heads, and at least one, in the layers {source} and {layer}, which share a map "
                 f"(model.reuse_attention)",
             )
-        require(
-            not reusing or not {"heads", "attention_layers"} & set(self.pruning_units),
-            "pruning_units",
-            "neither heads nor attention_layers: layers that share an attention map (model.reuse_attention) must keep "
-            "the same heads",
-        )
+        for field in ("pruning_units", "unit_widths"):
+            require(
+                not reusing or not {"heads", "attention_layers", "rank"} & set(getattr(self, field)),
+                field,
+                "none of heads, attention_layers and rank: layers that share an attention map (model.reuse_attention) "
+                "keep the same heads and whole linear maps",
+            )
         for name, column in self.unit_widths.items():
             known = name in UNITS and UNITS[name].field is None
             require(known, "unit_widths", f"units that are registered; import the file that registers {name!r}")

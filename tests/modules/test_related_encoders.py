@@ -170,6 +170,7 @@ def test_recomputed_layers_give_the_same_gradients() -> None:
         ({"reuse_attention": [3, 2]}, ("reuse_attention", "ascending")),
         ({"reuse_attention": [2], "heads": [[0], [1], [2]]}, ("heads", "1 and 2", "share a map")),
         ({"reuse_attention": [2], "pruning_units": ["heads"]}, ("pruning_units", "reuse_attention")),
+        ({"reuse_attention": [2], "unit_widths": {"rank": 4}}, ("unit_widths", "reuse_attention")),
         ({"time_reduction": 0}, ("time_reduction: 0", "positive")),
     ],
 )
