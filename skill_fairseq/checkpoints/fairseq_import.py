@@ -284,6 +284,13 @@ def _flag(*candidates: Any) -> bool:
     return next((value for value in candidates if isinstance(value, bool)), False)
 
 
+def _without_folders(value: Any) -> Any:
+    """Settings with the names of files alone."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders(part) for name, part in value.items()}
+    return Path(value).name if isinstance(value, str) else value
+
+
 def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """How far training went, and what a distilled student aimed at."""
     history = checkpoint.get("optimizer_history")
@@ -293,6 +300,7 @@ def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     cfg = plain(checkpoint.get("cfg")) or {}
     criterion, task = cfg.get("criterion") or {}, cfg.get("task") or {}
     kept = {name: criterion.get(name) for name in ("groups", "target_sparsity")}
+    kept["objectives"] = _without_folders(criterion.get("objectives"))
     if criterion.get("cost") != "parameters":
         kept.update({name: value for name, value in criterion.items() if name == "cost" or name.startswith("cost_")})
     # Names alone: where they lay is nobody's business, and true on one machine only.

@@ -14,6 +14,7 @@ PROVENANCE = {
     "teacher": "teacher",
     "data": "training data",
     "groups": "groups of teacher layers",
+    "objectives": "trained for",
     "target_sparsity": "target sparsity",
     "num_updates": "updates",
     "exported_by": "exported by",
