@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from disturbed import Run, same_outcome
 from messages import says
 from omegaconf import OmegaConf
-from runs import logged
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
-from skill_fairseq.checkpoints.safe_load import load_torch_file
 from skill_fairseq.modules.masking import HideFrames
 from tests.conftest import random_encoder
 
