@@ -118,6 +118,14 @@ class DistillationCriterion(FairseqCriterion):
         for term in self.terms:
             for k in {tap.teacher for tap in term.objective.teacher_taps if tap.masking is not None}:
                 task.check_mask_embedding(k, term.field)
+        for term in self.terms:
+            rates = {teachers[tap.teacher].time_reduction for tap in term.objective.teacher_taps}
+            if rates - {student.time_reduction} and not term.objective.any_rate:
+                raise ValueError(
+                    f"model.time_reduction: {student.time_reduction}, but the teacher has {max(rates)}, and "
+                    f"{term.field} compares frame by frame; give both the same, or the objective layers with head: "
+                    "upsample_linear"
+                )
         asked = [("student", student, tap) for tap in self.student_taps]
         asked += [("teacher", teachers[tap.teacher], tap) for tap in self.teacher_taps]
         for whose, shape, tap in asked:
@@ -298,7 +306,7 @@ class DistillationCriterion(FairseqCriterion):
             samples = samples - padding.sum()
         values["loss"] = loss
         if mask is None:
-            count = source.size(0) * self.task.student_config.num_frames(source.size(1))
+            count = source.size(0) * self.task.student_config.num_output_frames(source.size(1))
         else:
             count = int((~mask).sum())
         # They stay on the device: to fetch a number here would keep the backward pass waiting. Copies, as float64.

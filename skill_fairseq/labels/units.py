@@ -140,13 +140,14 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     write_file(path, "".join(f"{line}\n" for line in lines))
 
 
-def too_short(sizes: Sequence[int], units: Sequence[Sequence[str]]) -> list[int]:
+def too_short(sizes: Sequence[int], units: Sequence[Sequence[str]], time_reduction: int = 1) -> list[int]:
     """Indices of the recordings with fewer frames than CTC needs: one a unit, and a blank between equal neighbours.
 
     Args:
         sizes: numbers of samples.
         units: units of each recording.
+        time_reduction: frames that the encoder makes one of.
     """
-    frames = [(size - MIN_SAMPLES) // FRAME_SAMPLES + 1 for size in sizes]
+    frames = [((size - MIN_SAMPLES) // FRAME_SAMPLES + 1) // time_reduction for size in sizes]
     needed = [len(row) + sum(one == other for one, other in zip(row, row[1:])) for row in units]
     return [i for i, (have, need) in enumerate(zip(frames, needed)) if have < need]

@@ -1,7 +1,5 @@
 """Classes of utterances: a pooled state through linear maps to a softmax, or to one with an additive angular margin."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Sequences of units, such as letters, by connectionist temporal classification (CTC)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple

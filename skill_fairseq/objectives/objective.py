@@ -43,10 +43,12 @@ class Objective(nn.Module):
         student_taps: what it asks of the student.
         teacher_taps: what it asks of the teachers, each tap of that which ``Tap.teacher`` says; nothing where it needs
             labels alone.
+        any_rate: whether it takes a student whose frames are longer than the teacher's (``model.time_reduction``).
         supervised: of a class: it needs no teacher, and its constructor takes the task's labels as well, see
             :class:`~skill_fairseq.objectives.supervised.Supervised`.
     """
 
+    any_rate = False
     supervised = False
 
     def __init__(

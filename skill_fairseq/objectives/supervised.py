@@ -1,7 +1,5 @@
 """What objectives that learn from labels have in common: their target, the student's states, and pooling over time."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional
@@ -54,6 +52,7 @@ class Supervised(Objective):
         target: the labels.
     """
 
+    any_rate = True
     supervised = True
     sequences = False
 

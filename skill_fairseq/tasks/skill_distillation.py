@@ -316,7 +316,7 @@ class SkillDistillationTask(AudioPretrainingTask):
                 assert self._training_data is not None and self.student_config is not None
                 data = self._training_data
                 if data.mean_frames is None:  # once an epoch
-                    data.mean_frames = float(self.student_config.num_frames(data.heard).sum()) / data.num_batches
+                    data.mean_frames = float(self.student_config.num_output_frames(data.heard).sum()) / data.num_batches
                 self.frames_of_weight_1 = data.mean_frames
         return frames / self.frames_of_weight_1
 
