@@ -4,12 +4,12 @@ import dataclasses
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
 from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
-from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
@@ -21,10 +21,15 @@ from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.taps import Tap, deepest
 from skill_fairseq.objectives.objective import OBJECTIVES, Objective
 from skill_fairseq.pruning.costs import make_cost
+from skill_fairseq.pruning.exact import ExactConstraint
 from skill_fairseq.pruning.lagrangian import CostConstraint, updates_of
 from skill_fairseq.pruning.selection import check_reachable
+from skill_fairseq.pruning.targets import SCHEDULES, Constraint
 
 logger = logging.getLogger(__name__)
+
+CONSTRAINTS: Dict[str, Type[Constraint]] = {"lagrangian": CostConstraint, "exact": ExactConstraint}
+"""How gates are brought to their target, by name."""
 
 
 @dataclass
@@ -43,6 +48,13 @@ class SizeConstraintConfig(FairseqDataclass):
     )
     sparsity_warmup: float = field(
         default=5000, metadata={"help": "updates over which the target rises from 0, or a fraction of all, such as 0.1"}
+    )
+    sparsity_schedule: ChoiceEnum(list(SCHEDULES)) = field(  # type: ignore[valid-type]
+        default="linear", metadata={"help": "how the target rises; exponential: by equal factors of what is left"}
+    )
+    constraint: ChoiceEnum(list(CONSTRAINTS)) = field(  # type: ignore[valid-type]
+        default="lagrangian",
+        metadata={"help": "lagrangian: multipliers drive to the target; exact: a shift of all gates keeps them there"},
     )
     max_update: int = field(
         default=II("optimization.max_update"), metadata={"help": "what a fraction in sparsity_warmup refers to"}
@@ -119,7 +131,7 @@ class DistillationCriterion(FairseqCriterion):
             logger.warning(self._unsupervised(student.encoder_layers))
         if cfg.init_from:
             self._init_objectives(cfg.init_from)
-        self.constraint: Optional[CostConstraint] = None
+        self.constraint: Optional[Constraint] = None
         if cfg.target_sparsity is not None:
             if not student.pruning_units:
                 raise ValueError(
@@ -133,7 +145,8 @@ class DistillationCriterion(FairseqCriterion):
             check_reachable(student, cfg.target_sparsity, "criterion.target_sparsity", cost)
             total = cfg.max_update if 0 < cfg.sparsity_warmup < 1 else 0
             warmup = updates_of(cfg.sparsity_warmup, total, "criterion.sparsity_warmup")
-            self.constraint = CostConstraint(cfg.target_sparsity, warmup, cost)
+            make = CONSTRAINTS[str(cfg.constraint)]
+            self.constraint = make(cfg.target_sparsity, warmup, cost, str(cfg.sparsity_schedule))
         elif student.pruning_units:
             raise ValueError(
                 f"criterion.target_sparsity: null, but the student has gates on {student.pruning_units}, which nothing "
@@ -264,8 +277,7 @@ class DistillationCriterion(FairseqCriterion):
             if self.training:
                 loss = loss + self.constraint(expected, update)
             values["expected_sparsity"] = expected
-            values["lambda1"] = self.constraint.lambda1
-            values["lambda2"] = self.constraint.lambda2
+            values.update(self.constraint.named_parameters())
         # A tensor on every rank, padded or not: fairseq sums tensors and numbers over ranks apart.
         samples = source.new_full((), source.numel(), dtype=torch.float64)
         if padding is not None:

@@ -25,6 +25,7 @@ which this package writes into files.
 """
 
 from skill_fairseq.pruning.costs import Cost, MacCost, ParameterCost, register_cost
+from skill_fairseq.pruning.exact import ExactConstraint
 from skill_fairseq.pruning.gating import Gates, gate, parameter_groups
 from skill_fairseq.pruning.huggingface import as_encoder
 from skill_fairseq.pruning.lagrangian import CostConstraint, SizeConstraint
@@ -33,6 +34,7 @@ from skill_fairseq.pruning.shrink import shrink
 __all__ = [
     "Cost",
     "CostConstraint",
+    "ExactConstraint",
     "Gates",
     "MacCost",
     "ParameterCost",

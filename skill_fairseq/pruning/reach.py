@@ -12,6 +12,7 @@ from typing import Any, List, NamedTuple, Optional
 
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
+from skill_fairseq.pruning.exact import ExactConstraint
 from skill_fairseq.pruning.expected import expected_sparsity
 from skill_fairseq.pruning.lagrangian import linear_warmup_decay, updates_of
 from skill_fairseq.pruning.selection import selected_cost
@@ -154,8 +155,11 @@ def check_reach(cfg: Any, encoder: SpeechEncoder, criterion: Any) -> List[str]:
     if constraint is None or schedule is None:
         return []
     max_update = int(cfg.optimization.max_update)
-    found = reach_warnings(encoder, schedule, max_update, constraint.target, constraint.cost)
-    found += warmup_warnings(constraint.warmup, max_update, constraint.target)
+    found = []
+    for target in constraint.targets:
+        if not isinstance(constraint, ExactConstraint):  # which shifts gates as far as need be
+            found += reach_warnings(encoder, schedule, max_update, target.sparsity, target.cost)
+        found += warmup_warnings(constraint.warmup, max_update, target.sparsity)
     for warning in found:
         logger.warning(warning)
     return found
