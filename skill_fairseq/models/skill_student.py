@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from fairseq.dataclass import ChoiceEnum
@@ -14,7 +14,8 @@ from torch import Tensor
 from skill_fairseq.models.wavlm import WavLMModel, avoid_wrong_gelu, dropouts, encoder_config, hubert_fields
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.gate_bank import Draw
-from skill_fairseq.modules.taps import Tap, deepest
+from skill_fairseq.modules.masking import with_masks
+from skill_fairseq.modules.taps import SpanMasking, Tap, deepest
 from skill_fairseq.modules.units import UNITS
 from skill_fairseq.pruning.expected import expected_widths
 
@@ -177,7 +178,7 @@ class SkillStudentModel(WavLMModel):
         self.speech_encoder = SpeechEncoder(encoder_config(cfg), dropouts(cfg))
         self.speech_encoder.transformer.checkpoint_activations = cfg.checkpoint_activations
         self._init_masking(cfg)
-        # Used by fine-tuning alone: in distillation it would be a parameter without gradient.
+        # Used by fine-tuning, and by objectives that mask: elsewhere it would be a parameter without gradient.
         self.mask_emb.requires_grad_(False)
         self._scale_conv_gradients(cfg.feature_grad_mult)
         self.generator = torch.Generator()
@@ -211,7 +212,8 @@ class SkillStudentModel(WavLMModel):
 
     def train_for(self, taps: Sequence[Tap]) -> None:
         """Takes weights out of the training that a loss on these taps cannot reach: ranks would send zeros for them, or
-        wait for gradients that never come. Gates stay: the size constraint moves them."""
+        wait for gradients that never come. Gates stay: the size constraint moves them. The mask embedding is learned
+        where taps mask."""
         transformer = self.speech_encoder.transformer
         states, last = deepest(tap for tap in taps if tap.kind == "states"), deepest(taps)
         unreached: List[torch.nn.Module] = [*transformer.layers[last:]] if last else [transformer]
@@ -227,6 +229,7 @@ class SkillStudentModel(WavLMModel):
             unreached += [] if transformer.layer_norm_first else [layer.attention_norm]
         for module in unreached:
             module.requires_grad_(False)
+        self.mask_emb.requires_grad_(any(tap.masking is not None for tap in taps))
 
     def forward(
         self,
@@ -234,6 +237,7 @@ class SkillStudentModel(WavLMModel):
         padding_mask: Optional[Tensor] = None,
         draw: Optional[Draw] = None,
         taps: Optional[Sequence[Tap]] = None,
+        masked: Optional[Mapping[SpanMasking, Tensor]] = None,
         **kwargs: Any,
     ) -> Dict[str, Any]:
         """One forward for distillation.
@@ -244,6 +248,7 @@ class SkillStudentModel(WavLMModel):
             draw: what :meth:`draw_gates` gave; None: the gates are drawn here, and the host waits for all that the
                 device has still to do.
             taps: what is asked for; None: the output of all layers and of the final LayerNorm where there is one.
+            masked: (B, T) bool for each masking of the taps, True = hidden, or None for none: see ``with_masks``.
 
         Returns:
             ``taps``, a tensor for each, or ``x`` (B, T, D) and ``hidden_states`` (L + 1 tensors (B, T, D));
@@ -254,6 +259,7 @@ class SkillStudentModel(WavLMModel):
         if taps is None:
             out = encoder(source, padding_mask, draw=draw)._asdict()
         else:
+            taps = with_masks(taps, masked or {}, self.mask_emb)
             out = dict(zip(("taps", "padding_mask"), encoder.tap(source, padding_mask, taps, draw)))
         return {**out, "expected_widths": None if encoder.gates is None else expected_widths(encoder)}
 

@@ -212,6 +212,8 @@ def make_student(teacher: SpeechEncoder, cfg: Any) -> SpeechEncoder:
     state = with_units(shape, copied_state(teacher.state_dict(), parts, layers), teacher.config)
     copied = {k: v for k, v in state.items() if k in own}
     student.load_state_dict(copied, strict=False)
+    if "projection" in parts:  # it stands among what that makes
+        student.mask_embedding = teacher.mask_embedding
     drawn = sum(v.numel() for k, v in own.items() if k not in copied and not k.startswith("gates."))
     if not whole:
         logger.info(f"the student copies {parts} of {cfg.init_from}; {drawn:,} weights start at random")

@@ -81,12 +81,17 @@ class SpeechEncoder(nn.Module):
         encoder = skill_fairseq.load_encoder("student.safetensors")
         out = encoder(torch.randn(1, 16000))
         out.hidden_states[6]  # (1, 49, D)
+
+    Attributes:
+        mask_embedding: (D,) what its pre-training put in place of masked frames, None where nobody knows. It is no
+            parameter, counts in no size, and stays where it is when the encoder moves.
     """
 
     def __init__(self, config: EncoderConfig, dropouts: Dropouts = Dropouts()) -> None:  # noqa: B008
         super().__init__()
         self.config = config
         self.dropouts = dropouts
+        self.mask_embedding: Optional[Tensor] = None
         self.feature_extractor = ConvStack(config)
         self.feature_projection = FeatureProjection(config, dropouts.input)
         self.transformer = Transformer(config, dropouts)

@@ -60,6 +60,7 @@ def shrink(encoder: Encoder, sparsity: Optional[float] = None, cost: Cost = PARA
     like = encoder.feature_extractor.layers[0].conv.weight
     small = SpeechEncoder(config, encoder.dropouts).eval().to(like.device, like.dtype)
     small.load_state_dict({name: state[name] for name in small.state_dict()})
+    small.mask_embedding = encoder.mask_embedding
     return small  # type: ignore[return-value]
 
 
