@@ -5,15 +5,16 @@ Costs enter as sparsity, ``s = 1 - E[cost] / original cost``, see :mod:`skill_fa
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, List, NamedTuple, Tuple
+from collections.abc import Mapping
+from typing import Any, List, NamedTuple, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
 
 from skill_fairseq.modules.fp32 import Float32Module
-from skill_fairseq.pruning.costs import PARAMETERS, Cost
+from skill_fairseq.pruning.costs import COSTS, PARAMETERS, Cost, make_cost, saved_cost
 
 SCHEDULES = ("linear", "cosine", "exponential")
 """How a target may rise."""
@@ -29,6 +30,73 @@ class Target(NamedTuple):
 
     cost: Cost
     sparsity: float
+
+
+Asked = Union[float, Sequence[Target]]
+"""A sparsity of some cost, or targets that are all to be met."""
+
+
+def as_targets(asked: Asked, cost: Cost = PARAMETERS) -> Tuple[Target, ...]:
+    """A sparsity of a cost as a target, targets as they are.
+
+    Raises:
+        ValueError: there is none.
+    """
+    targets = (Target(cost, asked),) if isinstance(asked, (int, float)) else tuple(Target(*each) for each in asked)
+    if not targets:
+        raise ValueError("target: none is given; expected a sparsity such as 0.75, or a list of targets")
+    return targets
+
+
+def read_targets(asked: Any, field: str) -> Tuple[Target, ...]:
+    """Targets as a config gives them: how much of which cost is to be left, such as ``{macs: 0.25, seconds: 10}``.
+
+    Args:
+        asked: name of a cost to the share of it that is to be left, in (0, 1], for one cost or several; and settings
+            of these costs by their names.
+        field: where it was asked for, for messages.
+
+    Raises:
+        ValueError: names the field and what is wrong.
+    """
+    if not isinstance(asked, Mapping) or not any(name in COSTS for name in asked):
+        raise ValueError(
+            f"{field}: {asked!r}; expected the share that is to be left of one or several costs, as {{macs: 0.25}}; "
+            f"known are {', '.join(COSTS)}"
+        )
+    kinds = [COSTS[name] for name in asked if name in COSTS]
+    settings = {name: value for name, value in asked.items() if name not in COSTS}
+    known = {each.name for kind in kinds for each in dataclasses.fields(kind)}
+    if not settings.keys() <= known:
+        unknown = next(name for name in settings if name not in known)
+        expected = f"a cost ({', '.join(COSTS)})" + (f" or a setting ({', '.join(sorted(known))})" if known else "")
+        raise ValueError(f"{field}.{unknown}: {settings[unknown]!r}; {unknown} is not known, expected {expected}")
+    targets = []
+    for kind in kinds:
+        left = asked[kind.name]
+        if isinstance(left, bool) or not isinstance(left, (int, float)) or not 0 < left <= 1:
+            raise ValueError(
+                f"{field}.{kind.name}: {left!r}; expected the share that is to be left, above 0 and at most 1: 0.25 "
+                "leaves a quarter"
+            )
+        try:
+            cost = make_cost(kind.name, **{f"cost_{name}": value for name, value in settings.items()})
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from error
+        targets.append(Target(cost, 1 - left))
+    return tuple(targets)
+
+
+def saved_targets(provenance: Mapping[str, Any]) -> Tuple[Target, ...]:
+    """What a checkpoint was trained for, from its provenance; empty where it says nothing.
+
+    Raises:
+        ValueError: it is of a cost that is not registered here, or not usable.
+    """
+    if provenance.get("target"):
+        return read_targets(provenance["target"], "target")
+    sparsity = provenance.get("target_sparsity")
+    return () if sparsity is None else (Target(saved_cost(provenance), sparsity),)
 
 
 def target_sparsity(update: int, warmup: int, final: float, schedule: str = "linear") -> float:
@@ -68,17 +136,13 @@ class Constraint(Float32Module):
 
     def __init__(
         self,
-        target: float | Sequence[Target],
+        target: Asked,
         warmup: int = 5000,
         cost: Cost = PARAMETERS,
         schedule: str = "linear",
     ) -> None:
         super().__init__()
-        self.targets: Tuple[Target, ...] = (
-            (Target(cost, target),) if isinstance(target, (int, float)) else tuple(Target(*each) for each in target)
-        )
-        if not self.targets:
-            raise ValueError("target: none is given; expected a sparsity such as 0.75, or a list of targets")
+        self.targets = as_targets(target, cost)
         for each in self.targets:
             if not 0.0 <= each.sparsity < 1.0:
                 raise ValueError(

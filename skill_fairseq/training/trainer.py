@@ -101,8 +101,7 @@ class SkillTrainer(Trainer):
     def end(self) -> None:
         """Called when the run is at its end: says what has become of the size, and gives signals back."""
         if self._constraint is not None and self.data_parallel_rank == 0:
-            for target in self._constraint.targets:
-                log_sparsity(self.get_model().speech_encoder, target.sparsity, target.cost)
+            log_sparsity(self.get_model().speech_encoder, self._constraint.targets)
         preemption.uninstall()
         unlock_run(Path(self.cfg.checkpoint.save_dir))
 
