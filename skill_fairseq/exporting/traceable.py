@@ -60,7 +60,7 @@ class StepwiseConvStack(nn.Module):
         self.register_buffer("scale", stack.scale)
         self.scale: Tensor
 
-    def forward(self, source: Tensor, draw: None = None) -> tuple[Tensor, None]:
+    def forward(self, source: Tensor, draw: None = None, statistics: None = None) -> tuple[Tensor, None]:
         """(B, N) samples to (B, T, C) frames; and no gates."""
         x = source.unsqueeze(1)
         for layer in self.layers:
