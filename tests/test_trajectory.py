@@ -65,7 +65,9 @@ def test_numbers_are_those_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     same = machine() == recorded["machine"]
     for stage in ("distill", "final"):
         for name, value in recorded[stage].items():
-            assert found[stage][name] == (value if same else pytest.approx(value, rel=1e-4, abs=1e-6)), name
+            # A softmax does not see its keys' bias: what moves it is the rounding of a gradient of zero.
+            noise = 1e-4 if name.endswith("k_proj.bias") else 1e-6
+            assert found[stage][name] == (value if same else pytest.approx(value, rel=1e-4, abs=noise)), name
         assert found[f"{stage} loss"] == pytest.approx(recorded[f"{stage} loss"], rel=0 if same else 1e-4)
 
 

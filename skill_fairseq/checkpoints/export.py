@@ -19,6 +19,7 @@ from skill_fairseq.modules.encoder import SpeechEncoder
 
 FORMAT = "skill_fairseq.encoder"
 FORMAT_VERSION = "1"
+MASK_EMBEDDING = "mask_embedding"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -37,6 +38,8 @@ def save_encoder(
         ValueError: the dtype is unknown, or a weight is beyond its range.
     """
     state = finite_state(encoder, dtype)
+    if encoder.mask_embedding is not None:
+        state[MASK_EMBEDDING] = encoder.mask_embedding.detach().cpu().to(DTYPES[dtype])
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -88,4 +91,5 @@ def read_export(path: Path) -> EncoderSource:
         provenance = parse_json(metadata.get("provenance", "{}"), path, "its provenance")
         config = EncoderConfig.from_dict(fields)
     tensors = load_tensors(path)
-    return EncoderSource("an exported encoder", config, tensors, lambda name: name, provenance=provenance)
+    kind = "an exported encoder"
+    return EncoderSource(kind, config, tensors, lambda name: name, provenance=provenance, mask_embedding=MASK_EMBEDDING)

@@ -45,15 +45,17 @@ ENCODER_NAMES: Rules = (
 LAYER_NORM_EXTRACTOR: Rules = ((r"feature_extractor\.layers\.(\d+)\.norm\.", r"feature_extractor.conv_layers.\1.2.1."),)
 """Goes first where the extractor normalises every layer: there the norm sits between two transpositions."""
 
+MASK_EMBEDDING = "mask_emb"
+
 PRETRAINING = (
-    r"mask_emb",
+    MASK_EMBEDDING,  # an own student's that was never trained
     r"final_proj\..*",
     r"label_embs_concat",
     r"target_glu\..*",
     r"quantizer\..*",
     r"project_q\..*",
 )
-"""Masking and prediction heads, which only pre-training uses."""
+"""Prediction heads, which only pre-training uses."""
 
 MODELS = ("hubert", "wav2vec2", "data2vec_audio")
 
@@ -109,7 +111,18 @@ def read_fairseq(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
         task = {**task, "normalize": _flag(task.get("normalize"), outer_task.get("normalize"))}
         state = {name[len(FINE_TUNED) :] if name.startswith(FINE_TUNED) else name: w for name, w in state.items()}
         format = f"a fairseq checkpoint of model {model_name(outer)!r}, fine-tuned from {model_name(fields)!r}"
-    return encoder_source(format, fields, task, state, path, _progress(checkpoint))
+    source = encoder_source(format, fields, task, state, path, _progress(checkpoint))
+    trained = model_name(fields) != "skill_student" or _has_masked(checkpoint)
+    return source if trained else source._replace(mask_embedding="")
+
+
+def _has_masked(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a student's mask embedding was trained: by an objective that masks, or in fine-tuning."""
+    cfg = plain(checkpoint.get("cfg")) or {}
+    model = cfg.get("model") or {}
+    runs = [cfg, model.get("w2v_args") or {}]
+    objectives = [o for run in runs for o in ((run.get("criterion") or {}).get("objectives") or {}).values()]
+    return bool(model.get("apply_mask")) or any(objective.get("mask_prob") for objective in objectives)
 
 
 def _pretraining_config(fields: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -173,6 +186,7 @@ def encoder_source(
             PRETRAINING + CTC_HEAD,
             provenance=provenance,
             assumed=assumed,
+            mask_embedding=MASK_EMBEDDING,
         )
     if name not in MODELS:
         raise ValueError(
@@ -194,6 +208,7 @@ def encoder_source(
         ADDED_HERE,
         provenance,
         assumed,
+        MASK_EMBEDDING,
     )
 
 
@@ -220,6 +235,7 @@ def read_microsoft(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
         PRETRAINING,
         ADDED_HERE,
         assumed=() if known else assumed,
+        mask_embedding=MASK_EMBEDDING,
     )
 
 
@@ -268,6 +284,13 @@ def _flag(*candidates: Any) -> bool:
     return next((value for value in candidates if isinstance(value, bool)), False)
 
 
+def _without_folders(value: Any) -> Any:
+    """Settings with the names of files alone."""
+    if isinstance(value, Mapping):
+        return {name: _without_folders(part) for name, part in value.items()}
+    return Path(value).name if isinstance(value, str) else value
+
+
 def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """How far training went, and what a distilled student aimed at."""
     history = checkpoint.get("optimizer_history")
@@ -277,6 +300,7 @@ def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     cfg = plain(checkpoint.get("cfg")) or {}
     criterion, task = cfg.get("criterion") or {}, cfg.get("task") or {}
     kept = {name: criterion.get(name) for name in ("groups", "target_sparsity")}
+    kept["objectives"] = _without_folders(criterion.get("objectives"))
     if criterion.get("cost") != "parameters":
         kept.update({name: value for name, value in criterion.items() if name == "cost" or name.startswith("cost_")})
     # Names alone: where they lay is nobody's business, and true on one machine only.

@@ -51,15 +51,16 @@ ENCODER_NAMES: Rules = (
 )
 """From our names to transformers'."""
 
+MASK_EMBEDDING = "masked_spec_embed"
+
 TASK_HEADS = (
-    r"masked_spec_embed",
     r"quantizer\..*",
     r"project_(q|hid)\..*",
     r"(lm_head|projector|classifier|tdnn|objective)\..*",
     r"feature_extractor\.(weight|bias)",  # a linear layer of the speaker verification head
     r"layer_weights",
 )
-"""Masking, quantiser, and the heads of transformers' fine-tuned models."""
+"""Quantiser, and the heads of transformers' fine-tuned models."""
 
 SUPPORTED = {
     "add_adapter": False,
@@ -101,6 +102,7 @@ def read_huggingface(folder: Path, trust: bool = False) -> EncoderSource:
         TASK_HEADS,
         ADDED_HERE,
         assumed=assumed if audio is None else (),
+        mask_embedding=MASK_EMBEDDING,
     )
 
 

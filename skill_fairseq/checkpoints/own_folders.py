@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from skill_fairseq.checkpoints.export import read_export
+from skill_fairseq.checkpoints.export import MASK_EMBEDDING, read_export
 from skill_fairseq.checkpoints.plain_files import look_alike, read_json
 from skill_fairseq.checkpoints.safetensors_file import load_tensors
 from skill_fairseq.checkpoints.source import EncoderSource, reading_config
@@ -58,4 +58,5 @@ def read_own_folder(folder: Path) -> EncoderSource:
         lambda name: OWN_PREFIX + name,
         ignorable=(r"encoder\..*\.heads", r"encoder\.gates\.(fixed_widths|positions)"),  # buffers that follow the shape
         provenance=fields.get(PROVENANCE_FIELD, {}),
+        mask_embedding=OWN_PREFIX + MASK_EMBEDDING,
     )

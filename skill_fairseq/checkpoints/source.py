@@ -39,6 +39,7 @@ class EncoderSource(NamedTuple):
         optional: names of our encoder that the file may lack.
         provenance: what the file says about where it comes from.
         assumed: what the file leaves open and was decided here, in words.
+        mask_embedding: the file's name of what stood in place of masked frames; empty: it has none that was trained.
     """
 
     format: str
@@ -49,6 +50,7 @@ class EncoderSource(NamedTuple):
     optional: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = {}
     assumed: tuple[str, ...] = ()
+    mask_embedding: str = ""
 
 
 def renaming(rules: Rules) -> Callable[[str], str]:
@@ -119,17 +121,33 @@ def _build(source: EncoderSource, path: Path) -> SpeechEncoder:
             else f"{path}: recognised as {source.format}, but its weights are damaged; {problems[0]}"
         )
     _fill(encoder, state)
+    encoder.mask_embedding = _mask_embedding(source, path)
     for assumption in source.assumed:
         logger.warning(f"{path}: {assumption}")
-    unused = _left_over(source, used, of_the_encoder=False)
+    unused = _left_over(source, used | {source.mask_embedding}, of_the_encoder=False)
     if unused:
         logger.info(f"{path}: left out, as the encoder has no use for them: {_shorten(unused)}")
     return encoder
 
 
+def _mask_embedding(source: EncoderSource, path: Path) -> Tensor | None:
+    """(D,) float32; None, and a warning, where that of the file is not usable: most encoders are used without."""
+    found = source.state.get(source.mask_embedding)
+    if found is None:
+        return None
+    if found.numel() != source.config.encoder_embed_dim or not torch.isfinite(found).all():
+        logger.warning(
+            f"{path}: its mask embedding {source.mask_embedding} {_shape(found)} is left out; expected "
+            f"{source.config.encoder_embed_dim} finite numbers"
+        )
+        return None
+    return found.detach().float().flatten().clone()
+
+
 def left_out(source: EncoderSource, encoder: SpeechEncoder) -> list[str]:
     """Names of weights of other parts of the model: heads that the encoder does not need, and that nobody knew."""
-    return _left_over(source, {source.foreign_name(name) for name in encoder.state_dict()}, of_the_encoder=False)
+    used = {source.foreign_name(name) for name in encoder.state_dict()} | {source.mask_embedding}
+    return _left_over(source, used, of_the_encoder=False)
 
 
 def _left_over(source: EncoderSource, used: set[str], of_the_encoder: bool) -> list[str]:

@@ -103,6 +103,7 @@ def read_torchaudio(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
         lambda name: _from_transformers(_transformers_name(name)),
         HEADS_AND_MASKING + unused,
         ADDED_HERE,
+        mask_embedding="mask_generator.mask_embedding",
         assumed=tuple(f"{what}: assumed, as in TorchAudio's own models; the file does not say" for what in assumed),
     )
 

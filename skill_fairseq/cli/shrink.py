@@ -113,7 +113,7 @@ def describe(
     """The tables: units kept a layer, costs before and after, sparsity."""
     costs = [["", "before", "after", "left"]]
     for name, before, after in (
-        ("parameters", gated.num_parameters(), small.num_parameters()),
+        ("parameters", int(PARAMETERS(gated.config, widths_of(gated.config))), small.num_parameters()),
         (f"MACs, {SECONDS:g} s of audio", gated.macs(SECONDS), small.macs(SECONDS)),
     ):
         costs.append([name, f"{before:,}", f"{after:,}", f"{after / before:.2%}"])

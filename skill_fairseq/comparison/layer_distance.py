@@ -13,7 +13,9 @@ from torch import Tensor
 from skill_fairseq.audio.manifest import readable
 from skill_fairseq.audio.pieces import pieces
 from skill_fairseq.clustering.similarity import MIN_BLOCK, cka_distance, unbiased_hsic
+from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.objectives.groups import map_groups
 
 KINDS = ("l1", "l1_normalized", "cos", "cka")
 """Mean |s - t|; the same of states brought to zero mean and unit variance frame by frame; mean 1 - cos; and 1 - linear
@@ -24,50 +26,55 @@ SHOWN = {"l1_normalized": "L1 normalised", "cos": "1 - cos", "cka": "1 - CKA"}
 
 @dataclasses.dataclass(frozen=True)
 class LayerDistances:
-    """Distances of each kind.
+    """Distances of each kind that the widths allow: all of :data:`KINDS`, or CKA alone where they differ.
 
     Attributes:
-        layers: kind -> one number a layer, from layer 0 on; means over all frames.
+        layers: kind -> one number for each of the student's layers, from layer 0 on; means over all frames.
         recordings: kind -> one number a recording; means over its frames and all layers.
         num_frames: frames of all recordings.
+        teacher_layers: which layer of the teacher each of the student's was compared with.
     """
 
     layers: dict[str, list[float]]
     recordings: dict[str, list[float]]
     num_frames: int
+    teacher_layers: list[int]
+
+
+def kinds_of(student: EncoderConfig, teacher: EncoderConfig) -> tuple[str, ...]:
+    """The kinds of distance that there are between two encoders: of other widths, CKA alone."""
+    return KINDS if student.encoder_embed_dim == teacher.encoder_embed_dim else ("cka",)
 
 
 def state_distances(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Distances of the states of one recording.
 
     Args:
-        student, teacher: (T, D) a layer, as many layers each; T at least 4, for CKA.
+        student, teacher: (T, D_S) and (T, D_T) a layer, as many layers each; T at least 4, for CKA.
 
     Returns:
-        (kinds, layers) float64, in the order of :data:`KINDS`.
+        (kinds, layers) float64, in the order of :data:`KINDS`; CKA alone where D_S and D_T differ.
 
     Raises:
-        ValueError: another number of layers, or other shapes.
+        ValueError: another number of layers or frames.
     """
-    if [tuple(s.shape) for s in student] != [tuple(t.shape) for t in teacher]:
+    if [len(s) for s in student] != [len(t) for t in teacher]:
         raise ValueError(
             f"student states {[tuple(s.shape) for s in student]}, teacher states {[tuple(t.shape) for t in teacher]}: "
-            "expected the same; layers can be compared only at equal depth and width"
+            "expected as many layers of as many frames each"
         )
     columns = []
     for s, t in zip(student, teacher):
         s, t = s.double(), t.double()
-        normal_s, normal_t = F.layer_norm(s, s.shape[-1:]), F.layer_norm(t, t.shape[-1:])
-        columns.append(
-            torch.stack(
-                [
-                    (s - t).abs().mean(),
-                    (normal_s - normal_t).abs().mean(),
-                    1 - F.cosine_similarity(s, t, dim=-1).mean(),
-                    cka_distance(unbiased_hsic(torch.stack([s, t])))[0, 1],
-                ]
-            )
-        )
+        found = []
+        if s.size(1) == t.size(1):
+            normal_s, normal_t = F.layer_norm(s, s.shape[-1:]), F.layer_norm(t, t.shape[-1:])
+            found = [
+                (s - t).abs().mean(),
+                (normal_s - normal_t).abs().mean(),
+                1 - F.cosine_similarity(s, t, dim=-1).mean(),
+            ]
+        columns.append(torch.stack([*found, cka_distance(unbiased_hsic(s[None], t[None]))[0, 1]]))
     return torch.stack(columns, dim=1)
 
 
@@ -75,15 +82,21 @@ def state_distances(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
 def layer_distances(student: SpeechEncoder, teacher: SpeechEncoder, files: Iterable[Path]) -> LayerDistances:
     """Distances over recordings, each encoded by itself, without padding; what is longer than a minute, in pieces.
 
+    Of another depth, each of the student's layers is compared with the teacher's at the same share of the depth.
+
     Args:
-        student, teacher: of equal depth and width; are put in eval mode.
+        student, teacher: of one frame rate; are put in eval mode.
         files: audio, 16 kHz mono; those that cannot be read are skipped, and the log names them.
 
     Raises:
-        ValueError: depth or width differ, no recording can be read, or one is too short for CKA.
+        ValueError: frame rates differ, no recording can be read, or one is too short for CKA.
     """
     student.eval()
     teacher.eval()
+    kinds, depth = kinds_of(student.config, teacher.config), student.config.encoder_layers
+    counterparts = [
+        layer for (layer,) in map_groups([(i,) for i in range(depth + 1)], [depth], teacher.config.encoder_layers)
+    ]
     found, frames = [], []
     for file, samples in readable(files, []):
         wave = samples[None]
@@ -94,6 +107,7 @@ def layer_distances(student: SpeechEncoder, teacher: SpeechEncoder, files: Itera
                 [state[0] for state in encoder(source).hidden_states]
                 for encoder, source in zip((student, teacher), sources)
             ]
+            states[1] = [states[1][layer] for layer in counterparts]
             if len(states[0][0]) < MIN_BLOCK:
                 raise ValueError(f"{file}: {len(states[0][0])} frames, expected at least {MIN_BLOCK}; leave it out")
             parts.append(state_distances(*states))
@@ -106,9 +120,10 @@ def layer_distances(student: SpeechEncoder, teacher: SpeechEncoder, files: Itera
     table, weights = torch.stack(found), torch.tensor(frames, dtype=torch.float64)
     by_layer = torch.einsum("nkl,n->kl", table, weights / weights.sum())
     return LayerDistances(
-        layers={kind: [round(v, 6) for v in row.tolist()] for kind, row in zip(KINDS, by_layer)},
-        recordings={kind: [round(v, 6) for v in row.tolist()] for kind, row in zip(KINDS, table.mean(2).T)},
+        layers={kind: [round(v, 6) for v in row.tolist()] for kind, row in zip(kinds, by_layer)},
+        recordings={kind: [round(v, 6) for v in row.tolist()] for kind, row in zip(kinds, table.mean(2).T)},
         num_frames=sum(frames),
+        teacher_layers=counterparts,
     )
 
 

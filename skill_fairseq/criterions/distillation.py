@@ -96,6 +96,7 @@ class DistillationCriterion(FairseqCriterion):
     Attributes:
         terms: the objectives and their weights.
         student_taps, teacher_taps: what all of them ask, each once.
+        maskings: those among the taps, each once.
     """
 
     unsupervised = "criterion.objectives"
@@ -107,6 +108,19 @@ class DistillationCriterion(FairseqCriterion):
         self.terms = self.build_terms(student, teachers)
         self.student_taps = list(dict.fromkeys(tap for term in self.terms for tap in term.objective.student_taps))
         self.teacher_taps = list(dict.fromkeys(tap for term in self.terms for tap in term.objective.teacher_taps))
+        every = (tap.masking for tap in [*self.student_taps, *self.teacher_taps])
+        self.maskings = [masking for masking in dict.fromkeys(every) if masking is not None]
+        for term in self.terms:
+            for k in {tap.teacher for tap in term.objective.teacher_taps if tap.masking is not None}:
+                task.check_mask_embedding(k, term.field)
+        for term in self.terms:
+            rates = {teachers[tap.teacher].time_reduction for tap in term.objective.teacher_taps}
+            if rates - {student.time_reduction} and not term.objective.any_rate:
+                raise ValueError(
+                    f"model.time_reduction: {student.time_reduction}, but the teacher has {max(rates)}, and "
+                    f"{term.field} compares frame by frame; give both the same, or the objective layers with head: "
+                    "upsample_linear"
+                )
         asked = [("student", student, tap) for tap in self.student_taps]
         asked += [("teacher", teachers[tap.teacher], tap) for tap in self.teacher_taps]
         for whose, shape, tap in asked:
@@ -226,8 +240,8 @@ class DistillationCriterion(FairseqCriterion):
         Args:
             model: the student.
             sample: ``net_input`` with ``source`` (B, N) and perhaps ``padding_mask`` (B, N); perhaps ``source_bits``,
-                the source before it was rounded, see :meth:`SpeechDataset.collater`; labels for objectives that need
-                some.
+                the source before it was rounded, and ``masked``, see :meth:`SpeechDataset.collater`; labels for
+                objectives that need some.
 
         Returns:
             scalar loss, its weight in the update (see :meth:`SkillDistillationTask.batch_weight`; fairseq divides the
@@ -237,14 +251,18 @@ class DistillationCriterion(FairseqCriterion):
         if "source_bits" in sample:
             net_input["source"] = sample["source_bits"].view(torch.float32)
         source, padding = net_input["source"], net_input.get("padding_mask")
+        # In validation the dataset masks nothing.
+        masked = sample.get("masked") or {}
+        if self.training and len(masked) < len(self.maskings):
+            raise ValueError(f"sample: 'masked' holds {len(masked)} masks; expected one for each of {self.maskings}")
         # The gates before all else: the host waits for them, and the device shall have nothing left to do by then.
         draw = model.draw_gates()
         # Then the teachers: their memory is free again before the student's activations pile up.
         teacher: Dict[Tap, Tensor] = {}
         for index in sorted({tap.teacher for tap in self.teacher_taps}):
             taps = [tap for tap in self.teacher_taps if tap.teacher == index]
-            teacher.update(zip(taps, self.task.teachers[index].tap(source, padding, taps)))
-        out = model(**net_input, draw=draw, taps=self.student_taps)
+            teacher.update(zip(taps, self.task.teachers[index].tap(source, padding, taps, masked)))
+        out = model(**net_input, draw=draw, taps=self.student_taps, masked=masked)
         student: Dict[Tap, Tensor] = dict(zip(self.student_taps, out["taps"]))
         mask = out["padding_mask"]
         losses, values = [], {}
@@ -272,7 +290,7 @@ class DistillationCriterion(FairseqCriterion):
             samples = samples - padding.sum()
         values["loss"] = loss
         if mask is None:
-            count = source.size(0) * self.task.student_config.num_frames(source.size(1))
+            count = source.size(0) * self.task.student_config.num_output_frames(source.size(1))
         else:
             count = int((~mask).sum())
         # They stay on the device: to fetch a number here would keep the backward pass waiting. Copies, as float64.

@@ -9,7 +9,8 @@ from typing import Any, Optional
 
 from safetensors.torch import save
 
-from skill_fairseq.checkpoints.export import finite_state
+from skill_fairseq.checkpoints import huggingface
+from skill_fairseq.checkpoints.export import DTYPES, MASK_EMBEDDING, finite_state
 from skill_fairseq.checkpoints.huggingface import ENCODER_NAMES
 from skill_fairseq.checkpoints.own_folders import OWN_PREFIX, OWN_TYPE, PROVENANCE_FIELD
 from skill_fairseq.checkpoints.source import ADDED_HERE, renaming
@@ -76,12 +77,16 @@ def save_huggingface(
     kind = stock_type(encoder, provenance)
     if kind is None:
         complete = {**dict(encoder.named_buffers()), **state}  # also those outside a state dict: see SkillModel
+        if encoder.mask_embedding is not None:
+            complete[MASK_EMBEDDING] = encoder.mask_embedding.to(DTYPES[dtype])
         weights = {OWN_PREFIX + name: tensor for name, tensor in complete.items()}
         config = _own_config(encoder)
         code = _own_code()
     else:
         rename = renaming(ENCODER_NAMES)
         weights = {rename(name): tensor for name, tensor in state.items() if name not in ADDED_HERE}
+        if encoder.mask_embedding is not None:
+            weights[huggingface.MASK_EMBEDDING] = encoder.mask_embedding.to(DTYPES[dtype])
         config = _stock_config(encoder, kind)
         code = {}
     config.update(torch_dtype=dtype, **{PROVENANCE_FIELD: provenance})
@@ -102,6 +107,8 @@ def stock_type(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> str | N
     """The model type of transformers that computes the same, or None where something was pruned or gated."""
     config = encoder.config
     if not config.is_full() or config.pruning_units or bool((encoder.feature_extractor.scale != 1).any()):
+        return None
+    if config.time_reduction > 1 or config.reuse_attention:
         return None
     if not config.feature_linear or not config.feature_layer_norm:
         plain = config.feature_linear and config.pos_conv_depth == 1 and not config.relative_position
@@ -153,10 +160,12 @@ def _stock_config(encoder: SpeechEncoder, kind: str) -> dict[str, Any]:
         "do_stable_layer_norm": config.layer_norm_first,
         "num_conv_pos_embeddings": config.conv_pos,
         "num_conv_pos_embedding_groups": config.conv_pos_groups,
-        # Without masking in training there is no mask embedding, which is no part of the encoder.
         "mask_time_prob": 0.0,
         "mask_feature_prob": 0.0,
     }
+    if encoder.mask_embedding is not None:
+        # Their models hold one only where masking has a share; nothing is masked before it is switched on.
+        fields.update(mask_time_prob=0.05, apply_spec_augment=False)
     if kind == "hubert":
         fields.update(feat_proj_layer_norm=config.feature_layer_norm)
     if kind == "wavlm":

@@ -101,12 +101,26 @@ def attend_by_matrix(
     dropout: float,
 ) -> Tensor:
     """:func:`skill_fairseq.modules.attention_core.attend` for graphs of any length, with :class:`PositionMatrix`."""
+    return attend_by_matrix_with_maps(q, k, v, factor, bias, padding_mask, dropout)[0]
+
+
+def attend_by_matrix_with_maps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factor: Optional[Tensor],
+    bias: Optional[Tensor],
+    padding_mask: Optional[Tensor],
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """The same, and the (B, h, T, T) maps."""
     scores = q @ k.transpose(2, 3) * q.size(3) ** -0.5
     if factor is not None and bias is not None:
         scores = scores + factor * bias
     if padding_mask is not None:
         scores = scores.masked_fill(padding_mask[:, None, None, :], torch.finfo(scores.dtype).min)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+    weights = scores.softmax(-1)
+    return (weights @ v).transpose(1, 2), weights
 
 
 class States(nn.Module):
@@ -191,6 +205,7 @@ def record(
     for layer in transformer.layers:
         if layer.attention is not None:
             layer.attention.attend = attend_by_matrix  # type: ignore[method-assign]
+            layer.attention.attend_with_maps = attend_by_matrix_with_maps  # type: ignore[assignment]
     if isinstance(transformer.pos_conv, PositionalConv):
         transformer.pos_conv = FoldedPositionalConv(transformer.pos_conv)  # type: ignore[assignment]
     if transformer.relative_position is not None:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from fairseq.dataclass import ChoiceEnum
@@ -14,7 +14,8 @@ from torch import Tensor
 from skill_fairseq.models.wavlm import WavLMModel, avoid_wrong_gelu, dropouts, encoder_config, hubert_fields
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.gate_bank import Draw
-from skill_fairseq.modules.taps import Tap, deepest
+from skill_fairseq.modules.masking import with_masks
+from skill_fairseq.modules.taps import SpanMasking, Tap, deepest
 from skill_fairseq.modules.units import UNITS
 from skill_fairseq.pruning.expected import expected_widths
 
@@ -65,7 +66,10 @@ class SkillStudentConfig(_Hubert):
     )
     pruning_units: List[str] = field(
         default_factory=list,
-        metadata={"help": "what gets gates, out of: conv, heads, ffn, attention_layers, ffn_layers; empty: none"},
+        metadata={
+            "help": "what gets gates, out of: conv, heads, ffn, attention_layers, ffn_layers, rank (components of the "
+            "linear maps); empty: none"
+        },
     )
     conv_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of conv channel gates"})
     head_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of attention head gates"})
@@ -73,11 +77,19 @@ class SkillStudentConfig(_Hubert):
         default=0.01, metadata={"help": "initial drop rate of FFN unit gates (DPHuBERT: 0.5, a damaged start)"}
     )
     layer_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of whole-sublayer gates"})
+    rank_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of the gates of ranks"})
     gate_sampling: ChoiceEnum(["shared", "per_rank"]) = field(  # type: ignore[valid-type]
         default="shared",
         metadata={
             "help": "shared: every rank draws the same gates in an update, and they do not depend on the number of "
             "GPUs; per_rank: each its own, whose noise averages out over ranks"
+        },
+    )
+    layer_grad_scale: bool = field(
+        default=False,
+        metadata={
+            "help": "after layer i of L, from 0, multiply the gradient from above by m = (L - i) / (L - i + 1), that "
+            "of the layer's own losses by m (1 - m)"
         },
     )
     seed: int = field(default=II("common.seed"), metadata={"help": "seed of the gate samples and of random weights"})
@@ -98,13 +110,15 @@ class SkillStudentConfig(_Hubert):
     relative_position: Optional[bool] = _shape("WavLM's gated relative position bias")
     num_buckets: Optional[int] = _shape("buckets of the relative position table")
     max_distance: Optional[int] = _shape("distance (frames) from which positions share a bucket")
+    time_reduction: Optional[int] = _shape("frames that become one in front of layer 1")
+    reuse_attention: Optional[Any] = _shape("layers, from 2 on, that take the attention map of the layer below")
     normalize: Optional[bool] = _shape("whether waveforms are normalised")
     padding_rule: Optional[str] = _shape("which frames of a padded utterance count")
     sample_rate: Optional[int] = _shape("Hz of the waveforms")
     conv_channels: Optional[Any] = _shape("conv channels left in each layer; null: all")
     heads: Optional[Any] = _shape("indices of the heads left in each layer; null: all")
     ffn_dims: Optional[Any] = _shape("FFN units left in each layer; null: all")
-    unit_widths: Optional[Any] = _shape("what is left of units of further kinds, by their names")
+    unit_widths: Optional[Any] = _shape("what is left of further kinds of units; {rank: 96}: maps of that rank")
     original_parameters: Optional[int] = _shape("parameters before any pruning, which sparsity refers to")
 
 
@@ -176,8 +190,9 @@ class SkillStudentModel(WavLMModel):
         self.cfg = cfg
         self.speech_encoder = SpeechEncoder(encoder_config(cfg), dropouts(cfg))
         self.speech_encoder.transformer.checkpoint_activations = cfg.checkpoint_activations
+        self.speech_encoder.transformer.layer_grad_scale = cfg.layer_grad_scale
         self._init_masking(cfg)
-        # Used by fine-tuning alone: in distillation it would be a parameter without gradient.
+        # Used by fine-tuning, and by objectives that mask: elsewhere it would be a parameter without gradient.
         self.mask_emb.requires_grad_(False)
         self._scale_conv_gradients(cfg.feature_grad_mult)
         self.generator = torch.Generator()
@@ -211,7 +226,8 @@ class SkillStudentModel(WavLMModel):
 
     def train_for(self, taps: Sequence[Tap]) -> None:
         """Takes weights out of the training that a loss on these taps cannot reach: ranks would send zeros for them, or
-        wait for gradients that never come. Gates stay: the size constraint moves them."""
+        wait for gradients that never come. Gates stay: the size constraint moves them. The mask embedding is learned
+        where taps mask."""
         transformer = self.speech_encoder.transformer
         states, last = deepest(tap for tap in taps if tap.kind == "states"), deepest(taps)
         unreached: List[torch.nn.Module] = [*transformer.layers[last:]] if last else [transformer]
@@ -227,6 +243,7 @@ class SkillStudentModel(WavLMModel):
             unreached += [] if transformer.layer_norm_first else [layer.attention_norm]
         for module in unreached:
             module.requires_grad_(False)
+        self.mask_emb.requires_grad_(any(tap.masking is not None for tap in taps))
 
     def forward(
         self,
@@ -234,6 +251,7 @@ class SkillStudentModel(WavLMModel):
         padding_mask: Optional[Tensor] = None,
         draw: Optional[Draw] = None,
         taps: Optional[Sequence[Tap]] = None,
+        masked: Optional[Mapping[SpanMasking, Tensor]] = None,
         **kwargs: Any,
     ) -> Dict[str, Any]:
         """One forward for distillation.
@@ -244,6 +262,7 @@ class SkillStudentModel(WavLMModel):
             draw: what :meth:`draw_gates` gave; None: the gates are drawn here, and the host waits for all that the
                 device has still to do.
             taps: what is asked for; None: the output of all layers and of the final LayerNorm where there is one.
+            masked: (B, T) bool for each masking of the taps, True = hidden, or None for none: see ``with_masks``.
 
         Returns:
             ``taps``, a tensor for each, or ``x`` (B, T, D) and ``hidden_states`` (L + 1 tensors (B, T, D));
@@ -254,6 +273,7 @@ class SkillStudentModel(WavLMModel):
         if taps is None:
             out = encoder(source, padding_mask, draw=draw)._asdict()
         else:
+            taps = with_masks(taps, masked or {}, self.mask_emb)
             out = dict(zip(("taps", "padding_mask"), encoder.tap(source, padding_mask, taps, draw)))
         return {**out, "expected_widths": None if encoder.gates is None else expected_widths(encoder)}
 

@@ -72,7 +72,7 @@ def plan(
         raise ValueError(f"chunk_seconds: {chunk_seconds}; expected at least {1 / per_second:g}, one frame")
     if context < 0:
         raise ValueError(f"context_seconds: {context_seconds}; expected 0 or more")
-    for window in windows(config.num_frames(samples), chunk, context):
+    for window in windows(config.num_output_frames(samples), chunk, context):
         begin = window.first * config.downsampling
         end = (window.last - 1) * config.downsampling + config.receptive_field
         yield window, cut(audio, begin, end)[None]

@@ -20,6 +20,30 @@ KINDS = ("states", "mean_map", "maps")
 
 
 @dataclass(frozen=True)
+class SpanMasking:
+    """How spans of frames are chosen that the Transformer does not hear, as fairseq's ``compute_mask_indices`` does.
+
+    Equal ones hide the same frames of an utterance, whoever asks: student, teachers, several objectives.
+
+    Attributes:
+        prob: share of the frames to hide; less where spans overlap or do not fit.
+        length: frames of a span; the mean where lengths vary.
+        selection: "static": each of this length; "uniform": from ``other`` to twice the length; "normal", with the
+            standard deviation ``other``; "poisson".
+        other: see ``selection``.
+        no_overlap: spans neither overlap nor touch.
+        min_space: frames between two of them then.
+    """
+
+    prob: float
+    length: int = 10
+    selection: str = "static"
+    other: float = 0.0
+    no_overlap: bool = False
+    min_space: int = 1
+
+
+@dataclass(frozen=True)
 class Tap:
     """One tensor that a forward pass hands out: the mean of what some layers compute.
 
@@ -36,6 +60,8 @@ class Tap:
         transform: changes the projected features, as masking does. Taps with equal transforms share a pass through
             the Transformer; the convolutions run once for all.
         teacher: which of several teachers is asked, from 0; nothing to the encoder itself.
+        masking: in training some frames are hidden, see :func:`skill_fairseq.modules.masking.with_masks`, which turns
+            it into a transform; nothing to the encoder itself.
     """
 
     layers: tuple[int, ...]
@@ -43,6 +69,7 @@ class Tap:
     normalize: bool = False
     transform: FrameTransform | None = None
     teacher: int = 0
+    masking: SpanMasking | None = None
 
     def check(self, config: EncoderConfig) -> None:
         """Raises:

@@ -132,7 +132,7 @@ def parse_groups(value: Any, depths: int | Sequence[int], field: str = "criterio
     return tuple(tuple(layer_name(*layer_of(name)) for name in group) for group in value)
 
 
-def map_groups(groups: Groups, depths: Sequence[int], student_layers: int) -> StudentGroups:
+def map_groups(groups: Sequence[Sequence[Layer]], depths: Sequence[int], student_layers: int) -> StudentGroups:
     """Groups of a student's layers: layer i of a teacher of depth L becomes ``i student_layers / L``.
 
     Rounded half up, but never from a Transformer layer to layer 0, the convolutional features (our choice).

@@ -1,20 +1,24 @@
 """Layers of the student against layers of the teacher, through heads.
 
-DistilHuBERT's prediction heads (arXiv:2110.01900), and layer to layer as in Deep versus Wide (arXiv:2207.06867).
+DistilHuBERT (arXiv:2110.01900); layer to layer as in Deep versus Wide (arXiv:2207.06867) and FitHuBERT (2207.00555);
+and masking distillation as in MaskHuBERT and ARMHuBERT (arXiv:2305.11685).
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from omegaconf import OmegaConf
+from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.taps import Tap
 from skill_fairseq.objectives.groups import is_sequence, map_groups
+from skill_fairseq.objectives.heads import HEADS
 from skill_fairseq.objectives.loss import check_distance, distillation_loss, parse_weights, without_padding
+from skill_fairseq.objectives.masking import MaskingConfig, masked_frames, parse_masking
 from skill_fairseq.objectives.objective import Objective, choose_normalization, register_objective, the_teacher
 
 
@@ -52,29 +56,47 @@ class StatePairsConfig(PairsConfig):
 
 
 @dataclass
-class LayersConfig(StatePairsConfig):
-    """Pairs of layers, heads and distance."""
+class LayersConfig(MaskingConfig, StatePairsConfig):
+    """Pairs of layers, heads and distance; and frames that the student does not hear."""
 
     layer_weights: Optional[Any] = field(
         default=None,
-        metadata={"help": "weight of each pair, or a number for all; null: 1 / number of pairs, the mean"},
+        metadata={
+            "help": "weight of each pair, a number for all, or {last: 1.0, others: 0.1}; null: 1 / number of pairs, "
+            "the mean"
+        },
     )
     head: str = field(
         default="linear",
         metadata={
             "help": "identity; linear: one for each pair; prediction: one linear map of the student's layer for all, "
-            "GELU, then a linear map each"
+            "GELU, then a linear map each; upsample_linear: a transposed convolution back to the teacher's frame rate, "
+            "then a linear map, for each pair"
         },
     )
     l1_weight: float = field(default=1.0, metadata={"help": "weight of the L1 term"})
     mse_weight: float = field(default=0.0, metadata={"help": "weight of the squared distance"})
     cos_weight: float = field(default=1.0, metadata={"help": "weight of the cosine term"})
     cos_type: str = field(default="raw", metadata={"help": "raw: -mean cos; log_sig: -mean log sigmoid(cos)"})
+    masked_frames: Optional[str] = field(
+        default="whole",
+        metadata={
+            "help": "what the student's masked frames are compared with: the teacher that heard the whole utterance "
+            "(whole), or the one with the same frames masked (masked); null: with nothing"
+        },
+    )
+    unmasked_frames: Optional[str] = field(
+        default="masked", metadata={"help": "the same of its other frames, whole, masked or null"}
+    )
 
 
 @register_objective("layers", LayersConfig)
 class Layers(Objective):
     """loss = sum over pairs of w [a mean|h(s) - t| + b mean (h(s) - t)^2 + c C(h(s), t)], with a head h for each pair.
+
+    With ``mask_prob`` above 0 the student hears masked frames in training, and t is chosen frame by frame: masking
+    distillation's of masked frames is from a teacher that heard everything, that of the others from one with the same
+    frames masked. Frames that are compared with nothing count as 0 in the means.
 
     Args:
         cfg: a :class:`LayersConfig`; the layers that it leaves open are written into it.
@@ -83,6 +105,8 @@ class Layers(Objective):
     Raises:
         ValueError: layers, weights or heads are not usable; names the field.
     """
+
+    any_rate = True
 
     def __init__(
         self, cfg: Any, student: EncoderConfig, teachers: Sequence[EncoderConfig], field: str = "criterion"
@@ -93,9 +117,15 @@ class Layers(Objective):
         teacher = the_teacher(teachers, field)
         self.pairs = pair_layers(cfg, student, teacher, field)
         self.student_taps, self.teacher_taps = pair_taps(cfg, self.pairs, teacher)
-        weights, count = cfg.layer_weights, len(self.pairs)
-        weights = [weights] * count if isinstance(weights, (int, float)) else weights
-        self.weights = parse_weights(weights, count, f"{field}.layer_weights", "pair of layers")
+        count = len(self.pairs)
+        self.weights = _layer_weights(cfg.layer_weights, count, f"{field}.layer_weights")
+        self._read_masking(field)
+        if student.time_reduction % teacher.time_reduction:
+            raise ValueError(
+                f"model.time_reduction: {student.time_reduction}, but the teacher has {teacher.time_reduction}; "
+                "expected a multiple of that"
+            )
+        self.rate = student.time_reduction // teacher.time_reduction
         if cfg.head not in HEADS:
             raise ValueError(f"{field}.head: {cfg.head!r}; expected one of {', '.join(HEADS)}")
         own, theirs = student.encoder_embed_dim, teacher.encoder_embed_dim
@@ -109,7 +139,36 @@ class Layers(Objective):
                 f"{field}.head: prediction, which reads one layer of the student, but {field}.student_layers is "
                 f"{list(cfg.student_layers)}; set that to last, or the head to linear"
             )
-        self.heads = HEADS[cfg.head](own, theirs, count)
+        if (self.rate > 1) != (cfg.head == "upsample_linear"):
+            raise ValueError(
+                f"{field}.head: {cfg.head}, but the student makes one frame of {self.rate} of the teacher's; expected "
+                f"{'upsample_linear' if self.rate > 1 else 'another one, which needs no up-sampling'}"
+            )
+        self.heads = HEADS[cfg.head](own, theirs, count, self.rate)
+
+    def _read_masking(self, field: str) -> None:
+        """Takes over the fields of masking: what the student's masked frames and the others are compared with."""
+        cfg = self.cfg
+        self.masking = parse_masking(cfg, field)
+        self.compared = {"masked_frames": cfg.masked_frames, "unmasked_frames": cfg.unmasked_frames}
+        for name, value in self.compared.items():
+            default = LayersConfig.__dataclass_fields__[name].default
+            if self.masking is None and value != default:
+                raise ValueError(f"{field}.{name}: {value} does nothing with {field}.mask_prob=0; leave it out")
+            if value not in ("whole", "masked", None):
+                raise ValueError(f"{field}.{name}: {value!r}; expected whole, masked or null")
+        if not any(self.compared.values()):
+            raise ValueError(
+                f"{field}.masked_frames: null, as {field}.unmasked_frames, so that nothing is distilled; set one"
+            )
+        if self.masking is None:
+            return
+        self.student_taps = [dataclasses.replace(tap, masking=self.masking) for tap in self.student_taps]
+        # Of each kind that is wanted, a tap for each pair.
+        hidden = [dataclasses.replace(tap, masking=self.masking) for tap in self.teacher_taps]
+        kinds = {"whole": self.teacher_taps, "masked": hidden}
+        self.heard = [kind for kind in kinds if kind in self.compared.values()]
+        self.teacher_taps = [tap for kind in self.heard for tap in kinds[kind]]
 
     def forward(
         self,
@@ -121,6 +180,15 @@ class Layers(Objective):
         """See :class:`Objective`; logged are ``l1_sI_tJ``, ``mse_sI_tJ`` and ``cos_sI_tJ`` of student layer I and
         teacher layer J, the last of them the mean of cos or log sigmoid(cos)."""
         predicted = self.heads(student)
+        if self.rate > 1:
+            # An odd last frame of the teacher's has no counterpart; the mask is that of the student's frames.
+            teacher = [t[:, : t.size(1) // self.rate * self.rate] for t in teacher]
+            padding_mask = None if padding_mask is None else padding_mask.repeat_interleave(self.rate, 1)
+        masked, share = masked_frames(sample, self.masking), None
+        if masked is None:
+            teacher = teacher[: len(self.pairs)]  # all heard everything
+        else:
+            teacher, padding_mask, share = self._compared(teacher, padding_mask, masked[:, : predicted[0].size(1)])
         if padding_mask is not None:
             frames = without_padding([*predicted, *teacher], padding_mask)
             predicted, teacher = frames[: len(predicted)], frames[len(predicted) :]
@@ -128,53 +196,46 @@ class Layers(Objective):
         distance = (None, cfg.l1_weight, cfg.cos_weight, cfg.cos_type, cfg.mse_weight)
         parts = [distillation_loss(p, t, *distance) for p, t in zip(predicted, teacher)]
         loss = torch.stack([w * part.total for w, part in zip(self.weights, parts)]).sum()
+        loss = loss if share is None else loss * share
         log = {}
         for (s, t), part in zip(self.pairs, parts):
             values = {"l1": part.l1, "mse": part.mse, "cos": -part.cos}
             log.update({f"{n}_s{s}_t{t}": v for n, v in values.items() if getattr(cfg, f"{n}_weight")})
         return loss, log
 
+    def _compared(
+        self, teacher: Sequence[Tensor], padding_mask: Optional[Tensor], masked: Tensor
+    ) -> Tuple[List[Tensor], Optional[Tensor], Optional[Tensor]]:
+        """What each frame is compared with.
+
+        Args:
+            teacher: states (B, T, D_T) for each pair, of each kind that is heard.
+            padding_mask: (B, T) bool, True = padding, or None.
+            masked: (B, T) bool, True = masked.
+
+        Returns:
+            states for each pair; the padding mask, where frames that are compared with nothing are padding too; and
+            their share to multiply the loss with, None where all count.
+        """
+        count = len(self.pairs)
+        states = {kind: list(teacher[k * count : (k + 1) * count]) for k, kind in enumerate(self.heard)}
+        hidden, other = self.compared["masked_frames"], self.compared["unmasked_frames"]
+        if hidden is not None and other is not None:
+            if hidden == other:
+                return states[hidden], padding_mask, None
+            choice = masked.unsqueeze(-1)
+            return [torch.where(choice, *pair) for pair in zip(states[hidden], states[other])], padding_mask, None
+        counted = torch.ones_like(masked) if padding_mask is None else ~padding_mask
+        kept = counted & (~masked if hidden is None else masked)
+        share = kept.sum() / counted.sum()
+        kept = torch.where(share > 0, kept, counted)  # of none of them the loss is 0
+        return states[self.heard[0]], ~kept, share
+
     def settings(self, cfg: Mapping[str, Any]) -> Dict[str, Any]:
         """See :class:`Objective`."""
         names = ("teacher_layers", "student_layers", "head", "normalize_states")
         return {n: list(v) if is_sequence(v) else v for n, v in cfg.items() if n in names and v is not None}
 
-
-class LayerHeads(nn.ModuleList):
-    """A head of its own for each pair: N states (B, T, D_S) to N predictions (B, T, D_T)."""
-
-    def forward(self, states: Sequence[Tensor]) -> List[Tensor]:
-        """Each state through its head."""
-        return [head(state) for head, state in zip(self, states)]
-
-
-class PredictionHeads(nn.Module):
-    """DistilHuBERT's: prediction n is ``W_n gelu(V h)_n + b_n``, (V h)_n the n-th D_S features of one linear map of h.
-
-    All weights start as torch's linear maps do, U(+-1/sqrt(D_S)), as in its code.
-
-    Args:
-        student, teacher: widths D_S and D_T.
-        count: predictions N.
-    """
-
-    def __init__(self, student: int, teacher: int, count: int) -> None:
-        super().__init__()
-        self.shared = nn.Linear(student, student * count)
-        self.heads = nn.ModuleList(nn.Linear(student, teacher) for _ in range(count))
-
-    def forward(self, states: Sequence[Tensor]) -> List[Tensor]:
-        """``states`` are the same (B, T, D_S) one for each of the N predictions (B, T, D_T)."""
-        parts = F.gelu(self.shared(states[0])).chunk(len(self.heads), dim=-1)
-        return [head(part) for head, part in zip(self.heads, parts)]
-
-
-HEADS: Dict[str, Callable[[int, int, int], nn.Module]] = {
-    "identity": lambda student, teacher, count: LayerHeads(nn.Identity() for _ in range(count)),
-    "linear": lambda student, teacher, count: LayerHeads(nn.Linear(student, teacher) for _ in range(count)),
-    "prediction": PredictionHeads,
-}
-"""By name: makes a module that turns the student's N states into N predictions, from both widths and N."""
 
 Pairs = List[Tuple[int, int]]
 
@@ -223,6 +284,21 @@ def pair_taps(cfg: Any, pairs: Pairs, teacher: EncoderConfig) -> Tuple[List[Tap]
     choose_normalization(cfg, [teacher])
     own, theirs = ([Tap((i,), normalize=cfg.normalize_states) for i in layers] for layers in zip(*pairs))
     return own, theirs
+
+
+def _layer_weights(value: Any, count: int, field: str) -> List[float]:
+    """Weights of pairs of layers, see :class:`LayersConfig`.
+
+    Raises:
+        ValueError: they are not usable; names the field.
+    """
+    if isinstance(value, (int, float)):
+        value = [value] * count
+    elif isinstance(value, Mapping) or OmegaConf.is_dict(value):
+        if set(value) != {"last", "others"}:
+            raise ValueError(f"{field}: {value}; expected both of last and others, as in {{last: 1.0, others: 0.1}}")
+        value = [*[value["others"]] * (count - 1), value["last"]]
+    return parse_weights(value, count, field, "pair of layers")
 
 
 def _in_proportion(layers: Sequence[int], depth: int, other: int) -> List[int]:

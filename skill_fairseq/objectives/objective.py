@@ -43,7 +43,10 @@ class Objective(nn.Module):
         student_taps: what it asks of the student.
         teacher_taps: what it asks of the teachers, each tap of that which ``Tap.teacher`` says; nothing where it needs
             labels alone.
+        any_rate: whether it takes a student whose frames are longer than the teacher's (``model.time_reduction``).
     """
+
+    any_rate = False
 
     def __init__(
         self, cfg: Any, student: EncoderConfig, teachers: Sequence[EncoderConfig], field: str = "criterion"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import List, Optional, Sequence
+from typing import List, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.modules.taps import Tap
+from skill_fairseq.modules.masking import with_masks
+from skill_fairseq.modules.taps import SpanMasking, Tap
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions a teacher may run in."""
@@ -30,7 +31,11 @@ def check_alike(shapes: Sequence[EncoderConfig], names: Sequence[str], field: st
             ("sample_rate", shapes[0].sample_rate, shape.sample_rate),
             ("normalize", shapes[0].normalize, shape.normalize),
             ("samples a frame", shapes[0].downsampling, shape.downsampling),
-            ("samples that the first frame hears", shapes[0].receptive_field, shape.receptive_field),
+            (
+                "samples that the first frame hears",
+                shapes[0].feature_receptive_field,
+                shape.feature_receptive_field,
+            ),
         ):
             if first != other:
                 raise ValueError(
@@ -63,20 +68,30 @@ class FrozenTeacher:
             for layer in self.encoder.transformer.layers:
                 layer.compile(dynamic=True)
 
-    def tap(self, source: Tensor, padding_mask: Optional[Tensor], taps: Sequence[Tap]) -> List[Tensor]:
+    def tap(
+        self,
+        source: Tensor,
+        padding_mask: Optional[Tensor],
+        taps: Sequence[Tap],
+        masked: Optional[Mapping[SpanMasking, Tensor]] = None,
+    ) -> List[Tensor]:
         """Runs the teacher as deep as it is asked for.
 
         Args:
             source: (B, N) samples; the teacher moves to their device.
             padding_mask: (B, N) bool, True = padding, or None.
             taps: what is asked for.
+            masked: (B, T) bool for each masking of the taps, True = hidden, or None for none: see ``with_masks``.
 
         Returns:
             a float32 tensor for each tap, see :class:`Tap`.
         """
         if next(self.encoder.parameters()).device != source.device:
             self.encoder.to(source.device).prepare()
+            if self.encoder.mask_embedding is not None:
+                self.encoder.mask_embedding = self.encoder.mask_embedding.to(source.device, self.dtype)
         with torch.inference_mode(), torch.autocast(source.device.type, enabled=False):
-            found, _ = self.encoder.tap(source, padding_mask, taps)
+            asked = with_masks(taps, masked or {}, self.encoder.mask_embedding)
+            found, _ = self.encoder.tap(source, padding_mask, asked)
         # Copies: what was made in inference mode cannot enter a graph.
         return [tensor.to(torch.float32, copy=True) for tensor in found]

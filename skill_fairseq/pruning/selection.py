@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, NamedTuple, Optional
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from torch import Tensor
 
@@ -29,7 +29,8 @@ def select_units(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost:
 
     Without a sparsity these are the units that evaluation keeps. With one, gates are opened or closed one unit at a
     time, always the least wanted open (or the most wanted closed) unit of all whose cost brings the encoder nearer to
-    ``(1 - sparsity) * original cost``, until none does: the cost is then off by less than the smallest unit's.
+    ``(1 - sparsity) * original cost``, until none does: the cost is then off by less than the smallest unit's. Units
+    that cost nothing by themselves, as ranks of a matrix that is smaller whole, move with the first one that does.
 
     Args:
         encoder: with gates.
@@ -102,7 +103,7 @@ def _correct(
     gates: List[_Gate], counts: Dict[str, int], target: float, cost_with: Callable[[Dict[str, int]], float]
 ) -> None:
     """Moves ``counts`` unit by unit until the cost is as near to ``target`` as single units bring it."""
-    found = cost_with(counts)
+    found, by_name = cost_with(counts), {gate.name: gate for gate in gates}
     while found != target:
         step = -1 if found > target else 1
         moves = []
@@ -112,15 +113,35 @@ def _correct(
                 # The unit at stake: the least wanted open one, or the most wanted closed one.
                 moves.append((-step * gate.log_alpha[count - 1 if step < 0 else count], gate.name))
         for _, name in sorted(moves):
-            changed = {**counts, name: counts[name] + step}
-            new = cost_with(changed)
+            count, new = _first_that_counts(counts, by_name[name], step, found, cost_with)
             # A unit behind a closed gate costs nothing: moving it is no progress.
             if new != found and abs(new - target) < abs(found - target):
-                counts.update(changed)
+                counts[name] = count
                 found = new
                 break
         else:
             return
+
+
+def _first_that_counts(
+    counts: Dict[str, int], gate: _Gate, step: int, found: float, cost_with: Callable[[Dict[str, int]], float]
+) -> Tuple[int, float]:
+    """The nearest count of open units, in a direction, at which the cost is another than ``found``, and that cost.
+
+    The cost never falls as units open. Where no count of this gate changes it, the farthest one.
+    """
+
+    def cost_at(count: int) -> float:
+        return cost_with({**counts, gate.name: count})
+
+    near, last = counts[gate.name] + step, gate.at_least if step < 0 else len(gate.order)
+    new = cost_at(near)
+    if new != found or cost_at(last) == found:
+        return near, new
+    while abs(last - near) > 1:  # the cost changes between near and last
+        middle = (near + last) // 2
+        near, last = (middle, last) if cost_at(middle) == found else (near, middle)
+    return last, cost_at(last)
 
 
 def _cost_with(encoder: SpeechEncoder, kept: Dict[str, int], cost: Cost) -> float:

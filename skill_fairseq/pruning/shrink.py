@@ -54,12 +54,15 @@ def shrink(encoder: Encoder, sparsity: Optional[float] = None, cost: Cost = PARA
                 kept = selection[name].nonzero().flatten()
                 factor = deterministic_gate(gate.log_alpha, selection[name])[kept]
                 unit.cut(encoder, gate.site, kept, factor, state, shape)
+    for unit in units_of(encoder.config):
+        unit.finish(encoder, state, shape)
 
     original = full_parameters(encoder.config)
     config = encoder.config.replace(**shape, pruning_units=[], original_parameters=original)
     like = encoder.feature_extractor.layers[0].conv.weight
     small = SpeechEncoder(config, encoder.dropouts).eval().to(like.device, like.dtype)
     small.load_state_dict({name: state[name] for name in small.state_dict()})
+    small.mask_embedding = encoder.mask_embedding
     return small  # type: ignore[return-value]
 
 
@@ -69,9 +72,12 @@ def kept_tables(config: EncoderConfig) -> Dict[str, List[List[str]]]:
     for unit in units_of(config):
         left, full = unit.left(config), unit.full(config)
         if unit.label is not None:
-            numbers = range(unit.first, unit.first + len(full))
+            cells = list(map(describe_units, left, full))
+            if unit.per_row > 1:
+                cells = [" ".join("-" if width is None else str(width) for width in row) for row in unit.by_row(left)]
+            numbers = range(unit.first, unit.first + len(cells))
             lines = tables.setdefault(unit.rows, [[unit.rows], *([str(number)] for number in numbers)])
-            for line, cell in zip(lines, [unit.label, *map(describe_units, left, full)]):
+            for line, cell in zip(lines, [unit.label, *cells]):
                 line.append(cell)
     return tables
 

@@ -47,7 +47,9 @@ def cost_section(encoders: Encoders, files: Mapping[str, Path]) -> str:
 def units_section(config: EncoderConfig, out: Path) -> str:
     """What is left of each layer: picture and tables."""
     shares: dict[str, Sequence[Optional[float]]] = {
-        unit.label: [None if w is None else w / full for w, full in zip(unit.left(config), unit.full(config))]
+        unit.label.partition(" (")[0]: [
+            _share(*row) for row in zip(unit.by_row(unit.left(config)), unit.by_row(unit.full(config)))
+        ]
         for unit in units_of(config)
         if unit.label is not None
     }
@@ -61,6 +63,11 @@ def units_section(config: EncoderConfig, out: Path) -> str:
     return page.figures([page.figure(path, "share of units left in each layer"), f"<div>{tables}</div>"])
 
 
+def _share(left: Sequence[Optional[int]], full: Sequence[int]) -> Optional[float]:
+    """What is left of a line of tables; None where all of it has been removed."""
+    return None if set(left) == {None} else sum(width or 0 for width in left) / sum(full)
+
+
 def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups: Any, out: Path) -> str:
     """How far each student's states are from the teacher's.
 
@@ -72,7 +79,7 @@ def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups
         out: folder of the pictures.
 
     Raises:
-        ValueError: depth or width differ.
+        ValueError: frame rates differ.
     """
     manifest = read_manifest(valid)
     check_manifest(manifest)
@@ -85,29 +92,32 @@ def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups
         files.append(file)
         seconds += size / rate
     found = {n: layer_distances(e, encoders["teacher"], files) for n, e in encoders.items() if n != "teacher"}
-    number = len(next(iter(found.values())).recordings["l1"])  # those that can be read
+    number = len(next(iter(found.values())).recordings["cka"])  # those that can be read
     shown = []
     for kind, label in SHOWN.items():
-        lines = {name: (range(len(d.layers[kind])), d.layers[kind]) for name, d in found.items()}
-        path = pictures.curves(out / f"distance_{kind}.png", lines, label, xlabel="layer")
+        lines = {name: (d.teacher_layers, d.layers[kind]) for name, d in found.items() if kind in d.layers}
+        if not lines:
+            continue
+        path = pictures.curves(out / f"distance_{kind}.png", lines, label, xlabel="layer of the teacher")
         shown.append(page.figure(path, f"{label} between student and teacher, by layer"))
     text = (
-        f"States of the same layer, on {number} recordings of {valid.name} ({seconds:.1f} s, "
+        f"States of layers at the same share of the depth, on {number} recordings of {valid.name} ({seconds:.1f} s, "
         f"{next(iter(found.values())).num_frames} frames), no projection in between. L1 is shown of states as they "
         "are, and of states brought to zero mean and unit variance frame by frame; 1 - CKA, of a recording's frames, "
-        "asks nothing of rotation and scale. Layer 0 precedes the transformer."
+        "asks nothing of rotation and scale, and is all that other widths allow. Layer 0 precedes the transformer."
     )
     return page.paragraph(text) + page.figures(shown) + _distance_table(found, groups)
 
 
 def _distance_table(found: Mapping[str, LayerDistances], groups: Any) -> str:
-    head = ["layer", "group"]
-    for name in found:
-        head += [f"{name}: L1", f"{name}: L1 normalised", f"{name}: 1 - cos", f"{name}: 1 - CKA"]
+    """A row for each of the teacher's layers that a student's was compared with."""
+    labels = {"l1": "L1", "l1_normalized": "L1 normalised", "cos": "1 - cos", "cka": "1 - CKA"}
+    columns = [(name, d, kind) for name, d in found.items() for kind in KINDS if kind in d.layers]
     number = {layer: str(g) for g, group in enumerate(groups or []) for layer in group}
     rows = []
-    for layer in range(len(next(iter(found.values())).layers["l1"])):
+    for layer in sorted({layer for distances in found.values() for layer in distances.teacher_layers}):
         rows.append([str(layer), number.get(layer, "-")])
-        for distances in found.values():
-            rows[-1] += [f"{distances.layers[kind][layer]:.4f}" for kind in KINDS]
-    return page.table(head, rows)
+        for _, d, kind in columns:
+            values = [f"{v:.4f}" for v, at in zip(d.layers[kind], d.teacher_layers) if at == layer]
+            rows[-1].append(", ".join(values) or "-")
+    return page.table(["layer", "group", *(f"{name}: {labels[kind]}" for name, _, kind in columns)], rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -19,6 +20,12 @@ COLUMNS = (
     ("target", "target_sparsity", "{:.4f}"),
     ("gradient norm", "gnorm", "{:.3f}"),
     ("audio s per s", "audio_s_per_s", "{:.1f}"),
+)
+
+MEASURES = {"l1": "L1 to the teacher", "mse": "squared distance to the teacher"}
+"""Distances that objectives log for every group or pair of layers."""
+_TERM = re.compile(
+    rf"(?:(?P<objective>\w+)_)?(?P<measure>{'|'.join(MEASURES)})_(?:g(?P<group>\d+)|s(?P<student>\d+)_t(?P<teacher>\d+))"
 )
 
 
@@ -38,11 +45,11 @@ def training_section(stages: Sequence[Stage], out: Path) -> str:
             sizes = {"expected": series(train, "expected_sparsity"), "target": series(train, "target_sparsity")}
             path = pictures.curves(pictures.file_of(out, stage.name, "sparsity"), sizes, "sparsity", dashed=["target"])
             shown.append(page.figure(path, f"expected and target sparsity of {stage.name} over updates"))
-        groups = {f"group {g}": series(train, f"l1_g{g}") for g in range(_groups(train))}
-        if groups:
-            path = pictures.file_of(out, stage.name, "groups")
-            pictures.curves(path, groups, "L1 to the teacher's group mean")
-            shown.append(page.figure(path, f"L1 of each group of {stage.name} over updates"))
+        for (objective, measure), names in terms(train).items():
+            lines = {label: series(train, name) for label, name in names.items()}
+            of = f"{MEASURES[measure]} of {objective}" if objective else MEASURES[measure]
+            path = pictures.curves(pictures.file_of(out, stage.name, f"{objective}{measure}"), lines, of)
+            shown.append(page.figure(path, f"{of}, {stage.name}, over updates"))
         parts.append(page.figures(shown) + page.folded(f"Numbers of {stage.name}", points_table(train)))
     return "".join(parts)
 
@@ -85,8 +92,18 @@ def thinned(number: int, most: int) -> list[int]:
     return [round(i * (number - 1) / (most - 1)) for i in range(most)]
 
 
-def _groups(entries: Sequence[Entry]) -> int:
-    number = 0
-    while any(f"l1_g{number}" in entry for entry in entries):
-        number += 1
-    return number
+def terms(entries: Sequence[Entry]) -> dict[tuple[str, str], dict[str, str]]:
+    """The logged distances of groups and of pairs of layers, by objective and measure.
+
+    Returns:
+        (name of the objective, "" where the criterion has one alone; key of :data:`MEASURES`) -> what each curve is
+        of -> the name that it is logged by.
+    """
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for name in dict.fromkeys(name for entry in entries for name in entry):
+        match = _TERM.fullmatch(name)
+        if match:
+            group, own, theirs = match["group"], match["student"], match["teacher"]
+            label = f"group {group}" if group else f"layer {own} to {theirs}"
+            found.setdefault((match["objective"] or "", match["measure"]), {})[label] = name
+    return found

@@ -21,6 +21,7 @@ from skill_fairseq.models.student_init import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.taps import SpanMasking
 from skill_fairseq.objectives.groups import is_sequence
 from skill_fairseq.objectives.teacher import FrozenTeacher, check_alike
 from skill_fairseq.pruning.agreement import check_ranks
@@ -109,6 +110,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         self._teachers: Optional[List[FrozenTeacher]] = None
         self.student_config: Optional[EncoderConfig] = None
         self.num_updates = 0
+        self.maskings: List[SpanMasking] = []  # of all objectives
         self.losses: List[Tuple[Tensor, List[str]]] = []  # of the present update, with the files of each batch
         self.frames_of_weight_1: Optional[float] = None  # in the present update
         self._constraint: Optional[CostConstraint] = None
@@ -138,6 +140,24 @@ class SkillDistillationTask(AudioPretrainingTask):
     def teacher_sha256(self) -> str:
         """Hash of each teacher's file or folder, by which a run that goes on knows them again."""
         return ", ".join(content_sha256(file) for file in several(self.cfg.teacher) or [""])
+
+    def check_mask_embedding(self, index: int, field: str) -> None:
+        """Refuses a teacher that cannot be heard with masked frames.
+
+        Args:
+            index: which of the teachers, from 0.
+            field: the objective that wants it, for the message.
+
+        Raises:
+            ValueError: its file holds no mask embedding; names it and the remedy.
+        """
+        if self.teachers[index].encoder.mask_embedding is None:
+            raise ValueError(
+                f"task.teacher: {several(self.cfg.teacher)[index]} holds no mask embedding, but {field} asks what the "
+                "teacher makes of masked frames; give a pre-trained checkpoint that holds one (fairseq's mask_emb, "
+                "transformers' masked_spec_embed), or let that teacher hear everything: with the objective layers by "
+                f"{field}.unmasked_frames=whole"
+            )
 
     def _check_waveforms(self, encoder: SpeechEncoder, what: str) -> None:
         """Refuses an encoder that expects other waveforms than the task gives it."""
@@ -188,6 +208,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         """
         if isinstance(dataset, SpeechDataset):
             dataset.num_shards = num_shards
+            dataset.masking = self.maskings, self.student_config
             if not dataset.pad:
                 self._training_data = dataset
         return super().get_batch_iterator(dataset, *args, num_shards=num_shards, **kwargs)
@@ -215,6 +236,8 @@ class SkillDistillationTask(AudioPretrainingTask):
             # Gates keep the start that the model's config gave them.
             state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("gates.")}
             model.speech_encoder.load_state_dict(state, strict=False)
+            if encoder.mask_embedding is not None:
+                model.mask_emb.data.copy_(encoder.mask_embedding)
         self.student_config = model.speech_encoder.config
         self._check_lengths(model.speech_encoder.config)
         if not from_checkpoint:
@@ -235,6 +258,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         self._constraint = getattr(criterion, "constraint", None)
         if isinstance(criterion, DistillationCriterion):
             _update(cfg, criterion.chosen())
+            self.maskings = criterion.maskings
             if self._model is not None:
                 self._model.train_for(criterion.student_taps)
         if self.cfg.separate_biases:
@@ -268,7 +292,7 @@ class SkillDistillationTask(AudioPretrainingTask):
                 assert self._training_data is not None and self.student_config is not None
                 data = self._training_data
                 if data.mean_frames is None:  # once an epoch
-                    data.mean_frames = float(self.student_config.num_frames(data.heard).sum()) / data.num_batches
+                    data.mean_frames = float(self.student_config.num_output_frames(data.heard).sum()) / data.num_batches
                 self.frames_of_weight_1 = data.mean_frames
         return frames / self.frames_of_weight_1
 

@@ -4,7 +4,7 @@ import logging
 import os
 import random
 from itertools import groupby
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from skill_fairseq.audio.batching import split_batches
 from skill_fairseq.audio.manifest import Manifest, check_manifest, load_audio, read_manifest
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.taps import SpanMasking
+from skill_fairseq.objectives.masking import draw_masks
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +105,7 @@ class SpeechDataset(FileAudioDataset):
         self.num_batches = 0  # for training, in this epoch
         self.heard = np.zeros(0, dtype=np.int64)  # samples of each utterance in them
         self.mean_frames: Optional[float] = None  # of them, kept here by the task
+        self.masking: Tuple[Sequence[SpanMasking], Optional[EncoderConfig]] = (), None  # set by the task
 
     def _shorten(self, most: int) -> None:
         """Cuts lengths down, and says whose."""
@@ -135,7 +139,8 @@ class SpeechDataset(FileAudioDataset):
 
         ``source_bits`` is the source (B, N) again, float32 read as int32: fairseq rounds every float32 tensor of a
         batch to the student's precision, which would change what the teacher hears. ``files`` are the utterances'
-        paths. Where a crop begins depends on seed, epoch and utterance alone: a run that goes on hears the same.
+        paths. Where a crop begins depends on seed, epoch and utterance alone: a run that goes on hears the same. So do
+        the masked frames of objectives that mask; ``masked`` holds a (B, T) bool tensor for each masking.
         Messages on files that could not be read are ``unreadable``; nothing else is there if none could.
         """
         unreadable = [s["unreadable"] for s in samples if "unreadable" in s]
@@ -152,6 +157,12 @@ class SpeechDataset(FileAudioDataset):
                 batch["net_input"]["padding_mask"] = None
             batch["source_bits"] = batch["net_input"]["source"].view(torch.int32)
             batch["files"] = [s["file"] for s in samples]
+            maskings, config = self.masking
+            if maskings and self.shuffle:
+                assert config is not None
+                heard, seeds = batch["net_input"], [(self.seed, self.epoch, s["id"]) for s in samples]
+                length, padding = heard["source"].size(1), heard.get("padding_mask")
+                batch["masked"] = draw_masks(maskings, config, length, padding, seeds)
         if unreadable:
             batch["unreadable"] = unreadable
         return batch

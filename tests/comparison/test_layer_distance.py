@@ -93,9 +93,28 @@ def test_long_recordings_are_compared_in_pieces(tmp_path: Path, small: Any, monk
         assert found.recordings[kind] == pytest.approx([wanted[k].mean()], abs=1e-6)
 
 
-def test_other_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=says("states [(3, 4)]", "teacher states [(3, 8)]")):
-        state_distances([torch.zeros(3, 4)], [torch.zeros(3, 8)])
+def test_another_width_leaves_cka_which_pads_with_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    narrow, wide = (torch.randn(40, width, generator=generator, dtype=torch.float64) for width in (3, 8))
+    found = state_distances([narrow], [wide])
+    padded = state_distances([torch.cat([narrow, torch.zeros(40, 5)], 1)], [wide])
+    assert found.shape == (1, 1) and found[0, 0] == pytest.approx(padded[KINDS.index("cka"), 0])
+
+
+def test_another_depth_is_compared_at_the_same_share(tmp_path: Path, small: Any) -> None:
+    soundfile.write(str(tmp_path / "a.wav"), small.tone(0.9, 1), 16000)
+    deep, shallow = small.random_encoder(1, encoder_layers=4), small.random_encoder(2, encoder_layers=2)
+    found = layer_distances(shallow, deep, [tmp_path / "a.wav"])
+    assert found.teacher_layers == [0, 2, 4] and set(found.layers) == set(KINDS)
+    wave = torch.from_numpy(soundfile.read(str(tmp_path / "a.wav"), dtype="float32")[0])[None]
+    with torch.no_grad():
+        own, theirs = ([state[0] for state in encoder(wave).hidden_states] for encoder in (shallow, deep))
+    assert found.layers["l1"] == pytest.approx([(s - t).abs().mean() for s, t in zip(own, theirs[::2])], abs=1e-6)
+
+
+def test_other_frames_are_refused() -> None:
+    with pytest.raises(ValueError, match=says("states [(3, 4)]", "teacher states [(6, 4)]")):
+        state_distances([torch.zeros(3, 4)], [torch.zeros(6, 4)])
 
 
 def test_a_recording_too_short_for_cka_is_named(tmp_path: Path, small: Any) -> None:

@@ -13,7 +13,8 @@ from oracle import RELATED, agrees, near, tensors
 from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
-from skill_fairseq.objectives.layers import Layers, LayersConfig, PredictionHeads
+from skill_fairseq.objectives.heads import PredictionHeads
+from skill_fairseq.objectives.layers import Layers, LayersConfig
 from tests.conftest import SHAPE
 
 ORACLE = RELATED["cases"]["distilhubert"]

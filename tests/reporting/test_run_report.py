@@ -240,7 +240,9 @@ def test_teacher_and_data_may_be_given(run_folder: Path, tmp_path: Path, teacher
 def test_a_teacher_of_another_depth_is_no_obstacle(run_folder: Path, tmp_path: Path, small: Any) -> None:
     save_encoder(small.random_encoder(encoder_layers=2), tmp_path / "other.safetensors")
     html = report(run_folder, tmp_path / "out", teacher=tmp_path / "other.safetensors")
-    assert re.search("distance to the teacher.*student", section(html, "Left out"))
+    table = rows(section(html, "Distance to the teacher"))
+    assert table[0][:3] == ["layer", "group", "shrunk: L1"] and [row[0] for row in table[1:]] == ["0", "1", "2"]
+    assert len(table[2][2].split(", ")) == 2  # layers 1 and 2 of the student's 3 are nearest to the first of 2
 
 
 def test_text_from_files_is_escaped(run_folder: Path, tmp_path: Path) -> None:

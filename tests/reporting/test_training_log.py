@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from skill_fairseq.reporting.training_log import parse_log, read_log, series
+from skill_fairseq.reporting.training_section import terms
 
 HYDRA = "[2026-11-25 04:10:10,193]"
 SIMPLE = f"""{HYDRA}[fairseq_cli.train][INFO] - {{'_name': None, 'common': {{'log_interval': 10}}}}
@@ -85,3 +86,13 @@ def test_the_log_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "log").write_text(SIMPLE)
     (tmp_path / "hydra_train.log").write_text("nothing here\n")
     assert len(read_log(tmp_path)["train_inner"]) == 2
+
+
+def test_distances_are_found_by_objective_and_pair() -> None:
+    names = ["l1_g0", "l1_g1", "cos_g0", "skill_l1_g0", "predict_mse_s2_t12", "predict_mse_s2_t4", "predict_loss"]
+    entries = [{"num_updates": 1.0, **{name: 0.5 for name in names}}]
+    assert terms(entries) == {
+        ("", "l1"): {"group 0": "l1_g0", "group 1": "l1_g1"},
+        ("skill", "l1"): {"group 0": "skill_l1_g0"},
+        ("predict", "mse"): {"layer 2 to 12": "predict_mse_s2_t12", "layer 2 to 4": "predict_mse_s2_t4"},
+    }
