@@ -14,7 +14,7 @@ from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.own_folders import UPSTREAM
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
 from skill_fairseq.cli import info
-from skill_fairseq.cli._common import Parser, aligned, in_range, run
+from skill_fairseq.cli._common import Parser, aligned, in_range, layer_numbers, run
 from skill_fairseq.exporting.accuracy import LIMIT, Accuracy, Speech, rounded, run_encoder, sources
 from skill_fairseq.exporting.folder import check_folder
 from skill_fairseq.exporting.huggingface_folder import save_huggingface
@@ -213,12 +213,7 @@ def _layers(text: str | None, depth: int) -> list[int] | None:
         return None
     if text == "last":
         return []
-    words = text.split(",")
-    if not all(word.isascii() and word.isdigit() and int(word) <= depth for word in words):
-        raise ValueError(f"--layers: {text!r}; expected all, last, or numbers from 0 to {depth} such as 9,12")
-    if len({int(word) for word in words}) < len(words):
-        raise ValueError(f"--layers: {text!r} names a layer twice; name each once")
-    return [int(word) for word in words]
+    return layer_numbers(text, depth, "all, last")
 
 
 def _report(args: argparse.Namespace, found: Accuracy | None) -> None:

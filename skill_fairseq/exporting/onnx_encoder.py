@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -13,6 +14,7 @@ from skill_fairseq.checkpoints.plain_files import parse_json
 from skill_fairseq.exporting.traceable import INFO_NAME
 from skill_fairseq.messages import require
 from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.streaming import plan
 
 
 class OnnxEncoder:
@@ -89,3 +91,33 @@ class OnnxEncoder:
     def states(self, source: Tensor) -> dict[str, Tensor]:
         """The same of torch's tensors on the CPU."""
         return {name: torch.from_numpy(value) for name, value in self(source.numpy()).items()}
+
+    def stream(
+        self, audio: np.ndarray, chunk_seconds: float = 30.0, context_seconds: float = 10.0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Encodes audio of any length in memory that does not grow with it.
+
+        As :meth:`skill_fairseq.modules.encoder.SpeechEncoder.stream` does, but that a GroupNorm over time, which Base
+        models have, sees one window and not the whole. A graph of fixed length gets every window with zeros behind it.
+
+        Args:
+            audio: (N,) samples, normalised as a whole where ``normalize`` says so; may lie in a file.
+            chunk_seconds: what each output holds.
+            context_seconds: what is encoded beyond that on either side.
+
+        Yields:
+            (1, t, D) float32 by the name of each output; their frames follow each other.
+
+        Raises:
+            ValueError: the audio is not (N,) or too short for a frame, the chunk is shorter than a frame, the context
+                is negative, or a chunk with its context is longer than what the graph takes.
+        """
+        for window, source in plan(audio, self.config, chunk_seconds, context_seconds):
+            if self.samples is not None:
+                if source.size(1) > self.samples:
+                    raise ValueError(
+                        f"chunk_seconds, context_seconds: {chunk_seconds:g} and {context_seconds:g} ask for windows of "
+                        f"{source.size(1)} samples; expected at most {self.samples}, the length that was exported"
+                    )
+                source = torch.nn.functional.pad(source, (0, self.samples - source.size(1)))
+            yield {name: state[:, window.kept] for name, state in self(source.numpy()).items()}

@@ -118,4 +118,22 @@ def test_chosen_layers_and_a_fixed_length(exporting, small, tmp_path):
     for shape in ((1, 1601), (2, 1600), (1600,)):
         with pytest.raises(ValueError, match=says("source", shape, "(1, 1600)")):
             graph(np.zeros(shape, dtype=np.float32))
+    audio = torch.randn(9000, generator=torch.Generator().manual_seed(1)).numpy()
+    found = list(graph.stream(audio, chunk_seconds=0.05, context_seconds=0.02))
+    frames = encoder.config.num_frames(9000)
+    assert sum(out["hidden_state_2"].shape[1] for out in found) == frames > 400
+    with pytest.raises(ValueError, match=says("chunk_seconds", 1600)):
+        next(graph.stream(audio, chunk_seconds=0.1, context_seconds=0.02))
     assert output_names(3) == ["x", *(f"hidden_state_{i}" for i in range(4))] and output_names(3, []) == ["x"]
+
+
+def test_a_stream_with_all_of_the_audio_as_context_is_the_whole(graph, student):
+    from skill_fairseq.exporting.onnx_encoder import OnnxEncoder
+
+    encoder = OnnxEncoder(graph.SerializeToString(), threads=1)
+    audio = torch.randn(50_123, generator=torch.Generator().manual_seed(0)).numpy() * 0.1
+    whole = encoder(audio[None])
+    found = list(encoder.stream(audio, chunk_seconds=1.0, context_seconds=60.0))
+    assert [out["x"].shape[1] for out in found] == [50, 50, 50, 6]
+    for name in encoder.outputs:
+        np.testing.assert_allclose(np.concatenate([out[name] for out in found], 1), whole[name], rtol=1e-4, atol=1e-5)
