@@ -29,14 +29,13 @@ def shard_range(total: int, shards: int, rank: int) -> range:
     """Which recordings a shard holds, as fairseq shares them out.
 
     Raises:
-        ValueError: the rank is none of the shards', or the shard would be empty.
+        ValueError: the rank is none of the shards', or a shard would be empty.
     """
     if not 0 <= rank < shards:
         raise ValueError(f"rank: {rank}; expected 0 to {shards - 1}, for {shards} shards")
-    found = range(round(total / shards * rank), round(total / shards * (rank + 1)))
-    if not found:
-        raise ValueError(f"shards: {shards} for {total} recordings leave shard {rank} empty; use at most {total}")
-    return found
+    if shards > total:
+        raise ValueError(f"shards: {shards} for {total} recordings leave some empty; use at most {total}")
+    return range(round(total / shards * rank), round(total / shards * (rank + 1)))
 
 
 class ShardWriter:
