@@ -14,6 +14,7 @@ from skill_fairseq.exporting.onnx_graph import read_onnx_info
 from skill_fairseq.exporting.torch_program import read_program_info
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers
 from skill_fairseq.modules.size import count_macs, count_parameters, widths_of
+from skill_fairseq.modules.units import PrunableUnit, units_of
 
 
 class Description(NamedTuple):
@@ -98,6 +99,14 @@ def as_dict(found: Description) -> dict[str, Any]:
     }
 
 
+def further_units(config: EncoderConfig) -> Iterator[tuple[PrunableUnit, str]]:
+    """Kinds of units that only some encoders have, each with what is left of all layers in one line."""
+    for unit in units_of(config):
+        if unit.field is None:
+            rows = (" ".join("-" if w is None else str(w) for w in row) for row in unit.by_row(unit.left(config)))
+            yield unit, (", " if unit.per_row > 1 else " ").join(rows)
+
+
 def as_lines(found: Description) -> Iterator[str]:
     """The same for people."""
     config, facts = found.config, as_dict(found)
@@ -116,6 +125,7 @@ def as_lines(found: Description) -> Iterator[str]:
     )
     yield f"heads         {' '.join('-' if h is None else str(len(h)) for h in config.heads)}"
     yield f"FFN units     {' '.join('-' if f is None else str(f) for f in config.ffn_dims)}"
+    yield from (f"{unit.name:<14}{cells}" for unit, cells in further_units(config))
     yield f"LayerNorm     {'before' if config.layer_norm_first else 'after'} each sublayer"
     yield f"extractor     {config.extractor_mode}"
     yield f"positions     {'relative and ' if config.relative_position else ''}convolutional"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from skill_fairseq.exporting.describe import further_units
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.size import count_parameters, widths_of
 
 PROVENANCE = {
     "source": "exported from",
@@ -69,14 +71,16 @@ def facts(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> Iterator[tup
     """Size, what is left of every layer, and the provenance, as (name, value)."""
     config = encoder.config
     assert config.conv_channels is not None and config.heads is not None and config.ffn_dims is not None
-    yield "parameters", f"{encoder.num_parameters():,}"
+    parameters = int(count_parameters(config, widths_of(config)))
+    yield "parameters", f"{parameters:,}"
     if config.original_parameters:
-        sparsity = 1 - encoder.num_parameters() / config.original_parameters
+        sparsity = 1 - parameters / config.original_parameters
         yield "before pruning", f"{config.original_parameters:,} (sparsity {100 * sparsity:.1f} %)"
     yield "MACs for a second of audio", f"{encoder.macs(1.0):,}"
     yield "conv channels", " ".join(map(str, config.conv_channels))
     yield "attention heads", " ".join("-" if heads is None else str(len(heads)) for heads in config.heads)
     yield "FFN units", " ".join("-" if units is None else str(units) for units in config.ffn_dims)
+    yield from ((unit.label or unit.name, cells) for unit, cells in further_units(config))
     if config.pruning_units:
         yield "gates", ", ".join(config.pruning_units)
     for name, value in provenance.items():

@@ -82,13 +82,27 @@ def attend_by_index(
     dropout: float,
 ) -> Tensor:
     """:func:`skill_fairseq.modules.attention_core.attend` for graphs of any length: no loop, no view of offsets."""
+    return attend_by_index_with_maps(q, k, v, factor, by_offset, padding_mask, dropout)[0]
+
+
+def attend_by_index_with_maps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factor: Optional[Tensor],
+    by_offset: Optional[Tensor],
+    padding_mask: Optional[Tensor],
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """The same, and the (B, h, T, T) maps."""
     scores = q @ k.transpose(2, 3) * q.size(3) ** -0.5
     if factor is not None and by_offset is not None:
         frames = torch.arange(q.size(2), device=q.device)
         scores = scores + factor * by_offset[:, frames[:, None] + (q.size(2) - 1 - frames)]
     if padding_mask is not None:
         scores = scores.masked_fill(padding_mask[:, None, None, :], torch.finfo(scores.dtype).min)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+    weights = scores.softmax(-1)
+    return (weights @ v).transpose(1, 2), weights
 
 
 class AllStates(nn.Module):
@@ -160,6 +174,7 @@ def record(encoder: SpeechEncoder, padding_mask: bool = False) -> torch.export.E
     for layer in transformer.layers:
         if layer.attention is not None:
             layer.attention.attend = attend_by_index  # type: ignore[method-assign]
+            layer.attention.attend_with_maps = attend_by_index_with_maps  # type: ignore[assignment]
     if isinstance(transformer.pos_conv, PositionalConv):
         transformer.pos_conv = FoldedPositionalConv(transformer.pos_conv)  # type: ignore[assignment]
     with torch.no_grad():

@@ -66,7 +66,10 @@ class SkillStudentConfig(_Hubert):
     )
     pruning_units: List[str] = field(
         default_factory=list,
-        metadata={"help": "what gets gates, out of: conv, heads, ffn, attention_layers, ffn_layers; empty: none"},
+        metadata={
+            "help": "what gets gates, out of: conv, heads, ffn, attention_layers, ffn_layers, rank (components of the "
+            "linear maps); empty: none"
+        },
     )
     conv_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of conv channel gates"})
     head_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of attention head gates"})
@@ -74,11 +77,19 @@ class SkillStudentConfig(_Hubert):
         default=0.01, metadata={"help": "initial drop rate of FFN unit gates (DPHuBERT: 0.5, a damaged start)"}
     )
     layer_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of whole-sublayer gates"})
+    rank_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of the gates of ranks"})
     gate_sampling: ChoiceEnum(["shared", "per_rank"]) = field(  # type: ignore[valid-type]
         default="shared",
         metadata={
             "help": "shared: every rank draws the same gates in an update, and they do not depend on the number of "
             "GPUs; per_rank: each its own, whose noise averages out over ranks"
+        },
+    )
+    layer_grad_scale: bool = field(
+        default=False,
+        metadata={
+            "help": "after layer i of L, from 0, multiply the gradient from above by m = (L - i) / (L - i + 1), that "
+            "of the layer's own losses by m (1 - m)"
         },
     )
     seed: int = field(default=II("common.seed"), metadata={"help": "seed of the gate samples and of random weights"})
@@ -99,13 +110,15 @@ class SkillStudentConfig(_Hubert):
     relative_position: Optional[bool] = _shape("WavLM's gated relative position bias")
     num_buckets: Optional[int] = _shape("buckets of the relative position table")
     max_distance: Optional[int] = _shape("distance (frames) from which positions share a bucket")
+    time_reduction: Optional[int] = _shape("frames that become one in front of layer 1")
+    reuse_attention: Optional[Any] = _shape("layers, from 2 on, that take the attention map of the layer below")
     normalize: Optional[bool] = _shape("whether waveforms are normalised")
     padding_rule: Optional[str] = _shape("which frames of a padded utterance count")
     sample_rate: Optional[int] = _shape("Hz of the waveforms")
     conv_channels: Optional[Any] = _shape("conv channels left in each layer; null: all")
     heads: Optional[Any] = _shape("indices of the heads left in each layer; null: all")
     ffn_dims: Optional[Any] = _shape("FFN units left in each layer; null: all")
-    unit_widths: Optional[Any] = _shape("what is left of units of further kinds, by their names")
+    unit_widths: Optional[Any] = _shape("what is left of further kinds of units; {rank: 96}: maps of that rank")
     original_parameters: Optional[int] = _shape("parameters before any pruning, which sparsity refers to")
 
 
@@ -177,6 +190,7 @@ class SkillStudentModel(WavLMModel):
         self.cfg = cfg
         self.speech_encoder = SpeechEncoder(encoder_config(cfg), dropouts(cfg))
         self.speech_encoder.transformer.checkpoint_activations = cfg.checkpoint_activations
+        self.speech_encoder.transformer.layer_grad_scale = cfg.layer_grad_scale
         self._init_masking(cfg)
         # Used by fine-tuning, and by objectives that mask: elsewhere it would be a parameter without gradient.
         self.mask_emb.requires_grad_(False)

@@ -18,10 +18,10 @@ from skill_fairseq.files import named
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers, parse_conv_layers
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.units import with_units
-from skill_fairseq.pruning.costs import saved_cost
 from skill_fairseq.pruning.expected import full_parameters
 from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.shrink import shrink
+from skill_fairseq.pruning.targets import saved_targets
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ PARTS = {
     ),
     "layer_norm": Part(("transformer.layer_norm.",), ("encoder_embed_dim", "layer_norm_first")),
     "layers": Part(
-        ("transformer.layers.", "transformer.relative_position."),
+        ("transformer.layers.", "transformer.relative_position.", "transformer.time_reduction."),
         ("encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads", "activation_fn")
         + ("layer_norm_first", "num_buckets", "max_distance"),
     ),
@@ -129,11 +129,11 @@ def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
                 f"copied as a whole alone; leave model.{name} out, or give the teacher in model.init_from"
             )
     changes: dict[str, Any] = {} if layers is None else {"encoder_layers": len(layers)}
-    for name, found in teacher.to_dict().items():
+    for name, found in {**vars(teacher), **teacher.to_dict()}.items():
         value = plain(getattr(cfg, name, None))
         if value is not None and name == "conv_feature_layers":
             value = format_conv_layers(parse_conv_layers(value))
-        if value in (None, found) or name in ("pruning_units", *PRUNED, *changes):
+        if value in (None, found) or name in ("pruning_units", "unit_widths", *PRUNED, *changes):
             continue
         needing = [part for part in parts if name in PARTS[part].needs]
         if not needing and teacher.is_full():
@@ -147,6 +147,7 @@ def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
             f"which has {found}; leave the field out, or {remedy}"
         )
     shape = teacher.replace(**changes, original_parameters=None) if changes else teacher
+    shape = _with_widths(shape, cfg)
     for name in PRUNED:
         value, found = plain(getattr(cfg, name, None)), getattr(shape, name)
         if value is not None and value != found:
@@ -155,6 +156,29 @@ def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
                 "the field out, which pruning fills in"
             )
     return shape
+
+
+def _with_widths(shape: EncoderConfig, cfg: Any) -> EncoderConfig:
+    """The shape with ``cfg.unit_widths``, which factorise linear maps at the start: ``{rank: 96}``.
+
+    Raises:
+        ValueError: they are not usable, or the encoder has others already.
+    """
+    asked = plain(getattr(cfg, "unit_widths", None))
+    if asked in (None, {}, shape.unit_widths):
+        return shape
+    try:
+        wanted = shape.replace(unit_widths=asked)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"model.unit_widths: {asked}; expected the rank of all linear maps, or of each: {{rank: 96}}"
+        ) from error
+    if shape.unit_widths and wanted != shape:
+        raise ValueError(
+            f"model.unit_widths: {asked}, but the student made from model.init_from={cfg.init_from} has "
+            f"{shape.unit_widths}; leave the field out, which pruning fills in"
+        )
+    return wanted.replace(original_parameters=shape.original_parameters or full_parameters(shape))
 
 
 def copied_state(
@@ -252,12 +276,10 @@ def initial_student(cfg: Any) -> SpeechEncoder:
 
 
 def _shrunk(encoder: SpeechEncoder, source: EncoderSource, cfg: Any) -> SpeechEncoder:
-    before, target = encoder.num_parameters(), source.provenance.get("target_sparsity")
-    field = f"model.init_from: {cfg.init_from}: target_sparsity"
-    cost = saved_cost(source.provenance)
-    warning = None if target is None else far_from_gates(encoder, target, field, cost)
+    before, targets = encoder.num_parameters(), saved_targets(source.provenance)
+    warning = far_from_gates(encoder, targets, f"model.init_from: {cfg.init_from}: target_sparsity")
     if warning is not None:
         logger.warning(warning)
-    encoder = shrink(encoder, target, cost)
+    encoder = shrink(encoder, targets or None)
     logger.info(f"shrunk {cfg.init_from}: {before:,} to {encoder.num_parameters():,} parameters")
     return encoder

@@ -125,7 +125,7 @@ class ConvStack(Prepared):
         size, stride = first.kernel_size[0], first.stride[0]
         # Whole hops, so that every layer strides over whole blocks, and what the last window takes beyond them. What
         # sees the padding is cut off at the end.
-        padding = -samples % self.config.downsampling + (-(-size // stride) - 1) * stride
+        padding = -samples % self.config.feature_downsampling + (-(-size // stride) - 1) * stride
         source = source.to(torch.promote_types(source.dtype, torch.float32))
         windows = F.pad(source, (0, padding)).unfold(1, size, stride)
         kernel, shift = self._first_kernel(windows, samples, kernels[0], units[0])
@@ -199,8 +199,8 @@ class ConvStack(Prepared):
         num_frames: int,
     ) -> Tensor:
         """:meth:`_encode`, cut into pieces that fit into the processor's cache."""
-        hop = self.config.downsampling
-        overlap = -(-self.config.receptive_field // hop) - 1
+        hop = self.config.feature_downsampling
+        overlap = -(-self.config.feature_receptive_field // hop) - 1
         per_frame = hop // self.layers[0].conv.stride[0]
         together = max(1, CHUNK_FRAMES // num_frames)  # short utterances share a chunk
         utterances = []

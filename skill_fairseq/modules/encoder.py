@@ -14,7 +14,7 @@ from skill_fairseq.modules.conv_stack import ConvStack
 from skill_fairseq.modules.gate_bank import Draw, GateBank, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.norms import ChannelLayerNorm
-from skill_fairseq.modules.padding import check_padding_mask, frame_padding_mask
+from skill_fairseq.modules.padding import check_padding_mask, frame_padding_mask, reduce_padding_mask
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.size import count_macs, widths_of
 from skill_fairseq.modules.slicing import has_plain_weight, take
@@ -29,7 +29,7 @@ class EncoderOutput(NamedTuple):
     Attributes:
         x: (B, T, D) output, after the final LayerNorm where the model has one.
         hidden_states: L + 1 tensors (B, T, D): [0] before the positional convolution, [i] after layer i, before a
-            final LayerNorm.
+            final LayerNorm. With ``time_reduction`` [0] is the mean of the frames that become one: all have one rate.
         padding_mask: (B, T) bool, True = padding, or None.
     """
 
@@ -119,8 +119,9 @@ class SpeechEncoder(nn.Module):
         Args:
             source: (B, N) samples at 16 kHz, already normalised where ``normalize`` says so.
             padding_mask: (B, N) bool, True = padding, at the end of each row; or None.
-            transform: called with the projected features (B, T, D) and the frames' padding mask, returns features
-                (B, T, D) for the transformer: time masking in pre-training and fine-tuning.
+            transform: called with the projected features (B, T, D) and the frames' padding mask, both at the rate of
+                the convolutions, returns features (B, T, D) for the transformer: time masking in pre-training and
+                fine-tuning.
             last_layer: stop after this layer (1-based; 0 runs none); None runs all.
             draw: gates of :meth:`draw_gates`; None: they are drawn here.
 
@@ -133,12 +134,13 @@ class SpeechEncoder(nn.Module):
                 hides a whole row, or hides samples before others that it does not hide.
         """
         draw = self.draw_gates() if draw is None else draw
-        projected, padding_mask = self._project(source, padding_mask, draw)
-        x = projected if transform is None else transform(projected, padding_mask)
+        projected, frames = self._project(source, padding_mask, draw)
+        x = projected if transform is None else transform(projected, frames)
+        first, padding_mask = self._first_state(projected), self._output_padding(frames)
         if last_layer == 0:
-            return EncoderOutput(projected, [projected], padding_mask)
-        x, states = self.transformer(x, padding_mask, None if last_layer is None else last_layer - 1, draw)
-        return EncoderOutput(x, [projected, *states], padding_mask)
+            return EncoderOutput(first, [first], padding_mask)
+        x, states = self.transformer(x, frames, None if last_layer is None else last_layer - 1, draw)
+        return EncoderOutput(x, [first, *states], padding_mask)
 
     def tap(
         self,
@@ -157,14 +159,14 @@ class SpeechEncoder(nn.Module):
             a tensor for each tap, see :class:`Tap`; and the (B, T) padding mask of the frames or None.
         """
         draw = self.draw_gates() if draw is None else draw
-        projected, padding_mask = self._project(source, padding_mask, draw)
+        projected, frames = self._project(source, padding_mask, draw)
         found: Dict[Tap, Tensor] = {}
         for transform in dict.fromkeys(tap.transform for tap in taps):
             asked = [tap for tap in taps if tap.transform == transform]
-            x = projected if transform is None else transform(projected, padding_mask)
-            layers = itertools.chain([(x, None)], self.transformer.run(x, padding_mask, draw, map_layers(asked)))
-            found.update(zip(asked, collect(asked, layers)))
-        return [found[tap] for tap in taps], padding_mask
+            x = projected if transform is None else transform(projected, frames)
+            above = self.transformer.run(x, frames, draw, map_layers(asked))
+            found.update(zip(asked, collect(asked, itertools.chain([(self._first_state(x), None)], above))))
+        return [found[tap] for tap in taps], self._output_padding(frames)
 
     def prepare(self) -> SpeechEncoder:
         """Makes ready for inference: evaluation mode, and weights laid out once instead of in every forward.
@@ -203,6 +205,15 @@ class SpeechEncoder(nn.Module):
         if padding_mask is not None:
             padding_mask = frame_padding_mask(padding_mask, features.size(1), self.config)
         return self.feature_projection(features, units), padding_mask
+
+    def _first_state(self, x: Tensor) -> Tensor:
+        """State 0 at the rate of the others: (B, T, D) projected features to (B, T / time_reduction, D) means."""
+        rate = self.config.time_reduction
+        return x if rate == 1 else x[:, : x.size(1) // rate * rate].unflatten(1, (-1, rate)).mean(2)
+
+    def _output_padding(self, frames: Optional[Tensor]) -> Optional[Tensor]:
+        """Padding of the convolutions' frames (B, T) to that of the output's."""
+        return None if frames is None else reduce_padding_mask(frames, self.config)
 
     def named_gates(self) -> Iterator[Tuple[str, HardConcrete]]:
         """Every vector of gates with the path of the attribute that holds it, in the bank's order."""

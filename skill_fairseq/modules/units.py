@@ -6,7 +6,7 @@ takes its name. Where its gates need modules that the encoder does not have, :me
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Dict, Iterator, List, NamedTuple, Optional, Type, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Dict, Iterator, List, NamedTuple, Optional, Sequence, Type, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from skill_fairseq.modules.config import EncoderConfig
     from skill_fairseq.modules.size import Number, Widths
 
+_T = TypeVar("_T")
 _U = TypeVar("_U", bound="Type[PrunableUnit]")
 
 
@@ -46,6 +47,7 @@ class PrunableUnit:
         least: units that cannot go.
         multiple: a forward computes them in multiples of this number, see :class:`HardConcrete`.
         label: what people call the units, for tables; None: they are not shown by themselves.
+        per_row: entries of its widths to a line of tables.
         rows: what an entry of its widths belongs to, for tables.
         first: number of the first entry, for tables.
     """
@@ -56,6 +58,7 @@ class PrunableUnit:
     least: ClassVar[int] = 0
     multiple: ClassVar[int] = 1
     label: ClassVar[Optional[str]] = None
+    per_row: ClassVar[int] = 1
     rows: ClassVar[str] = "layer"
     first: ClassVar[int] = 1
 
@@ -66,6 +69,10 @@ class PrunableUnit:
     def left(self, config: EncoderConfig) -> List[Optional[int]]:
         """Widths as they are; None where what they are part of has been removed."""
         return list(config.unit_widths.get(self.name) or self.full(config))
+
+    def by_row(self, column: Sequence[_T]) -> List[Sequence[_T]]:
+        """The entries of a column of its widths, line by line of tables."""
+        return [column[i : i + self.per_row] for i in range(0, len(column), self.per_row)]
 
     def smallest(self, config: EncoderConfig) -> List[int]:
         """Widths if every gate closed that may close."""
@@ -96,13 +103,16 @@ class PrunableUnit:
         """
         raise NotImplementedError
 
+    def finish(self, encoder: Any, state: State, shape: Dict[str, Any]) -> None:
+        """Called after all cuts, of whatever kinds, if the encoder has such units, gated or not; see :meth:`cut`."""
+
     def scores(self, encoder: Any, site: Site) -> Tensor:
         """(num_units,) how much each unit weighs, for pruning by magnitude.
 
         Raises:
             ValueError: no score is known.
         """
-        raise ValueError(f"units: {self.name!r} has no score by magnitude; choose out of conv, heads, ffn")
+        raise ValueError(f"units: {self.name!r} has no score by magnitude; choose out of conv, heads, ffn, rank")
 
     def parameters(self, config: EncoderConfig, widths: Widths) -> Number:
         """What these units change in the number of parameters of an encoder that does not have them."""
@@ -130,13 +140,13 @@ def units_of(config: EncoderConfig) -> List[PrunableUnit]:
 
 
 def new_units(config: EncoderConfig, before: EncoderConfig) -> List[PrunableUnit]:
-    """The kinds that ``config.pruning_units`` puts into an encoder of the shape ``before``, which lacks them."""
+    """The kinds that an encoder has and one of the shape ``before`` lacks."""
     had = units_of(before)
-    return [unit for unit in units_of(config) if unit.name in config.pruning_units and unit not in had]
+    return [unit for unit in units_of(config) if unit not in had]
 
 
 def with_units(config: EncoderConfig, state: State, before: EncoderConfig) -> State:
-    """The state of an encoder of the shape ``before`` as one with ``config.pruning_units`` loads it, gates left out."""
+    """The state of an encoder of the shape ``before`` as one with the units of ``config`` loads it, gates left out."""
     state = dict(state)
     for unit in new_units(config, before):
         unit.convert(config, state)

@@ -106,6 +106,8 @@ class Layers(Objective):
         ValueError: layers, weights or heads are not usable; names the field.
     """
 
+    any_rate = True
+
     def __init__(
         self, cfg: Any, student: EncoderConfig, teachers: Sequence[EncoderConfig], field: str = "criterion"
     ) -> None:
@@ -118,7 +120,12 @@ class Layers(Objective):
         count = len(self.pairs)
         self.weights = _layer_weights(cfg.layer_weights, count, f"{field}.layer_weights")
         self._read_masking(field)
-        self.rate = getattr(student, "time_reduction", 1) // getattr(teacher, "time_reduction", 1)
+        if student.time_reduction % teacher.time_reduction:
+            raise ValueError(
+                f"model.time_reduction: {student.time_reduction}, but the teacher has {teacher.time_reduction}; "
+                "expected a multiple of that"
+            )
+        self.rate = student.time_reduction // teacher.time_reduction
         if cfg.head not in HEADS:
             raise ValueError(f"{field}.head: {cfg.head!r}; expected one of {', '.join(HEADS)}")
         own, theirs = student.encoder_embed_dim, teacher.encoder_embed_dim

@@ -49,7 +49,8 @@ def gate(model: nn.Module, units: Sequence[str] = ("conv", "heads", "ffn"), drop
         model: without gates, a :class:`SpeechEncoder`, or a ``WavLMModel``, ``HubertModel``, ``Wav2Vec2Model`` or
             ``Data2VecAudioModel`` of transformers. It may have been shrunk before.
         units: what may be pruned: "conv" (channels of the convolutions), "heads", "ffn" (units of the feed-forward
-            sublayers), "attention_layers" and "ffn_layers" (whole sublayers); of our encoder also registered kinds.
+            sublayers), "attention_layers" and "ffn_layers" (whole sublayers); of our encoder also "rank" (components of
+            its linear maps) and registered kinds.
         drop_rate: how far the gates are closed at the start, in (0, 1).
 
     Raises:

@@ -14,12 +14,13 @@ from skill_fairseq.modules.units import UNITS, units_of
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.expected import full_parameters
 from skill_fairseq.pruning.selection import select_units
+from skill_fairseq.pruning.targets import Asked
 
 Encoder = TypeVar("Encoder", bound=nn.Module)
 
 
 @torch.no_grad()
-def shrink(encoder: Encoder, sparsity: Optional[float] = None, cost: Cost = PARAMETERS) -> Encoder:
+def shrink(encoder: Encoder, sparsity: Optional[Asked] = None, cost: Cost = PARAMETERS) -> Encoder:
     """A physically smaller encoder that computes what the gated one computes in evaluation.
 
     Units whose gate is closed are cut out; the soft value of an open gate is folded into the next weights. Without
@@ -29,7 +30,7 @@ def shrink(encoder: Encoder, sparsity: Optional[float] = None, cost: Cost = PARA
     Args:
         encoder: with gates; left as it is. It may have been shrunk and gated before. Besides our encoder, a model of
             transformers that :func:`skill_fairseq.pruning.gate` takes.
-        sparsity: fraction of the original cost to remove, in [0, 1); None: as the gates round.
+        sparsity: fraction of the original cost to remove, in [0, 1); or several targets; None: as the gates round.
         cost: what the sparsity is of.
 
     Returns:
@@ -54,6 +55,8 @@ def shrink(encoder: Encoder, sparsity: Optional[float] = None, cost: Cost = PARA
                 kept = selection[name].nonzero().flatten()
                 factor = deterministic_gate(gate.log_alpha, selection[name])[kept]
                 unit.cut(encoder, gate.site, kept, factor, state, shape)
+    for unit in units_of(encoder.config):
+        unit.finish(encoder, state, shape)
 
     original = full_parameters(encoder.config)
     config = encoder.config.replace(**shape, pruning_units=[], original_parameters=original)
@@ -70,9 +73,12 @@ def kept_tables(config: EncoderConfig) -> Dict[str, List[List[str]]]:
     for unit in units_of(config):
         left, full = unit.left(config), unit.full(config)
         if unit.label is not None:
-            numbers = range(unit.first, unit.first + len(full))
+            cells = list(map(describe_units, left, full))
+            if unit.per_row > 1:
+                cells = [" ".join("-" if width is None else str(width) for width in row) for row in unit.by_row(left)]
+            numbers = range(unit.first, unit.first + len(cells))
             lines = tables.setdefault(unit.rows, [[unit.rows], *([str(number)] for number in numbers)])
-            for line, cell in zip(lines, [unit.label, *map(describe_units, left, full)]):
+            for line, cell in zip(lines, [unit.label, *cells]):
                 line.append(cell)
     return tables
 

@@ -47,7 +47,9 @@ def cost_section(encoders: Encoders, files: Mapping[str, Path]) -> str:
 def units_section(config: EncoderConfig, out: Path) -> str:
     """What is left of each layer: picture and tables."""
     shares: dict[str, Sequence[Optional[float]]] = {
-        unit.label: [None if w is None else w / full for w, full in zip(unit.left(config), unit.full(config))]
+        unit.label.partition(" (")[0]: [
+            _share(*row) for row in zip(unit.by_row(unit.left(config)), unit.by_row(unit.full(config)))
+        ]
         for unit in units_of(config)
         if unit.label is not None
     }
@@ -59,6 +61,11 @@ def units_section(config: EncoderConfig, out: Path) -> str:
         line.insert(heads + 1, cell)
     tables = "".join(page.table(head, lines) for head, *lines in found.values())
     return page.figures([page.figure(path, "share of units left in each layer"), f"<div>{tables}</div>"])
+
+
+def _share(left: Sequence[Optional[int]], full: Sequence[int]) -> Optional[float]:
+    """What is left of a line of tables; None where all of it has been removed."""
+    return None if set(left) == {None} else sum(width or 0 for width in left) / sum(full)
 
 
 def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups: Any, out: Path) -> str:

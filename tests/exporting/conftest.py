@@ -19,7 +19,7 @@ from torch import Tensor
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.cli.export import SUFFIXES, main
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.modules.units import UNITS
+from skill_fairseq.modules.units import UNITS, with_units
 from skill_fairseq.pruning.shrink import shrink
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny"
@@ -47,11 +47,13 @@ def student() -> SpeechEncoder:
     """The tiny teacher, gated at random and shrunk."""
     teacher = load_encoder(EXAMPLE / "teacher" / "teacher.safetensors")
     gated = SpeechEncoder(teacher.config.replace(pruning_units=list(UNITS))).eval()
-    gated.load_state_dict(teacher.state_dict(), strict=False)
+    gated.load_state_dict(with_units(gated.config, teacher.state_dict(), teacher.config), strict=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, gate in gated.named_gates():
             gate.log_alpha.copy_(torch.randn(gate.num_units, generator=generator) + 2)
+            if gate.unit == "rank":  # 0, 7, ... 35, of which some are one matrix
+                gate.set_kept(keep(7 * (gate.site.place % 6), gate.num_units, generator))
     for layer, channels in zip(gated.feature_extractor.layers, CONV):
         layer.gate.set_kept(keep(channels, layer.gate.num_units, generator))
     rest = (None,) * (gated.config.encoder_layers - len(HEADS))
@@ -62,6 +64,8 @@ def student() -> SpeechEncoder:
     small = shrink(gated)
     assert small.config.conv_channels == list(CONV) and small.config.ffn_dims == [*FFN, *rest]
     assert [None if heads is None else len(heads) for heads in small.config.heads] == [*HEADS, *rest]
+    assert {type(layer.ffn.fc1).__name__ for layer in small.transformer.layers[::2][:2]} == {"LowRankLinear"}
+    assert small.config.unit_widths["rank"][:6] == [0, 7, 14, 21, 28, 35] and small.transformer.layers[0].attention
     return small
 
 

@@ -13,7 +13,7 @@ from messages import says
 from torch import Tensor, nn
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
-from skill_fairseq.modules.units import UNITS
+from skill_fairseq.modules.units import UNITS as EVERY_UNIT
 from skill_fairseq.pruning import Gates, MacCost, as_encoder, gate, shrink
 
 KINDS = ("wavlm", "hubert", "wav2vec2", "data2vec-audio")
@@ -27,6 +27,8 @@ STILL = {
     "apply_spec_augment": False,
 }
 """Nothing but gates is random in training."""
+UNITS = [name for name, unit in EVERY_UNIT.items() if unit.field]
+"""The kinds that need no modules of ours."""
 OUTSIDE = ("masked_spec_embed", "gates.log_alpha")
 SAMPLES = (4000, 3990, 2500)
 

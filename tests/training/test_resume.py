@@ -56,6 +56,20 @@ def test_kills_in_the_middle_of_an_epoch_with_loading_workers(data: list[str], s
     same_outcome(run, straight(1))
 
 
+def test_a_kill_changes_nothing_where_ranks_have_gates(data: list[str], tmp_path: Path) -> None:
+    """On two processes in bf16: the matrices that they start from are alike, and so is what they become."""
+    settings = ["model.pruning_units=[heads,ffn,rank]", "common.bf16=true", "optimization.max_update=10"]
+    straight = Run(tmp_path / "straight", *data, *settings, world_size=2).finish()
+    run = Run(tmp_path / "killed", *data, *settings, world_size=2)
+    run.start()
+    run.wait_for(lambda: run.last_update() >= 5)
+    run.kill()
+    run.finish()
+    same_outcome(run, straight)
+    encoder = load_encoder(tmp_path / "killed" / "checkpoint_last.pt")
+    assert {gate.unit for _, gate in encoder.named_gates()} == {"heads", "ffn", "rank"}
+
+
 def test_a_run_of_an_earlier_version_says_why_it_cannot_go_on_and_what_can(
     speech: Path, teacher_file: Path, tmp_path: Path
 ) -> None:
