@@ -33,11 +33,18 @@ MODELS = {
     "distilhubert": "distilhubert (heads 4, 8, 12: released model)",
     "deep_12l_half_l2l": "deep_vs_wide 12-L (one head)",
     "wide_3l_one_pred": "deep_vs_wide 3-L (one head)",
+    "fithubert": "fithubert and fitw2v2",
     "maskhubert": "maskhubert",
+    "armhubert": "armhubert",
     "starhubert": "starhubert",
     "starhubert_l": "starhubert-l",
 }
-RECIPES = {f"{name}_hubert_base_librispeech": model for name, model in MODELS.items()}
+RECIPES = {
+    **{f"{name}_hubert_base_librispeech": model for name, model in MODELS.items()},
+    "fitw2v2_wav2vec2_base_librispeech": "fithubert and fitw2v2",
+    "armhubert_s_hubert_base_librispeech": "armhubert-s, armwavlm-s",
+    "armwavlm_s_wavlm_base_librispeech": "armhubert-s, armwavlm-s",
+}
 TINY_TEACHER = REPO / "examples" / "tiny" / "teacher" / "teacher.safetensors"
 
 
