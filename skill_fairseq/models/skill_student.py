@@ -85,6 +85,13 @@ class SkillStudentConfig(_Hubert):
             "GPUs; per_rank: each its own, whose noise averages out over ranks"
         },
     )
+    layer_grad_scale: bool = field(
+        default=False,
+        metadata={
+            "help": "after layer i of L, from 0, multiply the gradient from above by m = (L - i) / (L - i + 1), that "
+            "of the layer's own losses by m (1 - m)"
+        },
+    )
     seed: int = field(default=II("common.seed"), metadata={"help": "seed of the gate samples and of random weights"})
     extractor_mode: Optional[str] = _shape("default: GroupNorm after the first convolution; layer_norm: after each")
     conv_feature_layers: Optional[str] = _shape("convolutions, as fairseq writes them")
@@ -103,6 +110,8 @@ class SkillStudentConfig(_Hubert):
     relative_position: Optional[bool] = _shape("WavLM's gated relative position bias")
     num_buckets: Optional[int] = _shape("buckets of the relative position table")
     max_distance: Optional[int] = _shape("distance (frames) from which positions share a bucket")
+    time_reduction: Optional[int] = _shape("frames that become one in front of layer 1")
+    reuse_attention: Optional[Any] = _shape("layers, from 2 on, that take the attention map of the layer below")
     normalize: Optional[bool] = _shape("whether waveforms are normalised")
     padding_rule: Optional[str] = _shape("which frames of a padded utterance count")
     sample_rate: Optional[int] = _shape("Hz of the waveforms")
@@ -181,6 +190,7 @@ class SkillStudentModel(WavLMModel):
         self.cfg = cfg
         self.speech_encoder = SpeechEncoder(encoder_config(cfg), dropouts(cfg))
         self.speech_encoder.transformer.checkpoint_activations = cfg.checkpoint_activations
+        self.speech_encoder.transformer.layer_grad_scale = cfg.layer_grad_scale
         self._init_masking(cfg)
         # Used by fine-tuning, and by objectives that mask: elsewhere it would be a parameter without gradient.
         self.mask_emb.requires_grad_(False)

@@ -18,10 +18,10 @@ from skill_fairseq.files import named
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers, parse_conv_layers
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.units import with_units
-from skill_fairseq.pruning.costs import saved_cost
 from skill_fairseq.pruning.expected import full_parameters
 from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.shrink import shrink
+from skill_fairseq.pruning.targets import saved_targets
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ PARTS = {
     ),
     "layer_norm": Part(("transformer.layer_norm.",), ("encoder_embed_dim", "layer_norm_first")),
     "layers": Part(
-        ("transformer.layers.", "transformer.relative_position."),
+        ("transformer.layers.", "transformer.relative_position.", "transformer.time_reduction."),
         ("encoder_layers", "encoder_embed_dim", "encoder_ffn_embed_dim", "encoder_attention_heads", "activation_fn")
         + ("layer_norm_first", "num_buckets", "max_distance"),
     ),
@@ -129,7 +129,7 @@ def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
                 f"copied as a whole alone; leave model.{name} out, or give the teacher in model.init_from"
             )
     changes: dict[str, Any] = {} if layers is None else {"encoder_layers": len(layers)}
-    for name, found in teacher.to_dict().items():
+    for name, found in {**vars(teacher), **teacher.to_dict()}.items():
         value = plain(getattr(cfg, name, None))
         if value is not None and name == "conv_feature_layers":
             value = format_conv_layers(parse_conv_layers(value))
@@ -276,12 +276,10 @@ def initial_student(cfg: Any) -> SpeechEncoder:
 
 
 def _shrunk(encoder: SpeechEncoder, source: EncoderSource, cfg: Any) -> SpeechEncoder:
-    before, target = encoder.num_parameters(), source.provenance.get("target_sparsity")
-    field = f"model.init_from: {cfg.init_from}: target_sparsity"
-    cost = saved_cost(source.provenance)
-    warning = None if target is None else far_from_gates(encoder, target, field, cost)
+    before, targets = encoder.num_parameters(), saved_targets(source.provenance)
+    warning = far_from_gates(encoder, targets, f"model.init_from: {cfg.init_from}: target_sparsity")
     if warning is not None:
         logger.warning(warning)
-    encoder = shrink(encoder, target, cost)
+    encoder = shrink(encoder, targets or None)
     logger.info(f"shrunk {cfg.init_from}: {before:,} to {encoder.num_parameters():,} parameters")
     return encoder

@@ -46,7 +46,7 @@ class RelativePositionGate(nn.Module):
         num_heads = self.grep_a.size(1)
         x = x.unflatten(-1, (num_heads, -1))
         if heads.numel() < num_heads:
-            x = x[:, :, heads]
+            x = x.index_select(2, heads)
         if has_plain_weight(self.grep_linear):
             # Four outputs are added up for each of the two gates: so may be their weights.
             weight = self.grep_linear.weight.unflatten(0, (2, 4)).sum(1)
@@ -68,14 +68,16 @@ class SelfAttention(nn.Module):
         full_heads: heads before pruning.
         dropout: attention dropout probability.
         relative_position: whether WavLM's gated relative position is used.
+        reuses: whether the attention map is another layer's: there are no query, key and relative position then.
 
     Attributes:
         gate: of the heads, or None.
         output_gate: of the whole sublayer, or None.
-        attend: what computes softmax and values; recorded graphs have one of their own.
+        attend, attend_with_maps: what computes softmax and values; recorded graphs have their own.
     """
 
     attend: Kernel = staticmethod(attend)
+    attend_with_maps = staticmethod(attend_with_maps)
     heads: Tensor
     gate: Optional[HardConcrete] = None
     output_gate: Optional[HardConcrete] = None
@@ -88,6 +90,7 @@ class SelfAttention(nn.Module):
         full_heads: int,
         dropout: float = 0.0,
         relative_position: bool = False,
+        reuses: bool = False,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
@@ -95,13 +98,16 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         self.register_buffer("heads", torch.tensor(heads, dtype=torch.long), persistent=False)
         width = len(heads) * head_dim
-        if heads:
+        self.reuses = reuses
+        if heads and not reuses:
             self.q_proj = nn.Linear(embed_dim, width)
             self.k_proj = nn.Linear(embed_dim, width)
+        if heads:
             self.v_proj = nn.Linear(embed_dim, width)
         self.out_proj: Union[nn.Linear, OutputBias]
         self.out_proj = nn.Linear(width, embed_dim) if heads else OutputBias(embed_dim)
-        self.position_gate = RelativePositionGate(head_dim, full_heads) if relative_position and heads else None
+        gated = relative_position and heads and not reuses
+        self.position_gate = RelativePositionGate(head_dim, full_heads) if gated else None
 
     def forward(
         self,
@@ -110,6 +116,7 @@ class SelfAttention(nn.Module):
         padding_mask: Optional[Tensor] = None,
         draw: Optional[Draw] = None,
         with_maps: bool = False,
+        reused: Optional[AttentionMaps] = None,
     ) -> Union[Tensor, Tuple[Tensor, AttentionMaps]]:
         """Args:
             x: (B, T, D) frames.
@@ -118,10 +125,15 @@ class SelfAttention(nn.Module):
             draw: the gates of this forward; None where there are none.
             with_maps: give the attention maps too, of closed heads as well; at least one head must be left. The whole
                 layer is computed for it, in (B, H, T, T) memory.
+            reused: the maps of another layer, where ``reuses``; they are given again where maps are asked for.
 
         Returns:
             (B, T, D), and the maps where they are asked for.
         """
+        if self.reuses:
+            assert reused is not None
+            y = self._attend_reused(x, reused.heads, draw)
+            return (y, reused) if with_maps else y
         units, output = (None, None) if draw is None else (draw.of(self.gate), draw.of(self.output_gate))
         if with_maps:
             maps: List[Tensor] = []
@@ -132,6 +144,12 @@ class SelfAttention(nn.Module):
         if not self.heads.numel():
             return gated_output(self, output, [x], lambda: self.out_proj(x))
         return gated_output(self, output, [x, by_offset], lambda: self._attend(x, by_offset, padding_mask, draw))
+
+    def _attend_reused(self, x: Tensor, weights: Tensor, draw: Optional[Draw]) -> Tensor:
+        """This layer's values under the (B, h, T, T) maps of another, without dropout (ARMHuBERT, arXiv:2305.11685)."""
+        v = linear(self.v_proj, x, draw=draw).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        y = (weights.to(v.dtype) @ v).transpose(1, 2)
+        return linear(self.out_proj, y.flatten(2), draw=draw)
 
     def _attend(
         self,
@@ -155,7 +173,7 @@ class SelfAttention(nn.Module):
         factor = None
         if by_offset is not None and self.position_gate is not None:
             original = self.heads if heads is None else self.heads[heads]
-            by_offset = by_offset if original.numel() == by_offset.size(0) else by_offset[original]
+            by_offset = by_offset if original.numel() == by_offset.size(0) else by_offset.index_select(0, original)
             factor = self.position_gate(x, original)
         else:
             by_offset = None
@@ -163,7 +181,7 @@ class SelfAttention(nn.Module):
         if maps is None:
             y = self.attend(*inputs)
         else:
-            y, weights = attend_with_maps(*inputs)
+            y, weights = self.attend_with_maps(*inputs)
             maps.append(weights)
         if units is None:
             return linear(self.out_proj, y.flatten(2), draw=draw)

@@ -85,6 +85,10 @@ class EncoderConfig:
 
     Between convolutions and transformer come a LayerNorm (not with ``feature_layer_norm`` false: DistilHuBERT) and a
     linear map (not with ``feature_linear`` false: the last convolution has the model's width, and keeps it).
+
+    With ``time_reduction`` above 1 a convolution in front of layer 1 makes one frame of so many (FitHuBERT). Layers in
+    ``reuse_attention``, counted from 1, have no query and key: they take the attention map of the nearest layer below
+    that computes one (ARMHuBERT).
     """
 
     extractor_mode: str = "default"
@@ -104,6 +108,8 @@ class EncoderConfig:
     relative_position: bool = False
     num_buckets: int = 320
     max_distance: int = 800
+    time_reduction: int = 1
+    reuse_attention: List[int] = dataclasses.field(default_factory=list)
     normalize: bool = False
     padding_rule: str = "chunks"
     sample_rate: int = 16000
@@ -127,6 +133,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         self.conv_feature_layers = parse_conv_layers(self.conv_feature_layers)
         self.pruning_units = list(self.pruning_units)
+        self.reuse_attention = list(self.reuse_attention)
         self._check_types()
         n = self.encoder_layers
         if self.conv_channels is None:
@@ -200,6 +207,26 @@ class EncoderConfig:
             f"{n} numbers from 0 to encoder_ffn_embed_dim={self.encoder_ffn_embed_dim} (null: sublayer removed)",
         )
         require(set(self.pruning_units) <= set(UNITS), "pruning_units", f"a list out of {list(UNITS)}")
+        reusing = self.reuse_attention
+        require(
+            all(type(layer) is int and 2 <= layer <= n for layer in reusing) and reusing == sorted(set(reusing)),
+            "reuse_attention",
+            f"layers from 2 to {n}, ascending, such as [2, 4]",
+        )
+        for layer, source in self.attention_sources().items():
+            require(
+                bool(self.heads[layer - 1]) and self.heads[layer - 1] == self.heads[source - 1],
+                "heads",
+                f"the same heads, and at least one, in the layers {source} and {layer}, which share a map "
+                f"(model.reuse_attention)",
+            )
+        for field in ("pruning_units", "unit_widths"):
+            require(
+                not reusing or not {"heads", "attention_layers", "rank"} & set(getattr(self, field)),
+                field,
+                "none of heads, attention_layers and rank: layers that share an attention map (model.reuse_attention) "
+                "keep the same heads and whole linear maps",
+            )
         for name, column in self.unit_widths.items():
             known = name in UNITS and UNITS[name].field is None
             require(known, "unit_widths", f"units that are registered; import the file that registers {name!r}")
@@ -221,30 +248,47 @@ class EncoderConfig:
         return self.conv_pos if self.pos_conv_depth == 1 else max(3, self.conv_pos // self.pos_conv_depth)
 
     @property
-    def downsampling(self) -> int:
-        """Audio samples a frame (320 for every published model)."""
+    def feature_downsampling(self) -> int:
+        """Audio samples a frame of the convolutions (320 for every published model)."""
         rate = 1
         for _, _, stride in self.conv_feature_layers:
             rate *= stride
         return rate
 
     @property
-    def receptive_field(self) -> int:
-        """Audio samples that the first frame sees: the shortest usable input (400 for every published model)."""
+    def downsampling(self) -> int:
+        """Audio samples a frame of the output: :attr:`feature_downsampling` times ``time_reduction``."""
+        return self.feature_downsampling * self.time_reduction
+
+    @property
+    def feature_receptive_field(self) -> int:
+        """Audio samples that the convolutions' first frame sees (400 for every published model)."""
         field = 1
         for _, kernel, stride in reversed(self.conv_feature_layers):
             field = (field - 1) * stride + kernel
         return field
 
+    @property
+    def receptive_field(self) -> int:
+        """Audio samples that the output's first frame is made of: the shortest usable input."""
+        return self.feature_receptive_field + (self.time_reduction - 1) * self.feature_downsampling
+
     def num_frames(self, num_samples: Any) -> Any:
         """Frames that the conv stack makes of ``num_samples`` samples (an int or an integer tensor)."""
         for _, kernel, stride in self.conv_feature_layers:
-            strides = num_samples - kernel
-            if isinstance(strides, Tensor):  # torch 1.12 rounds // towards zero
-                num_samples = torch.div(strides, stride, rounding_mode="floor") + 1
-            else:
-                num_samples = strides // stride + 1
+            num_samples = _floor_div(num_samples - kernel, stride) + 1
         return num_samples
+
+    def num_output_frames(self, num_samples: Any) -> Any:
+        """Frames of the output, ``time_reduction`` times fewer; what is left over falls away."""
+        return _floor_div(self.num_frames(num_samples), self.time_reduction)
+
+    def attention_sources(self) -> Dict[int, int]:
+        """For each layer of ``reuse_attention`` the layer whose map it takes, both from 1."""
+        sources: Dict[int, int] = {}
+        for layer in self.reuse_attention:
+            sources[layer] = sources.get(layer - 1, layer - 1)
+        return sources
 
     def full(self) -> EncoderConfig:
         """The shape before any pruning."""
@@ -269,8 +313,9 @@ class EncoderConfig:
         """Plain types only, for JSON and for checkpoints."""
         fields = dataclasses.asdict(self)
         fields["conv_feature_layers"] = format_conv_layers(self.conv_feature_layers)
-        if not fields["unit_widths"]:
-            del fields["unit_widths"]  # earlier versions do not know it
+        for name in ("unit_widths", "time_reduction", "reuse_attention"):  # earlier versions do not know them
+            if fields[name] in ({}, [], 1):
+                del fields[name]
         return fields
 
     @classmethod
@@ -295,6 +340,11 @@ class EncoderConfig:
         """
         known = (f.name for f in dataclasses.fields(cls))
         return cls(**{name: fields[name] for name in known if fields.get(name) is not None})
+
+
+def _floor_div(number: Any, divisor: int) -> Any:
+    """Of an int or an integer tensor; torch 1.12's own ``//`` rounds towards zero."""
+    return torch.div(number, divisor, rounding_mode="floor") if isinstance(number, Tensor) else number // divisor
 
 
 def wavlm_base(**changes: Any) -> EncoderConfig:

@@ -46,11 +46,13 @@ class EncoderLayer(nn.Module):
         padding_mask: Optional[Tensor] = None,
         draw: Optional[Draw] = None,
         with_maps: bool = False,
+        reused: Optional[AttentionMaps] = None,
     ) -> Union[Tensor, Tuple[Tensor, Optional[AttentionMaps]]]:
         """(B, T, D) to (B, T, D); the other arguments as in :class:`SelfAttention`."""
         first, maps = self.layer_norm_first, None
         if self.attention is not None:
-            y = self.attention(self.attention_norm(x) if first else x, position_bias, padding_mask, draw, with_maps)
+            y = self.attention_norm(x) if first else x
+            y = self.attention(y, position_bias, padding_mask, draw, with_maps, reused)
             y, maps = y if with_maps else (y, None)
             x = x + self.dropout(y)
         if not first:

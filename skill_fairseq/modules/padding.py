@@ -71,6 +71,14 @@ def padding_of_attention_mask(attention_mask: Tensor, source: Tensor) -> Tensor:
     return padding
 
 
+def reduce_padding_mask(padding_mask: Tensor, config: EncoderConfig) -> Tensor:
+    """(B, T) bool of the convolutions' frames to the output's: one is padding if any that it is made of is."""
+    rate = config.time_reduction
+    if rate == 1:
+        return padding_mask
+    return padding_mask[:, : padding_mask.size(1) // rate * rate].unflatten(1, (-1, rate)).any(-1)
+
+
 def frame_padding_mask(padding_mask: Tensor, num_frames: int, config: EncoderConfig) -> Tensor:
     """Padding of frames from padding of samples.
 

@@ -75,12 +75,15 @@ def count_parameters(config: EncoderConfig, widths: Widths) -> Number:
     if config.pos_conv_depth == 1:  # the weight norm's magnitudes
         total += config.pos_conv_kernel
     total += 2 * dim  # the encoder's LayerNorm
+    if config.time_reduction > 1:
+        total += config.time_reduction * dim * dim + dim
     total += 4 * dim * config.encoder_layers  # two LayerNorms a layer
     if config.relative_position:
         total += config.num_buckets * config.encoder_attention_heads
 
     head_parameters = 3 * (dim + 1) * head_dim + head_dim * dim  # query, key, value with bias; output columns
     total += _total(widths, "heads", "attention_layers", head_parameters, dim)
+    total -= 2 * (dim + 1) * head_dim * _reusing_heads(config, widths)  # they have neither query nor key
     if config.relative_position:
         each = head_dim * RELATIVE_GATE_OUTPUTS + RELATIVE_GATE_OUTPUTS + config.encoder_attention_heads
         total += _relative_gates(config, widths) * each
@@ -97,8 +100,9 @@ def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Numbe
     - convolution i: ``T_i in out kernel``
     - feature projection: ``T in D``
     - positional convolution: ``T D (D / groups) kernel``, as often as there are such layers
-    - attention of h heads: projections ``4 T D h d``, scores and weighted sum ``2 T^2 h d``
-    - relative position, of h heads: gate ``T h d 8``, gated bias ``T^2 h``
+    - time reduction by r: ``T' D D r``, and all that follows has ``T' = T // r`` in place of T
+    - attention of h heads: projections ``4 T D h d``, scores and weighted sum ``2 T^2 h d``; half with a reused map
+    - relative position, of h heads: gate ``T h d 8``, gated bias ``T^2 h``; none with a reused map
     - feed-forward of f units: ``2 T D f``
 
     Biases, norms, activations, softmax and gate values are not counted.
@@ -124,10 +128,15 @@ def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Numbe
 
     macs += length * in_channels * dim if config.feature_linear else 0
     macs += config.pos_conv_depth * length * dim * (dim // config.conv_pos_groups) * config.pos_conv_kernel
-    head_macs = (4 * length * dim + 2 * length**2) * head_dim
+    if config.time_reduction > 1:
+        length //= config.time_reduction
+        macs += length * dim * dim * config.time_reduction
+    value_macs = (2 * length * dim + length**2) * head_dim
+    map_macs = value_macs
     if config.relative_position:
-        head_macs += length * head_dim * RELATIVE_GATE_OUTPUTS + length**2
-    macs += _total(widths, "heads", "attention_layers", head_macs)
+        map_macs += length * head_dim * RELATIVE_GATE_OUTPUTS + length**2
+    macs += _total(widths, "heads", "attention_layers", value_macs + map_macs)
+    macs -= map_macs * _reusing_heads(config, widths)
     macs += _total(widths, "ffn", "ffn_layers", 2 * length * dim)
     return macs + sum(unit.macs(config, widths, length) for unit in _others(config))
 
@@ -159,12 +168,19 @@ def _total(widths: Widths, units: str, sublayers: str, per_unit: int, bias: int 
     return sum(p * (u * per_unit + bias) for u, p in zip(column, [1] * len(column) if present is None else present))
 
 
+def _reusing_heads(config: EncoderConfig, widths: Widths) -> Number:
+    """Heads of all layers that take another's map; they have no gates."""
+    return sum(widths["heads"][layer - 1] for layer in config.reuse_attention)
+
+
 def _relative_gates(config: EncoderConfig, widths: Widths) -> int:
     """Layers whose attention has a gate of relative position; expectations are not asked, it would synchronise."""
     if isinstance(widths["heads"], Tensor):
         widths = widths_of(config)
     present = widths.get("attention_layers", [1] * config.encoder_layers)
-    return sum(all(isinstance(w, Tensor) or w != 0 for w in pair) for pair in zip(widths["heads"], present))
+    pairs = list(zip(widths["heads"], present))
+    own = [pair for layer, pair in enumerate(pairs, start=1) if layer not in config.reuse_attention]
+    return sum(all(isinstance(w, Tensor) or w != 0 for w in pair) for pair in own)
 
 
 def _check(config: EncoderConfig, widths: Widths) -> None:

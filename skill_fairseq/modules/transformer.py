@@ -15,7 +15,7 @@ from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.feed_forward import FeedForward
 from skill_fairseq.modules.gate_bank import Draw
 from skill_fairseq.modules.layer import EncoderLayer
-from skill_fairseq.modules.padding import exporting
+from skill_fairseq.modules.padding import exporting, reduce_padding_mask
 from skill_fairseq.modules.positional_conv import PositionalConv
 from skill_fairseq.modules.positional_conv_stack import PositionalConvStack
 from skill_fairseq.modules.relative_position import RelativePosition
@@ -42,11 +42,14 @@ class Transformer(nn.Module):
     Attributes:
         checkpoint_activations: keep of each layer its input alone for the backward pass, which computes the layer once
             more, with the same dropout and the same gates (Chen et al. 2016, arXiv:1604.06174).
+        layer_grad_scale: after layer i of L, from 0, multiply the gradient from the layers above by m = (L - i) / (L -
+            i + 1), and that of a loss on the layer's own state by m (1 - m), as ARMHuBERT's code does.
     """
 
     def __init__(self, config: EncoderConfig, dropouts: Dropouts) -> None:
         super().__init__()
         self.checkpoint_activations = False
+        self.layer_grad_scale = False
         dim = config.encoder_embed_dim
         self.layer_norm_first = config.layer_norm_first
         self.layerdrop = dropouts.layerdrop
@@ -63,9 +66,12 @@ class Transformer(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropouts.hidden)
+        rate = config.time_reduction
+        self.time_reduction = nn.Conv1d(dim, dim, rate, stride=rate) if rate > 1 else None
+        self.config = config
         layers = []
         assert config.heads is not None and config.ffn_dims is not None
-        for heads, ffn_dim in zip(config.heads, config.ffn_dims):
+        for layer, (heads, ffn_dim) in enumerate(zip(config.heads, config.ffn_dims), start=1):
             attention = ffn = None
             if heads is not None:
                 attention = SelfAttention(
@@ -75,6 +81,7 @@ class Transformer(nn.Module):
                     config.encoder_attention_heads,
                     dropouts.attention,
                     config.relative_position,
+                    layer in config.reuse_attention,
                 )
             if ffn_dim is not None:
                 ffn = FeedForward(dim, ffn_dim, config.activation_fn, dropouts.activation)
@@ -95,10 +102,12 @@ class Transformer(nn.Module):
             x: (B, T, D) projected features.
             padding_mask: (B, T) bool, True = padding, or None.
             draw: the gates of this forward; None where there are none.
-            map_layers: 1-based layers whose attention maps are wanted; they are never dropped by layerdrop.
+            map_layers: 1-based layers whose attention maps are wanted; they are never dropped by layerdrop, nor are
+                those whose maps other layers take.
 
         Yields:
-            a layer's output (B, T, D), before a final LayerNorm, and its attention maps where they are wanted.
+            a layer's output (B, T / time_reduction, D), before a final LayerNorm, and its attention maps where they are
+            wanted.
         """
         if padding_mask is not None:
             # A mask of nothing is asked for on the CPU alone: on a GPU the host would wait for the answer.
@@ -107,24 +116,37 @@ class Transformer(nn.Module):
             else:
                 padding_mask = None
         if padding_mask is not None:
+            padding_mask = reduce_padding_mask(padding_mask, self.config)
             # Of an utterance without a frame nothing counts; with every key hidden, kernels differ or give NaN.
             padding_mask = padding_mask & ~padding_mask.all(1, keepdim=True)
         x = x + self.pos_conv(x)
         if not self.layer_norm_first:
             x = self.layer_norm(x)
         x = self.dropout(x)
+        if self.time_reduction is not None:
+            x = self.time_reduction(x.transpose(1, 2)).transpose(1, 2)
         by_offset = None if self.relative_position is None else self.relative_position(x.size(1))
+        sources, wanted = self.config.attention_sources(), set(map_layers)
+        with_maps, shared = wanted | set(sources.values()), None
         for layer, block in enumerate(self.layers, start=1):
             dropped = self.training and self.layerdrop > 0 and np.random.random() < self.layerdrop
             inputs: Tuple[Any, ...] = (x, by_offset, padding_mask, draw)
             again = self.checkpoint_activations and torch.is_grad_enabled()
             maps = None
-            if layer in map_layers:
+            if layer in sources:
+                inputs = (*inputs, layer in with_maps, shared)
+            elif layer in with_maps:
                 inputs = (*inputs, True)
+            if layer in with_maps:
                 x, maps = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
             elif not dropped:
                 x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
-            yield x, maps
+            if layer in sources.values():
+                shared = maps
+            state = x
+            if self.layer_grad_scale and x.requires_grad:
+                state = _scale_gradients(x, layer - 1, len(self.layers))
+            yield state, maps if layer in wanted else None
 
     def forward(
         self,
@@ -146,6 +168,22 @@ class Transformer(nn.Module):
         states = [state for state, _ in layers]
         x = states[-1]
         return (self.layer_norm(x) if self.layer_norm_first and layer is None else x), states
+
+
+def _scale_gradients(x: Tensor, layer: int, layers: int) -> Tensor:
+    """Scales the gradient of a layer's output, see :attr:`Transformer.layer_grad_scale`.
+
+    Args:
+        x: output of layer ``layer``, from 0, of ``layers``; what goes on from it passes the scale.
+
+    Returns:
+        the same for losses on this layer itself.
+    """
+    m = (layers - layer) / (layers - layer + 1)
+    own = x.view_as(x)
+    x.register_hook(lambda gradient: gradient * m)
+    own.register_hook(lambda gradient: gradient * (1 - m))
+    return own
 
 
 def _init_like_bert(module: nn.Module) -> None:

@@ -106,6 +106,8 @@ class Layers(Objective):
         ValueError: layers, weights or heads are not usable; names the field.
     """
 
+    any_rate = True
+
     def __init__(
         self, cfg: Any, student: EncoderConfig, teachers: Sequence[EncoderConfig], field: str = "criterion"
     ) -> None:
@@ -118,7 +120,12 @@ class Layers(Objective):
         count = len(self.pairs)
         self.weights = _layer_weights(cfg.layer_weights, count, f"{field}.layer_weights")
         self._read_masking(field)
-        self.rate = getattr(student, "time_reduction", 1) // getattr(teacher, "time_reduction", 1)
+        if student.time_reduction % teacher.time_reduction:
+            raise ValueError(
+                f"model.time_reduction: {student.time_reduction}, but the teacher has {teacher.time_reduction}; "
+                "expected a multiple of that"
+            )
+        self.rate = student.time_reduction // teacher.time_reduction
         if cfg.head not in HEADS:
             raise ValueError(f"{field}.head: {cfg.head!r}; expected one of {', '.join(HEADS)}")
         own, theirs = student.encoder_embed_dim, teacher.encoder_embed_dim
@@ -189,7 +196,7 @@ class Layers(Objective):
         distance = (None, cfg.l1_weight, cfg.cos_weight, cfg.cos_type, cfg.mse_weight)
         parts = [distillation_loss(p, t, *distance) for p, t in zip(predicted, teacher)]
         loss = torch.stack([w * part.total for w, part in zip(self.weights, parts)]).sum()
-        loss = loss if share is None else loss * share
+        loss = loss if share is None else loss * share.to(loss.dtype)
         log = {}
         for (s, t), part in zip(self.pairs, parts):
             values = {"l1": part.l1, "mse": part.mse, "cos": -part.cos}
@@ -220,7 +227,7 @@ class Layers(Objective):
             return [torch.where(choice, *pair) for pair in zip(states[hidden], states[other])], padding_mask, None
         counted = torch.ones_like(masked) if padding_mask is None else ~padding_mask
         kept = counted & (~masked if hidden is None else masked)
-        share = kept.sum() / counted.sum()
+        share = kept.sum().double() / counted.sum()
         kept = torch.where(share > 0, kept, counted)  # of none of them the loss is 0
         return states[self.heard[0]], ~kept, share
 

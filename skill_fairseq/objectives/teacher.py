@@ -31,7 +31,11 @@ def check_alike(shapes: Sequence[EncoderConfig], names: Sequence[str], field: st
             ("sample_rate", shapes[0].sample_rate, shape.sample_rate),
             ("normalize", shapes[0].normalize, shape.normalize),
             ("samples a frame", shapes[0].downsampling, shape.downsampling),
-            ("samples that the first frame hears", shapes[0].receptive_field, shape.receptive_field),
+            (
+                "samples that the first frame hears",
+                shapes[0].feature_receptive_field,
+                shape.feature_receptive_field,
+            ),
         ):
             if first != other:
                 raise ValueError(

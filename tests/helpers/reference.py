@@ -56,17 +56,23 @@ def encode(
         x = channel_norm(w, "feature_projection.norm", x, full, gates)
     if config.feature_linear:
         x = linear(w, "feature_projection.linear", x)
-    states, hidden = [x], None
+    rate = config.time_reduction
+    usable = x.size(1) // rate * rate
+    states, hidden = [sum(x[:, r:usable:rate] for r in range(rate)) / rate], None
 
     if padding_mask is not None:
         padding_mask = frame_padding(encoder, padding_mask, x.size(1))
         x = x.masked_fill(padding_mask[:, :, None], 0.0)
+        padding_mask = torch.stack([padding_mask[:, r:usable:rate] for r in range(rate)]).any(0)
         hidden = padding_mask & ~padding_mask.all(1, keepdim=True)  # an utterance without a frame hides none
     x = x + positions(w, x, config.conv_pos_groups, config.pos_conv_depth)
     first = config.layer_norm_first
     if not first:
         x = norm(w, "transformer.layer_norm", x)
-    bias = None
+    if rate > 1:
+        p = "transformer.time_reduction"
+        x = F.conv1d(x.transpose(1, 2), w[f"{p}.weight"], w[f"{p}.bias"], stride=rate).transpose(1, 2)
+    bias = shared = None
     if config.relative_position:
         by_bucket = w["transformer.relative_position.weight"]
         bias = by_bucket[buckets(x.size(1), config.num_buckets, config.max_distance).to(x.device)].permute(2, 0, 1)
@@ -75,7 +81,13 @@ def encode(
         p = f"transformer.layers.{i}"
         if heads is not None:
             y = norm(w, f"{p}.attention_norm", x) if first else x
-            y = attention(w, f"{p}.attention", y, heads, bias, hidden, z[f"{p}.attention.gate"], drop)
+            if i + 1 in config.reuse_attention:
+                y = linear(w, f"{p}.attention.v_proj", y).unflatten(-1, (len(heads), -1))
+                y = torch.einsum("bhij,bjhd->bihd", shared, y).flatten(2)
+                y = linear(w, f"{p}.attention.out_proj", y)
+            else:
+                gates = z[f"{p}.attention.gate"]
+                y, shared = attention(w, f"{p}.attention", y, heads, bias, hidden, gates, drop)
             x = x + y * z[f"{p}.attention.output_gate"]
         x = x if first else norm(w, f"{p}.attention_norm", x)
         if width is not None:
@@ -141,10 +153,13 @@ def attention(
     hidden: Tensor | None,
     gates: Tensor,
     drop: Function,
-) -> Tensor:
-    """(B, T, D) to (B, T, D); ``heads`` are those left of the original ones, which ``bias`` (H, T, T) has all of."""
+) -> tuple[Tensor, Tensor | None]:
+    """(B, T, D) to (B, T, D), and the maps before dropout.
+
+    ``heads`` are those left of the original ones, which ``bias`` (H, T, T) has all of.
+    """
     if not heads:
-        return w[f"{p}.out_proj.bias"].expand_as(x)
+        return w[f"{p}.out_proj.bias"].expand_as(x), None
     q, k, v = (linear(w, f"{p}.{n}_proj", x).unflatten(-1, (len(heads), -1)).transpose(1, 2) for n in "qkv")
     scores = q @ k.transpose(2, 3) / math.sqrt(q.size(3))
     if bias is not None:
@@ -155,8 +170,9 @@ def attention(
         scores = scores + factor * bias[heads]
     if hidden is not None:
         scores = scores.masked_fill(hidden[:, None, None], -math.inf)
-    y = drop(scores.softmax(-1)) @ v * gates[:, None, None]
-    return linear(w, f"{p}.out_proj", y.transpose(1, 2).flatten(2))
+    maps = scores.softmax(-1)
+    y = drop(maps) @ v * gates[:, None, None]
+    return linear(w, f"{p}.out_proj", y.transpose(1, 2).flatten(2)), maps
 
 
 def buckets(frames: int, number: int, furthest: int) -> Tensor:

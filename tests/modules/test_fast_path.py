@@ -29,6 +29,9 @@ STYLES: dict[str, dict[str, Any]] = {
         "feature_linear": False,
     },
     "base_with_conv_bias_and_relu": {"conv_bias": True, "activation_fn": "relu"},
+    "fithubert": {"relative_position": False, "time_reduction": 2},
+    "armhubert": {"relative_position": False, "reuse_attention": [2]},
+    "both_with_relative_position": {**LARGE_STYLE, "time_reduction": 3, "reuse_attention": [2, 3]},
     "data2vec_base": {"extractor_mode": "layer_norm", "relative_position": False, "pos_conv_depth": 3},
 }
 SHRUNK: dict[str, dict[str, Any]] = {
@@ -36,6 +39,11 @@ SHRUNK: dict[str, dict[str, Any]] = {
     "shrunk_large": {**LARGE_STYLE, "heads": [None, [3], []], "ffn_dims": [0, 48, None], "conv_channels": [9] * 7},
 }
 UNITS = ["conv", "heads", "ffn", "attention_layers", "ffn_layers"]
+
+
+def units_of(style: dict[str, Any]) -> list[str]:
+    """Those that an encoder of this style may have gates on."""
+    return [unit for unit in UNITS if not style.get("reuse_attention") or unit in ("conv", "ffn", "ffn_layers")]
 
 
 def set_gates(encoder: SpeechEncoder, openness: float, seed: int = 1) -> torch.Generator:
@@ -82,7 +90,8 @@ def batch(dtype: torch.dtype, samples: int = 6543) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("style", {**STYLES, **SHRUNK})
 def test_same_outputs_and_gradients(style: str, openness: float | None, padded: bool, training: bool) -> None:
     gated = openness is not None
-    encoder = random_encoder(**{**STYLES, **SHRUNK}[style], pruning_units=UNITS if gated else [])
+    shape = {**STYLES, **SHRUNK}[style]
+    encoder = random_encoder(**shape, pruning_units=units_of(shape) if gated else [])
     encoder = encoder.double().train(training)
     generator = set_gates(encoder, openness) if openness is not None else None
     source, mask = batch(torch.float64)
@@ -100,7 +109,7 @@ def test_same_outputs_and_gradients(style: str, openness: float | None, padded: 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_in_float32_to_1e_5(style: str) -> None:
-    encoder = random_encoder(**STYLES[style], pruning_units=UNITS[:3]).train()
+    encoder = random_encoder(**STYLES[style], pruning_units=units_of(STYLES[style])[:3]).train()
     generator = set_gates(encoder, 0.0)
     source, _ = batch(torch.float32)
     states, gradients = run(encoder, source, None, generator)
@@ -165,7 +174,7 @@ def test_which_units_are_computed() -> None:
 def test_inference_in_chunks(style: str, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conv_stack, "CHUNK_FRAMES", 7)
     encoder = random_encoder(**STYLES[style]).double()
-    source, mask = batch(torch.float64, samples)
+    source, mask = batch(torch.float64, max(samples, encoder.config.receptive_field))
     with torch.no_grad():
         out = encoder(source, mask)
         plain = encode(encoder, source, mask)
