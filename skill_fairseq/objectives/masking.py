@@ -24,7 +24,6 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
-from fairseq.data.data_utils import compute_mask_indices
 from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
@@ -95,6 +94,8 @@ def draw_spans(masking: SpanMasking, frames: int, seed: Sequence[int]) -> np.nda
     Returns:
         (T,) bool, True = masked; nothing is where no span fits.
     """
+    from fairseq.data.data_utils import compute_mask_indices  # here: skill-cluster needs no fairseq
+
     other: float = int(masking.other) if masking.selection == "uniform" else masking.other
     random = np.random.RandomState([int(number) % 2**32 for number in seed])
     # fairseq's draws from numpy's own state, which the trainer seeds while the loader's thread is here.
