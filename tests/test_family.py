@@ -25,11 +25,14 @@ from skill_fairseq.objectives.objective import OBJECTIVES
 
 REPO = Path(__file__).resolve().parents[1]
 PAGE = (REPO / "examples" / "family" / "README.md").read_text(encoding="utf-8")
-COMMANDS = {
+EVERY_COMMAND = {
     name: shlex.split(line.replace("\\\n", " "))
     for line in re.findall(r"(?m)^    (fairseq-hydra-train (?:.*\\\n)*.*)$", PAGE)
     for name in re.findall(r"--config-name tiny_(\S+)", line)
 }
+LABELS = ("os_kdft", "multitask")
+"""Systems that learn from labels, see test_family_labels.py."""
+COMMANDS = {name: command for name, command in EVERY_COMMAND.items() if name not in LABELS}
 MODELS = {
     "distilhubert": "distilhubert (heads 4, 8, 12: released model)",
     "deep_12l_half_l2l": "deep_vs_wide 12-L (one head)",
@@ -84,7 +87,7 @@ def test_published_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_page_has_a_command_for_each() -> None:
-    assert list(COMMANDS) == [*MODELS, *GATED]
+    assert list(EVERY_COMMAND) == [*MODELS, *LABELS, *GATED]
     configs = {path.stem for path in (REPO / "config" / "distill").glob("tiny_*.yaml")}
     assert {f"tiny_{name}" for name in COMMANDS} <= configs
 
@@ -151,3 +154,20 @@ def test_one_rank_for_all_maps_is_a_quarter_of_hubert_base() -> None:
     size = count_parameters(shape, widths_of(shape))
     assert "`model.unit_widths={rank:85}`" in PAGE and f"{size:,} parameters" in PAGE
     assert size == pytest.approx(0.25 * 94_370_944, rel=0.003)
+
+
+def test_ranks_are_learnt_together_with_ctc(small: Any, tmp_path: Path) -> None:
+    """As the page says: the same command, labels beside the manifests, and one objective more."""
+    folder = small.write_speech(tmp_path / "speech", {"train": [0.6, 0.7, 0.8, 0.9] * 2, "valid": [0.6, 0.7]})
+    (folder / "train.ltr").write_text("x y |\ny |\n" * 4)
+    (folder / "valid.ltr").write_text("x |\ny |\n")
+    (folder / "dict.ltr.txt").write_text("| 8\ny 6\nx 6\n")
+    (given,) = re.findall(r"`(\+task\.enable_padding=true [^`]*_name:ctc[^`]*)`", PAGE)
+    further = [*given.split(), f"task.data={folder}", "task.min_sample_size=0"]
+    last = start("lrf_kd", tmp_path / "run", *further)
+    checkpoint = load_torch_file(last)
+    assert any(key.startswith("objectives.letters.units") for key in checkpoint["criterion"])
+    gated = load_encoder(last)
+    assert gated.config.pruning_units == ["rank"]
+    teacher = load_encoder(TINY_TEACHER).transformer.layers[-1].ffn.fc1.weight
+    assert 0 < (gated.transformer.layers[-1].ffn.fc1.weight - teacher).norm() / teacher.norm() < 0.1
