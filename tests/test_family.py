@@ -20,6 +20,7 @@ from skill_fairseq.checkpoints.safe_load import load_torch_file
 from skill_fairseq.models.student_init import student_shape
 from skill_fairseq.modules.config import hubert_base, wavlm_base
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.size import count_parameters, widths_of
 from skill_fairseq.objectives.objective import OBJECTIVES
 
 REPO = Path(__file__).resolve().parents[1]
@@ -42,6 +43,7 @@ MODELS = {
     "starhubert": "starhubert",
     "starhubert_l": "starhubert-l",
 }
+GATED = {"l0_kd": ["conv", "heads", "ffn"], "lrf_kd": ["rank"]}
 RECIPES = {
     **{f"{name}_hubert_base_librispeech": model for name, model in MODELS.items()},
     "fitw2v2_wav2vec2_base_librispeech": "fithubert and fitw2v2",
@@ -85,12 +87,12 @@ def test_published_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_page_has_a_command_for_each() -> None:
-    assert list(EVERY_COMMAND) == [*MODELS, *LABELS]
+    assert list(EVERY_COMMAND) == [*MODELS, *LABELS, *GATED]
     configs = {path.stem for path in (REPO / "config" / "distill").glob("tiny_*.yaml")}
     assert {f"tiny_{name}" for name in COMMANDS} <= configs
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_pages_command_makes_two_updates(name: str, tmp_path: Path) -> None:
     """And the checkpoint is a student, whose teacher is gone."""
     program, *arguments = COMMANDS[name]
@@ -118,3 +120,54 @@ def test_the_pages_command_makes_two_updates(name: str, tmp_path: Path) -> None:
     assert len(states["biases"]["state"]) == len(biases) > 0
     assert states["biases"]["param_groups"][0]["weight_decay"] == 0.0
     assert states["default"]["param_groups"][0]["weight_decay"] == 0.01
+
+
+def start(name: str, folder: Path, *overrides: str) -> Path:
+    """The checkpoint of two updates by a command of the page, or by one of ``config/final`` with its name."""
+    program, *arguments = COMMANDS["lrf_kd" if name == "kd" else name]
+    if name == "kd":
+        arguments[1:4] = ["config/final", "--config-name", "tiny_kd"]
+    few = ["optimization.max_update=2", "common.log_interval=1", "common.log_format=json", "dataset.max_tokens=96000"]
+    where = [f"hydra.run.dir={folder}", f"checkpoint.save_dir={folder}"]
+    log = run([str(Path(sys.executable).with_name(program)), *arguments, *where, *few, *overrides], REPO)
+    assert [entry["num_updates"] for entry in logged(log, "train_inner")] == [1, 2]
+    assert all(entry["gnorm"] > 0 for entry in logged(log, "train_inner"))
+    return folder / "checkpoint_last.pt"
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_the_pages_command_gates_and_stage_2_goes_on(name: str, tmp_path: Path) -> None:
+    stage1 = start(name, tmp_path / "1")
+    gated, teacher = load_encoder(stage1), load_encoder(TINY_TEACHER)
+    assert gated.config.pruning_units == GATED[name]
+    assert gated.config.original_parameters == teacher.num_parameters()
+    if name == "lrf_kd":
+        student = load_encoder(start("kd", tmp_path / "2", f"model.init_from={stage1}"))
+        assert student.num_parameters() == pytest.approx(0.25 * teacher.num_parameters(), abs=400)
+        assert len(student.config.unit_widths["rank"]) == 6 * 12 and not student.config.pruning_units
+
+
+def test_one_rank_for_all_maps_is_a_quarter_of_hubert_base() -> None:
+    cfg = OmegaConf.load(str(REPO / "config" / "final" / "kd_hubert_base_librispeech.yaml")).model
+    cfg.unit_widths = {"rank": 85}
+    shape = student_shape(hubert_base(), cfg)
+    size = count_parameters(shape, widths_of(shape))
+    assert "`model.unit_widths={rank:85}`" in PAGE and f"{size:,} parameters" in PAGE
+    assert size == pytest.approx(0.25 * 94_370_944, rel=0.003)
+
+
+def test_ranks_are_learnt_together_with_ctc(small: Any, tmp_path: Path) -> None:
+    """As the page says: the same command, labels beside the manifests, and one objective more."""
+    folder = small.write_speech(tmp_path / "speech", {"train": [0.6, 0.7, 0.8, 0.9] * 2, "valid": [0.6, 0.7]})
+    (folder / "train.ltr").write_text("x y |\ny |\n" * 4)
+    (folder / "valid.ltr").write_text("x |\ny |\n")
+    (folder / "dict.ltr.txt").write_text("| 8\ny 6\nx 6\n")
+    (given,) = re.findall(r"`(\+task\.enable_padding=true [^`]*_name:ctc[^`]*)`", PAGE)
+    further = [*given.split(), f"task.data={folder}", "task.min_sample_size=0"]
+    last = start("lrf_kd", tmp_path / "run", *further)
+    checkpoint = load_torch_file(last)
+    assert any(key.startswith("objectives.letters.units") for key in checkpoint["criterion"])
+    gated = load_encoder(last)
+    assert gated.config.pruning_units == ["rank"]
+    teacher = load_encoder(TINY_TEACHER).transformer.layers[-1].ffn.fc1.weight
+    assert 0 < (gated.transformer.layers[-1].ffn.fc1.weight - teacher).norm() / teacher.norm() < 0.1
