@@ -135,19 +135,13 @@ class Transformer(nn.Module):
         with_maps, shared = wanted | set(sources.values()), None
         for layer, block in enumerate(self.layers, start=1):
             dropped = self.training and self.layerdrop > 0 and np.random.random() < self.layerdrop
-            inputs: Tuple[Any, ...] = (x, by_offset, padding_mask, draw)
-            again = self.checkpoint_activations and torch.is_grad_enabled()
+            wants = layer in with_maps
+            inputs = (x, by_offset, padding_mask, draw, wants, shared if layer in sources else None, adapted)
             maps = None
-            if layer in sources:
-                inputs = (*inputs, layer in with_maps, shared)
-            elif layer in with_maps:
-                inputs = (*inputs, True)
-            if not adapted:
-                inputs = (*inputs, *(False, None)[len(inputs) - 4 :], False)
-            if layer in with_maps:
-                x, maps = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
-            elif not dropped:
-                x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+            if wants or not dropped:
+                again = self.checkpoint_activations and torch.is_grad_enabled()
+                out = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+                x, maps = out if wants else (out, None)
             if layer in sources.values():
                 shared = maps
             state = x

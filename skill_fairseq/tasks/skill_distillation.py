@@ -27,7 +27,7 @@ from skill_fairseq.modules.taps import SpanMasking
 from skill_fairseq.objectives.groups import is_sequence
 from skill_fairseq.objectives.teacher import FrozenTeacher, check_alike
 from skill_fairseq.pruning.agreement import check_ranks
-from skill_fairseq.pruning.lagrangian import CostConstraint
+from skill_fairseq.pruning.targets import Constraint
 from skill_fairseq.tasks.speech_dataset import SpeechDataset
 from skill_fairseq.training.paths import from_shell
 
@@ -141,7 +141,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         self.maskings: List[SpanMasking] = []  # of all objectives
         self.losses: List[Tuple[Tensor, List[str]]] = []  # of the present update, with the files of each batch
         self.frames_of_weight_1: Optional[float] = None  # in the present update
-        self._constraint: Optional[CostConstraint] = None
+        self._constraint: Optional[Constraint] = None
         self._model: Any = None
         self._training_data: Optional[SpeechDataset] = None
 
