@@ -141,20 +141,23 @@ def test_run_configs(name: str, launcher: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_groups_of_the_optimizer(name: str) -> None:
-    """Gated students need the three groups, biases that do not decay two, each with a schedule; others have one
-    optimizer."""
+    """Gated students need the three groups, and each part that is set apart one, with a schedule; others have one
+    optimizer. Biases alone do not decay where they are apart."""
     fields = read(name)
-    gated, apart = bool(fields["model"].get("pruning_units")), fields["task"].get("separate_biases", False)
-    assert (fields["optimizer"]["_name"] == "composite") == (gated or apart)
-    assert (fields["lr_scheduler"]["_name"] == "pass_through") == (gated or apart)
+    gated = bool(fields["model"].get("pruning_units"))
+    apart = [part for part in ("biases", "adapters", "heads") if fields["task"].get(f"separate_{part}", False)]
+    assert (fields["optimizer"]["_name"] == "composite") == (gated or bool(apart))
+    assert (fields["lr_scheduler"]["_name"] == "pass_through") == (gated or bool(apart))
     assert gated == (fields["criterion"].get("target_sparsity") is not None)
     if gated or apart:
         groups = fields["optimizer"]["groups"]
-        assert set(groups) == {"default", *(("gates", "multipliers") if gated else ()), *(("biases",) if apart else ())}
+        assert set(groups) == {"default", *(("gates", "multipliers") if gated else ()), *apart}
         for kind, group in groups.items():
             for block in ("optimizer", "lr_scheduler"):
                 assert set(group[block]) <= {"_name", *registered(block)[group[block]["_name"]].__dataclass_fields__}
-            assert group["optimizer"]["weight_decay"] == (0.01 if apart and kind == "default" else 0.0)
+            decays = {"biases": 0.01 if kind == "default" else 0.0, "heads": 0.0001}  # whatever is apart with them
+            expected = decays["heads" if "heads" in apart else "biases"] if apart else 0.0
+            assert group["optimizer"]["weight_decay"] == expected
 
 
 def schedule_of(scheduler: Any) -> tuple[int, int]:

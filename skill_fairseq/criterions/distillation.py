@@ -289,6 +289,10 @@ class DistillationCriterion(FairseqCriterion):
             mine, theirs = (term.objective.settings(cfg) for cfg in (term.cfg, saved))
             shapes = [{k: list(v.shape) for k, v in side.items()} for side in (found, own)]
             compared = [(f"{term.field}.{name}", value, mine.get(name)) for name, value in theirs.items()]
+            target = getattr(term.objective, "target", None)
+            if target is not None:  # a class is a number in the head
+                labels = ((before.get("task") or {}).get("targets") or {}).get(target.name) or {}
+                compared.append((f"task.targets.{target.name}.classes", labels.get("classes"), list(target.classes)))
             for name, other, value in [*compared, ("shapes of projections", *shapes)]:
                 if other != value:
                     raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, Collection, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Collection, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch

@@ -243,6 +243,23 @@ def test_a_batch_without_a_label_moves_nothing(small: Any, labelled: Path, teach
     assert not any(p.grad.any() for p in criterion.parameters())
 
 
+def test_a_head_of_other_classes_is_not_taken_over(
+    small: Any, labelled: Path, teacher_file: Path, tmp_path: Path
+) -> None:
+    task, model, criterion, cfg = make(small, labelled, teacher_file, {"a": OBJECTIVE["softmax"]})
+    plain = {"criterion": OmegaConf.to_container(cfg), "task": {"targets": settings(task.targets)}}
+    torch.save({"criterion": criterion.state_dict(), "cfg": plain}, tmp_path / "before.pt")
+    again = OmegaConf.create({**OmegaConf.to_container(cfg), "init_from": str(tmp_path / "before.pt")})
+    assert torch.equal(
+        task.build_criterion(again).state_dict()["objectives.a.classes.weight"],
+        criterion.state_dict()["objectives.a.classes.weight"],
+    )
+    plain["task"]["targets"]["speaker"]["classes"] = ["b", "a"]
+    torch.save({"criterion": criterion.state_dict(), "cfg": plain}, tmp_path / "before.pt")
+    with pytest.raises(ValueError, match=says("criterion.init_from", "task.targets.speaker.classes", "['b', 'a']")):
+        task.build_criterion(again)
+
+
 def test_an_embedding_of_one_utterance_is_usable() -> None:
     targets = {"s": Target("s", "labels.tsv", "label", ("a", "b"), (1, 1))}
     kind, fields = OBJECTIVES["aam_softmax"]
