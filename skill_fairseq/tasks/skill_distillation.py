@@ -278,6 +278,9 @@ class SkillDistillationTask(AudioPretrainingTask):
             for name in ("groups_file", "init_from"):
                 if getattr(part, name, None):
                     _update(part, {name: from_shell(part[name])})
+        target: Any = getattr(cfg, "target", None)
+        if OmegaConf.is_dict(target) and isinstance(target.get("table"), str):
+            _update(target, {"table": from_shell(target["table"])})
         criterion = super().build_criterion(cfg, *args, **kwargs)
         self._constraint = getattr(criterion, "constraint", None)
         if isinstance(criterion, DistillationCriterion):
