@@ -214,6 +214,13 @@ def measure_latencies(args: argparse.Namespace) -> dict[str, Any]:
         rows += [[part, f"{width:.4g}", f"{ms:.3f}"] for width, ms in pairs]
     checks = [["whole students, G MACs", "measured, ms", "by the table, ms"]]
     checks += [[f"{c['macs'] / 1e9:.2f}", f"{c['measured_ms']:.2f}", f"{c['table_ms']:.2f}"] for c in table["check"]]
+    flat = [part for part in PARTS if table[part]["ms"][-1] <= table[part]["ms"][0]]
+    if flat:
+        print(
+            f"warning: {', '.join(flat)}: no time rose with the width; the machine is busy, or --repeats "
+            f"{args.repeats} too few",
+            file=sys.stderr,
+        )
     print(f"{aligned(rows)}\nrest {table['rest_ms']:.3f} ms\n\n{aligned(checks)}")
     return {"setup": setup.__dict__, **table}
 

