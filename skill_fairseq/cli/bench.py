@@ -33,6 +33,7 @@ EPILOG = """what is measured:
   infer    one forward; with --sparsity of a shrunk student
   cluster  what measuring the layers' similarity adds to the teacher's forward
   load     the data loader alone
+  table    times of whole students by the widths of their parts, for criterion.target={latency_ms: 40, table: FILE}
 
 examples:
   skill-bench train --seconds 30 --against transformers                 stage 1 at its start
@@ -42,6 +43,7 @@ examples:
   skill-bench infer --model student.safetensors --seconds 10 --json student.json
   skill-bench train --device cuda --precision bf16 --seconds 15.6 --find-max-tokens
   skill-bench load --manifest manifests/train.tsv --workers 2
+  skill-bench table --model teacher.safetensors --seconds 10 --runtime onnxruntime --json latency.json
 
 Contestants run in processes of their own and take turns (A B A B), so that a busy machine treats them alike; compare
 minima. Weights and audio are random where no --model is given: speed does not depend on them. With gates, so many
@@ -198,6 +200,31 @@ def measure_loading(args: argparse.Namespace) -> dict[str, Any]:
     return {"batches": batches, "audio seconds": samples / 16000, "seconds": elapsed, "audio seconds per second": speed}
 
 
+def measure_latencies(args: argparse.Namespace) -> dict[str, Any]:
+    """`table`."""
+    from skill_fairseq.benchmarking.latency_table import PARTS, measure_table
+
+    setup = _setup(args)
+    total = 1 + len(PARTS) * args.points + 1 + args.checks
+    with tqdm(total=total, desc="students", disable=None) as bar:
+        table = measure_table(setup, args.runtime, args.points, args.checks, args.repeats, bar.update)
+    rows = [["part", "width", "ms"]]
+    for part in PARTS:
+        pairs = zip(table[part]["widths"], table[part]["ms"])
+        rows += [[part, f"{width:.4g}", f"{ms:.3f}"] for width, ms in pairs]
+    checks = [["whole students, G MACs", "measured, ms", "by the table, ms"]]
+    checks += [[f"{c['macs'] / 1e9:.2f}", f"{c['measured_ms']:.2f}", f"{c['table_ms']:.2f}"] for c in table["check"]]
+    flat = [part for part in PARTS if table[part]["ms"][-1] <= table[part]["ms"][0]]
+    if flat:
+        print(
+            f"warning: {', '.join(flat)}: no time rose with the width; the machine is busy, or --repeats "
+            f"{args.repeats} too few",
+            file=sys.stderr,
+        )
+    print(f"{aligned(rows)}\nrest {table['rest_ms']:.3f} ms\n\n{aligned(checks)}")
+    return {"setup": setup.__dict__, **table}
+
+
 def _memory_limit(args: argparse.Namespace) -> int:
     if args.memory is not None:
         return round(args.memory * 1e9)
@@ -222,16 +249,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure training steps, inference, clustering or data loading: a table, and JSON.",
         epilog=EPILOG,
     )
-    commands = parser.add_subparsers(dest="what", required=True, metavar="{train,infer,cluster,load}")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="{train,infer,cluster,table,load}")
     for what, help, measure in (
         ("train", "one training step", measure_steps),
         ("infer", "one forward", measure_steps),
         ("cluster", "similarity of layers on top of the teacher's forward", measure_cluster),
+        ("table", "times of whole students by the widths of their parts", measure_latencies),
     ):
         command = commands.add_parser(what, help=help)
         command.set_defaults(measure=measure)
         _add_common(command)
-        if what != "cluster":
+        if what == "table":
+            _add_table(command)
+        elif what != "cluster":
             _add_steps(command, what)
     load = commands.add_parser("load", help="the data loader alone")
     load.set_defaults(measure=measure_loading, device="cpu", threads=None)
@@ -259,6 +289,13 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     add("--warmup", type=AMOUNT, default=2, help="steps before them (default: 2)")
     add("--seed", type=seed, default=0, help="of weights, audio and gates (default: 0)")
     add("--json", type=Path, metavar="FILE", help="write the JSON there instead of printing it")
+
+
+def _add_table(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--runtime", choices=("torch", "onnxruntime"), default="torch", help="what runs the student (default: torch)")
+    add("--points", type=in_range(int, least=1, most=100), default=4, help="widths of each part (default: 4)")
+    add("--checks", type=in_range(int, least=0, most=100), default=3, help="mixed students to check by (default: 3)")
 
 
 def _add_steps(command: argparse.ArgumentParser, what: str) -> None:

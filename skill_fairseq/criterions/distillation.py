@@ -1,6 +1,7 @@
 """The sum of objectives with a size constraint, the loss of both stages."""
 
 import dataclasses
+import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from skill_fairseq.objectives.objective import OBJECTIVES, Objective
 from skill_fairseq.pruning.costs import PARAMETERS, make_cost
 from skill_fairseq.pruning.exact import ExactConstraint
 from skill_fairseq.pruning.lagrangian import CostConstraint, updates_of
+from skill_fairseq.pruning.latency import read_table, table_text
 from skill_fairseq.pruning.selection import check_reachable
 from skill_fairseq.pruning.targets import SCHEDULES, Constraint, Target, read_targets
 
@@ -236,6 +238,12 @@ class DistillationCriterion(FairseqCriterion):
                         f"criterion.{other}: {cfg[other]} stands beside criterion.target={asked}, which says it in "
                         f"another way; set criterion.{other}={'null' if unset is None else unset}"
                     )
+            if isinstance(asked, dict) and isinstance(asked.get("table"), str):  # the checkpoint is to hold it
+                with named(f"{field}.table: {asked['table']}"):
+                    text = Path(asked["table"]).read_text(encoding="utf-8")
+                    asked["table"] = json.loads(table_text(read_table(text)))
+                with open_dict(cfg):
+                    cfg.target = asked
             targets = read_targets(asked, field)
         else:
             try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Dict, Type, TypeVar
+from typing import Any, ClassVar, Dict, Optional, Type, TypeVar
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.size import Number, Widths, count_macs, count_parameters, widths_of
@@ -24,6 +24,8 @@ class Cost:
     """
 
     name: ClassVar[str]
+    absolute: ClassVar[Optional[str]] = None
+    """Name under which a target gives the cost itself and not the share that is left of ``unpruned()``."""
 
     def __call__(self, config: EncoderConfig, widths: Widths) -> Number:
         """The cost: exact, and an int where that can be, for integer widths; a scalar with gradient for tensors."""
@@ -40,6 +42,10 @@ class Cost:
     def sparsity(self, config: EncoderConfig, widths: Widths) -> Any:
         """Fraction of the original cost that is gone; a scalar with gradient for tensor widths."""
         return 1 - self(config, widths) / self.original(config)
+
+    def unpruned(self) -> float:
+        """The cost before any pruning where it is known without the encoder; where ``absolute`` has a name."""
+        raise NotImplementedError
 
     def settings(self) -> Dict[str, Any]:
         """What :func:`make_cost` makes it of again; plain values."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from skill_fairseq.modules.fp32 import Float32Module
+from skill_fairseq.pruning import latency  # noqa: F401  (registers its cost)
 from skill_fairseq.pruning.costs import COSTS, PARAMETERS, Cost, make_cost, saved_cost
 
 SCHEDULES = ("linear", "cosine", "exponential")
@@ -52,38 +53,40 @@ def read_targets(asked: Any, field: str) -> Tuple[Target, ...]:
     """Targets as a config gives them: how much of which cost is to be left, such as ``{macs: 0.25, seconds: 10}``.
 
     Args:
-        asked: name of a cost to the share of it that is to be left, in (0, 1], for one cost or several; and settings
-            of these costs by their names.
+        asked: name of a cost to the share of it that is to be left, in (0, 1], or ``latency_ms`` to milliseconds, for
+            one cost or several; and settings of these costs by their names.
         field: where it was asked for, for messages.
 
     Raises:
         ValueError: names the field and what is wrong.
     """
-    if not isinstance(asked, Mapping) or not any(name in COSTS for name in asked):
+    names = {name: kind for kind in COSTS.values() for name in (kind.name, kind.absolute) if name}
+    if not isinstance(asked, Mapping) or not any(name in names for name in asked):
         raise ValueError(
             f"{field}: {asked!r}; expected the share that is to be left of one or several costs, as {{macs: 0.25}}; "
-            f"known are {', '.join(COSTS)}"
+            f"known are {', '.join(names)}"
         )
-    kinds = [COSTS[name] for name in asked if name in COSTS]
-    settings = {name: value for name, value in asked.items() if name not in COSTS}
-    known = {each.name for kind in kinds for each in dataclasses.fields(kind)}
-    if not settings.keys() <= known:
-        unknown = next(name for name in settings if name not in known)
-        expected = f"a cost ({', '.join(COSTS)})" + (f" or a setting ({', '.join(sorted(known))})" if known else "")
-        raise ValueError(f"{field}.{unknown}: {settings[unknown]!r}; {unknown} is not known, expected {expected}")
+    given = {name: names[name] for name in asked if name in names}
+    settings = {name: value for name, value in asked.items() if name not in names}
+    known = {each.name for kind in given.values() for each in dataclasses.fields(kind)}
+    for name in settings:
+        if name not in known:
+            expected = f"a cost ({', '.join(names)})" + (f" or a setting ({', '.join(sorted(known))})" if known else "")
+            raise ValueError(f"{field}.{name}: {settings[name]!r}; {name} is not known, expected {expected}")
     targets = []
-    for kind in kinds:
-        left = asked[kind.name]
-        if isinstance(left, bool) or not isinstance(left, (int, float)) or not 0 < left <= 1:
-            raise ValueError(
-                f"{field}.{kind.name}: {left!r}; expected the share that is to be left, above 0 and at most 1: 0.25 "
-                "leaves a quarter"
-            )
+    for name, kind in given.items():
+        value = asked[name]
         try:
-            cost = make_cost(kind.name, **{f"cost_{name}": value for name, value in settings.items()})
+            cost = make_cost(kind.name, **{f"cost_{setting}": v for setting, v in settings.items()})
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from error
-        targets.append(Target(cost, 1 - left))
+        most = cost.unpruned() if name == kind.absolute else 1
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
+            expected = (
+                f"at most the {most:.4g} before pruning" if name == kind.absolute else "at most 1: 0.25 is a quarter"
+            )
+            raise ValueError(f"{field}.{name}: {value!r}; expected what is to be left, above 0 and {expected}")
+        targets.append(Target(cost, 1 - value / most))
     return tuple(targets)
 
 

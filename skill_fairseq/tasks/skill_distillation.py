@@ -289,10 +289,15 @@ class SkillDistillationTask(AudioPretrainingTask):
             for name in ("groups_file", "init_from"):
                 if getattr(part, name, None):
                     _update(part, {name: from_shell(part[name])})
+        target: Any = getattr(cfg, "target", None)
+        if OmegaConf.is_dict(target) and isinstance(target.get("table"), str):
+            _update(target, {"table": from_shell(target["table"])})
         criterion = super().build_criterion(cfg, *args, **kwargs)
         self._constraint = getattr(criterion, "constraint", None)
         if isinstance(criterion, DistillationCriterion):
             _update(cfg, criterion.chosen())
+            if criterion.cfg.target is not None:  # with the latency table itself where a file was named
+                _update(cfg, {"target": plain(criterion.cfg.target)})
             self.maskings = criterion.maskings
             if self._model is not None:
                 self._model.train_for(criterion.student_taps)

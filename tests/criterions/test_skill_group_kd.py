@@ -19,6 +19,7 @@ from torch import Tensor
 from skill_fairseq.checkpoints import save_encoder
 from skill_fairseq.criterions import skill_group_kd
 from skill_fairseq.pruning.costs import MacCost
+from skill_fairseq.pruning.exact import ExactConstraint
 from skill_fairseq.pruning.expected import expected_parameters, expected_sparsity, full_parameters
 
 GROUPS = [[0], [1, 2], [3]]
@@ -530,3 +531,31 @@ def test_groups_are_read_as_the_criterion_reads_them(tmp_path: Path) -> None:
     assert skill_group_kd.parse_groups(skill_group_kd.read_groups(cfg), 3) == ((0,), (1, 2))
     with pytest.raises(ValueError, match=says("criterion.groups", 2)):
         skill_group_kd.parse_groups(skill_group_kd.read_groups(cfg), 1)
+
+
+def test_targets_of_several_costs(build: Any, small: Any) -> None:
+    asked = {"parameters": 0.7, "macs": 0.6, "seconds": 2.0}
+    task, model, criterion = build(UNITS, target=asked, sparsity_warmup=10, constraint="exact")
+    task.num_updates = 5
+    assert isinstance(criterion.constraint, ExactConstraint)
+    criterion.constraint.impose(model.speech_encoder, 5)
+    log = means(criterion(model.train(), batch(small.waves())))
+    found = [float(log[f"expected_sparsity_{name}"]) for name in ("parameters", "macs")]
+    assert [log[f"target_sparsity_{name}"] for name in ("parameters", "macs")] == pytest.approx([0.15, 0.2])
+    assert min(found[0] - 0.15, found[1] - 0.2) == pytest.approx(0, abs=1e-5)
+    assert found[1] == pytest.approx(expected_sparsity(model.speech_encoder, cost=MacCost(2.0)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"target": {"macs": 0.5}, "target_sparsity": 0.5}, ["criterion.target_sparsity: 0.5", "beside", "=null"]),
+        ({"target": {"macs": 0.5}, "cost": "macs"}, ["criterion.cost: macs", "=parameters"]),
+        ({"target": {"macs": 0.001}}, ["criterion.target", "MACs", "cannot be reached", "gates on"]),
+        ({"target": {"latency_ms": 5.0, "table": "nowhere.json"}}, ["criterion.target.table", "nowhere.json"]),
+        ({"target": {"macs": 0.5}, "sparsity_warmup": 0.5, "max_update": 0}, ["criterion.sparsity_warmup"]),
+    ],
+)
+def test_targets_that_are_refused(build: Any, fields: dict, said: list) -> None:
+    with pytest.raises((ValueError, OSError), match=says(*said)):
+        build(UNITS, **fields)

@@ -55,7 +55,7 @@ def test_what_a_config_asks_for() -> None:
         ({}, ["f: {}", "parameters, macs"]),
         (0.25, ["f: 0.25", "{macs: 0.25}"]),
         ({"flops": 0.25}, ["flops", "parameters, macs"]),
-        ({"macs": 25}, ["f.macs: 25", "0.25 leaves a quarter"]),
+        ({"macs": 25}, ["f.macs: 25", "0.25 is a quarter"]),
         ({"macs": 0}, ["f.macs: 0"]),
         ({"macs": True}, ["f.macs: True"]),
         ({"macs": 0.25, "second": 3}, ["f.second: 3", "seconds"]),

@@ -1,0 +1,175 @@
+"""Measured time as a cost: a table of whole students' times on one machine, interpolated between their widths.
+
+An encoder's time is that of what gates never close, and of its parts: each attention sublayer by its heads, each
+feed-forward sublayer by its units, the conv stack by its multiply-accumulates. A table of `skill-bench table` has each
+part at several widths; between them it is a line, so that expected widths have a gradient. Measured tables of other
+models are ZipLM's (arXiv:2302.04089).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Dict, List, Tuple
+
+from torch import Tensor
+
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.size import Number, Widths
+from skill_fairseq.pruning.costs import Cost, register_cost
+
+PARTS = ("conv", "heads", "ffn")
+"""What a table has times of, by width: the conv stack's share of its MACs, a layer's heads, a layer's FFN units."""
+SHAPE = (
+    "conv_feature_layers",
+    "encoder_layers",
+    "encoder_embed_dim",
+    "encoder_attention_heads",
+    "encoder_ffn_embed_dim",
+    "relative_position",
+    "extractor_mode",
+    "time_reduction",
+    "reuse_attention",
+)
+"""Fields of :class:`EncoderConfig` in which an encoder must be like the one that was measured."""
+
+
+def interpolate(x: Any, knots: Sequence[float], values: Sequence[float]) -> Any:
+    """A line from knot to knot, constant outside: of a number a float, of a tensor one of its shape, with gradient."""
+    result: Any = values[0]
+    for left, right, low, high in zip(knots, knots[1:], values, values[1:]):
+        slope = (high - low) / (right - left)
+        if isinstance(x, Tensor):
+            result = result + (x - left).clamp(0.0, right - left) * slope
+        else:
+            result = result + min(max(x - left, 0.0), right - left) * slope
+    return result
+
+
+def conv_share(config: EncoderConfig, channels: Any) -> Any:
+    """The conv stack's multiply-accumulates for these output channels, as a share of those before pruning."""
+    found: Any = 0
+    full: float = 0
+    frames, before, before_full = 1.0, 1, 1  # frames relative to each other
+    for out, (most, kernel, stride) in zip(channels, config.conv_feature_layers):
+        frames /= stride
+        found = found + frames * kernel * before * out
+        full += frames * kernel * before_full * most
+        before, before_full = out, most
+    return found / full
+
+
+@functools.lru_cache(maxsize=8)
+def read_table(text: str) -> Dict[str, Any]:
+    """A table's content, checked.
+
+    Raises:
+        ValueError: it is none; names the entry.
+    """
+    try:
+        table = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"latency table: no JSON: {error}; give a file of skill-bench table") from error
+    if not isinstance(table, dict) or not {"rest_ms", "shape", *PARTS} <= table.keys():
+        raise ValueError(
+            f"latency table: expected rest_ms, shape, {', '.join(PARTS)}; give a file of skill-bench table"
+        )
+    for part in PARTS:
+        entry: Any = table[part] if isinstance(table[part], dict) else {}
+        widths, times = entry.get("widths"), entry.get("ms")
+        fine = isinstance(widths, list) and isinstance(times, list) and len(widths) == len(times) > 1
+        if not fine or any(not isinstance(v, (int, float)) for v in [*widths, *times]):
+            raise ValueError(f"latency table: {part}: expected two lists of numbers, widths and ms, of one length")
+        if any(a >= b for a, b in zip(widths, widths[1:])) or any(a > b for a, b in zip(times, times[1:])):
+            raise ValueError(f"latency table: {part}: widths must ascend, and times must not fall")
+    return table
+
+
+def table_text(table: Mapping[str, Any]) -> str:
+    """What of a table a cost needs, as JSON."""
+    return json.dumps({name: table[name] for name in ("rest_ms", "shape", *PARTS) if name in table}, sort_keys=True)
+
+
+@register_cost
+@dataclasses.dataclass(frozen=True)
+class LatencyCost(Cost):
+    """Milliseconds of one forward, by a table.
+
+    Attributes:
+        table: JSON, see :func:`table_text`; made of a table's content where that is given.
+    """
+
+    name = "latency"
+    absolute: ClassVar[str] = "latency_ms"
+    table: str = ""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.table, Mapping):
+            object.__setattr__(self, "table", table_text(self.table))
+        read_table(self.table)
+
+    def unpruned(self) -> float:
+        """Milliseconds before pruning."""
+        table = read_table(self.table)
+        layers = table["shape"]["encoder_layers"]
+        return float(table["rest_ms"] + sum(table[p]["ms"][-1] * (1 if p == "conv" else layers) for p in PARTS))
+
+    def __call__(self, config: EncoderConfig, widths: Widths) -> Number:
+        table = read_table(self.table)
+        for name in SHAPE:
+            mine = json.loads(json.dumps(getattr(config, name)))
+            if mine != table["shape"].get(name):
+                raise ValueError(
+                    f"latency table: of an encoder with {name}={table['shape'].get(name)}, but this one has {mine}; "
+                    "measure one of this shape with skill-bench table"
+                )
+        others = [name for name in config.pruning_units if name not in (*PARTS, "attention_layers", "ffn_layers")]
+        if others:
+            raise ValueError(
+                f"latency table: has no times of the units {others}; leave them out of model.pruning_units"
+            )
+        conv = [*widths["conv"]]
+        time = table["rest_ms"] + _time(table, "conv", conv_share(config, conv))
+        for part, sublayers in (("heads", "attention_layers"), ("ffn", "ffn_layers")):
+            column, present = widths[part], widths.get(sublayers)
+            if isinstance(column, Tensor):
+                times = _time(table, part, column)
+                time = time + (times if present is None else times * present).sum()
+            else:
+                there = [1] * len(column) if present is None else present
+                time += sum(_time(table, part, width) * p for width, p in zip(column, there))
+        return time  # type: ignore[no-any-return]
+
+    def __str__(self) -> str:
+        return "ms by the latency table"
+
+
+def _time(table: Mapping[str, Any], part: str, width: Any) -> Any:
+    return interpolate(width, table[part]["widths"], table[part]["ms"])
+
+
+def ascending(times: Sequence[float]) -> List[float]:
+    """Measured times made not to fall with the width: each at least the one before."""
+    found: List[float] = []
+    for time in times:
+        found.append(max(time, found[-1]) if found else time)
+    return found
+
+
+def fit(full: EncoderConfig, measured: Mapping[str, Sequence[Tuple[float, float]]]) -> Dict[str, Any]:
+    """A table from times of whole students.
+
+    Args:
+        full: the encoder before pruning.
+        measured: for each of :data:`PARTS` pairs (width, ms of the student), all its layers that wide and all other
+            parts as narrow as they become; the narrowest first, which is the same student for all parts.
+    """
+    rest = min(pairs[0][1] for pairs in measured.values())
+    table: Dict[str, Any] = {"rest_ms": rest, "shape": {name: getattr(full, name) for name in SHAPE}}
+    for part, pairs in measured.items():
+        sites = 1 if part == "conv" else full.encoder_layers
+        widths, times = zip(*pairs)
+        table[part] = {"widths": list(widths), "ms": ascending([max(t - rest, 0.0) / sites for t in times])}
+    return table
