@@ -61,6 +61,7 @@ def test_onnxruntime_fuses_every_gelu_and_norm(graph, student, tmp_path):
     assert run["LayerNormalization"] >= 1 and run["GatherND"] <= 1  # position bias is made once, not in every layer
 
 
+@pytest.mark.formats("out", "ONNX in int8", "onnxruntime")
 def test_int8_of_speech_stays_within_a_hundredth(graph, student, speech, tmp_path):
     import onnx
 
@@ -86,6 +87,7 @@ def test_int8_of_speech_stays_within_a_hundredth(graph, student, speech, tmp_pat
     assert graph.SerializeToString() == before
 
 
+@pytest.mark.formats("out", "ONNX in fp16", "onnxruntime")
 def test_fp16_keeps_float32_at_the_door(graph, student, speech):
     from skill_fairseq.exporting.onnx_precision import to_float16
 
