@@ -89,7 +89,7 @@ def _build(source: EncoderSource, path: Path) -> SpeechEncoder:
     encoder = _hollow(source.config)
     encoder.gather_gates(source.state, source.foreign_name("gates.log_alpha")[: -len("gates.log_alpha")])
     state: State = {}
-    missing, misshapen, not_finite, used = [], [], [], set()
+    missing, misshapen, not_finite, used = [], [], [], {source.mask_embedding}
     for name, wanted in encoder.state_dict().items():
         foreign = source.foreign_name(name)
         found = source.state.get(foreign)
@@ -124,7 +124,7 @@ def _build(source: EncoderSource, path: Path) -> SpeechEncoder:
     encoder.mask_embedding = _mask_embedding(source, path)
     for assumption in source.assumed:
         logger.warning(f"{path}: {assumption}")
-    unused = _left_over(source, used | {source.mask_embedding}, of_the_encoder=False)
+    unused = _left_over(source, used, of_the_encoder=False)
     if unused:
         logger.info(f"{path}: left out, as the encoder has no use for them: {_shorten(unused)}")
     return encoder

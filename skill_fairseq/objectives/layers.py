@@ -196,7 +196,7 @@ class Layers(Objective):
         distance = (None, cfg.l1_weight, cfg.cos_weight, cfg.cos_type, cfg.mse_weight)
         parts = [distillation_loss(p, t, *distance) for p, t in zip(predicted, teacher)]
         loss = torch.stack([w * part.total for w, part in zip(self.weights, parts)]).sum()
-        loss = loss if share is None else loss * share
+        loss = loss if share is None else loss * share.to(loss.dtype)
         log = {}
         for (s, t), part in zip(self.pairs, parts):
             values = {"l1": part.l1, "mse": part.mse, "cos": -part.cos}
@@ -227,7 +227,7 @@ class Layers(Objective):
             return [torch.where(choice, *pair) for pair in zip(states[hidden], states[other])], padding_mask, None
         counted = torch.ones_like(masked) if padding_mask is None else ~padding_mask
         kept = counted & (~masked if hidden is None else masked)
-        share = kept.sum() / counted.sum()
+        share = kept.sum().double() / counted.sum()
         kept = torch.where(share > 0, kept, counted)  # of none of them the loss is 0
         return states[self.heard[0]], ~kept, share
 

@@ -186,3 +186,143 @@ def test_what_is_refused(fields: dict, said: list) -> None:
 def test_the_identity_needs_equal_widths() -> None:
     with pytest.raises(ValueError, match=says("criterion.objectives.layers.head", "identity", 16, 32, "linear")):
         make(deep(3, 16), None, head="identity")
+
+
+HINTS, MASKING = RELATED["cases"]["fithubert"]["hints"], RELATED["cases"]["armhubert"]["masking"]
+SQUARED = {"l1_weight": 0.0, "cos_weight": 0.0, "mse_weight": 1.0, "layer_weights": {"last": 1.0, "others": 0.1}}
+SPANS = {"mask_prob": 0.4, "mask_length": 2}
+
+
+def of_layers(inputs: dict[str, Tensor], whose: str) -> list[Tensor]:
+    return [inputs[f"{whose}_layer_{i}"] for i in (1, 2, 3)]
+
+
+def norms(gradients: Any) -> list[float]:
+    return [gradient.norm().item() for gradient in gradients]
+
+
+def test_fithuberts_hints_are_the_reference() -> None:
+    """An odd frame of the teacher's has no counterpart."""
+    thin = {**deep(3, 8), "encoder_attention_heads": 2, "conv_pos_groups": 2, "time_reduction": 2}
+    wide = {**deep(3, 10), "encoder_attention_heads": 2, "conv_pos_groups": 2}
+    objective = make(thin, wide, head="upsample_linear", **SQUARED)
+    weights = tensors(HINTS["weights"])
+    objective.heads.load_state_dict({name.replace("lin_proj", "linear"): value for name, value in weights.items()})
+    inputs = tensors(HINTS["inputs"])
+    own, theirs = [state.requires_grad_() for state in of_layers(inputs, "student")], of_layers(inputs, "teacher")
+    for predicted, expected in zip(objective.heads(own), HINTS["projections"]):
+        assert predicted.shape[1] == HINTS["upsampled_frames"] and agrees(predicted, expected)
+    loss, log = objective(own, theirs)
+    assert loss.item() == near(HINTS["loss"])
+    found = [weight * log[f"mse_s{i}_t{i}"].item() for i, weight in zip((1, 2, 3), (0.1, 0.1, 1.0))]
+    assert found == near(HINTS["per_layer_weighted"])
+    gradients = torch.autograd.grad(loss, [*own, *objective.heads.parameters()])
+    assert norms(gradients[:3]) == near(HINTS["grad_norms_student"])
+    named = {name: value.norm().item() for (name, _), value in zip(objective.heads.named_parameters(), gradients[3:])}
+    expected = {name.replace("lin_proj", "linear"): value for name, value in HINTS["grad_norms_heads"].items()}
+    assert named == near(expected)
+
+
+def test_reduced_frames_that_are_padding_count_for_nothing() -> None:
+    """At the teacher's rate: the loss of an utterance is the same alone and beside a longer one."""
+    objective = make({**deep(3), "time_reduction": 2}, head="upsample_linear")
+    generator = torch.Generator().manual_seed(0)
+    own = [torch.randn(2, 4, 32, generator=generator, dtype=torch.float64) for _ in range(3)]
+    theirs = [torch.randn(2, 9, 32, generator=generator, dtype=torch.float64) for _ in range(3)]
+    losses = []
+    for row, frames in ((0, 4), (1, 2)):  # of 9 and 5 frames
+        cut = [state[row : row + 1, :frames] for state in own], [t[row : row + 1, : 2 * frames + 1] for t in theirs]
+        losses.append(objective(*cut)[0].item())
+    padding = torch.zeros(2, 4, dtype=torch.bool)
+    padding[1, 2:] = True
+    for state in own:
+        state[1, 2:] = float("nan")
+    for state in theirs:
+        state[1, 5:] = float("nan")
+    assert objective(own, theirs, padding)[0].item() == pytest.approx((4 * losses[0] + 2 * losses[1]) / 6, rel=1e-12)
+
+
+@pytest.mark.parametrize("l1", [False, True])
+def test_masking_distillation_is_the_reference(l1: bool) -> None:
+    inputs = tensors(MASKING["inputs"])
+    shape = {**deep(3, 5), "encoder_attention_heads": 1, "conv_pos_groups": 1}
+    distance = {**SQUARED, "l1_weight": 1.0, "mse_weight": 0.0} if l1 else SQUARED
+    objective = make(shape, shape, head="identity", **distance, **SPANS)
+    own = [state.requires_grad_() for state in of_layers(inputs, "student")]
+    whole, hidden = of_layers(inputs, "teacher"), of_layers(inputs, "teacher_masked")
+    mask = torch.zeros(3, 6, dtype=torch.bool)
+    for row, frames in zip(mask, MASKING["masked_frames"]):
+        row[frames] = True
+    loss, _ = objective(own, [*whole, *hidden], None, {"masked": {objective.masking: mask}})
+    assert loss.item() == near(MASKING["loss_l1" if l1 else "loss"])
+    if not l1:
+        assert norms(torch.autograd.grad(loss, own)) == near(MASKING["grad_norms"])
+        # In validation every tap hears everything.
+        assert objective(own, [*whole, *whole])[0].item() == near(MASKING["validation_loss_without_mask"])
+
+
+@pytest.mark.parametrize("masked_frames", ["whole", "masked", None])
+@pytest.mark.parametrize("unmasked_frames", ["whole", "masked", None])
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_frames_are_compared_with_by_hand(masked_frames: Any, unmasked_frames: Any, padded: bool) -> None:
+    fields = {"masked_frames": masked_frames, "unmasked_frames": unmasked_frames}
+    if masked_frames is None and unmasked_frames is None:
+        with pytest.raises(ValueError, match=says("criterion.objectives.layers.masked_frames", "null", "set one")):
+            make(head="identity", **SPANS, **fields)
+        return
+    objective = make(head="identity", mse_weight=0.5, **SPANS, **fields)
+    kinds = [kind for kind in ("whole", "masked") if kind in fields.values()]
+    assert [tap.layers for tap in objective.teacher_taps] == [(1,), (2,), (3,)] * len(kinds)
+    assert [tap.masking is not None for tap in objective.teacher_taps[::3]] == [kind == "masked" for kind in kinds]
+    assert {tap.masking for tap in objective.student_taps} == {objective.masking}
+    own = states(objective.student_taps, 32, 0)
+    heard = {kind: states(range(3), 32, seed) for seed, kind in enumerate(kinds, 1)}
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0, 0], [0, 0, 0, 1, 1, 0, 0]]).bool()
+    padding = torch.zeros(2, 7, dtype=torch.bool)
+    if padded:
+        padding[1, 5:] = True
+        for state in [*own, *(state for kind in kinds for state in heard[kind])]:
+            state[padding] = float("nan")
+    loss, _ = objective(
+        own,
+        [s for kind in kinds for s in heard[kind]],
+        padding if padded else None,
+        {"masked": {objective.masking: mask}},
+    )
+    wanted = 0.0
+    for row in range(2):
+        for frame in range(7):
+            kind = masked_frames if mask[row, frame] else unmasked_frames
+            if padding[row, frame] or kind is None:
+                continue
+            for i in range(3):
+                p, t = own[i][row, frame], heard[kind][i][row, frame]
+                cos = F.cosine_similarity(p, t, dim=0)
+                wanted += ((p - t).abs().mean() + 0.5 * (p - t).square().mean() - cos) / 3
+    assert loss.item() == pytest.approx(wanted.item() / int((~padding).sum()), rel=1e-12)
+
+
+def test_where_no_frame_is_compared_the_loss_is_zero() -> None:
+    objective = make(head="identity", unmasked_frames=None, **SPANS)
+    own, theirs = states(range(3), 32, 0), states(range(3), 32, 1)
+    own = [state.requires_grad_() for state in own]
+    loss, _ = objective(own, theirs, None, {"masked": {objective.masking: torch.zeros(2, 7, dtype=torch.bool)}})
+    assert loss.item() == 0 and all(not gradient.any() for gradient in torch.autograd.grad(loss, own))
+
+
+@pytest.mark.parametrize(
+    ("student", "fields", "said"),
+    [
+        ({}, {"masked_frames": None}, ["masked_frames", "None does nothing", "mask_prob=0"]),
+        ({}, {"unmasked_frames": "whole"}, ["unmasked_frames", "whole does nothing", "mask_prob=0"]),
+        ({}, {"mask_min_space": 2}, ["mask_min_space", "2 does nothing", "mask_prob=0"]),
+        ({}, {**SPANS, "masked_frames": "clean"}, ["masked_frames", "clean", "whole, masked or null"]),
+        ({}, {"layer_weights": {"last": 1.0}}, ["layer_weights", "{'last': 1.0}", "others"]),
+        ({}, {"layer_weights": {"last": -1.0, "others": 0.1}}, ["layer_weights", "-1.0", "3 numbers >= 0"]),
+        ({}, {"head": "upsample_linear"}, ["head", "upsample_linear", "1 of the teacher's", "another"]),
+        ({"time_reduction": 2}, {"head": "linear"}, ["head", "linear", "2 of the teacher's", "upsample_linear"]),
+    ],
+)
+def test_what_is_refused_of_masks_and_rates(student: dict, fields: dict, said: list) -> None:
+    with pytest.raises(ValueError, match=says("criterion.objectives.layers." + said[0], *said[1:])):
+        make(student, **fields)
