@@ -235,7 +235,7 @@ CLAIMS = [
     Claim(
         README,
         "| int8, `--calibrate` with 120 s | 1.34 | 0.53 % | 0.78 % | 0.95 % | 0.97 % |",
-        "skill-export T.safetensors T.onnx --precision int8 --calibrate train.tsv --accuracy test.tsv, of the small teacher",
+        "skill-export T.safetensors T.onnx --precision int8 --calibrate train.tsv --accuracy test.tsv in examples/tiny",
     ),
     Claim(
         README,
