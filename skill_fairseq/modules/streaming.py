@@ -50,8 +50,8 @@ def plan(
 ) -> Iterator[Tuple[Window, Tensor]]:
     """Windows over audio, and the samples of each.
 
-    The samples are those that the convolutions make just the window's frames of: a window of an extractor that is local
-    has the very frames of the whole.
+    The convolutions make just the window's frames of the samples: a window of an extractor that is local has the very
+    frames of the whole.
 
     Args:
         audio: (N,) samples: a tensor, an array, or anything that has a length and can be sliced.
@@ -72,16 +72,19 @@ def plan(
         raise ValueError(f"chunk_seconds: {chunk_seconds}; expected at least {1 / per_second:g}, one frame")
     if context < 0:
         raise ValueError(f"context_seconds: {context_seconds}; expected 0 or more")
-    for window in windows(config.num_output_frames(samples), chunk, context):
+    num_frames = config.num_output_frames(samples)
+    for window in windows(num_frames, chunk, context):
         begin = window.first * config.downsampling
         end = (window.last - 1) * config.downsampling + config.receptive_field
+        if window.last == num_frames:  # and what is left over, which normalisations over time count
+            end = samples
         yield window, cut(audio, begin, end)[None]
 
 
 def cut(audio: Any, begin: int, end: int) -> Tensor:
-    """(end - begin,) samples as a tensor."""
+    """(end - begin,) samples as a tensor; those of a file that is mapped are copied."""
     piece = audio[begin:end]
-    return piece if isinstance(piece, Tensor) else torch.as_tensor(piece)
+    return piece if isinstance(piece, Tensor) else torch.tensor(piece)
 
 
 def check_audio(audio: Any, config: EncoderConfig) -> int:
