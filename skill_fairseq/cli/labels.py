@@ -15,6 +15,7 @@ from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.cli._common import Parser, check_device, in_range, run, seed
 from skill_fairseq.clustering.calibration import choose_utterances
 from skill_fairseq.files import check_output, content_sha256
+from skill_fairseq.labels.codebook import FILE, Codebook
 from skill_fairseq.labels.kmeans import features, fit, unit_lines
 from skill_fairseq.labels.transcripts import Normaliser, align, find_transcripts, read_transcripts
 from skill_fairseq.labels.units import (
@@ -28,7 +29,6 @@ from skill_fairseq.labels.units import (
     write_units,
 )
 from skill_fairseq.messages import require, shell_quote
-from skill_fairseq.objectives.codebook import FILE, Codebook
 
 EPILOG = """examples:
   skill-labels manifests/train.tsv manifests/valid.tsv --transcripts LibriSpeech --out letters

@@ -62,6 +62,10 @@ class DistillationConfig(SizeConstraintConfig):
     )
 
 
+OF = "/of"
+"""After the name of a sum that is logged: the name of the count by which it is divided."""
+
+
 class Term(NamedTuple):
     """One objective of the sum.
 
@@ -104,7 +108,8 @@ class DistillationCriterion(FairseqCriterion):
     def __init__(self, cfg: Any, task: Any) -> None:
         super().__init__(task)
         self.cfg = cfg
-        student, teachers = task.student_config, [teacher.config for teacher in task.teachers]
+        student = task.student_config
+        teachers = [teacher.config for teacher in task.teachers] if self.needs_teacher() else []
         self.terms = self.build_terms(student, teachers)
         self.student_taps = list(dict.fromkeys(tap for term in self.terms for tap in term.objective.student_taps))
         self.teacher_taps = list(dict.fromkeys(tap for term in self.terms for tap in term.objective.teacher_taps))
@@ -162,6 +167,13 @@ class DistillationCriterion(FairseqCriterion):
         """Called by fairseq."""
         return cls(cfg, task)
 
+    def needs_teacher(self) -> bool:
+        """Whether an objective does; those that learn from labels alone do not."""
+        given = plain(self.cfg.objectives)
+        entries = list(given.values()) if isinstance(given, dict) else []
+        kinds = [entry.get("_name") for entry in entries if isinstance(entry, dict)]
+        return not kinds or not all(kind in OBJECTIVES and _learns_from_labels(kind) for kind in kinds)
+
     def build_terms(self, student: EncoderConfig, teachers: Sequence[EncoderConfig]) -> List[Term]:
         """The objectives that ``cfg.objectives`` names.
 
@@ -180,7 +192,8 @@ class DistillationCriterion(FairseqCriterion):
             if not str(name).isidentifier() or hasattr(self.objectives, name):
                 raise ValueError(f"{field}: cannot be a name; take another one of letters, digits and _")
             kind, weight, cfg = _read_objective(given[name], field)
-            objective = OBJECTIVES[kind][0](cfg, student, teachers, field)
+            labels = {"targets": self.task.targets} if _learns_from_labels(kind) else {}
+            objective = OBJECTIVES[kind][0](cfg, student, teachers, field, **labels)
             self.objectives[name] = objective
             with open_dict(given):
                 given[name] = {"_name": kind, "weight": weight, **plain(cfg)}
@@ -267,13 +280,16 @@ class DistillationCriterion(FairseqCriterion):
         out = model(**net_input, draw=draw, taps=self.student_taps, masked=masked)
         student: Dict[Tap, Tensor] = dict(zip(self.student_taps, out["taps"]))
         mask = out["padding_mask"]
-        losses, values = [], {}
+        losses: List[Tensor] = []
+        values: Dict[str, Tensor] = {}
+        ratios: Dict[str, Tensor] = {}
         for term in self.terms:
             asked = term.objective.student_taps, term.objective.teacher_taps
             found = ([side[tap] for tap in taps] for side, taps in zip((student, teacher), asked))
             loss, terms = term.objective(*found, mask, sample)
             losses.append(term.weight * loss)
-            values.update({f"{term.prefix}{name}": value for name, value in terms.items()})
+            for name, value in terms.items():
+                (ratios if value.dim() else values)[f"{term.prefix}{name}"] = value
             if term.prefix:
                 values[f"{term.prefix}loss"] = loss
         loss = distillation = torch.stack(losses).sum()
@@ -299,6 +315,8 @@ class DistillationCriterion(FairseqCriterion):
         log: Dict[str, Any] = dict(
             zip(values, (torch.stack([v.detach().float() for v in values.values()]).double() * count).unbind())
         )
+        for name, pair in ratios.items():
+            log[name], log[f"{name}{OF}"] = pair.detach().double().unbind()
         if self.constraint is not None:
             log["target_sparsity"] = self.constraint.target_at(update) * count
         log.update(
@@ -313,13 +331,17 @@ class DistillationCriterion(FairseqCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
-        """Means over all frames; audio per second of training."""
+        """Means over all frames, and quotients of sums; audio per second of training."""
         frames = sum(log.get("frames", 0) for log in logging_outputs)
         if not frames:
             return
         counted = {"frames", "nsentences", "ntokens", "audio_seconds"}
         for name in logging_outputs[0]:
-            if name not in counted:
+            if f"{name}{OF}" in logging_outputs[0]:
+                above, below = (sum(float(log.get(key, 0)) for log in logging_outputs) for key in (name, f"{name}{OF}"))
+                if below:
+                    metrics.log_scalar(name, above / below, below, round=4)
+            elif name not in counted and not name.endswith(OF):
                 mean = sum(log.get(name, 0.0) for log in logging_outputs) / frames
                 metrics.log_scalar(name, mean, frames, round=4)
         metrics.log_speed("audio_s_per_s", sum(log.get("audio_seconds", 0.0) for log in logging_outputs), round=1)
@@ -328,6 +350,10 @@ class DistillationCriterion(FairseqCriterion):
     def logging_outputs_can_be_summed() -> bool:
         """Yes: every value is a number or a scalar tensor."""
         return True
+
+
+def _learns_from_labels(kind: str) -> bool:
+    return bool(getattr(OBJECTIVES[kind][0], "supervised", False))
 
 
 def _read_objective(given: Any, field: str) -> Tuple[str, float, Any]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from skill_fairseq.audio.features import mfcc
 from skill_fairseq.audio.manifest import load_audio
 from skill_fairseq.audio.pieces import pieces
+from skill_fairseq.labels.codebook import assign
 from skill_fairseq.modules.encoder import SpeechEncoder
-from skill_fairseq.objectives.codebook import assign
 
 BATCH = 10_000  # frames
 
@@ -54,7 +54,7 @@ def fit(frames: np.ndarray, units: int, codebooks: int = 1, seed: int = 1) -> tu
         seed: of the first centroids and of the batches.
 
     Returns:
-        centroids (N, K, D) and scale (D,), see :func:`skill_fairseq.objectives.codebook.assign`; and of each codebook
+        centroids (N, K, D) and scale (D,), see :func:`skill_fairseq.labels.codebook.assign`; and of each codebook
         the share of the variance that is left behind it.
 
     Raises:

@@ -110,12 +110,22 @@ def read_units(folder: PathLike) -> Units:
         raise FileNotFoundError(f"{folder}: no dict.ltr.txt or dict.spm.txt; expected a folder that skill-labels wrote")
     if len(found) > 1:
         raise ValueError(f"{folder}: has dict.ltr.txt and dict.spm.txt, expected one of them; use a folder for each")
-    lines = read_text(found[0]).split("\n")
     labels = found[0].name.split(".")[1]
     if labels == "spm" and not (Path(folder) / MODEL).is_file():
         raise FileNotFoundError(f"{folder}: has {found[0].name} but no {MODEL}; copy both from the same folder")
     model = (Path(folder) / MODEL).read_bytes() if labels == "spm" else None
-    return Units(labels, [line.rpartition(" ")[0] for line in lines if line], model)
+    return Units(labels, read_symbols(found[0]), model)
+
+
+def read_symbols(path: Path) -> list[str]:
+    """The symbols of a dictionary as fairseq reads it, a symbol and its count a line.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such dictionary; write it with skill-labels")
+    return [line.rpartition(" ")[0] for line in read_text(path).split("\n") if line]
 
 
 def write_units(folder: PathLike, units: Units, counts: Counter[str]) -> None:

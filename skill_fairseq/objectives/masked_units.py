@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skill_fairseq.files import sha256
+from skill_fairseq.labels.codebook import load_codebook
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.taps import Tap
-from skill_fairseq.objectives.codebook import load_codebook
 from skill_fairseq.objectives.groups import is_sequence
 from skill_fairseq.objectives.loss import at_least_float32, check_weights
 from skill_fairseq.objectives.masking import MaskingConfig, masked_frames, parse_masking

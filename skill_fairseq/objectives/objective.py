@@ -46,9 +46,12 @@ class Objective(nn.Module):
         made_with: files that it read and that hold for one teacher alone: by the teacher's number, each file and the
             name and SHA-256 of that teacher. The task refuses another.
         any_rate: whether it takes a student whose frames are longer than the teacher's (``model.time_reduction``).
+        supervised: of a class: it needs no teacher, and its constructor takes the task's labels as well, see
+            :class:`~skill_fairseq.objectives.supervised.Supervised`.
     """
 
     any_rate = False
+    supervised = False
 
     def __init__(
         self, cfg: Any, student: EncoderConfig, teachers: Sequence[EncoderConfig], field: str = "criterion"
@@ -72,7 +75,8 @@ class Objective(nn.Module):
             sample: the batch as the task's dataset made it, with labels where it has some.
 
         Returns:
-            the loss, a scalar, a mean over all frames outside the padding; and scalars to log, by name.
+            the loss, a scalar, a mean over all frames outside the padding; and what to log, by name: scalars, of which
+            means over frames are logged, and pairs (2,) of a sum and a count, of which the quotient is.
         """
         raise NotImplementedError
 

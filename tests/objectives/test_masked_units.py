@@ -20,9 +20,9 @@ from skill_fairseq.audio.manifest import load_audio, read_manifest, write_manife
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.cli.labels import main as skill_labels
 from skill_fairseq.files import content_sha256, sha256
+from skill_fairseq.labels.codebook import Codebook, assign, load_codebook
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.taps import Tap
-from skill_fairseq.objectives.codebook import Codebook, assign, load_codebook
 from skill_fairseq.objectives.masked_units import MaskedUnits, MaskedUnitsConfig
 from skill_fairseq.objectives.teacher import FrozenTeacher
 from skill_fairseq.tasks.skill_distillation import SkillDistillationTask
