@@ -17,9 +17,11 @@ from runs import logged, run
 
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.safe_load import load_torch_file
+from skill_fairseq.cli import labels
 from skill_fairseq.models.student_init import student_shape
 from skill_fairseq.modules.config import hubert_base
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.size import count_parameters, widths_of
 from skill_fairseq.objectives.objective import OBJECTIVES
 
 REPO = Path(__file__).resolve().parents[1]
@@ -36,6 +38,8 @@ MODELS = {
     "starhubert": "starhubert",
     "starhubert_l": "starhubert-l",
 }
+OURS = ("masked_units",)
+"""Those whose papers give no sizes."""
 TINY_TEACHER = REPO / "examples" / "tiny" / "teacher" / "teacher.safetensors"
 
 
@@ -71,19 +75,33 @@ def test_published_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(rf"\| `{name}_hubert_base_librispeech` \| {expected['encoder']:,} \|", PAGE)
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_sizes_of_our_own_shapes(name: str) -> None:
+    """As the page has them, of HuBERT Base."""
+    shape = student_shape(hubert_base(), recipe(f"{name}_hubert_base_librispeech").model)
+    size = count_parameters(shape, widths_of(shape))
+    assert re.search(rf"\| `{name}_hubert_base_librispeech` \| {size:,} \|", PAGE)
+
+
 def test_the_page_has_a_command_for_each() -> None:
-    assert list(COMMANDS) == list(MODELS)
+    assert list(COMMANDS) == [*MODELS, *OURS]
     configs = {path.stem for path in (REPO / "config" / "distill").glob("tiny_*.yaml")}
     assert {f"tiny_{name}" for name in COMMANDS} <= configs
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_pages_command_makes_two_updates(name: str, tmp_path: Path) -> None:
+def test_the_pages_command_makes_two_updates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the checkpoint is a student, whose teacher is gone."""
     program, *arguments = COMMANDS[name]
     teacher = tmp_path / "teacher.safetensors"
     shutil.copy(TINY_TEACHER, teacher)
     here = [f"hydra.run.dir={tmp_path}", f"checkpoint.save_dir={tmp_path}", f"task.teacher={teacher}"]
+    codebook = re.search(rf"(?m)^    (skill-labels (?:.*\\\n)*.*)\n\n    .*--config-name tiny_{name} ", PAGE)
+    if codebook:
+        _, *wanted = shlex.split(codebook[1].replace("\\\n", " "))
+        monkeypatch.chdir(REPO)
+        assert labels.main([*wanted, "--out", str(tmp_path / "units")]) == 0
+        here.append(f"criterion.objectives.units.codebooks={tmp_path / 'units' / 'codebook.safetensors'}")
     few = ["optimization.max_update=2", "common.log_interval=1", "common.log_format=json", "dataset.max_tokens=96000"]
     command = [str(Path(sys.executable).with_name(program)), *arguments, *here, *few]
     log = run(command, REPO)

@@ -140,8 +140,8 @@ class MaskedUnits(Objective):
         padding_mask: Optional[Tensor] = None,
         sample: Optional[Mapping[str, Any]] = None,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """See :class:`Objective`; logged is ``accuracy``, the share of units predicted right among the frames of a
-        weight above 0, the mean over codebooks."""
+        """See :class:`Objective`; logged is ``accuracy``, of units predicted right those among frames of a weight above
+        0, in all codebooks."""
         shape, masked = student[0].shape[:2], masked_frames(sample, self.masking)
         weights = torch.full(shape, self.cfg.masked_weight, device=student[0].device)
         if masked is not None:
@@ -157,8 +157,10 @@ class MaskedUnits(Objective):
         for head, unit in zip(self.heads, every):
             logits = head(states)
             losses.append((F.cross_entropy(logits, unit, reduction="none") * weight).sum())
-            right.append((logits.argmax(-1) == unit).float().mean())
-        return torch.stack(losses).sum() / counted.sum(), {"accuracy": torch.stack(right).mean()}
+            right.append((logits.argmax(-1) == unit).sum())
+        seen = torch.stack(right).new_tensor(len(right) * len(chosen))
+        accuracy = torch.stack([torch.stack(right).sum(), seen]).double()
+        return torch.stack(losses).sum() / counted.sum(), {"accuracy": accuracy}
 
     @staticmethod
     def _units(book: Any, states: Tensor, chosen: Tensor) -> Tuple[Tensor, ...]:
