@@ -75,7 +75,9 @@ def _describe_graph(path: Path) -> Description | None:
     provenance = info.get("provenance", {})
     if not isinstance(provenance, dict):
         raise ValueError(f"{path}: its provenance is {type(provenance).__name__}; expected named fields")
-    return Description(format, ["float32"], config, provenance)
+    precision = info.get("precision", "fp32")
+    types = {"fp16": ["float16"], "int8": ["float32", "int8"]}.get(precision, ["float32"])
+    return Description(format, types, config, provenance)
 
 
 def as_dict(found: Description) -> dict[str, Any]:
@@ -126,6 +128,8 @@ def as_lines(found: Description) -> Iterator[str]:
     yield f"heads         {' '.join('-' if h is None else str(len(h)) for h in config.heads)}"
     yield f"FFN units     {' '.join('-' if f is None else str(f) for f in config.ffn_dims)}"
     yield from (f"{unit.name:<14}{cells}" for unit, cells in further_units(config))
+    if config.adapter_dim:
+        yield f"adapters      {config.adapter_dim} features, {config.adapter_activation}, beside each FFN"
     yield f"LayerNorm     {'before' if config.layer_norm_first else 'after'} each sublayer"
     yield f"extractor     {config.extractor_mode}"
     yield f"positions     {'relative and ' if config.relative_position else ''}convolutional"

@@ -27,7 +27,7 @@ from skill_fairseq.modules.taps import SpanMasking
 from skill_fairseq.objectives.groups import is_sequence
 from skill_fairseq.objectives.teacher import FrozenTeacher, check_alike
 from skill_fairseq.pruning.agreement import check_ranks
-from skill_fairseq.pruning.lagrangian import CostConstraint
+from skill_fairseq.pruning.targets import Constraint
 from skill_fairseq.tasks.speech_dataset import SpeechDataset
 from skill_fairseq.training.paths import from_shell
 
@@ -81,6 +81,17 @@ class SkillDistillationConfig(AudioPretrainingConfig):
             "leave them out; needs optimizer._name=composite"
         },
     )
+    separate_heads: bool = field(
+        default=False,
+        metadata={
+            "help": "parameters of the objectives are the optimizer's group 'heads', for a rate of their own; needs "
+            "optimizer._name=composite"
+        },
+    )
+    separate_adapters: bool = field(
+        default=False,
+        metadata={"help": "those of the student's adapters are the group 'adapters'; needs optimizer._name=composite"},
+    )
     crop_multiple: int = field(
         default=1,
         metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
@@ -130,7 +141,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         self.maskings: List[SpanMasking] = []  # of all objectives
         self.losses: List[Tuple[Tensor, List[str]]] = []  # of the present update, with the files of each batch
         self.frames_of_weight_1: Optional[float] = None  # in the present update
-        self._constraint: Optional[CostConstraint] = None
+        self._constraint: Optional[Constraint] = None
         self._model: Any = None
         self._training_data: Optional[SpeechDataset] = None
 
@@ -305,12 +316,22 @@ class SkillDistillationTask(AudioPretrainingTask):
             self.maskings = criterion.maskings
             if self._model is not None:
                 self._model.train_for(criterion.student_taps)
-        if self.cfg.separate_biases:
-            for module in (self._model, criterion):
-                for name, parameter in module.named_parameters():
-                    if "bias" in name.rpartition(".")[2] and not hasattr(parameter, "param_group"):
-                        parameter.param_group = "biases"
+        self._group_parameters(criterion)
         return criterion
+
+    def _group_parameters(self, criterion: Any) -> None:
+        """Gives parameters their groups of the optimizer, heads and adapters before biases; gates have theirs."""
+        for module, part, whole in (
+            (criterion, "heads", self.cfg.separate_heads),
+            (self._model, "adapters", self.cfg.separate_adapters),
+        ):
+            for name, parameter in module.named_parameters() if module is not None else ():
+                if hasattr(parameter, "param_group"):
+                    continue
+                if whole and (part == "heads" or ".adapter." in name):
+                    parameter.param_group = part
+                elif self.cfg.separate_biases and "bias" in name.rpartition(".")[2]:
+                    parameter.param_group = "biases"
 
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
         """Makes sure that gates and multipliers are still equal on all ranks.
