@@ -17,6 +17,7 @@ from runs import logged, run
 
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.safe_load import load_torch_file
+from skill_fairseq.cli import labels
 from skill_fairseq.models.student_init import student_shape
 from skill_fairseq.modules.config import hubert_base, wavlm_base
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -50,6 +51,8 @@ RECIPES = {
     "armhubert_s_hubert_base_librispeech": "armhubert-s, armwavlm-s",
     "armwavlm_s_wavlm_base_librispeech": "armhubert-s, armwavlm-s",
 }
+OURS = ("masked_units",)
+"""Those whose papers give no sizes."""
 TINY_TEACHER = REPO / "examples" / "tiny" / "teacher" / "teacher.safetensors"
 
 
@@ -86,19 +89,33 @@ def test_published_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(rf"\| `{name}` \| {expected['encoder']:,} \|", PAGE)
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_sizes_of_our_own_shapes(name: str) -> None:
+    """As the page has them, of HuBERT Base."""
+    shape = student_shape(hubert_base(), recipe(f"{name}_hubert_base_librispeech").model)
+    size = count_parameters(shape, widths_of(shape))
+    assert re.search(rf"\| `{name}_hubert_base_librispeech` \| {size:,} \|", PAGE)
+
+
 def test_the_page_has_a_command_for_each() -> None:
-    assert list(EVERY_COMMAND) == [*MODELS, *LABELS, *GATED]
+    assert list(EVERY_COMMAND) == [*MODELS, *LABELS, *GATED, *OURS]
     configs = {path.stem for path in (REPO / "config" / "distill").glob("tiny_*.yaml")}
     assert {f"tiny_{name}" for name in COMMANDS} <= configs
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_pages_command_makes_two_updates(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*MODELS, *OURS])
+def test_the_pages_command_makes_two_updates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the checkpoint is a student, whose teacher is gone."""
     program, *arguments = COMMANDS[name]
     teacher = tmp_path / "teacher.safetensors"
     shutil.copy(TINY_TEACHER, teacher)
     here = [f"hydra.run.dir={tmp_path}", f"checkpoint.save_dir={tmp_path}", f"task.teacher={teacher}"]
+    codebook = re.search(rf"(?m)^    (skill-labels (?:.*\\\n)*.*)\n\n    .*--config-name tiny_{name} ", PAGE)
+    if codebook:
+        _, *wanted = shlex.split(codebook[1].replace("\\\n", " "))
+        monkeypatch.chdir(REPO)
+        assert labels.main([*wanted, "--out", str(tmp_path / "units")]) == 0
+        here.append(f"criterion.objectives.units.codebooks={tmp_path / 'units' / 'codebook.safetensors'}")
     few = ["optimization.max_update=2", "common.log_interval=1", "common.log_format=json", "dataset.max_tokens=96000"]
     command = [str(Path(sys.executable).with_name(program)), *arguments, *here, *few]
     log = run(command, REPO)

@@ -1,4 +1,4 @@
-"""`skill-labels`: letter or SentencePiece labels for fine-tuning, from transcripts and fairseq manifests."""
+"""`skill-labels`: letters or SentencePiece units of transcripts, or k-means units of audio, for fairseq manifests."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 from skill_fairseq.audio.manifest import Manifest, read_manifest, unstorable, write_manifest
-from skill_fairseq.cli._common import Parser, in_range, run
-from skill_fairseq.files import check_output
+from skill_fairseq.checkpoints import load_encoder
+from skill_fairseq.cli._common import Parser, check_device, in_range, run, seed
+from skill_fairseq.clustering.calibration import choose_utterances
+from skill_fairseq.files import check_output, content_sha256
+from skill_fairseq.labels.codebook import FILE, Codebook
+from skill_fairseq.labels.kmeans import features, fit, unit_lines
 from skill_fairseq.labels.transcripts import Normaliser, align, find_transcripts, read_transcripts
 from skill_fairseq.labels.units import (
     MODEL,
@@ -28,6 +35,7 @@ EPILOG = """examples:
   skill-labels manifests/train.tsv manifests/valid.tsv --transcripts LibriSpeech --out pieces \\
       --units unigram --vocabulary-size 1000
   skill-labels other/test.tsv --transcripts other/text.tsv --out other/letters --units-of letters
+  skill-labels manifests/train.tsv --units kmeans --teacher hubert_base_ls960.pt --layer 9 --out units --codebook-only
 
 writes, for each manifest SPLIT.tsv, OUT/SPLIT.tsv (with an absolute root), OUT/SPLIT.wrd (words) and OUT/SPLIT.ltr
 or .spm (units, fairseq's task.labels), and for all of them OUT/dict.ltr.txt, or OUT/dict.spm.txt and OUT/spm.model.
@@ -37,6 +45,11 @@ The first manifest is the training set: the units are its. Transcripts are Libri
 text), or a table with tabs whose first line names the columns, as Common Voice's does: path (or utterance, ...) and
 sentence, text or transcript (another one by --column); two columns without such a line are path or name, and text.
 The audio is not looked at.
+
+With --units kmeans the audio alone is: OUT/codebook.safetensors gets centroids of the teacher's states, for the
+objective masked_units, and OUT/SPLIT.km and OUT/dict.km.txt the units of every frame, for fairseq's hubert_pretraining
+(task.label_dir). Without --teacher they are units of MFCC, and there is no codebook. --codebooks N quantises N times,
+each time what is left; their labels are km0, km1, ...
 """
 
 
@@ -44,6 +57,9 @@ The audio is not looked at.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
+    _check_kind(args)
+    if args.units == "kmeans":
+        return _kmeans(args)
     if args.units_of is None and args.units != "letters":
         require(f"--units {args.units}", "sentencepiece")
     manifests = [read_manifest(path) for path in args.manifests]
@@ -75,6 +91,69 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_units(args.out, units, counts)
     data = shell_quote(f"task.data={args.out.resolve()}")
     print(f"{args.out}: use it with {data} task.labels={units.labels}")
+    return 0
+
+
+def _check_kind(args: argparse.Namespace) -> None:
+    """Options of the other kind of units, and what each kind needs."""
+    kmeans = args.units == "kmeans"
+    names = ("transcripts", "column", "characters") if kmeans else ("teacher", "layer", "codebooks", "codebook_only")
+    given = [name for name in names if getattr(args, name) not in (None, False)]
+    if given:
+        option = "--" + given[0].replace("_", "-")
+        remedy = "leave it out" if kmeans else "leave it out, or give --units kmeans"
+        raise ValueError(f"{option}: does nothing with --units {args.units}; {remedy}")
+    if not kmeans and args.transcripts is None:
+        raise ValueError("the following arguments are required: --transcripts; see skill-labels --help")
+    if (args.teacher is None) != (args.layer is None):
+        missing = "--layer" if args.layer is None else "--teacher"
+        raise ValueError(f"{missing}: not given; --teacher and --layer say together whose states are clustered")
+    if args.codebook_only and args.teacher is None:
+        raise ValueError("--codebook-only: units of MFCC have no codebook; give --teacher and --layer")
+    if args.vocabulary_size is None:
+        args.vocabulary_size = 500 if kmeans else 1000
+
+
+def _kmeans(args: argparse.Namespace) -> int:
+    """k-means of the first manifest's frames, and the units of all manifests."""
+    require("--units kmeans", "sklearn")
+    manifests = [read_manifest(path) for path in args.manifests]
+    count = args.codebooks or 1
+    kinds = ["km"] if count == 1 else [f"km{n}" for n in range(count)]
+    written = [] if args.teacher is None else [FILE]
+    if not args.codebook_only:
+        written += [f"dict.{kind}.txt" for kind in kinds]
+        written += [f"{manifest.source.stem}.{kind}" for manifest in manifests for kind in kinds]
+    for name in written:
+        check_output(args.out / name, "--out", [*args.manifests, *([args.teacher] if args.teacher else [])])
+    encoder, layer = None, args.layer or 0
+    if args.teacher is not None:
+        check_device(args.device)
+        encoder = load_encoder(args.teacher, args.device, args.trust)
+        if layer > encoder.config.encoder_layers:
+            raise ValueError(f"--layer: {layer}, but {args.teacher} has {encoder.config.encoder_layers} layers")
+    rate = 16000 if encoder is None else encoder.config.sample_rate
+    chosen = choose_utterances(manifests[0], args.max_seconds, None, args.seed, rate)
+    files = tqdm([manifests[0].files[i] for i in chosen], desc="encoding", unit="utt", disable=None)
+    frames = torch.cat(list(features(files, encoder, layer))).numpy()
+    centroids, scale, left = fit(frames, args.vocabulary_size, count, args.seed)
+    shares = ", ".join(f"{share:.1%}" for share in left)
+    print(f"units: {count} x {args.vocabulary_size} of {len(frames)} frames; of the variance is left {shares}")
+    if args.teacher is not None:
+        book = Codebook(centroids, scale, layer, args.teacher.name, content_sha256(args.teacher))
+        book.save(args.out / FILE)
+        print(f"{args.out / FILE}: for the objective masked_units, its field codebooks")
+    for manifest in [] if args.codebook_only else manifests:
+        files = tqdm(manifest.files, desc=manifest.source.name, unit="utt", disable=None)
+        rows = [unit_lines(x, centroids, scale) for x in features(files, encoder, layer)]
+        for kind, lines in zip(kinds, zip(*rows)):
+            write_lines(args.out / f"{manifest.source.stem}.{kind}", lines)
+    if not args.codebook_only:
+        for kind in kinds:
+            write_lines(args.out / f"dict.{kind}.txt", (f"{unit} 1" for unit in range(args.vocabulary_size)))
+        labels = f"task.labels=[{','.join(kinds)}]"
+        label_rate = 100 if encoder is None else rate / encoder.config.downsampling
+        print(f"{args.out}: use it with task.label_dir={args.out} {shell_quote(labels)} task.label_rate={label_rate:g}")
     return 0
 
 
@@ -173,14 +252,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("manifests", type=Path, nargs="+", metavar="MANIFEST", help="fairseq manifests SPLIT.tsv, training first")
-    add("--transcripts", type=Path, nargs="+", required=True, metavar="PATH", help="files, or folders of *.trans.txt")
+    add("--transcripts", type=Path, nargs="+", metavar="PATH", help="files, or folders of *.trans.txt")
     add("--column", metavar="NAME", help="tables' column of texts (default: sentence, text or transcript)")
     add("--out", type=Path, required=True, help="folder to write")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--units", choices=["letters", "unigram", "bpe"], default="letters", help="default: letters")
+    units = ["letters", "unigram", "bpe", "kmeans"]
+    kind.add_argument("--units", choices=units, default="letters", help="default: letters")
     kind.add_argument("--units-of", type=Path, metavar="FOLDER", help="the units of an earlier OUT")
     size = in_range(int, least=1, most=10_000_000)
-    add("--vocabulary-size", type=size, metavar="N", default=1000, help="SentencePiece pieces (default: 1000)")
+    add("--vocabulary-size", type=size, metavar="N", help="SentencePiece pieces (default: 1000) or k-means units (500)")
     add(
         "--time-reduction",
         type=in_range(int, least=1, most=100),
@@ -196,4 +276,20 @@ def _parser() -> argparse.ArgumentParser:
         help="characters to keep, after the change of case (default: every letter and the apostrophe); other "
         "punctuation becomes a space, other letters and digits are an error",
     )
+    audio = parser.add_argument_group("for --units kmeans")
+    add = audio.add_argument
+    add("--teacher", type=Path, metavar="FILE", help="file or folder whose states are clustered (default: MFCC are)")
+    add("--layer", type=in_range(int, least=0), metavar="N", help="of the teacher; HuBERT Base's units are of layer 9")
+    add("--codebooks", type=in_range(int, least=1, most=64), metavar="N", help="one after another (default: 1)")
+    add("--codebook-only", action="store_true", help="write no labels: the objective masked_units needs none")
+    add(
+        "--max-seconds",
+        type=in_range(float, above=0, endless=True),
+        default=10_000.0,
+        metavar="S",
+        help="of the first manifest's audio that is clustered; inf: all (default: 10,000)",
+    )
+    add("--seed", type=seed, default=1, help="of the choice of audio and of k-means (default: 1)")
+    add("--device", default="cpu", help="where the teacher runs (default: cpu)")
+    parser.add_trust()
     return parser

@@ -140,6 +140,8 @@ class DistillationCriterion(FairseqCriterion):
         for term in self.terms:
             for k in {tap.teacher for tap in term.objective.teacher_taps if tap.masking is not None}:
                 task.check_mask_embedding(k, term.field)
+            for k, made in term.objective.made_with.items():
+                task.check_made_with(k, made, term.field)
         for term in self.terms:
             rates = {teachers[tap.teacher].time_reduction for tap in term.objective.teacher_taps}
             if rates - {student.time_reduction} and not term.objective.any_rate:

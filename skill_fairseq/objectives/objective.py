@@ -43,6 +43,8 @@ class Objective(nn.Module):
         student_taps: what it asks of the student.
         teacher_taps: what it asks of the teachers, each tap of that which ``Tap.teacher`` says; nothing where it needs
             labels alone.
+        made_with: files that it read and that hold for one teacher alone: by the teacher's number, each file and the
+            name and SHA-256 of that teacher. The task refuses another.
         any_rate: whether it takes a student whose frames are longer than the teacher's (``model.time_reduction``).
         supervised: of a class: it needs no teacher, and its constructor takes the task's labels as well, see
             :class:`~skill_fairseq.objectives.supervised.Supervised`.
@@ -57,6 +59,7 @@ class Objective(nn.Module):
         super().__init__()
         self.student_taps: Sequence[Tap] = ()
         self.teacher_taps: Sequence[Tap] = ()
+        self.made_with: Dict[int, Sequence[Tuple[str, str, str]]] = {}
 
     def forward(
         self,

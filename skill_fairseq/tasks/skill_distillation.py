@@ -4,7 +4,7 @@ import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from fairseq.dataclass import ChoiceEnum
@@ -187,6 +187,26 @@ class SkillDistillationTask(AudioPretrainingTask):
                 f"{field}.unmasked_frames=whole"
             )
 
+    def check_made_with(self, index: int, made: Sequence[Tuple[str, str, str]], field: str) -> None:
+        """Refuses a teacher for which what an objective has read was not made.
+
+        Args:
+            index: which of the teachers, from 0.
+            made: files, and the name and SHA-256 of the teacher that each was made with.
+            field: the objective that has read them, for the message.
+
+        Raises:
+            ValueError: the teacher's file is another one; names both and the remedy.
+        """
+        teacher = several(self.cfg.teacher)[index]
+        found = content_sha256(teacher)
+        for file, name, wanted in made:
+            if wanted != found:
+                raise ValueError(
+                    f"{field}: {file} was made with {name} of SHA-256 {wanted}, but task.teacher is {teacher} of "
+                    f"{found}; give that teacher, or make the file again with this one (skill-labels --teacher)"
+                )
+
     def _check_waveforms(self, encoder: SpeechEncoder, what: str) -> None:
         """Refuses an encoder that expects other waveforms than the task gives it."""
         for name in ("normalize", "sample_rate"):
@@ -286,7 +306,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         ``cfg``, which fairseq saves."""
         objectives: Any = getattr(cfg, "objectives", None)
         for part in [cfg, *(objectives.values() if OmegaConf.is_dict(objectives) else ())]:
-            for name in ("groups_file", "init_from"):
+            for name in ("groups_file", "init_from", "codebooks"):
                 if getattr(part, name, None):
                     _update(part, {name: from_shell(part[name])})
         target: Any = getattr(cfg, "target", None)

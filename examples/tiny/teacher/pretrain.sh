@@ -31,10 +31,10 @@ pretrain() {  # round, label rate, overrides ...
         hydra.run.dir="$out/$round" checkpoint.save_dir="$out/$round" "$@"
 }
 
-python "$here/units.py" --data "$out/manifests" --out "$out/round1" --units 100
+units=(skill-labels "$out/manifests/train.tsv" "$out/manifests/valid.tsv" --units kmeans --vocabulary-size 100)
+"${units[@]}" --out "$out/round1"
 pretrain round1 100 optimization.max_update=1400
-python "$here/units.py" --data "$out/manifests" --out "$out/round2" --units 100 \
-    --model "$out/round1/checkpoint_last.pt" --layer 8
+"${units[@]}" --out "$out/round2" --teacher "$out/round1/checkpoint_last.pt" --layer 8
 # The second round goes on from the first one's weights, which HuBERT does not: it saves an hour.
 pretrain round2 50 optimization.max_update=3000 'optimization.lr=[0.002]' \
     checkpoint.finetune_from_model="$out/round1/checkpoint_last.pt"
