@@ -64,6 +64,7 @@ ONNX = ["onnx", "onnxscript", "onnxruntime"]
 SLURM = ["hydra-submitit-launcher==1.1.1", "submitit"]  # the last launcher for hydra 1.0
 # torch.export, on which the ONNX export rests, is not in the old torch that Python 3.10 is tested with.
 ONNX_TESTS = [f"{package}; python_version >= '3.11'" for package in ONNX]
+COMMANDS = ("manifest", "cluster", "shrink", "export", "info", "probe", "bench", "labels", "features", "report")
 TESTS = ["pytest", "ruff", "mypy", "setuptools>=64", "wheel", *PLOTS, *PROBE, *HF, *ONNX_TESTS, *SLURM]
 
 refuse_pip_without_omegaconf()
@@ -111,7 +112,7 @@ setup(
     entry_points={
         "console_scripts": [
             f"skill-{name} = skill_fairseq.cli.{name}:main"
-            for name in ("manifest", "cluster", "shrink", "export", "info", "probe", "bench", "labels", "report")
+            for name in COMMANDS
         ]
     },
 )

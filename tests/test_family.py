@@ -18,7 +18,7 @@ from runs import logged, run
 from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.safe_load import load_torch_file
 from skill_fairseq.models.student_init import student_shape
-from skill_fairseq.modules.config import hubert_base
+from skill_fairseq.modules.config import hubert_base, wavlm_base
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.objectives.objective import OBJECTIVES
 
@@ -33,8 +33,17 @@ MODELS = {
     "distilhubert": "distilhubert (heads 4, 8, 12: released model)",
     "deep_12l_half_l2l": "deep_vs_wide 12-L (one head)",
     "wide_3l_one_pred": "deep_vs_wide 3-L (one head)",
+    "fithubert": "fithubert and fitw2v2",
+    "maskhubert": "maskhubert",
+    "armhubert": "armhubert",
     "starhubert": "starhubert",
     "starhubert_l": "starhubert-l",
+}
+RECIPES = {
+    **{f"{name}_hubert_base_librispeech": model for name, model in MODELS.items()},
+    "fitw2v2_wav2vec2_base_librispeech": "fithubert and fitw2v2",
+    "armhubert_s_hubert_base_librispeech": "armhubert-s, armwavlm-s",
+    "armwavlm_s_wavlm_base_librispeech": "armhubert-s, armwavlm-s",
 }
 TINY_TEACHER = REPO / "examples" / "tiny" / "teacher" / "teacher.safetensors"
 
@@ -46,13 +55,14 @@ def recipe(name: str) -> Any:
     return cfg
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_published_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the recipes for HuBERT Base, in full size on the meta device."""
+    """In full size on the meta device."""
     if not hasattr(torch, "set_default_device"):
         monkeypatch.setattr(torch, "set_default_device", lambda device: None, raising=False)
-    expected, cfg = RELATED["parameter_counts"][MODELS[name]], recipe(f"{name}_hubert_base_librispeech")
-    shape = student_shape(hubert_base(), cfg.model)
+    expected, cfg = RELATED["parameter_counts"][RECIPES[name]], recipe(name)
+    teacher = wavlm_base() if "wavlm" in name else hubert_base()
+    shape = student_shape(teacher, cfg.model)
     before = torch.empty(0).device
     torch.set_default_device("meta")
     try:
@@ -60,15 +70,15 @@ def test_published_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ((field, given),) = cfg.criterion.objectives.items()
         kind = given.pop("_name")
         fields = OmegaConf.merge(OmegaConf.structured(OBJECTIVES[kind][1]), given)
-        objective = OBJECTIVES[kind][0](fields, shape, [hubert_base()], field)
+        objective = OBJECTIVES[kind][0](fields, shape, [teacher], field)
     finally:
         torch.set_default_device(before)
     assert encoder.num_parameters() == expected["encoder"]
     assert (shape.encoder_layers, shape.encoder_embed_dim) == (expected["layers"], expected["width"])
     assert shape.encoder_ffn_embed_dim == expected["ffn"]
-    heads = {"deep_12l_half_l2l": 6 * (384 + 1) * 768}.get(name, expected["training_heads"])
+    heads = 6 * (384 + 1) * 768 if name.startswith("deep_12l_half_l2l") else expected["training_heads"]
     assert sum(p.numel() for p in objective.parameters()) == heads
-    assert re.search(rf"\| `{name}_hubert_base_librispeech` \| {expected['encoder']:,} \|", PAGE)
+    assert re.search(rf"\| `{name}` \| {expected['encoder']:,} \|", PAGE)
 
 
 def test_the_page_has_a_command_for_each() -> None:

@@ -299,9 +299,9 @@ def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     found = {"num_updates": updates} if isinstance(updates, int) else {}
     cfg = plain(checkpoint.get("cfg")) or {}
     criterion, task = cfg.get("criterion") or {}, cfg.get("task") or {}
-    kept = {name: criterion.get(name) for name in ("groups", "target_sparsity")}
+    kept = {name: criterion.get(name) for name in ("groups", "target_sparsity", "target")}
     kept["objectives"] = _without_folders(criterion.get("objectives"))
-    if criterion.get("cost") != "parameters":
+    if criterion.get("cost") != "parameters" and not kept["target"]:
         kept.update({name: value for name, value in criterion.items() if name == "cost" or name.startswith("cost_")})
     # Names alone: where they lay is nobody's business, and true on one machine only.
     for name in ("teacher", "data"):

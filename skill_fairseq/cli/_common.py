@@ -200,6 +200,24 @@ def in_range(
     return convert
 
 
+def layer_numbers(text: str, depth: int, others: str) -> list[int]:
+    """Layers that `--layers` names by number.
+
+    Args:
+        text: numbers with commas between them.
+        depth: of the encoder, its last layer.
+        others: what else the option takes, for the message.
+
+    Raises:
+        ValueError: these are no such numbers, or one stands twice.
+    """
+    words = text.split(",")
+    numbers = [int(word) for word in words if word.isascii() and word.isdigit() and int(word) <= depth]
+    if len(numbers) < len(words) or len(set(numbers)) < len(numbers):
+        raise ValueError(f"--layers: {text!r}; expected {others}, or different numbers from 0 to {depth} as in 6,9")
+    return numbers
+
+
 seed = in_range(int, least=0, most=MAX_SEED)
 """A seed that numpy and torch take."""
 

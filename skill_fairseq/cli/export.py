@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from skill_fairseq import __version__
+from skill_fairseq.audio.manifest import Manifest, check_manifest, read_manifest
 from skill_fairseq.checkpoints.export import DTYPES, save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.own_folders import UPSTREAM
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
 from skill_fairseq.cli import info
-from skill_fairseq.cli._common import Parser, run
+from skill_fairseq.cli._common import Parser, aligned, in_range, layer_numbers, run
+from skill_fairseq.exporting.accuracy import LIMIT, Accuracy, Speech, rounded, run_encoder, sources
 from skill_fairseq.exporting.folder import check_folder
 from skill_fairseq.exporting.huggingface_folder import save_huggingface
-from skill_fairseq.exporting.onnx_graph import NEEDED, OPSET, save_onnx
+from skill_fairseq.exporting.onnx_encoder import OnnxEncoder
+from skill_fairseq.exporting.onnx_graph import NEEDED, OPSET, describe, make_onnx, output_names
+from skill_fairseq.exporting.onnx_precision import PRECISIONS, to_float16, to_int8
 from skill_fairseq.exporting.s3prl_folder import save_s3prl
-from skill_fairseq.exporting.torch_program import save_torch_program
+from skill_fairseq.exporting.torch_program import run_program, save_torch_program
 from skill_fairseq.exporting.traceable import check_torch
-from skill_fairseq.files import check_output, sha256, size_of
+from skill_fairseq.files import check_output, named, sha256, size_of, write_file, write_json
 from skill_fairseq.messages import printable, require
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.probing.evaluate import require_scikit_learn
+from skill_fairseq.probing.tasks import read_task
 
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2", "huggingface": "", "s3prl": ""}
 
+ONNX_ALONE = ("precision", "layers", "seconds", "calibrate")
+
 EPILOG = f"""examples:
   skill-export outputs/final/checkpoint_last.pt student.safetensors
-  skill-export student.safetensors student.onnx
+  skill-export student.safetensors student.onnx --accuracy manifests/test.tsv
+  skill-export student.safetensors small.onnx --precision int8 --calibrate manifests/train.tsv --task tasks/digit
+  skill-export student.safetensors layer9.onnx --layers 9 --seconds 10 --precision fp16
   skill-export student.safetensors student.pt2 --padding-mask
   skill-export student.safetensors student_hf --to huggingface
   skill-export student.safetensors student_s3prl --to s3prl
@@ -50,6 +61,14 @@ Where the encoder's "normalize" is on, the wave must be brought to zero mean and
 the folder's feature extractor does so; s3prl: the upstream does). Frames come every 20 ms, and each depends on the
 whole utterance: these encoders are not causal. Gates go along to safetensors, huggingface and s3prl; skill-shrink
 cuts out what they have closed.
+
+--precision of an onnx file: fp16 is for GPUs and accelerators. int8 computes the linear layers in 8 bits; audio front
+end, norms and softmax stay in float. With --calibrate the ranges of activations are fixed from that speech
+(QuantizeLinear and DequantizeLinear nodes); without, each utterance has its own, which is nearer to fp32.
+
+--accuracy (or --calibrate) measures OUT beside the float32 encoder: relative L1 and cosine of every state, printed,
+in OUT's model card where it has one, and in OUT.accuracy.json (accuracy.json in a folder). Of a folder and of
+safetensors, what rounding the weights does is measured.
 """
 
 
@@ -63,13 +82,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is None:
         parser.error("CHECKPOINT and OUT are needed")
     _check(args)
+    manifest = None if args.accuracy is None else read_manifest(args.accuracy)
+    calibration = None if args.calibrate is None else read_manifest(args.calibrate)
+    for option, given in (("--accuracy", manifest), ("--calibrate", calibration)):
+        if given is not None:
+            with named(option):
+                check_manifest(given)
+    tasks = [read_task(folder) for folder in args.task]
+    require_scikit_learn(tasks)
     source = read_source(args.checkpoint, args.trust)
     encoder = build_encoder(source, args.checkpoint).eval()
-    format = _write(args, encoder, provenance(source, args.checkpoint))
+    origin = provenance(source, args.checkpoint)
+    format, found = _write(args, encoder, origin, Speech(manifest or calibration, tasks, args.max_seconds), calibration)
     print(
-        f"{args.out}: {format} of {encoder.num_parameters():,} parameters in {args.dtype}, "
+        f"{args.out}: {format} of {encoder.num_parameters():,} parameters in {args.precision or args.dtype}, "
         f"{size_of(args.out) / 1e6:.2f} MB, from {source.format}"
     )
+    _report(args, found)
     if encoder.config.pruning_units:
         print(f"its gates ({', '.join(encoder.config.pruning_units)}) went along; skill-shrink cuts them out")
     return 0
@@ -88,36 +117,126 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"OUT: {args.out}; expected a name that ends in {suffix} with --to {args.to}")
     if not suffix and args.out.suffix in SUFFIXES.values() and args.out.suffix:
         raise ValueError(f"OUT: {args.out}; --to {args.to} makes a folder: give a name without {args.out.suffix}")
+    for name in ONNX_ALONE:
+        if getattr(args, name) is not None and args.to != "onnx":
+            raise ValueError(f"--{name}: --to {args.to} has no such choice; leave it out, or write an onnx file")
+    if args.calibrate is not None and args.precision != "int8":
+        raise ValueError(f"--calibrate: {args.calibrate}; expected beside --precision int8")
+    if args.task and args.accuracy is None and args.calibrate is None:
+        raise ValueError("--task: needs --accuracy MANIFEST beside it; add it")
     graph = args.to in ("onnx", "torch")
     if graph and args.dtype != "float32":
-        raise ValueError(f"--dtype: {args.dtype}; --to {args.to} writes float32 only: leave --dtype out")
+        remedy = "use --precision" if args.to == "onnx" else "leave --dtype out"
+        raise ValueError(f"--dtype: {args.dtype}; --to {args.to} takes no --dtype, its weights are float32: {remedy}")
     if args.padding_mask and not graph:
         raise ValueError(f"--padding-mask: --to {args.to} takes padding anyway; leave it out")
     if suffix:
-        check_output(args.out, "OUT", [args.checkpoint])
+        inputs = [path for path in (args.checkpoint, args.accuracy, args.calibrate) if path is not None]
+        check_output(args.out, "OUT", inputs)
+        if args.accuracy is not None or args.calibrate is not None:
+            check_output(_accuracy_file(args), "OUT", inputs)
     else:
         check_folder(args.out, "OUT")
     if graph:
         check_torch()
     if args.to == "onnx":
-        require("--to onnx", *NEEDED)
+        wanted = (args.precision or "fp32") != "fp32" or args.accuracy is not None
+        require("--to onnx", *NEEDED, *["onnxruntime"] * wanted)
 
 
-def _write(args: argparse.Namespace, encoder: SpeechEncoder, origin: Mapping[str, object]) -> str:
-    """Writes OUT; returns what it is, in words."""
+def _write(
+    args: argparse.Namespace,
+    encoder: SpeechEncoder,
+    origin: Mapping[str, object],
+    speech: Speech,
+    calibration: Manifest | None,
+) -> tuple[str, Accuracy | None]:
+    """Writes OUT; returns what it is, in words, and how near to the float32 encoder."""
     if args.to == "onnx":
-        save_onnx(encoder, args.out, origin, args.padding_mask)
-        return f"an ONNX graph (opset {OPSET})"
+        return _write_onnx(args, encoder, origin, speech, calibration)
+    names = output_names(encoder.config.encoder_layers)
     if args.to == "torch":
         save_torch_program(encoder, args.out, origin, args.padding_mask)
-        return "a torch.export program"
+        found = None if speech.manifest is None else speech.measure(encoder, names, run_program(args.out))
+        return "a torch.export program", found
+    notes, found = "", None
+    if speech.manifest is not None:
+        found = speech.measure(encoder, names, run_encoder(rounded(encoder, DTYPES[args.dtype]), names))
+        notes = found.markdown()
     if args.to == "huggingface":
-        return f"a Hugging Face folder ({save_huggingface(encoder, args.out, origin, args.dtype)})"
+        kind = save_huggingface(encoder, args.out, origin, args.dtype, notes)
+        return f"a Hugging Face folder ({kind})", found
     if args.to == "s3prl":
-        save_s3prl(encoder, args.out, origin, args.dtype)
-        return f"an s3prl upstream ({UPSTREAM})"
+        save_s3prl(encoder, args.out, origin, args.dtype, notes)
+        return f"an s3prl upstream ({UPSTREAM})", found
     save_encoder(encoder, args.out, origin, args.dtype)
-    return "an encoder"
+    return "an encoder", found
+
+
+def _write_onnx(
+    args: argparse.Namespace,
+    encoder: SpeechEncoder,
+    origin: Mapping[str, object],
+    speech: Speech,
+    calibration: Manifest | None,
+) -> tuple[str, Accuracy | None]:
+    config = encoder.config
+    layers = _layers(args.layers, config.encoder_layers)
+    samples = None if args.seconds is None else round(args.seconds * config.sample_rate)
+    model = make_onnx(encoder, args.padding_mask, layers, samples)
+    facts: dict[str, object] = {"precision": args.precision or "fp32", "layers": args.layers or "all"}
+    if args.precision == "fp16":
+        model = to_float16(model)
+    elif calibration is not None:
+        heard = sources(calibration, encoder, args.max_seconds, samples)
+        model = to_int8(model, (source.numpy() for source in heard))
+        facts["calibration"] = {"manifest": calibration.source.name, "max_seconds": args.max_seconds}
+    elif args.precision == "int8":
+        model = to_int8(model)
+    names = output_names(config.encoder_layers, layers)
+    describe(model, encoder, origin, **facts)
+    found = None
+    if speech.manifest is not None:
+        found = speech.measure(encoder, names, OnnxEncoder(model.SerializeToString()).states, samples)
+        describe(model, encoder, origin, **facts, accuracy=found.as_dict())
+    write_file(args.out, model.SerializeToString())
+    return f"an ONNX graph (opset {OPSET})", found
+
+
+def _layers(text: str | None, depth: int) -> list[int] | None:
+    """From --layers to what :func:`make_onnx` takes.
+
+    Raises:
+        ValueError: it is neither all, last nor numbers of layers.
+    """
+    if text in (None, "all"):
+        return None
+    if text == "last":
+        return []
+    return layer_numbers(text, depth, "all, last")
+
+
+def _report(args: argparse.Namespace, found: Accuracy | None) -> None:
+    """Prints how near OUT is, writes it beside OUT, and warns above the limit."""
+    if found is None:
+        return
+    itself = "the calibration's own " if args.accuracy is None else ""
+    print(f"beside the float32 encoder, on {itself}{found.about()}:")
+    for rows in filter(None, [found.rows(), found.probe_rows()]):
+        print(aligned(rows))
+    write_json(_accuracy_file(args), found.as_dict())
+    name, worst = found.worst()
+    if worst > args.limit:
+        sys.stdout.flush()
+        print(
+            f"warning: {name} differs by {100 * worst:.2f} %, more than --limit {100 * args.limit:g} %; use fp32, "
+            "or int8 without --calibrate",
+            file=sys.stderr,
+        )
+
+
+def _accuracy_file(args: argparse.Namespace) -> Path:
+    return args.out.with_suffix(".accuracy.json") if SUFFIXES[args.to] else args.out / "accuracy.json"
 
 
 def provenance(source: EncoderSource, path: Path) -> dict[str, object]:
@@ -147,6 +266,19 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="give a graph (onnx, torch) a second input: (batch, samples) bool, true = padding, at each row's end",
     )
+    onnx = parser.add_argument_group("onnx alone")
+    onnx.add_argument("--precision", choices=PRECISIONS, help="of weights and products (default: fp32)")
+    onnx.add_argument("--calibrate", type=Path, metavar="MANIFEST", help="int8: fix ranges from this speech")
+    onnx.add_argument("--layers", metavar="L", help="outputs: all, last, or numbers as in 9,12 (default: all)")
+    length = in_range(float, least=0.025, most=3600)
+    onnx.add_argument("--seconds", type=length, metavar="S", help="fix the input to one utterance of this length")
+    group = parser.add_argument_group("accuracy")
+    group.add_argument("--accuracy", type=Path, metavar="MANIFEST", help="measure OUT beside float32 on this speech")
+    group.add_argument("--task", type=Path, action="append", default=[], metavar="DIR", help="probe both in this task")
+    seconds = in_range(float, above=0, most=10**6)
+    group.add_argument("--max-seconds", type=seconds, default=120.0, metavar="S", help="of a manifest (default: 120)")
+    limit = in_range(float, above=0, most=10)
+    group.add_argument("--limit", type=limit, default=LIMIT, metavar="F", help="warn above it (default: %(default)s)")
     add("--info", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # skill-info, by its older name
     add("--json", action="store_true", help=argparse.SUPPRESS)
     parser.add_trust()

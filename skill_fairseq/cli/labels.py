@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_manifest(target, manifest.root, manifest.paths, manifest.sizes)
         write_lines(target.with_suffix(".wrd"), split)
         write_lines(target.with_suffix(f".{units.labels}"), (" ".join(row) for row in rows))
-        _print_split(manifest, split, rows, units)
+        _print_split(manifest, split, rows, units, args.time_reduction)
     write_units(args.out, units, counts)
     data = shell_quote(f"task.data={args.out.resolve()}")
     print(f"{args.out}: use it with {data} task.labels={units.labels}")
@@ -147,19 +147,21 @@ def _print_text(normalise: Normaliser) -> None:
         print(f"text: replaced by a space: {_listed(normalise.replaced)}")
 
 
-def _print_split(manifest: Manifest, texts: Sequence[str], rows: Sequence[Sequence[str]], units: Units) -> None:
+def _print_split(
+    manifest: Manifest, texts: Sequence[str], rows: Sequence[Sequence[str]], units: Units, time_reduction: int
+) -> None:
     words, count = sum(len(text.split()) for text in texts), sum(map(len, rows))
     print(f"{manifest.source.stem}: {len(texts)} recordings, {words} words, {count} units")
     known = set(units.symbols)
     unknown = Counter(unit for row in rows for unit in row if unit not in known)
     if unknown:
         print(f"  not among the units, fairseq reads them as <unk>: {_listed(unknown)}")
-    short = too_short(manifest.sizes, rows)
+    short = too_short(manifest.sizes, rows, time_reduction)
     if short:
         first = ", ".join(manifest.paths[i] for i in short[:3])
         print(
-            f"  {len(short)} recordings have fewer frames of 20 ms than their units need, so that CTC has no path for "
-            f"them (criterion.zero_infinity=true leaves them out of the loss), the first: {first}"
+            f"  {len(short)} recordings have fewer frames of {20 * time_reduction} ms than their units need, so that "
+            f"CTC has no path for them (criterion.zero_infinity=true leaves them out of the loss), the first: {first}"
         )
 
 
@@ -179,6 +181,14 @@ def _parser() -> argparse.ArgumentParser:
     kind.add_argument("--units-of", type=Path, metavar="FOLDER", help="the units of an earlier OUT")
     size = in_range(int, least=1, most=10_000_000)
     add("--vocabulary-size", type=size, metavar="N", default=1000, help="SentencePiece pieces (default: 1000)")
+    add(
+        "--time-reduction",
+        type=in_range(int, least=1, most=100),
+        metavar="N",
+        default=1,
+        help="frames that the encoder makes one of, its model.time_reduction: recordings with fewer frames than units "
+        "are named (default: 1)",
+    )
     add("--case", choices=["upper", "lower", "keep"], default="upper", help="of the labels (default: upper)")
     add(
         "--characters",

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Dict, Optional
 
 from skill_fairseq import __version__
 from skill_fairseq.checkpoints.export import save_encoder
@@ -22,12 +22,15 @@ from skill_fairseq.pruning.expected import expected_sparsity
 from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.selection import check_reachable
 from skill_fairseq.pruning.shrink import kept_tables, shrink
+from skill_fairseq.pruning.targets import Target, saved_targets
 
 SECONDS = 10.0
+Sizes = Dict[str, Optional[float]]
 EPILOG = """sparsity: the share of the teacher's parameters that goes, or of its MACs, see --cost. By default it is the
-target that stage 1 trained for: units are first kept as each gate rounds, then opened or closed one by one, the least
-certain first, until the size is right. --by-rounding leaves that correction out: the student computes exactly what
-the gated one computes in evaluation, and its size misses the target a little.
+target that stage 1 trained for, of several targets all of them: units are first kept as each gate rounds, then opened
+or closed one by one, the least certain first, until the size is right (with several, no cost above its target).
+--by-rounding leaves that correction out: the student computes exactly what the gated one computes in evaluation, and
+its size misses the target a little.
 
 examples:
   skill-shrink outputs/distill/checkpoint_last.pt shrunk.safetensors
@@ -60,29 +63,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{args.checkpoint}: recognised as {source.format}, but it has no gates: it is a teacher or already "
             "shrunk; give a stage-1 checkpoint, trained with model.pruning_units"
         )
-    cost = saved_cost(source.provenance)
+    saved = saved_targets(source.provenance)
+    cost = saved[0].cost if saved else saved_cost(source.provenance)
     if args.cost not in (None, cost.name) or args.seconds is not None:
         cost = make_cost(args.cost or cost.name, cost_seconds=args.seconds)
-    asked = None if args.by_rounding else _target(args, source, cost)
+    targets = () if args.by_rounding else _targets(args, source, cost, saved)
     gated = build_encoder(source, args.checkpoint).eval()
-    if asked is not None:
-        field = "--sparsity" if args.sparsity is not None else f"{args.checkpoint}: target_sparsity"
-        warning = far_from_gates(gated, asked, field, cost)
-        if warning is not None:
-            print(f"warning: {warning}", file=sys.stderr)
-    small = shrink(gated, asked, cost)
-    sizes = sparsities(gated, small, asked, cost)
+    field = "--sparsity" if args.sparsity is not None else f"{args.checkpoint}: target_sparsity"
+    warning = far_from_gates(gated, targets, field)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
+    small = shrink(gated, targets or None)
+    costs = [each.cost for each in targets] or [cost]
+    asked = dict(targets)
+    sizes = {each: sparsities(gated, small, asked.get(each), each) for each in costs}
     print(f"{args.checkpoint}: {source.format}, gates on {', '.join(gated.config.pruning_units)}\n")
-    print(describe(gated, small, sizes, cost))
+    print(describe(gated, small, sizes))
     if not args.table_only:
-        save_encoder(small, args.out, provenance(source, args.checkpoint, sizes, cost))
+        save_encoder(small, args.out, provenance(source, args.checkpoint, sizes))
         print(f"\nwrote {args.out}, {args.out.stat().st_size / 1e6:.2f} MB")
     return 0
 
 
-def sparsities(
-    gated: SpeechEncoder, small: SpeechEncoder, asked: float | None, cost: Cost = PARAMETERS
-) -> dict[str, float | None]:
+def sparsities(gated: SpeechEncoder, small: SpeechEncoder, asked: float | None, cost: Cost = PARAMETERS) -> Sizes:
     """Fraction of the original cost that is gone: as asked for (None: by rounding), as the gates expect, and as it
     has become."""
     return {
@@ -92,24 +95,28 @@ def sparsities(
     }
 
 
-def provenance(
-    source: EncoderSource, path: Path, sizes: dict[str, float | None], cost: Cost = PARAMETERS
-) -> dict[str, Any]:
-    """Where a shrunk encoder comes from: its file's name and hash, what that says of itself, and sparsities."""
+def provenance(source: EncoderSource, path: Path, sizes: dict[Cost, Sizes]) -> dict[str, Any]:
+    """Where a shrunk encoder comes from: its file's name and hash, what that says of itself, and sparsities: of several
+    costs each by its name."""
+    first, *others = sizes
+    shown: Any = sizes[first]
+    if others:
+        shown = {what: {cost.name: found[what] for cost, found in sizes.items()} for what in sizes[first]}
+    kept = dict(source.provenance)
+    if list(sizes) != [target.cost for target in saved_targets(kept)] and first != saved_cost(kept):
+        kept.pop("target", None)
+        kept.update(first.settings())
     return {
-        **source.provenance,
-        **({} if cost == saved_cost(source.provenance) else cost.settings()),
+        **kept,
         "source": printable(path.resolve().name),
         "source_format": source.format,
         "source_sha256": sha256(path),
-        "sparsity": sizes,
+        "sparsity": shown,
         "exported_by": f"skill_fairseq {__version__}",
     }
 
 
-def describe(
-    gated: SpeechEncoder, small: SpeechEncoder, sizes: dict[str, float | None], cost: Cost = PARAMETERS
-) -> str:
+def describe(gated: SpeechEncoder, small: SpeechEncoder, sizes: dict[Cost, Sizes]) -> str:
     """The tables: units kept a layer, costs before and after, sparsity."""
     costs = [["", "before", "after", "left"]]
     for name, before, after in (
@@ -118,25 +125,29 @@ def describe(
     ):
         costs.append([name, f"{before:,}", f"{after:,}", f"{after / before:.2%}"])
 
-    sparsity = [[f"sparsity of {cost.original(gated.config):,} {cost}", ""]]
-    for name, value in sizes.items():
-        sparsity.append([f"  {name}", "by rounding" if value is None else f"{value:.4f}"])
-    return "\n\n".join(aligned(table) for table in (*kept_tables(small.config).values(), costs, sparsity))
+    tables = [*kept_tables(small.config).values(), costs]
+    for cost, found in sizes.items():
+        rows = [[f"  {name}", "by rounding" if value is None else f"{value:.4f}"] for name, value in found.items()]
+        tables.append([[f"sparsity of {cost.original(gated.config):,} {cost}", ""], *rows])
+    return "\n\n".join(aligned(table) for table in tables)
 
 
-def _target(args: argparse.Namespace, source: EncoderSource, cost: Cost) -> float:
-    """The sparsity to shrink to: the option's, or what the checkpoint was trained for."""
+def _targets(
+    args: argparse.Namespace, source: EncoderSource, cost: Cost, saved: Sequence[Target]
+) -> tuple[Target, ...]:
+    """What to shrink to: the option's sparsity, or what the checkpoint was trained for."""
     if args.sparsity is not None:
-        check_reachable(source.config, args.sparsity, "--sparsity", cost)
-        return args.sparsity
-    target = source.provenance.get("target_sparsity") if cost == saved_cost(source.provenance) else None
-    if target is None:
-        raise ValueError(
-            f"{args.checkpoint}: was trained without criterion.target_sparsity of {cost}; say how much is to go, "
-            "--sparsity 0.75 for example, or give --by-rounding"
-        )
-    check_reachable(source.config, target, f"{args.checkpoint}: target_sparsity", cost)
-    return target
+        found, field = [Target(cost, args.sparsity)], "--sparsity"
+    else:
+        found, field = list(saved), f"{args.checkpoint}: target_sparsity"
+        if not saved or cost != saved[0].cost:
+            raise ValueError(
+                f"{args.checkpoint}: was trained without criterion.target_sparsity of {cost}; say how much is to go, "
+                "--sparsity 0.75 for example, or give --by-rounding"
+            )
+    for target in found:
+        check_reachable(source.config, target.sparsity, field, target.cost)
+    return tuple(found)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,12 +4,12 @@ import dataclasses
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
 from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
-from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
@@ -20,11 +20,16 @@ from skill_fairseq.files import named
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.taps import Tap, deepest
 from skill_fairseq.objectives.objective import OBJECTIVES, Objective
-from skill_fairseq.pruning.costs import make_cost
+from skill_fairseq.pruning.costs import PARAMETERS, make_cost
+from skill_fairseq.pruning.exact import ExactConstraint
 from skill_fairseq.pruning.lagrangian import CostConstraint, updates_of
 from skill_fairseq.pruning.selection import check_reachable
+from skill_fairseq.pruning.targets import SCHEDULES, Constraint, Target, read_targets
 
 logger = logging.getLogger(__name__)
+
+CONSTRAINTS: Dict[str, Type[Constraint]] = {"lagrangian": CostConstraint, "exact": ExactConstraint}
+"""How gates are brought to their target, by name."""
 
 
 @dataclass
@@ -33,6 +38,13 @@ class SizeConstraintConfig(FairseqDataclass):
 
     init_from: Optional[str] = field(
         default=None, metadata={"help": "checkpoint whose projections and heads to start from, for stage 2"}
+    )
+    target: Optional[Any] = field(
+        default=None,
+        metadata={
+            "help": "what is to be left of costs, {macs: 0.25} or {parameters: 0.25, macs: 0.2, seconds: 10}: all are "
+            "met; in place of target_sparsity, which says what goes of one cost"
+        },
     )
     target_sparsity: Optional[float] = field(
         default=None, metadata={"help": "fraction of the cost to prune, in [0, 1); null: no constraint"}
@@ -43,6 +55,13 @@ class SizeConstraintConfig(FairseqDataclass):
     )
     sparsity_warmup: float = field(
         default=5000, metadata={"help": "updates over which the target rises from 0, or a fraction of all, such as 0.1"}
+    )
+    sparsity_schedule: ChoiceEnum(list(SCHEDULES)) = field(  # type: ignore[valid-type]
+        default="linear", metadata={"help": "how the target rises; exponential: by equal factors of what is left"}
+    )
+    constraint: ChoiceEnum(list(CONSTRAINTS)) = field(  # type: ignore[valid-type]
+        default="lagrangian",
+        metadata={"help": "lagrangian: multipliers drive to the target; exact: a shift of all gates keeps them there"},
     )
     max_update: int = field(
         default=II("optimization.max_update"), metadata={"help": "what a fraction in sparsity_warmup refers to"}
@@ -60,6 +79,10 @@ class DistillationConfig(SizeConstraintConfig):
             "before what is logged and in the names of its parameters"
         },
     )
+
+
+OF = "/of"
+"""After the name of a sum that is logged: the name of the count by which it is divided."""
 
 
 class Term(NamedTuple):
@@ -104,7 +127,8 @@ class DistillationCriterion(FairseqCriterion):
     def __init__(self, cfg: Any, task: Any) -> None:
         super().__init__(task)
         self.cfg = cfg
-        student, teachers = task.student_config, [teacher.config for teacher in task.teachers]
+        student = task.student_config
+        teachers = [teacher.config for teacher in task.teachers] if self.needs_teacher() else []
         self.terms = self.build_terms(student, teachers)
         self.student_taps = list(dict.fromkeys(tap for term in self.terms for tap in term.objective.student_taps))
         self.teacher_taps = list(dict.fromkeys(tap for term in self.terms for tap in term.objective.teacher_taps))
@@ -133,32 +157,20 @@ class DistillationCriterion(FairseqCriterion):
             logger.warning(self._unsupervised(student.encoder_layers))
         if cfg.init_from:
             self._init_objectives(cfg.init_from)
-        self.constraint: Optional[CostConstraint] = None
-        if cfg.target_sparsity is not None:
-            if not student.pruning_units:
-                raise ValueError(
-                    f"criterion.target_sparsity: {cfg.target_sparsity}, but the student has no gates; set "
-                    "model.pruning_units, or leave the target out for stage 2"
-                )
-            try:
-                cost = make_cost(cfg.cost, cost_seconds=cfg.cost_seconds)
-            except ValueError as error:
-                raise ValueError(f"criterion.{error}") from error
-            check_reachable(student, cfg.target_sparsity, "criterion.target_sparsity", cost)
-            total = cfg.max_update if 0 < cfg.sparsity_warmup < 1 else 0
-            warmup = updates_of(cfg.sparsity_warmup, total, "criterion.sparsity_warmup")
-            self.constraint = CostConstraint(cfg.target_sparsity, warmup, cost)
-        elif student.pruning_units:
-            raise ValueError(
-                f"criterion.target_sparsity: null, but the student has gates on {student.pruning_units}, which nothing "
-                "would close; set it, for example to 0.75, or leave model.pruning_units empty"
-            )
+        self.constraint = self.build_constraint(student)
         self.student_config = student
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> "DistillationCriterion":
         """Called by fairseq."""
         return cls(cfg, task)
+
+    def needs_teacher(self) -> bool:
+        """Whether an objective does; those that learn from labels alone do not."""
+        given = plain(self.cfg.objectives)
+        entries = list(given.values()) if isinstance(given, dict) else []
+        kinds = [entry.get("_name") for entry in entries if isinstance(entry, dict)]
+        return not kinds or not all(kind in OBJECTIVES and _learns_from_labels(kind) for kind in kinds)
 
     def build_terms(self, student: EncoderConfig, teachers: Sequence[EncoderConfig]) -> List[Term]:
         """The objectives that ``cfg.objectives`` names.
@@ -178,12 +190,53 @@ class DistillationCriterion(FairseqCriterion):
             if not str(name).isidentifier() or hasattr(self.objectives, name):
                 raise ValueError(f"{field}: cannot be a name; take another one of letters, digits and _")
             kind, weight, cfg = _read_objective(given[name], field)
-            objective = OBJECTIVES[kind][0](cfg, student, teachers, field)
+            labels = {"targets": self.task.targets} if _learns_from_labels(kind) else {}
+            objective = OBJECTIVES[kind][0](cfg, student, teachers, field, **labels)
             self.objectives[name] = objective
             with open_dict(given):
                 given[name] = {"_name": kind, "weight": weight, **plain(cfg)}
             terms.append(Term(objective, weight, cfg, f"objectives.{name}", field, f"{name}_"))
         return terms
+
+    def build_constraint(self, student: EncoderConfig) -> Optional[Constraint]:
+        """The size constraint that the config asks for, None without a target.
+
+        Raises:
+            ValueError: there is no target for gates, or no gates for a target, or it is out of reach; names the field.
+        """
+        cfg = self.cfg
+        name = "target_sparsity" if cfg.target is None else "target"
+        field, asked = f"criterion.{name}", plain(cfg[name])
+        if asked is None:
+            if student.pruning_units:
+                raise ValueError(
+                    f"criterion.target_sparsity: null, but the student has gates on {student.pruning_units}, which "
+                    "nothing would close; set it, for example to 0.75, or leave model.pruning_units empty"
+                )
+            return None
+        if not student.pruning_units:
+            raise ValueError(
+                f"{field}: {asked}, but the student has no gates; set model.pruning_units, or leave the target out for "
+                "stage 2"
+            )
+        if name == "target":
+            for other, unset in (("target_sparsity", None), ("cost", PARAMETERS.name), ("cost_seconds", None)):
+                if cfg[other] != unset:
+                    raise ValueError(
+                        f"criterion.{other}: {cfg[other]} stands beside criterion.target={asked}, which says it in "
+                        f"another way; set criterion.{other}={'null' if unset is None else unset}"
+                    )
+            targets = read_targets(asked, field)
+        else:
+            try:
+                targets = (Target(make_cost(cfg.cost, cost_seconds=cfg.cost_seconds), cfg.target_sparsity),)
+            except ValueError as error:
+                raise ValueError(f"criterion.{error}") from error
+        for target in targets:
+            check_reachable(student, target.sparsity, field, target.cost)
+        total = cfg.max_update if 0 < cfg.sparsity_warmup < 1 else 0
+        warmup = updates_of(cfg.sparsity_warmup, total, "criterion.sparsity_warmup")
+        return CONSTRAINTS[str(cfg.constraint)](targets, warmup, schedule=str(cfg.sparsity_schedule))
 
     def chosen(self) -> Dict[str, Any]:
         """What the objectives chose themselves, fields of the criterion's config, to be saved with it."""
@@ -194,7 +247,7 @@ class DistillationCriterion(FairseqCriterion):
         last = deepest(self.student_taps)
         above = f"layer {layers}" if last + 1 == layers else f"layers {last + 1} to {layers}"
         fate = "they stay as they are"
-        if self.cfg.target_sparsity is not None:
+        if self.cfg.target_sparsity is not None or self.cfg.target is not None:
             fate = "only the size constraint moves their gates, and it closes them first"
         return (
             f"{self.unsupervised}: nothing supervises the student's {above}: they are not computed, no loss reaches "
@@ -265,25 +318,28 @@ class DistillationCriterion(FairseqCriterion):
         out = model(**net_input, draw=draw, taps=self.student_taps, masked=masked)
         student: Dict[Tap, Tensor] = dict(zip(self.student_taps, out["taps"]))
         mask = out["padding_mask"]
-        losses, values = [], {}
+        losses: List[Tensor] = []
+        values: Dict[str, Tensor] = {}
+        ratios: Dict[str, Tensor] = {}
         for term in self.terms:
             asked = term.objective.student_taps, term.objective.teacher_taps
             found = ([side[tap] for tap in taps] for side, taps in zip((student, teacher), asked))
             loss, terms = term.objective(*found, mask, sample)
             losses.append(term.weight * loss)
-            values.update({f"{term.prefix}{name}": value for name, value in terms.items()})
+            for name, value in terms.items():
+                (ratios if value.dim() else values)[f"{term.prefix}{name}"] = value
             if term.prefix:
                 values[f"{term.prefix}loss"] = loss
         loss = distillation = torch.stack(losses).sum()
         values = {"distillation_loss": distillation, **values}
         if self.constraint is not None:
-            expected = self.constraint.cost.sparsity(self.student_config, out["expected_widths"])
-            update = self.task.num_updates
+            targets, update = self.constraint.targets, self.task.num_updates
+            expected = [each.cost.sparsity(self.student_config, out["expected_widths"]) for each in targets]
             if self.training:
                 loss = loss + self.constraint(expected, update)
-            values["expected_sparsity"] = expected
-            values["lambda1"] = self.constraint.lambda1
-            values["lambda2"] = self.constraint.lambda2
+            ends = [f"_{each.cost.name}" if len(targets) > 1 else "" for each in targets]
+            values.update({f"expected_sparsity{end}": sparsity for end, sparsity in zip(ends, expected)})
+            values.update(self.constraint.named_parameters())
         # A tensor on every rank, padded or not: fairseq sums tensors and numbers over ranks apart.
         samples = source.new_full((), source.numel(), dtype=torch.float64)
         if padding is not None:
@@ -297,8 +353,11 @@ class DistillationCriterion(FairseqCriterion):
         log: Dict[str, Any] = dict(
             zip(values, (torch.stack([v.detach().float() for v in values.values()]).double() * count).unbind())
         )
+        for name, pair in ratios.items():
+            log[name], log[f"{name}{OF}"] = pair.detach().double().unbind()
         if self.constraint is not None:
-            log["target_sparsity"] = self.constraint.target_at(update) * count
+            for end, sparsity in zip(ends, self.constraint.targets_at(update)):
+                log[f"target_sparsity{end}"] = sparsity * count
         log.update(
             frames=count,
             nsentences=source.size(0),
@@ -311,13 +370,17 @@ class DistillationCriterion(FairseqCriterion):
 
     @staticmethod
     def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
-        """Means over all frames; audio per second of training."""
+        """Means over all frames, and quotients of sums; audio per second of training."""
         frames = sum(log.get("frames", 0) for log in logging_outputs)
         if not frames:
             return
         counted = {"frames", "nsentences", "ntokens", "audio_seconds"}
         for name in logging_outputs[0]:
-            if name not in counted:
+            if f"{name}{OF}" in logging_outputs[0]:
+                above, below = (sum(float(log.get(key, 0)) for log in logging_outputs) for key in (name, f"{name}{OF}"))
+                if below:
+                    metrics.log_scalar(name, above / below, below, round=4)
+            elif name not in counted and not name.endswith(OF):
                 mean = sum(log.get(name, 0.0) for log in logging_outputs) / frames
                 metrics.log_scalar(name, mean, frames, round=4)
         metrics.log_speed("audio_s_per_s", sum(log.get("audio_seconds", 0.0) for log in logging_outputs), round=1)
@@ -326,6 +389,10 @@ class DistillationCriterion(FairseqCriterion):
     def logging_outputs_can_be_summed() -> bool:
         """Yes: every value is a number or a scalar tensor."""
         return True
+
+
+def _learns_from_labels(kind: str) -> bool:
+    return bool(getattr(OBJECTIVES[kind][0], "supervised", False))
 
 
 def _read_objective(given: Any, field: str) -> Tuple[str, float, Any]:

@@ -33,6 +33,10 @@ class SkillGroupKDCriterion(DistillationCriterion):
 
     unsupervised = "criterion.groups"
 
+    def needs_teacher(self) -> bool:
+        """It does."""
+        return True
+
     def build_terms(self, student: EncoderConfig, teachers: Sequence[EncoderConfig]) -> List[Term]:
         """The one term; its values are logged under their own names."""
         self.projections = GroupMeans(self.cfg, student, teachers)

@@ -75,7 +75,9 @@ def _describe_graph(path: Path) -> Description | None:
     provenance = info.get("provenance", {})
     if not isinstance(provenance, dict):
         raise ValueError(f"{path}: its provenance is {type(provenance).__name__}; expected named fields")
-    return Description(format, ["float32"], config, provenance)
+    precision = info.get("precision", "fp32")
+    types = {"fp16": ["float16"], "int8": ["float32", "int8"]}.get(precision, ["float32"])
+    return Description(format, types, config, provenance)
 
 
 def as_dict(found: Description) -> dict[str, Any]:

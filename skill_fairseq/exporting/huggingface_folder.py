@@ -44,7 +44,11 @@ with torch.no_grad():
 
 
 def save_huggingface(
-    encoder: SpeechEncoder, folder: PathLike, provenance: Optional[Mapping[str, Any]] = None, dtype: str = "float32"
+    encoder: SpeechEncoder,
+    folder: PathLike,
+    provenance: Optional[Mapping[str, Any]] = None,
+    dtype: str = "float32",
+    notes: str = "",
 ) -> str:
     """Writes config, weights, feature extractor and model card; for a pruned encoder its code too.
 
@@ -59,6 +63,7 @@ def save_huggingface(
         folder: to be made.
         provenance: where the encoder comes from; goes into the model card and into config.json.
         dtype: type of the weights in the file, "float32", "float16" or "bfloat16".
+        notes: Markdown that ends the model card.
 
     Returns:
         name of the model's class.
@@ -91,9 +96,8 @@ def save_huggingface(
         _write_json(temporary / "config.json", config)
         _write_json(temporary / "preprocessor_config.json", _feature_extractor(encoder))
         (temporary / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
-        (temporary / "README.md").write_text(
-            model_card(encoder, provenance, usage, "transformers", () if kind is None else (kind,)), encoding="utf-8"
-        )
+        card = model_card(encoder, provenance, usage, "transformers", () if kind is None else (kind,), notes)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         for name, text in code.items():
             (temporary / name).write_text(text, encoding="utf-8")
     return "SkillModel" if kind is None else CLASSES[kind]

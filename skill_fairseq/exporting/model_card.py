@@ -25,7 +25,12 @@ PROVENANCE = {
 
 
 def model_card(
-    encoder: SpeechEncoder, provenance: Mapping[str, Any], usage: str, library: str, tags: tuple[str, ...] = ()
+    encoder: SpeechEncoder,
+    provenance: Mapping[str, Any],
+    usage: str,
+    library: str,
+    tags: tuple[str, ...] = (),
+    notes: str = "",
 ) -> str:
     """Markdown with the header that the Hugging Face hub reads.
 
@@ -35,6 +40,7 @@ def model_card(
         usage: Python code that loads the model.
         library: what loads it, "transformers" or "s3prl".
         tags: further words for the hub's index.
+        notes: Markdown that ends the card.
     """
     header = [
         "---",
@@ -64,7 +70,7 @@ def model_card(
         *(f"| {name} | {_cell(value)} |" for name, value in facts(encoder, provenance)),
         "",
     ]
-    return "\n".join([*header, "", *body])
+    return "\n".join([*header, "", *body, *filter(None, [notes])])
 
 
 def facts(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

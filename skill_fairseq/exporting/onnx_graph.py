@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -23,55 +24,125 @@ OPSET = 18
 """Version of ONNX's operators: the one that torch.onnx writes natively; onnxruntime reads it since 1.14."""
 
 
-def save_onnx(
-    encoder: SpeechEncoder, path: PathLike, provenance: Optional[Mapping[str, Any]] = None, padding_mask: bool = False
-) -> None:
-    """Writes one ONNX file of operator set :data:`OPSET`, weights included.
+def make_onnx(
+    encoder: SpeechEncoder,
+    padding_mask: bool = False,
+    layers: Optional[Sequence[int]] = None,
+    samples: Optional[int] = None,
+) -> Any:
+    """An ONNX model of operator set :data:`OPSET` in float32, in a form whose GELU, LayerNorm and matrix products
+    onnxruntime fuses, and whose weights are constants, so that its quantisers take it.
 
-    Input ``source`` (batch, samples) float32. Outputs ``x`` (batch, frames, D) and ``hidden_state_0`` to
-    ``hidden_state_L`` of the same shape. Batch size and length are free, from one frame (400 samples) on. onnxruntime's
-    ``quantize_dynamic`` takes the file as it is; its ``quant_pre_process`` wants ``auto_merge=True``, as it cannot tell
-    that two formulas for the number of frames are one.
+    Input ``source`` (batch, samples) float32, normalised where the encoder asks for it. Outputs ``x`` (batch, frames,
+    D) and ``hidden_state_0`` to ``hidden_state_L`` of the same shape. Batch size and length are free, from one frame
+    (400 samples) on. onnxruntime's ``quant_pre_process`` wants ``auto_merge=True``, as it cannot tell that two formulas
+    for the number of frames are one. Nodes are named after the encoder's modules.
 
     Args:
         encoder: without gates.
-        path: the file to write, ending in ``.onnx``.
-        provenance: where the encoder comes from; kept in the file.
         padding_mask: add the input ``padding_mask`` (batch, samples) bool, True = padding, and the output
             ``frame_padding_mask`` (batch, frames) bool.
+        layers: put out the ``hidden_state`` of these layers alone, and compute nothing beyond them; empty: ``x``
+            alone; None: all and ``x``.
+        samples: fix the input to (1, samples); None: batch size and length stay free.
+
+    Returns:
+        an ``onnx.ModelProto``.
 
     Raises:
-        ValueError: torch is too old, a package is missing, the encoder has gates or is beyond ONNX's 2 GB.
+        ValueError: torch is too old, a package is missing, the encoder has gates or is beyond ONNX's 2 GB, or the
+            samples are too few for a frame.
     """
-    program = record(encoder, padding_mask)
-    onnx = _import_onnx()
+    program = record(encoder, padding_mask, layers, samples)
+    onnx = import_onnx()
     size = 4 * sum(parameter.numel() for parameter in encoder.parameters())
     if size > 1.9e9:
         raise ValueError(f"the encoder has {size / 1e9:.1f} GB of weights; an ONNX file holds less than 2 GB")
     inputs = ["source", "padding_mask"][: 1 + padding_mask]
-    states = [f"hidden_state_{i}" for i in range(encoder.config.encoder_layers + 1)]
-    outputs = ["x", *states, "frame_padding_mask"][: len(states) + 1 + padding_mask]
+    outputs = output_names(encoder.config.encoder_layers, layers) + ["frame_padding_mask"] * padding_mask
     with _quietly():
         made = torch.onnx.export(
             program, (), input_names=inputs, output_names=outputs, opset_version=OPSET, dynamo=True, verbose=False
         )
     assert made is not None  # it is with dynamo=False alone
     model = made.model_proto
-    _name_sizes(model.graph.input, ("batch", "samples"))
-    _name_sizes(model.graph.output, ("batch", "frames"))
+    if samples is None:
+        _name_sizes(model.graph.input, ("batch", "samples"))
+        _name_sizes(model.graph.output, ("batch", "frames"))
     model.graph.ClearField("value_info")  # it repeats the old names of these sizes
+    _name_nodes(model)
     _forget_sources(model)
-    onnx.helper.set_model_props(
+    arrange_gelu(model)
+    onnx.checker.check_model(model)
+    return model
+
+
+def output_names(depth: int, layers: Optional[Sequence[int]] = None) -> list[str]:
+    """Names of a graph's outputs but the mask, in order; see :func:`make_onnx`."""
+    states = [f"hidden_state_{i}" for i in (range(depth + 1) if layers is None else layers)]
+    return states if layers else ["x", *states]
+
+
+def describe(model: Any, encoder: SpeechEncoder, provenance: Mapping[str, Any], **facts: Any) -> None:
+    """Gives a model its properties.
+
+    Args:
+        model: of :func:`make_onnx`, or what was made of it; changed in place.
+        encoder: for shape and sample rate.
+        provenance: where the encoder comes from.
+        facts: of this file, see :func:`skill_fairseq.exporting.traceable.describe_graph`.
+    """
+    import_onnx().helper.set_model_props(
         model,
         {
-            INFO_NAME: describe_graph(encoder, provenance or {}),
+            INFO_NAME: describe_graph(encoder, provenance, opset=OPSET, **facts),
             "sample_rate": str(encoder.config.sample_rate),
             "normalize": str(encoder.normalize).lower(),
             "downsampling": str(encoder.config.downsampling),
         },
     )
-    onnx.checker.check_model(model)
+
+
+def save_onnx(
+    encoder: SpeechEncoder, path: PathLike, provenance: Optional[Mapping[str, Any]] = None, padding_mask: bool = False
+) -> None:
+    """Writes the float32 graph of :func:`make_onnx` into one file.
+
+    Args:
+        encoder: without gates.
+        path: the file to write, ending in ``.onnx``.
+        provenance: where the encoder comes from; kept in the file.
+        padding_mask: see :func:`make_onnx`.
+
+    Raises:
+        ValueError: as :func:`make_onnx`.
+    """
+    model = make_onnx(encoder, padding_mask)
+    describe(model, encoder, provenance or {})
     write_file(path, model.SerializeToString())
+
+
+def arrange_gelu(model: Any) -> int:
+    """Brings x * (0.5 * (1 + erf)), as torch.onnx writes GELU, to (x * (1 + erf)) * 0.5, which onnxruntime fuses.
+
+    Returns:
+        how many there were.
+    """
+    onnx = import_onnx()
+    halves = {i.name for i in model.graph.initializer if not i.dims and onnx.numpy_helper.to_array(i) == 0.5}
+    made = {output: node for node in model.graph.node for output in node.output}
+    number = 0
+    for outer in model.graph.node:
+        inner = made.get(outer.input[1]) if outer.op_type == "Mul" else None
+        if inner is None or inner.op_type != "Mul" or inner.input[0] not in halves:
+            continue
+        half, erf = inner.input
+        if made[erf].op_type != "Add" or made[made[erf].input[0]].op_type != "Erf":
+            continue
+        inner.input[:] = [outer.input[0], erf]
+        outer.input[:] = [inner.output[0], half]
+        number += 1
+    return number
 
 
 def read_onnx_info(path: Path) -> tuple[str, int] | None:
@@ -80,7 +151,7 @@ def read_onnx_info(path: Path) -> tuple[str, int] | None:
     Raises:
         ValueError: the package onnx is missing.
     """
-    onnx = _import_onnx()
+    onnx = import_onnx()
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception:  # protobuf has its own kinds of errors, by version
@@ -88,6 +159,14 @@ def read_onnx_info(path: Path) -> tuple[str, int] | None:
     found = {entry.key: entry.value for entry in model.metadata_props}
     versions = [entry.version for entry in model.opset_import if not entry.domain]
     return (found[INFO_NAME], versions[0]) if INFO_NAME in found and versions else None
+
+
+def _name_nodes(model: Any) -> None:
+    """Nodes get the names of the modules that they compute, and a number."""
+    for number, node in enumerate(model.graph.node):
+        scopes = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "[]")
+        modules = [scope for scope in ast.literal_eval(scopes) if scope.startswith("encoder.")]
+        node.name = f"{modules[-1].removeprefix('encoder.') if modules else 'encoder'}/{node.op_type}_{number}"
 
 
 def _forget_sources(model: Any) -> None:
@@ -120,7 +199,12 @@ def _quietly() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _import_onnx() -> Any:
+def import_onnx() -> Any:
+    """The package onnx.
+
+    Raises:
+        ValueError: it is missing, or what torch needs beside it.
+    """
     require("ONNX", *NEEDED)
     import onnx
 

@@ -56,7 +56,11 @@ states = upstream([wave])["hidden_states"]  # wave: (N,) floats; states: (1, T, 
 
 
 def save_s3prl(
-    encoder: SpeechEncoder, folder: PathLike, provenance: Optional[Mapping[str, Any]] = None, dtype: str = "float32"
+    encoder: SpeechEncoder,
+    folder: PathLike,
+    provenance: Optional[Mapping[str, Any]] = None,
+    dtype: str = "float32",
+    notes: str = "",
 ) -> None:
     """Writes a folder that s3prl runs without being edited, and without this package.
 
@@ -70,6 +74,7 @@ def save_s3prl(
         folder: to be made.
         provenance: where the encoder comes from; kept in the weights' file and in the model card.
         dtype: type of the weights in the file, "float32", "float16" or "bfloat16".
+        notes: Markdown that ends the model card.
 
     Raises:
         ValueError: the dtype is unknown, a weight is beyond its range, or the encoder is not for s3prl's 16 kHz.
@@ -82,7 +87,7 @@ def save_s3prl(
         )
     with atomic_folder(folder) as temporary:
         save_encoder(encoder, temporary / "model.safetensors", provenance, dtype)
-        card = model_card(encoder, provenance or {}, USAGE, "s3prl")
+        card = model_card(encoder, provenance or {}, USAGE, "s3prl", notes=notes)
         files = {
             "expert.py": EXPERT,
             "hubconf.py": HUBCONF,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from torch import Tensor
 
 from skill_fairseq.checkpoints.plain_files import MAX_JSON
 from skill_fairseq.exporting.traceable import INFO_NAME, describe_graph, record
@@ -39,6 +40,19 @@ def save_torch_program(
     content = io.BytesIO()  # torch's own writer to files says of a full disk that "a file write failed"
     torch.export.save(program, content, extra_files={INFO_NAME: describe_graph(encoder, provenance or {})})
     write_file(path, content.getbuffer())
+
+
+def run_program(path: PathLike) -> Callable[[Tensor], dict[str, Tensor]]:
+    """A program of :func:`save_torch_program`, to run without padding by the names of an ONNX graph's outputs."""
+    program = torch.export.load(str(path))
+    module, masked = program.module(), len(program.graph_signature.user_inputs) > 1
+
+    def run(source: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            found = module(source, *[torch.zeros_like(source, dtype=torch.bool)] * masked)
+        return {"x": found["x"], **{f"hidden_state_{i}": state for i, state in enumerate(found["hidden_states"])}}
+
+    return run
 
 
 def read_program_info(path: Path) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from skill_fairseq.modules.conv_stack import ConvStack
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.positional_conv import PositionalConv
+from skill_fairseq.modules.relative_position import RelativePosition
 
 NEEDED_TORCH = (2, 6)
 """The oldest torch whose torch.export and torch.onnx take dimensions of unknown size in the form used here."""
@@ -59,7 +60,7 @@ class StepwiseConvStack(nn.Module):
         self.register_buffer("scale", stack.scale)
         self.scale: Tensor
 
-    def forward(self, source: Tensor, draw: None = None) -> tuple[Tensor, None]:
+    def forward(self, source: Tensor, draw: None = None, statistics: None = None) -> tuple[Tensor, None]:
         """(B, N) samples to (B, T, C) frames; and no gates."""
         x = source.unsqueeze(1)
         for layer in self.layers:
@@ -72,49 +73,69 @@ class StepwiseConvStack(nn.Module):
         return x.transpose(1, 2) * self.scale, None
 
 
-def attend_by_index(
+class PositionMatrix(nn.Module):
+    """Position bias for every pair of frames, made once for all layers: gathering is slow.
+
+    Args:
+        position: shares its weights.
+    """
+
+    def __init__(self, position: RelativePosition) -> None:
+        super().__init__()
+        self.position = position
+
+    def forward(self, num_frames: int) -> Tensor:
+        """(H, T, T) bias, [h, i, j] of query i and key j."""
+        frames = torch.arange(num_frames, device=self.position.weight.device)
+        entries = frames[:, None] + (num_frames - 1 - frames)
+        return self.position(num_frames).index_select(1, entries.flatten()).unflatten(1, (num_frames, num_frames))
+
+
+def attend_by_matrix(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     factor: Optional[Tensor],
-    by_offset: Optional[Tensor],
+    bias: Optional[Tensor],
     padding_mask: Optional[Tensor],
     dropout: float,
 ) -> Tensor:
-    """:func:`skill_fairseq.modules.attention_core.attend` for graphs of any length: no loop, no view of offsets."""
-    return attend_by_index_with_maps(q, k, v, factor, by_offset, padding_mask, dropout)[0]
+    """:func:`skill_fairseq.modules.attention_core.attend` for graphs of any length, with :class:`PositionMatrix`."""
+    return attend_by_matrix_with_maps(q, k, v, factor, bias, padding_mask, dropout)[0]
 
 
-def attend_by_index_with_maps(
+def attend_by_matrix_with_maps(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     factor: Optional[Tensor],
-    by_offset: Optional[Tensor],
+    bias: Optional[Tensor],
     padding_mask: Optional[Tensor],
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """The same, and the (B, h, T, T) maps."""
     scores = q @ k.transpose(2, 3) * q.size(3) ** -0.5
-    if factor is not None and by_offset is not None:
-        frames = torch.arange(q.size(2), device=q.device)
-        scores = scores + factor * by_offset[:, frames[:, None] + (q.size(2) - 1 - frames)]
+    if factor is not None and bias is not None:
+        scores = scores + factor * bias
     if padding_mask is not None:
         scores = scores.masked_fill(padding_mask[:, None, None, :], torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1)
     return (weights @ v).transpose(1, 2), weights
 
 
-class AllStates(nn.Module):
+class States(nn.Module):
     """The encoder with tensors in and a dictionary of tensors out, as graphs want it.
 
     Args:
         encoder: without gates.
+        layers: whose states are put out; None: all of them, and the output ``x``. Without ``x`` nothing runs beyond
+            the deepest; an empty list means ``x`` alone.
     """
 
-    def __init__(self, encoder: SpeechEncoder) -> None:
+    def __init__(self, encoder: SpeechEncoder, layers: Optional[Sequence[int]] = None) -> None:
         super().__init__()
         self.encoder = encoder
+        self.layers = layers
 
     def forward(self, source: Tensor, padding_mask: Optional[Tensor] = None) -> dict[str, Any]:
         """Encodes a batch.
@@ -124,10 +145,13 @@ class AllStates(nn.Module):
             padding_mask: (B, N) bool, True = padding, at the end of each row; or None.
 
         Returns:
-            ``x`` (B, T, D); ``hidden_states``, L + 1 tensors (B, T, D); with a mask, ``padding_mask`` (B, T) bool.
+            ``x`` (B, T, D) where it is asked for; ``hidden_states``, a tensor (B, T, D) for each layer asked for; with
+            a mask, ``padding_mask`` (B, T) bool.
         """
-        out = self.encoder(source, padding_mask)
-        found = {"x": out.x, "hidden_states": list(out.hidden_states)}
+        out = self.encoder(source, padding_mask, last_layer=max(self.layers) if self.layers else None)
+        found: dict[str, Any] = {} if self.layers else {"x": out.x}
+        every = range(len(out.hidden_states))
+        found["hidden_states"] = [out.hidden_states[i] for i in (every if self.layers is None else self.layers)]
         return found if padding_mask is None else {**found, "padding_mask": out.padding_mask}
 
 
@@ -145,15 +169,22 @@ def check_torch() -> None:
         )
 
 
-def record(encoder: SpeechEncoder, padding_mask: bool = False) -> torch.export.ExportedProgram:
-    """Records the encoder with torch.export; batch size and length stay open.
+def record(
+    encoder: SpeechEncoder,
+    padding_mask: bool = False,
+    layers: Optional[Sequence[int]] = None,
+    samples: Optional[int] = None,
+) -> torch.export.ExportedProgram:
+    """Records the encoder with torch.export.
 
     Args:
         encoder: left as it is.
         padding_mask: give the graph a second input for the padding.
+        layers: see :class:`States`.
+        samples: fixes the input to (1, samples); None: batch size and length stay open.
 
     Raises:
-        ValueError: torch is too old, or the encoder has gates.
+        ValueError: torch is too old, the encoder has gates, or the samples are too few for a frame.
     """
     check_torch()
     if encoder.config.pruning_units:
@@ -162,21 +193,23 @@ def record(encoder: SpeechEncoder, padding_mask: bool = False) -> torch.export.E
             "no place in a graph; cut them out first: skill-shrink CHECKPOINT shrunk.safetensors"
         )
     # Nothing about the example stays in the graph, but 0 and 1 of anything would count as special.
-    samples = encoder.config.receptive_field + 20 * encoder.config.downsampling + 7
-    source = torch.zeros(2, samples)
+    shape = (2, encoder.config.receptive_field + 20 * encoder.config.downsampling + 7)
+    source = torch.zeros(shape if samples is None else (1, samples))
     inputs: tuple[Tensor, ...] = (source,)
     if padding_mask:
-        inputs += (torch.arange(samples).expand(2, -1) >= torch.tensor([[samples], [samples // 2]]),)
-    open_sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    model = AllStates(copy.deepcopy(encoder).cpu().float()).eval()
+        inputs += (torch.arange(source.size(1)).expand(source.size(0), -1) >= source.size(1) // 2,)
+    open_sizes = None if samples is not None else {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    model = States(copy.deepcopy(encoder).cpu().float(), layers).eval()
     transformer = model.encoder.transformer
     model.encoder.feature_extractor = StepwiseConvStack(model.encoder.feature_extractor)  # type: ignore[assignment]
     for layer in transformer.layers:
         if layer.attention is not None:
-            layer.attention.attend = attend_by_index  # type: ignore[method-assign]
-            layer.attention.attend_with_maps = attend_by_index_with_maps  # type: ignore[assignment]
+            layer.attention.attend = attend_by_matrix  # type: ignore[method-assign]
+            layer.attention.attend_with_maps = attend_by_matrix_with_maps  # type: ignore[assignment]
     if isinstance(transformer.pos_conv, PositionalConv):
         transformer.pos_conv = FoldedPositionalConv(transformer.pos_conv)  # type: ignore[assignment]
+    if transformer.relative_position is not None:
+        transformer.relative_position = PositionMatrix(transformer.relative_position)  # type: ignore[assignment]
     with torch.no_grad():
         program = torch.export.export(model, inputs, dynamic_shapes=(open_sizes,) * len(inputs), strict=False)
     _forget_sources(program)
@@ -191,6 +224,6 @@ def _forget_sources(program: torch.export.ExportedProgram) -> None:
                 node.meta.pop(name, None)
 
 
-def describe_graph(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> str:
-    """JSON of what a graph keeps under :data:`INFO_NAME`: the encoder's shape and where it comes from."""
-    return json.dumps({"config": encoder.config.to_dict(), "provenance": dict(provenance)})
+def describe_graph(encoder: SpeechEncoder, provenance: Mapping[str, Any], **facts: Any) -> str:
+    """JSON of what a graph keeps under :data:`INFO_NAME`: the encoder's shape, where it comes from, and facts."""
+    return json.dumps({"config": encoder.config.to_dict(), "provenance": dict(provenance), **facts})

@@ -110,12 +110,22 @@ def read_units(folder: PathLike) -> Units:
         raise FileNotFoundError(f"{folder}: no dict.ltr.txt or dict.spm.txt; expected a folder that skill-labels wrote")
     if len(found) > 1:
         raise ValueError(f"{folder}: has dict.ltr.txt and dict.spm.txt, expected one of them; use a folder for each")
-    lines = read_text(found[0]).split("\n")
     labels = found[0].name.split(".")[1]
     if labels == "spm" and not (Path(folder) / MODEL).is_file():
         raise FileNotFoundError(f"{folder}: has {found[0].name} but no {MODEL}; copy both from the same folder")
     model = (Path(folder) / MODEL).read_bytes() if labels == "spm" else None
-    return Units(labels, [line.rpartition(" ")[0] for line in lines if line], model)
+    return Units(labels, read_symbols(found[0]), model)
+
+
+def read_symbols(path: Path) -> list[str]:
+    """The symbols of a dictionary as fairseq reads it, a symbol and its count a line.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such dictionary; write it with skill-labels")
+    return [line.rpartition(" ")[0] for line in read_text(path).split("\n") if line]
 
 
 def write_units(folder: PathLike, units: Units, counts: Counter[str]) -> None:
@@ -130,13 +140,14 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     write_file(path, "".join(f"{line}\n" for line in lines))
 
 
-def too_short(sizes: Sequence[int], units: Sequence[Sequence[str]]) -> list[int]:
+def too_short(sizes: Sequence[int], units: Sequence[Sequence[str]], time_reduction: int = 1) -> list[int]:
     """Indices of the recordings with fewer frames than CTC needs: one a unit, and a blank between equal neighbours.
 
     Args:
         sizes: numbers of samples.
         units: units of each recording.
+        time_reduction: frames that the encoder makes one of.
     """
-    frames = [(size - MIN_SAMPLES) // FRAME_SAMPLES + 1 for size in sizes]
+    frames = [((size - MIN_SAMPLES) // FRAME_SAMPLES + 1) // time_reduction for size in sizes]
     needed = [len(row) + sum(one == other for one, other in zip(row, row[1:])) for row in units]
     return [i for i, (have, need) in enumerate(zip(frames, needed)) if have < need]

@@ -18,10 +18,10 @@ from skill_fairseq.files import named
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers, parse_conv_layers
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.units import with_units
-from skill_fairseq.pruning.costs import saved_cost
 from skill_fairseq.pruning.expected import full_parameters
 from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.shrink import shrink
+from skill_fairseq.pruning.targets import saved_targets
 
 logger = logging.getLogger(__name__)
 
@@ -276,12 +276,10 @@ def initial_student(cfg: Any) -> SpeechEncoder:
 
 
 def _shrunk(encoder: SpeechEncoder, source: EncoderSource, cfg: Any) -> SpeechEncoder:
-    before, target = encoder.num_parameters(), source.provenance.get("target_sparsity")
-    field = f"model.init_from: {cfg.init_from}: target_sparsity"
-    cost = saved_cost(source.provenance)
-    warning = None if target is None else far_from_gates(encoder, target, field, cost)
+    before, targets = encoder.num_parameters(), saved_targets(source.provenance)
+    warning = far_from_gates(encoder, targets, f"model.init_from: {cfg.init_from}: target_sparsity")
     if warning is not None:
         logger.warning(warning)
-    encoder = shrink(encoder, target, cost)
+    encoder = shrink(encoder, targets or None)
     logger.info(f"shrunk {cfg.init_from}: {before:,} to {encoder.num_parameters():,} parameters")
     return encoder

@@ -46,7 +46,7 @@ class RelativePositionGate(nn.Module):
         num_heads = self.grep_a.size(1)
         x = x.unflatten(-1, (num_heads, -1))
         if heads.numel() < num_heads:
-            x = x[:, :, heads]
+            x = x.index_select(2, heads)
         if has_plain_weight(self.grep_linear):
             # Four outputs are added up for each of the two gates: so may be their weights.
             weight = self.grep_linear.weight.unflatten(0, (2, 4)).sum(1)
@@ -173,7 +173,7 @@ class SelfAttention(nn.Module):
         factor = None
         if by_offset is not None and self.position_gate is not None:
             original = self.heads if heads is None else self.heads[heads]
-            by_offset = by_offset if original.numel() == by_offset.size(0) else by_offset[original]
+            by_offset = by_offset if original.numel() == by_offset.size(0) else by_offset.index_select(0, original)
             factor = self.position_gate(x, original)
         else:
             by_offset = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Iterable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from skill_fairseq.modules.activated_conv import activated_conv, compute_dtype
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
-from skill_fairseq.modules.norms import ChannelLayerNorm, group_norm_of_linear
+from skill_fairseq.modules.norms import ChannelLayerNorm, Moments, group_norm_by_moments, moments
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.slicing import take
 from skill_fairseq.modules.tf32 import exact_products
@@ -110,10 +110,13 @@ class ConvStack(Prepared):
         """Whether channels have gates."""
         return any(layer.gate is not None for layer in self.layers)
 
-    def forward(self, source: Tensor, draw: Optional[Draw] = None) -> Tuple[Tensor, Optional[Units]]:
+    def forward(
+        self, source: Tensor, draw: Optional[Draw] = None, statistics: Optional[Moments] = None
+    ) -> Tuple[Tensor, Optional[Units]]:
         """Args:
             source: (B, N) samples, float32 for best results at any precision of the weights.
             draw: the gates of this forward; None where there are none.
+            statistics: of :meth:`statistics`, where the source is a part of more audio; None: its own.
 
         Returns:
             (B, T, C) frames, and which channels these are, with their gates; None without gates.
@@ -128,7 +131,7 @@ class ConvStack(Prepared):
         padding = -samples % self.config.feature_downsampling + (-(-size // stride) - 1) * stride
         source = source.to(torch.promote_types(source.dtype, torch.float32))
         windows = F.pad(source, (0, padding)).unfold(1, size, stride)
-        kernel, shift = self._first_kernel(windows, samples, kernels[0], units[0])
+        kernel, shift = self._first_kernel(windows, samples, kernels[0], units[0], statistics)
         num_frames = self.config.num_frames(samples)
         if torch.is_grad_enabled() or source.device.type != "cpu":
             x = self._encode(windows, kernel, shift, kernels, units)[:, :num_frames]
@@ -137,6 +140,27 @@ class ConvStack(Prepared):
         last = units[-1]
         scale = self.scale if last is None else take(self.scale, 0, last.indices) * last.gate
         return x * scale.to(x.dtype), last
+
+    def statistics(self, blocks: Iterable[Tensor]) -> Optional[Moments]:
+        """What a GroupNorm over time takes from the whole of the audio; None where the extractor has none.
+
+        Args:
+            blocks: (B, n) samples one after another.
+        """
+        first = self.layers[0]
+        if not isinstance(first.norm, nn.GroupNorm):
+            return None
+        size, stride = first.conv.kernel_size[0], first.conv.stride[0]
+        found, left = None, None
+        for block in blocks:
+            block = block.to(torch.promote_types(block.dtype, torch.float32))
+            block = block if left is None else torch.cat([left, block], 1)
+            if block.size(1) >= size:
+                part = moments(block.unfold(1, size, stride))
+                found = part if found is None else found.joined(part)
+                block = block[:, part.frames * stride :]
+            left = block
+        return found
 
     def layout(self) -> List[Tensor]:
         """Kernels (k, C_in, C_out) of a stack without gates."""
@@ -147,7 +171,12 @@ class ConvStack(Prepared):
         return [layer.kernel(i, o).contiguous() for layer, i, o in zip(self.layers, inputs, units)]
 
     def _first_kernel(
-        self, windows: Tensor, samples: int, kernel: Tensor, units: Optional[Units]
+        self,
+        windows: Tensor,
+        samples: int,
+        kernel: Tensor,
+        units: Optional[Units],
+        statistics: Optional[Moments],
     ) -> Tuple[Tensor, Optional[Tensor]]:
         """Kernel (B, k, C) and bias (B, 1, C) or None of the first layer, its GroupNorm folded in; like ``windows``."""
         layer = self.layers[0]
@@ -156,10 +185,12 @@ class ConvStack(Prepared):
             batch = windows.size(0)
             shift = None if bias is None else bias.to(windows.dtype).expand(batch, 1, -1)
             return kernel[:, 0].to(windows.dtype).expand(batch, -1, -1), shift
-        valid = (samples - kernel.size(0)) // layer.conv.stride[0] + 1
+        if statistics is None:
+            valid = (samples - kernel.size(0)) // layer.conv.stride[0] + 1
+            statistics = moments(windows[:, :valid])
         index = None if units is None else units.indices
-        scale, shift = group_norm_of_linear(
-            windows[:, :valid],
+        scale, shift = group_norm_by_moments(
+            statistics,
             kernel[:, 0],
             bias,
             take(layer.norm.weight, 0, index),

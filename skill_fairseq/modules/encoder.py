@@ -13,11 +13,12 @@ from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.conv_stack import ConvStack
 from skill_fairseq.modules.gate_bank import Draw, GateBank, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
-from skill_fairseq.modules.norms import ChannelLayerNorm
+from skill_fairseq.modules.norms import ChannelLayerNorm, Moments
 from skill_fairseq.modules.padding import check_padding_mask, frame_padding_mask, reduce_padding_mask
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.size import count_macs, widths_of
 from skill_fairseq.modules.slicing import has_plain_weight, take
+from skill_fairseq.modules.streaming import BLOCK_SECONDS, cut, plan
 from skill_fairseq.modules.taps import FrameTransform, Tap, collect, map_layers
 from skill_fairseq.modules.transformer import Dropouts, Transformer
 from skill_fairseq.modules.units import units_of
@@ -134,7 +135,19 @@ class SpeechEncoder(nn.Module):
                 hides a whole row, or hides samples before others that it does not hide.
         """
         draw = self.draw_gates() if draw is None else draw
-        projected, frames = self._project(source, padding_mask, draw)
+        return self._encode(source, padding_mask, transform, last_layer, draw, None)
+
+    def _encode(
+        self,
+        source: Tensor,
+        padding_mask: Optional[Tensor],
+        transform: Optional[FrameTransform],
+        last_layer: Optional[int],
+        draw: Optional[Draw],
+        statistics: Optional[Moments],
+    ) -> EncoderOutput:
+        """:meth:`forward`; of a part of more audio where ``statistics`` are given."""
+        projected, frames = self._project(source, padding_mask, draw, statistics)
         x = projected if transform is None else transform(projected, frames)
         first, padding_mask = self._first_state(projected), self._output_padding(frames)
         if last_layer == 0:
@@ -168,6 +181,53 @@ class SpeechEncoder(nn.Module):
             found.update(zip(asked, collect(asked, itertools.chain([(self._first_state(x), None)], above))))
         return [found[tap] for tap in taps], self._output_padding(frames)
 
+    def stream(
+        self,
+        audio: Any,
+        chunk_seconds: float = 30.0,
+        context_seconds: float = 10.0,
+        last_layer: Optional[int] = None,
+    ) -> Iterator[EncoderOutput]:
+        """Encodes audio of any length in memory that does not grow with it, without gradients.
+
+        The convolutions' frames are those of the whole, exactly: the audio is read twice where they are normalised over
+        time. Positional convolution and attention see a chunk and its context; with a context as long as the audio, all
+        is as :meth:`forward` gives it.
+
+        Args:
+            audio: (N,) samples, normalised as a whole where ``normalize`` says so: a tensor, an array (also one that
+                lies in a file, as numpy's memory maps do), or anything that has a length and can be sliced.
+            chunk_seconds: what each output holds.
+            context_seconds: what is encoded beyond that on either side.
+            last_layer: as in :meth:`forward`.
+
+        Yields:
+            outputs (1, t, D) whose frames follow each other; together they are the whole.
+
+        Raises:
+            ValueError: the encoder is in training mode, the audio is not (N,) or too short for a frame, the chunk is
+                shorter than a frame, or the context negative.
+
+        Example::
+
+            features = torch.cat([out.hidden_states[9] for out in encoder.stream(wave, last_layer=9)], 1)
+        """
+        if self.training:
+            raise ValueError("the encoder is in training mode, where chunks would not fit together; call eval() first")
+        device = next(self.parameters()).device
+        statistics = None
+        draw = self.draw_gates()
+        for window, source in plan(audio, self.config, chunk_seconds, context_seconds):
+            with torch.no_grad():
+                if window.start == 0:
+                    size = round(BLOCK_SECONDS * self.config.sample_rate)
+                    blocks = (cut(audio, i, i + size)[None].to(device) for i in range(0, len(audio), size))
+                    statistics = self.feature_extractor.statistics(blocks)
+                out = self._encode(source.to(device), None, None, last_layer, draw, statistics)
+            # Copies, so that who keeps them does not keep the context too.
+            states = [state[:, window.kept].clone() for state in out.hidden_states]
+            yield EncoderOutput(out.x[:, window.kept].clone(), states, None)
+
     def prepare(self) -> SpeechEncoder:
         """Makes ready for inference: evaluation mode, and weights laid out once instead of in every forward.
 
@@ -188,7 +248,11 @@ class SpeechEncoder(nn.Module):
         return None if self.gates is None else self.gates.draw()
 
     def _project(
-        self, source: Tensor, padding_mask: Optional[Tensor], draw: Optional[Draw]
+        self,
+        source: Tensor,
+        padding_mask: Optional[Tensor],
+        draw: Optional[Draw],
+        statistics: Optional[Moments] = None,
     ) -> Tuple[Tensor, Optional[Tensor]]:
         """(B, N) samples to (B, T, D) projected features, and the frames' padding mask."""
         if source.dim() != 2:
@@ -201,7 +265,7 @@ class SpeechEncoder(nn.Module):
         if padding_mask is not None:
             values = source.device.type == "cpu" or not self.training
             padding_mask = check_padding_mask(padding_mask, source, values)
-        features, units = self.feature_extractor(source, draw)
+        features, units = self.feature_extractor(source, draw, statistics)
         if padding_mask is not None:
             padding_mask = frame_padding_mask(padding_mask, features.size(1), self.config)
         return self.feature_projection(features, units), padding_mask

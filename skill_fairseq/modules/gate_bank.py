@@ -255,17 +255,22 @@ class GateBank(Float32Module):
         self.fixed_widths = torch.tensor(flat_widths(widths), dtype=torch.float32, device=device)
         self.positions = torch.tensor([gate.position for gate in self.gates], dtype=torch.long, device=device)
 
-    def expected_widths(self, shift: float = 0.0) -> Tensor:
+    def expected_widths(self, shift: float | Tensor = 0.0) -> Tensor:
         """(W,) float32 widths under the gates' probabilities, differentiable; without gates the exact ones.
 
         Args:
-            shift: added to every ``log_alpha``, to see what would be if the gates moved so far.
+            shift: added to every ``log_alpha``, to see what would be if the gates moved so far. Of a tensor, a scalar
+                or (n,), float64 for example, widths have the dtype.
         """
         if not self.gates:
             return self.fixed_widths
-        kept = keep_probability(self.log_alpha + shift if shift else self.log_alpha)
+        if isinstance(shift, Tensor):
+            log_alpha, fixed = self.log_alpha.to(shift.dtype) + shift, self.fixed_widths.to(shift.dtype)
+        else:
+            log_alpha, fixed = self.log_alpha + shift if shift else self.log_alpha, self.fixed_widths
+        kept = keep_probability(log_alpha)
         counts = torch.stack([part.sum() for part in kept.split([gate.num_units for gate in self.gates])])
-        return self.fixed_widths.index_copy(0, self.positions, counts)
+        return fixed.index_copy(0, self.positions, counts)
 
     def extra_repr(self) -> str:
         return f"{len(self.gates)} vectors, {self.log_alpha.numel()} gates"

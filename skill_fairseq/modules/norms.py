@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +15,61 @@ MOST_WINDOWS = 1 << 18
 """Windows of the first convolution (80 s) whose float64 copies are made at a time."""
 
 
+class Moments(NamedTuple):
+    """Statistics over time, float64.
+
+    Attributes:
+        frames: how many.
+        mean: (B, 1, k).
+        covariance: (B, k, k), biased.
+    """
+
+    frames: int
+    mean: Tensor
+    covariance: Tensor
+
+    def joined(self, other: Moments) -> Moments:
+        """Those of both stretches of time."""
+        frames = self.frames + other.frames
+        share = other.frames / frames
+        apart = other.mean - self.mean
+        covariance = (1 - share) * self.covariance + share * other.covariance
+        spread = share * (1 - share) * apart.transpose(1, 2) @ apart
+        return Moments(frames, self.mean + share * apart, covariance + spread)
+
+
+def moments(windows: Tensor) -> Moments:
+    """Mean and covariance over time of (B, T, k) inputs."""
+    mean = windows.mean(1, keepdim=True, dtype=torch.float64)  # (B, 1, k)
+    scatter = torch.stack([_scatter(piece, mean) for piece in windows.split(MOST_WINDOWS, 1)]).sum(0)
+    return Moments(windows.size(1), mean, scatter / windows.size(1))
+
+
 def group_norm_of_linear(
     windows: Tensor, kernel: Tensor, bias: Optional[Tensor], weight: Tensor, shift: Tensor, eps: float
 ) -> Tuple[Tensor, Tensor]:
     """GroupNorm with one group a channel after a linear map, as a factor and a shift of that map.
 
-    Mean and variance over time of ``windows @ kernel + bias`` follow from the mean and covariance of the few inputs,
+    Args:
+        windows: (B, T, k) inputs, the frames that count.
+        kernel, bias, weight, shift, eps: see :func:`group_norm_by_moments`.
+
+    Returns:
+        factor (B, 1, C) of the kernel, and shift (B, 1, C), float32 (float64 for float64 weights).
+    """
+    return group_norm_by_moments(moments(windows), kernel, bias, weight, shift, eps)
+
+
+def group_norm_by_moments(
+    inputs: Moments, kernel: Tensor, bias: Optional[Tensor], weight: Tensor, shift: Tensor, eps: float
+) -> Tuple[Tensor, Tensor]:
+    """:func:`group_norm_of_linear` from statistics of the inputs.
+
+    Mean and variance over time of ``inputs @ kernel + bias`` follow from the mean and covariance of the few inputs,
     so the normalisation costs no pass over the outputs. Statistics are float64: their differences cancel.
 
     Args:
-        windows: (B, T, k) inputs, the frames that count.
+        inputs: statistics of the (B, T, k) inputs.
         kernel: (k, C) of the linear map.
         bias: (C,) of the linear map, or None.
         weight, shift: (C,) of the normalisation.
@@ -35,12 +80,9 @@ def group_norm_of_linear(
     """
     dtype = torch.promote_types(kernel.dtype, torch.float32)
     kernel = kernel.double()
-    mean = windows.mean(1, keepdim=True, dtype=torch.float64)  # (B, 1, k)
-    scatter = torch.stack([_scatter(piece, mean) for piece in windows.split(MOST_WINDOWS, 1)]).sum(0)
-    covariance = scatter / windows.size(1)
-    variance = (kernel * (covariance @ kernel)).sum(1, keepdim=True)  # (B, 1, C)
+    variance = (kernel * (inputs.covariance @ kernel)).sum(1, keepdim=True)  # (B, 1, C)
     factor = weight.double() * torch.rsqrt(variance + eps)
-    mean = mean @ kernel
+    mean = inputs.mean @ kernel
     if bias is not None:  # the normalisation takes it out again
         mean = mean + bias.double() - bias.double()
     return factor.to(dtype), (shift.double() - mean * factor).to(dtype)

@@ -4,4 +4,4 @@ A new objective is one file with a subclass of :class:`~skill_fairseq.objectives
 or an import of your own before training.
 """
 
-from skill_fairseq.objectives import gram, group_means, layers  # noqa: F401
+from skill_fairseq.objectives import classification, ctc, gram, group_means, layers  # noqa: F401

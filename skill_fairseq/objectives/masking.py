@@ -19,6 +19,7 @@ number of all): batches are weighed by that number, so that any division of the 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from types import FunctionType
 from typing import Any, Dict, List, Optional
 
 import numpy as np
@@ -89,16 +90,21 @@ def draw_spans(masking: SpanMasking, frames: int, seed: Sequence[int]) -> np.nda
     Args:
         masking: how.
         frames: T, of the utterance without padding.
-        seed: numbers that decide the draw; numpy's own state stays as it is.
+        seed: numbers that decide the draw, alone: numpy's own state plays no part.
 
     Returns:
         (T,) bool, True = masked; nothing is where no span fits.
     """
     other: float = int(masking.other) if masking.selection == "uniform" else masking.other
-    state = np.random.get_state()
-    np.random.seed([int(number) % 2**32 for number in seed])
+    random = np.random.RandomState([int(number) % 2**32 for number in seed])
+    # fairseq's draws from numpy's own state, which the trainer seeds while the loader's thread is here.
+    draw = FunctionType(
+        compute_mask_indices.__code__,
+        {**compute_mask_indices.__globals__, "np": _Numpy(random)},
+        argdefs=compute_mask_indices.__defaults__,
+    )
     try:
-        mask: np.ndarray = compute_mask_indices(
+        return draw(
             (1, frames),
             None,
             masking.prob,
@@ -110,10 +116,19 @@ def draw_spans(masking: SpanMasking, frames: int, seed: Sequence[int]) -> np.nda
             min_space=masking.min_space,
         )[0]
     except (IndexError, ValueError):  # so fairseq fails where no span finds room
-        mask = np.zeros(frames, dtype=bool)
-    finally:
-        np.random.set_state(state)
-    return mask
+        return np.zeros(frames, dtype=bool)
+
+
+class _Numpy:
+    """numpy with random numbers of its own, and the name that fairseq still calls ``int`` by."""
+
+    int = int
+
+    def __init__(self, random: np.random.RandomState) -> None:
+        self.random = random
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
 
 
 def draw_masks(

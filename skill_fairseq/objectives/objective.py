@@ -44,9 +44,12 @@ class Objective(nn.Module):
         teacher_taps: what it asks of the teachers, each tap of that which ``Tap.teacher`` says; nothing where it needs
             labels alone.
         any_rate: whether it takes a student whose frames are longer than the teacher's (``model.time_reduction``).
+        supervised: of a class: it needs no teacher, and its constructor takes the task's labels as well, see
+            :class:`~skill_fairseq.objectives.supervised.Supervised`.
     """
 
     any_rate = False
+    supervised = False
 
     def __init__(
         self, cfg: Any, student: EncoderConfig, teachers: Sequence[EncoderConfig], field: str = "criterion"
@@ -69,7 +72,8 @@ class Objective(nn.Module):
             sample: the batch as the task's dataset made it, with labels where it has some.
 
         Returns:
-            the loss, a scalar, a mean over all frames outside the padding; and scalars to log, by name.
+            the loss, a scalar, a mean over all frames outside the padding; and what to log, by name: scalars, of which
+            means over frames are logged, and pairs (2,) of a sum and a count, of which the quotient is.
         """
         raise NotImplementedError
 

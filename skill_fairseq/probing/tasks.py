@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Optional
 
 from skill_fairseq.audio.manifest import Manifest, check_manifest, read_manifest
 from skill_fairseq.files import PathLike, sha256
-from skill_fairseq.reading import read_text
+from skill_fairseq.labels.tables import check_utterances, read_table, recording_names
 
 SPLITS = ("train", "valid", "test")
 LABEL_HEADER = ["utterance", "speaker", "label"]
@@ -151,49 +151,23 @@ def _refuse_twice(manifests: Sequence[Manifest]) -> None:
             seen[file] = place
 
 
-def _read_table(path: Path, header: Sequence[str]) -> list[list[str]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; write one with the header {' TAB '.join(header)}")
-    found, *rows = [line.split("\t") for line in read_text(path).splitlines()] or [[]]
-    if found != list(header):
-        raise ValueError(f"{path}, line 1: found {found}, expected the header {header} with tabs between; add it")
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise ValueError(f"{path}, line {number}: {len(row)} columns, expected {len(header)}; mend the line")
-    return rows
-
-
 def _read_rows(path: Path, header: Sequence[str], manifest: Manifest) -> list[list[str]]:
     """Rows of a table that goes with a manifest, an utterance and its speaker first."""
-    rows = _read_table(path, header)
-    if len(rows) != len(manifest):
-        raise ValueError(
-            f"{path}: {len(rows)} rows for the {len(manifest)} recordings of {manifest.source}; give one a recording"
-        )
-    for number, (row, recording) in enumerate(zip(rows, manifest.paths), start=2):
-        file = PurePosixPath(recording)
-        if row[0] not in (file.stem, file.name, *_names(recording)):
-            raise ValueError(
-                f"{path}, line {number}: utterance {row[0]!r}, expected {file.stem!r}; keep the order of "
-                f"{manifest.source}"
-            )
+    _, rows = read_table(path, header)
+    check_utterances(path, [row[0] for row in rows], manifest)
+    for number, row in enumerate(rows, start=2):
         if not row[1].strip():
             raise ValueError(f"{path}, line {number}: no speaker, expected a name; intervals go by speakers")
     return rows
 
 
-def _names(recording: str) -> tuple[str, str]:
-    """A recording's path in the manifest, and the same without its ending."""
-    return recording, str(PurePosixPath(recording).with_suffix(""))
-
-
 def _read_trials(path: Path, manifest: Manifest, speakers: Optional[Sequence[str]]) -> list[tuple[bool, int, int]]:
     places: dict[str, list[int]] = {}
     for index, recording in enumerate(manifest.paths):
-        for name in dict.fromkeys(_names(recording)):
+        for name in dict.fromkeys(recording_names(recording)):
             places.setdefault(name, []).append(index)
     trials, seen = [], dict[tuple[int, int], int]()
-    for number, (same, *pair) in enumerate(_read_table(path, TRIAL_HEADER), start=2):
+    for number, (same, *pair) in enumerate(read_table(path, TRIAL_HEADER)[1], start=2):
         where = f"{path}, line {number}"
         if same not in ("0", "1"):
             raise ValueError(f"{where}: same is {same!r}, expected 0 or 1; mend the line")

@@ -20,23 +20,29 @@ The names in ``__all__`` are a library of their own: gates for any training loop
 
 ``SpeechEncoder``, ``WavLMModel``, ``HubertModel``, ``Wav2Vec2Model`` and ``Data2VecAudioModel`` can be gated.
 ``CostConstraint`` takes another :class:`Cost`, ``MacCost()`` or one's own, which ``gates.expected_sparsity(cost)`` and
-``shrink(model, sparsity, cost)`` then take too. ``as_encoder`` turns a model of transformers into a ``SpeechEncoder``,
+``shrink(model, sparsity, cost)`` then take too; or a list of :class:`Target`, all of which are to be met.
+``ExactConstraint`` needs no multipliers: called as ``constraint.impose(gates, update)`` before each forward, it keeps
+the expected cost at its target. ``as_encoder`` turns a model of transformers into a ``SpeechEncoder``,
 which this package writes into files.
 """
 
 from skill_fairseq.pruning.costs import Cost, MacCost, ParameterCost, register_cost
+from skill_fairseq.pruning.exact import ExactConstraint
 from skill_fairseq.pruning.gating import Gates, gate, parameter_groups
 from skill_fairseq.pruning.huggingface import as_encoder
 from skill_fairseq.pruning.lagrangian import CostConstraint, SizeConstraint
 from skill_fairseq.pruning.shrink import shrink
+from skill_fairseq.pruning.targets import Target
 
 __all__ = [
     "Cost",
     "CostConstraint",
+    "ExactConstraint",
     "Gates",
     "MacCost",
     "ParameterCost",
     "SizeConstraint",
+    "Target",
     "as_encoder",
     "gate",
     "parameter_groups",

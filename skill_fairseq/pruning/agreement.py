@@ -10,22 +10,21 @@ from torch import Tensor
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.costs import PARAMETERS
 from skill_fairseq.pruning.expected import expected_sparsity
-from skill_fairseq.pruning.lagrangian import CostConstraint
+from skill_fairseq.pruning.targets import Constraint
 
 TOLERANCE = 1e-5
 """Relative difference that is still rounding. Ranks that get the same gradients do not differ at all."""
 
 
 @torch.no_grad()
-def shared_quantities(encoder: SpeechEncoder, constraint: Optional[CostConstraint] = None) -> Dict[str, Tensor]:
+def shared_quantities(encoder: SpeechEncoder, constraint: Optional[Constraint] = None) -> Dict[str, Tensor]:
     """What must be equal on every rank, by name, each (n,) float64 on the CPU; empty without gates and constraint."""
     found: Dict[str, Tensor] = {}
     if encoder.gates is not None:
         values = encoder.gates.log_alpha.detach().cpu()
         found.update({f"log_alpha of {name}": values[gate.part] for name, gate in encoder.named_gates()})
     if constraint is not None:
-        found["lambda1"] = constraint.lambda1
-        found["lambda2"] = constraint.lambda2
+        found.update(constraint.named_parameters())  # multipliers
     if encoder.gates is not None:  # follows from the above, but is what one wants to know
         found["expected sparsity"] = torch.tensor(
             expected_sparsity(encoder, cost=constraint.cost if constraint else PARAMETERS)
@@ -68,7 +67,7 @@ def check_agreement(names: Sequence[str], by_rank: Tensor) -> None:
         )
 
 
-def check_ranks(encoder: SpeechEncoder, constraint: Optional[CostConstraint] = None) -> None:
+def check_ranks(encoder: SpeechEncoder, constraint: Optional[Constraint] = None) -> None:
     """Makes sure that gates and multipliers are equal on all ranks; called by all together, nothing for one process.
 
     Raises:

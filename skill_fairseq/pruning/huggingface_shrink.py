@@ -16,10 +16,11 @@ from skill_fairseq.modules.relative_position import RelativePosition
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.huggingface import as_encoder, detach, encoder_config
 from skill_fairseq.pruning.shrink import shrink
+from skill_fairseq.pruning.targets import Asked
 
 
 @torch.no_grad()
-def shrink_model(model: Any, sparsity: Optional[float] = None, cost: Cost = PARAMETERS) -> Any:
+def shrink_model(model: Any, sparsity: Optional[Asked] = None, cost: Cost = PARAMETERS) -> Any:
     """:func:`skill_fairseq.pruning.shrink` for models of transformers.
 
     The result is a copy of the model, of the same class, whose modules are smaller; it holds its shape as

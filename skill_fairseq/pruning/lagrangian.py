@@ -1,22 +1,15 @@
-"""The constraint on the student's cost: an augmented Lagrangian, its target, and the learning-rate factor.
-
-Costs enter as sparsity, ``s = 1 - E[cost] / original cost``, see :mod:`skill_fairseq.pruning.costs`.
-"""
+"""The constraint on the student's cost as an augmented Lagrangian, and the learning-rate factor."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from skill_fairseq.modules.fp32 import Float32Module
-from skill_fairseq.pruning.costs import PARAMETERS, Cost
-
-
-def target_sparsity(update: int, warmup: int, final: float) -> float:
-    """Target at an update (the first is 0): rises linearly from 0 to ``final`` over ``warmup`` updates."""
-    return final if update >= warmup else final * update / warmup
+from skill_fairseq.pruning.targets import Constraint, least_excess, target_sparsity  # noqa: F401
 
 
 def lagrangian(sparsity: Tensor, target: float, lambda1: float | Tensor, lambda2: float | Tensor) -> Tensor:
@@ -65,53 +58,37 @@ def updates_of(value: float, total: int, field: str) -> int:
     return int(value)
 
 
-class CostConstraint(Float32Module):
+class CostConstraint(Constraint):
     """Holds the multipliers and gives the regulariser that drives the student to its target sparsity.
 
     The student minimises the regulariser while ``lambda1`` and ``lambda2`` maximise it: they are parameters
     (scalars, float32 at any precision, zero at the start, optimizer group ``multipliers``) whose gradient is
     flipped, so that they take part in ordinary, descending optimisation. They must have no weight decay.
 
-    Args:
-        target: sparsity to reach, in [0, 1).
-        warmup: number of updates over which the target rises from 0.
-        cost: what the sparsity is of.
-
-    Raises:
-        ValueError: if an argument is out of range.
+    Arguments are those of :class:`Constraint`.
     """
 
     param_group = "multipliers"
 
-    def __init__(self, target: float, warmup: int = 5000, cost: Cost = PARAMETERS) -> None:
-        super().__init__()
-        if not 0.0 <= target < 1.0:
-            raise ValueError(
-                f"target_sparsity is {target}, but must lie in [0, 1): it is the fraction of the teacher's "
-                "parameters to remove; 0.75 leaves a quarter"
-            )
-        if warmup < 0:
-            raise ValueError(f"sparsity warmup is {warmup} updates, but must not be negative; 0 means none")
-        self.cost = cost
-        self.target = target
-        self.warmup = warmup
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.lambda1 = nn.Parameter(torch.zeros((), dtype=torch.float32))
         self.lambda2 = nn.Parameter(torch.zeros((), dtype=torch.float32))
 
-    def target_at(self, update: int) -> float:
-        """Target sparsity at an update, the first being 0."""
-        return target_sparsity(update, self.warmup, self.target)
+    def forward(self, sparsity: Tensor | Sequence[Tensor], update: int) -> Tensor:
+        """Regulariser at an update, a float32 scalar.
 
-    def forward(self, sparsity: Tensor, update: int) -> Tensor:
-        """Regulariser at an update, for the expected sparsity (a float32 scalar): a float32 scalar."""
-        return lagrangian(sparsity, self.target_at(update), ascending(self.lambda1), ascending(self.lambda2))
-
-    def extra_repr(self) -> str:
-        return f"target={self.target}, warmup={self.warmup}, cost={self.cost.name}"
+        Args:
+            sparsity: the expected sparsity, a float32 scalar; of several targets that of each.
+            update: the first is 0.
+        """
+        sparsities = [sparsity] if isinstance(sparsity, Tensor) else sparsity
+        excess = least_excess(sparsities, self.targets_at(update))
+        return lagrangian(excess, 0.0, ascending(self.lambda1), ascending(self.lambda2))
 
 
 class SizeConstraint(CostConstraint):
     """The constraint on the number of parameters."""
 
-    def __init__(self, target: float, warmup: int = 5000) -> None:
-        super().__init__(target, warmup)
+    def __init__(self, target: float, warmup: int = 5000, schedule: str = "linear") -> None:
+        super().__init__(target, warmup, schedule=schedule)

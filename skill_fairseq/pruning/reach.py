@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, List, NamedTuple, Optional
+from typing import Any, List, NamedTuple, Optional, Sequence
 
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
+from skill_fairseq.pruning.exact import ExactConstraint
 from skill_fairseq.pruning.expected import expected_sparsity
 from skill_fairseq.pruning.lagrangian import linear_warmup_decay, updates_of
 from skill_fairseq.pruning.selection import selected_cost
+from skill_fairseq.pruning.targets import Asked, Target, as_targets
 
 logger = logging.getLogger(__name__)
 
@@ -154,20 +156,25 @@ def check_reach(cfg: Any, encoder: SpeechEncoder, criterion: Any) -> List[str]:
     if constraint is None or schedule is None:
         return []
     max_update = int(cfg.optimization.max_update)
-    found = reach_warnings(encoder, schedule, max_update, constraint.target, constraint.cost)
-    found += warmup_warnings(constraint.warmup, max_update, constraint.target)
+    found = []
+    for target in constraint.targets:
+        if not isinstance(constraint, ExactConstraint):  # which shifts gates as far as need be
+            found += reach_warnings(encoder, schedule, max_update, target.sparsity, target.cost)
+        found += warmup_warnings(constraint.warmup, max_update, target.sparsity)
     for warning in found:
         logger.warning(warning)
     return found
 
 
-def sparsity_report(encoder: SpeechEncoder, target: float, cost: Cost = PARAMETERS) -> str:
+def sparsity_report(
+    encoder: SpeechEncoder, target: float, cost: Cost = PARAMETERS, together: Sequence[Target] = ()
+) -> str:
     """At the end of stage 1, in one line: what the gates expect, what they round to, what shrinking gives, the target.
 
-    All are fractions of the original cost that are gone.
+    All are fractions of the original cost that are gone. ``together`` are all targets, where there are others.
     """
     full = cost.original(encoder.config)
-    rounded, shrunk = (selected_cost(encoder, sparsity, cost) for sparsity in (None, target))
+    rounded, shrunk = (selected_cost(encoder, sparsity, cost) for sparsity in (None, together or target))
     return (
         f"sparsity of {full:,} {cost}: {expected_sparsity(encoder, cost=cost):.4f} expected by the gates, "
         f"{1 - rounded / full:.4f} by rounding them, {1 - shrunk / full:.4f} by skill-shrink, which corrects the "
@@ -196,23 +203,31 @@ def arrival_warning(expected: float, target: float) -> Optional[str]:
     )
 
 
-def log_sparsity(encoder: SpeechEncoder, target: float, cost: Cost = PARAMETERS) -> None:
-    """Logs :func:`sparsity_report`, and a warning if the gates have not arrived."""
-    logger.info(sparsity_report(encoder, target, cost))
-    warning = arrival_warning(expected_sparsity(encoder, cost=cost), target)
+def log_sparsity(encoder: SpeechEncoder, target: Asked, cost: Cost = PARAMETERS) -> None:
+    """Logs :func:`sparsity_report` of each target, a warning if gates have not arrived at the one that binds."""
+    targets = as_targets(target, cost)
+    found = {each: expected_sparsity(encoder, cost=each.cost) for each in targets}
+    for each in targets:
+        logger.info(sparsity_report(encoder, each.sparsity, each.cost, targets if len(targets) > 1 else ()))
+    binds = min(targets, key=lambda each: found[each] - each.sparsity)
+    warning = arrival_warning(found[binds], binds.sparsity)
     if warning is not None:
         logger.warning(warning)
 
 
-def far_from_gates(encoder: SpeechEncoder, asked: float, field: str, cost: Cost = PARAMETERS) -> Optional[str]:
+def far_from_gates(encoder: SpeechEncoder, asked: Asked, field: str, cost: Cost = PARAMETERS) -> Optional[str]:
     """What is wrong with shrinking to a sparsity far from what the gates expect; None if it is near.
 
     Args:
         encoder: with gates.
-        asked: sparsity.
+        asked: sparsity, or targets, of which the one that binds is looked at; none: nothing is wrong.
         field: where it was asked for.
         cost: what the sparsity is of.
     """
+    if not isinstance(asked, float):
+        if not asked:
+            return None
+        cost, asked = min(as_targets(asked, cost), key=lambda t: expected_sparsity(encoder, cost=t.cost) - t.sparsity)
     expected = expected_sparsity(encoder, cost=cost)
     if abs(asked - expected) <= NEAR:
         return None

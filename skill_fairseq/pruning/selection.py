@@ -12,6 +12,7 @@ from skill_fairseq.modules.size import Widths, flat_widths, from_flat, widths_of
 from skill_fairseq.modules.units import UNITS
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.expected import smallest_widths
+from skill_fairseq.pruning.targets import Asked, as_targets
 
 Selection = Dict[str, Tensor]
 """Gate name -> (num_units,) bool, True for each unit that stays."""
@@ -24,17 +25,18 @@ class _Gate(NamedTuple):
     at_least: int
 
 
-def select_units(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost: Cost = PARAMETERS) -> Selection:
+def select_units(encoder: SpeechEncoder, sparsity: Optional[Asked] = None, cost: Cost = PARAMETERS) -> Selection:
     """Units that stay when the encoder is shrunk.
 
     Without a sparsity these are the units that evaluation keeps. With one, gates are opened or closed one unit at a
     time, always the least wanted open (or the most wanted closed) unit of all whose cost brings the encoder nearer to
     ``(1 - sparsity) * original cost``, until none does: the cost is then off by less than the smallest unit's. Units
-    that cost nothing by themselves, as ranks of a matrix that is smaller whole, move with the first one that does.
+    that cost nothing by themselves, as ranks of a matrix that is smaller whole, move with the first one that does. With
+    several targets no cost is above its own, and the one that binds is below by less than that.
 
     Args:
         encoder: with gates.
-        sparsity: fraction of the original cost to remove, in [0, 1).
+        sparsity: fraction of the original cost to remove, in [0, 1); or several targets.
         cost: what is to become less.
 
     Raises:
@@ -46,17 +48,27 @@ def select_units(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost:
     if sparsity is None:
         return {name: gate.kept() for name, gate in gates.items()}
 
-    check_reachable(encoder.config, sparsity, "sparsity", cost)
+    targets = as_targets(sparsity, cost)
+    limits = []
+    for target in targets:
+        check_reachable(encoder.config, target.sparsity, "sparsity", target.cost)
+        original = target.cost.original(encoder.config)
+        limit = (1 - target.sparsity) * original
+        limits.append(round(limit) if isinstance(original, int) else limit)
     table = []
     for name, gate in gates.items():
         values, order = gate.log_alpha.detach().cpu().sort(descending=True, stable=True)
         table.append(_Gate(name, order.tolist(), values.tolist(), UNITS[gate.unit].least))
     counts = {name: max(int(gate.kept().sum()), UNITS[gate.unit].least) for name, gate in gates.items()}
-    original = cost.original(encoder.config)
-    target = (1 - sparsity) * original
-    if isinstance(original, int):
-        target = round(target)
-    _correct(table, counts, target, lambda kept: _cost_with(encoder, kept, cost))
+    if len(targets) == 1:
+        _correct(table, counts, limits[0], lambda kept: _cost_with(encoder, kept, targets[0].cost))
+    else:
+
+        def most(kept: Dict[str, int]) -> float:
+            return max(_cost_with(encoder, kept, target.cost) / limit for target, limit in zip(targets, limits))
+
+        _correct(table, counts, 1.0, most)
+        _keep_below(table, counts, 1.0, most)
 
     selection = {}
     for entry in table:
@@ -66,8 +78,8 @@ def select_units(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost:
     return selection
 
 
-def selected_cost(encoder: SpeechEncoder, sparsity: Optional[float] = None, cost: Cost = PARAMETERS) -> float:
-    """The cost that shrinking to a sparsity leaves, by rounding where it is None; nothing is changed.
+def selected_cost(encoder: SpeechEncoder, sparsity: Optional[Asked] = None, cost: Cost = PARAMETERS) -> float:
+    """The cost that shrinking to a sparsity, or to targets, leaves, by rounding where it is None; nothing is changed.
 
     Raises:
         ValueError: as :func:`select_units`.
@@ -142,6 +154,33 @@ def _first_that_counts(
         middle = (near + last) // 2
         near, last = (middle, last) if cost_at(middle) == found else (near, middle)
     return last, cost_at(last)
+
+
+def _keep_below(
+    gates: List[_Gate], counts: Dict[str, int], limit: float, cost_with: Callable[[Dict[str, int]], float]
+) -> None:
+    """Closes the least wanted units until the cost is not above the limit, then opens those that still fit in."""
+    found, by_name = cost_with(counts), {gate.name: gate for gate in gates}
+    while found > limit:
+        moves = [(g.log_alpha[counts[g.name] - 1], g.name) for g in gates if counts[g.name] > g.at_least]
+        for _, name in sorted(moves):
+            count, new = _first_that_counts(counts, by_name[name], -1, found, cost_with)
+            if new < found:
+                counts[name] = count
+                found = new
+                break
+        else:
+            return
+    grew = True
+    while grew:
+        grew = False
+        moves = [(-g.log_alpha[counts[g.name]], g.name) for g in gates if counts[g.name] < len(g.order)]
+        for _, name in sorted(moves):
+            count, new = _first_that_counts(counts, by_name[name], 1, found, cost_with)
+            if found < new <= limit:
+                counts[name] = count
+                found, grew = new, True
+                break
 
 
 def _cost_with(encoder: SpeechEncoder, kept: Dict[str, int], cost: Cost) -> float:

@@ -14,12 +14,13 @@ from skill_fairseq.modules.units import UNITS, units_of
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.expected import full_parameters
 from skill_fairseq.pruning.selection import select_units
+from skill_fairseq.pruning.targets import Asked
 
 Encoder = TypeVar("Encoder", bound=nn.Module)
 
 
 @torch.no_grad()
-def shrink(encoder: Encoder, sparsity: Optional[float] = None, cost: Cost = PARAMETERS) -> Encoder:
+def shrink(encoder: Encoder, sparsity: Optional[Asked] = None, cost: Cost = PARAMETERS) -> Encoder:
     """A physically smaller encoder that computes what the gated one computes in evaluation.
 
     Units whose gate is closed are cut out; the soft value of an open gate is folded into the next weights. Without
@@ -29,7 +30,7 @@ def shrink(encoder: Encoder, sparsity: Optional[float] = None, cost: Cost = PARA
     Args:
         encoder: with gates; left as it is. It may have been shrunk and gated before. Besides our encoder, a model of
             transformers that :func:`skill_fairseq.pruning.gate` takes.
-        sparsity: fraction of the original cost to remove, in [0, 1); None: as the gates round.
+        sparsity: fraction of the original cost to remove, in [0, 1); or several targets; None: as the gates round.
         cost: what the sparsity is of.
 
     Returns:

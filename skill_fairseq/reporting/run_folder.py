@@ -41,7 +41,11 @@ class Stage:
     @property
     def prunes(self) -> bool:
         """Whether it learns gates under a size constraint."""
-        return any("target_sparsity" in entry for entry in [*self.log["train_inner"], *self.log["train"]])
+        return any(
+            name.startswith("target_sparsity")
+            for entry in [*self.log["train_inner"], *self.log["train"]]
+            for name in entry
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,10 +41,11 @@ def training_section(stages: Sequence[Stage], out: Path) -> str:
         if losses:
             path = pictures.curves(pictures.file_of(out, stage.name, "loss"), losses, "distillation loss")
             shown.append(page.figure(path, f"distillation loss of {stage.name} over updates"))
-        if stage.prunes:
-            sizes = {"expected": series(train, "expected_sparsity"), "target": series(train, "target_sparsity")}
-            path = pictures.curves(pictures.file_of(out, stage.name, "sparsity"), sizes, "sparsity", dashed=["target"])
-            shown.append(page.figure(path, f"expected and target sparsity of {stage.name} over updates"))
+        for suffix, of in targets(train).items():
+            sizes = {name: series(train, f"{name}_sparsity{suffix}") for name in ("expected", "target")}
+            path = pictures.file_of(out, stage.name, f"sparsity{suffix}")
+            pictures.curves(path, sizes, f"sparsity{of}", dashed=["target"])
+            shown.append(page.figure(path, f"expected and target sparsity{of} of {stage.name} over updates"))
         for (objective, measure), names in terms(train).items():
             lines = {label: series(train, name) for label, name in names.items()}
             of = f"{MEASURES[measure]} of {objective}" if objective else MEASURES[measure]
@@ -69,16 +70,33 @@ def summary(stage: Stage) -> str:
             said.append(f"{len(bad)} of {len(losses)} logged are not finite, the first at update {bad[0]:.0f}.")
     if valid and "distillation_loss" in valid[-1]:
         said.append(f"On the valid set {valid[-1]['distillation_loss']:.4f}.")
-    if "expected_sparsity" in last and "target_sparsity" in last:
-        said.append(f"Expected sparsity {last['expected_sparsity']:.4f}, target {last['target_sparsity']:.4f}.")
+    for suffix, of in targets([last]).items():
+        expected, target = (last[f"{name}_sparsity{suffix}"] for name in ("expected", "target"))
+        said.append(f"Expected sparsity{of} {expected:.4f}, target {target:.4f}.")
+    constraint = (stage.config or {}).get("criterion", {}).get("constraint")
+    if constraint and targets([last]):
+        said.append(f"Constraint: {constraint}.")
     if "wall" in last:
         said.append(f"{last['wall']:.0f} s by fairseq's own clock, since its last start.")
     return " ".join(said)
 
 
+def targets(entries: Sequence[Entry]) -> dict[str, str]:
+    """Ends of the names under which sparsities are logged, and of what each is: nothing where there is one target."""
+    logged = dict.fromkeys(name for entry in entries for name in entry)
+    suffixes = [name[len("target_sparsity") :] for name in logged if name.startswith("target_sparsity")]
+    return {suffix: suffix.replace("_", " of ", 1) for suffix in suffixes if f"expected_sparsity{suffix}" in logged}
+
+
 def points_table(entries: Sequence[Entry]) -> str:
     """The curves' points; where there are many, evenly thinned, the last one among them."""
-    columns = [column for column in COLUMNS if any(column[1] in entry for entry in entries)]
+    several = [
+        (f"{what} sparsity{of}", f"{what}_sparsity{suffix}", "{:.4f}")
+        for suffix, of in targets(entries).items()
+        for what in ("expected", "target")
+        if suffix
+    ]
+    columns = [column for column in (*COLUMNS, *several) if any(column[1] in entry for entry in entries)]
     chosen = thinned(len(entries), MOST_ROWS)
     rows = [[form.format(entries[i][name]) if name in entries[i] else "-" for _, name, form in columns] for i in chosen]
     note = "" if len(chosen) == len(entries) else page.paragraph(f"{len(chosen)} of {len(entries)} points.")

@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -16,6 +17,7 @@ from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.safe_load import plain
 from skill_fairseq.criterions.distillation import DistillationCriterion
 from skill_fairseq.files import content_sha256, named
+from skill_fairseq.labels.targets import Target, read_targets, settings
 from skill_fairseq.models.skill_student import check_student_fields
 from skill_fairseq.models.student_init import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
@@ -25,7 +27,7 @@ from skill_fairseq.modules.taps import SpanMasking
 from skill_fairseq.objectives.groups import is_sequence
 from skill_fairseq.objectives.teacher import FrozenTeacher, check_alike
 from skill_fairseq.pruning.agreement import check_ranks
-from skill_fairseq.pruning.lagrangian import CostConstraint
+from skill_fairseq.pruning.targets import Constraint
 from skill_fairseq.tasks.speech_dataset import SpeechDataset
 from skill_fairseq.training.paths import from_shell
 
@@ -61,6 +63,15 @@ class SkillDistillationConfig(AudioPretrainingConfig):
         metadata={
             "help": "float32 matrix products in TF32 (11 bits) on GPUs from Ampere on, as torch does convolutions; the "
             "first convolution, gates, sizes and losses stay float32; no effect on CPUs, in bf16 or fp16"
+        },
+    )
+    targets: Optional[Any] = field(
+        default=None,
+        metadata={
+            "help": "labels beside the manifests, by names of your choice: {speaker: {column: speaker}, letters: "
+            "{file: ltr}}. A file that ends in tsv (null: labels.tsv) is a table whose header is utterance and other "
+            "columns (null: label), an empty field being no label; another one holds units with spaces between, those "
+            "of dict.FILE.txt. classes and counts are those of the training set, and are saved"
         },
     )
     separate_biases: bool = field(
@@ -107,13 +118,19 @@ class SkillDistillationTask(AudioPretrainingTask):
                 cfg[name] = from_shell(cfg[name])
                 if whole is not None and "task" in whole:
                     whole.task[name] = cfg[name]
+        self.targets: Dict[str, Target] = {}
+        if cfg.targets:
+            train = whole.dataset.train_subset if whole is not None and "dataset" in whole else "train"
+            self.targets = read_targets(plain(cfg.targets), Path(cfg.data) / f"{train}.tsv")
+            for config in (cfg, *((whole.task,) if whole is not None and "task" in whole else ())):
+                _update(config, {"targets": settings(self.targets)})
         self._teachers: Optional[List[FrozenTeacher]] = None
         self.student_config: Optional[EncoderConfig] = None
         self.num_updates = 0
         self.maskings: List[SpanMasking] = []  # of all objectives
         self.losses: List[Tuple[Tensor, List[str]]] = []  # of the present update, with the files of each batch
         self.frames_of_weight_1: Optional[float] = None  # in the present update
-        self._constraint: Optional[CostConstraint] = None
+        self._constraint: Optional[Constraint] = None
         self._model: Any = None
         self._training_data: Optional[SpeechDataset] = None
 
@@ -137,9 +154,9 @@ class SkillDistillationTask(AudioPretrainingTask):
             self._teachers = [FrozenTeacher(encoder, dtype, self.cfg.teacher_compile) for encoder in encoders]
         return self._teachers
 
-    def teacher_sha256(self) -> str:
-        """Hash of each teacher's file or folder, by which a run that goes on knows them again."""
-        return ", ".join(content_sha256(file) for file in several(self.cfg.teacher) or [""])
+    def teacher_sha256(self) -> Optional[str]:
+        """Hash of each teacher's file or folder, by which a run that goes on knows them again; None without one."""
+        return ", ".join(content_sha256(file) for file in several(self.cfg.teacher)) or None
 
     def check_mask_embedding(self, index: int, field: str) -> None:
         """Refuses a teacher that cannot be heard with masked frames.
@@ -184,6 +201,12 @@ class SkillDistillationTask(AudioPretrainingTask):
             FileNotFoundError, ValueError: the manifest cannot be used, or a field of the task; names the field.
         """
         check_task_fields(self.cfg)
+        cropped = [name for name, target in self.targets.items() if target.is_sequence and not self.cfg.enable_padding]
+        if cropped:
+            raise ValueError(
+                f"task.targets.{cropped[0]}: the units of whole utterances, but task.enable_padding=false crops those "
+                "of a batch to the shortest; set task.enable_padding=true"
+            )
         train = split == "train" or "data_selector" in kwargs  # which fairseq gives with dataset.train_subset alone
         with named("dataset.train_subset" if train else "dataset.valid_subset"):
             self.datasets[split] = SpeechDataset(
@@ -198,6 +221,7 @@ class SkillDistillationTask(AudioPretrainingTask):
                 shuffle=train,
                 pad=not train or self.cfg.enable_padding,
                 normalize=self.cfg.normalize,
+                targets=list(self.targets.values()),
             )
 
     def get_batch_iterator(self, dataset: Any, *args: Any, num_shards: int = 1, **kwargs: Any) -> Any:

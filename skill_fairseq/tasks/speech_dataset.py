@@ -15,6 +15,7 @@ from torch import Tensor
 
 from skill_fairseq.audio.batching import split_batches
 from skill_fairseq.audio.manifest import Manifest, check_manifest, load_audio, read_manifest
+from skill_fairseq.labels.targets import Label, Target, pad_labels
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.taps import SpanMasking
 from skill_fairseq.objectives.masking import draw_masks
@@ -64,6 +65,7 @@ class SpeechDataset(FileAudioDataset):
         num_buckets: crop (or pad) batches to one of so many lengths, which split the utterances into equal parts;
             0: to any. Utterances of one bucket share batches.
         most_samples: hear so many samples of a recording, from its beginning; None: all.
+        targets: labels beside the manifest.
         kwargs: of :class:`RawAudioDataset`.
 
     Raises:
@@ -77,6 +79,7 @@ class SpeechDataset(FileAudioDataset):
         check_all_files: bool = False,
         num_buckets: int = 0,
         most_samples: Optional[int] = None,
+        targets: Sequence[Target] = (),
         **kwargs: Any,
     ) -> None:
         RawAudioDataset.__init__(self, **kwargs)  # FileAudioDataset's would read the manifest once more
@@ -95,6 +98,7 @@ class SpeechDataset(FileAudioDataset):
         logger.info(f"{manifest_path}: {len(kept)} utterances, {len(sizes) - len(kept)} more are too short")
         self.root_dir = str(manifest.root)
         self.most_samples = most_samples
+        self.targets = {target: self._labels(target, target.read(manifest), kept) for target in targets}
         if most_samples is not None:
             self._shorten(most_samples)
         self.set_bucket_info(num_buckets)
@@ -106,6 +110,23 @@ class SpeechDataset(FileAudioDataset):
         self.heard = np.zeros(0, dtype=np.int64)  # samples of each utterance in them
         self.mean_frames: Optional[float] = None  # of them, kept here by the task
         self.masking: Tuple[Sequence[SpanMasking], Optional[EncoderConfig]] = (), None  # set by the task
+
+    def _labels(self, target: Target, found: List[Label], kept: np.ndarray) -> List[Label]:
+        """Labels of the utterances that are kept; what is not heard to its end has no units."""
+        labels = [found[i] for i in kept]
+        if target.is_sequence:
+            most = self.max_sample_size if self.most_samples is None else min(self.most_samples, self.max_sample_size)
+            longer = [i for i, size in enumerate(self.sizes) if size > most and labels[i] is not None]
+            for i in longer:
+                labels[i] = None
+            if longer:
+                logger.warning(
+                    f"task.targets.{target.name}: {len(longer)} of {len(labels)} utterances are longer than the {most} "
+                    f"samples that are heard, such as {self.file_name(longer[0])}; they count as without a label"
+                )
+        if not any(label is not None for label in labels):
+            logger.warning(f"task.targets.{target.name}: none of {len(labels)} utterances has a label")
+        return labels
 
     def _shorten(self, most: int) -> None:
         """Cuts lengths down, and says whose."""
@@ -140,7 +161,8 @@ class SpeechDataset(FileAudioDataset):
         ``source_bits`` is the source (B, N) again, float32 read as int32: fairseq rounds every float32 tensor of a
         batch to the student's precision, which would change what the teacher hears. ``files`` are the utterances'
         paths. Where a crop begins depends on seed, epoch and utterance alone: a run that goes on hears the same. So do
-        the masked frames of objectives that mask; ``masked`` holds a (B, T) bool tensor for each masking.
+        the masked frames of objectives that mask; ``masked`` holds a (B, T) bool tensor for each masking. ``targets``
+        holds the labels by name, see :func:`pad_labels`.
         Messages on files that could not be read are ``unreadable``; nothing else is there if none could.
         """
         unreadable = [s["unreadable"] for s in samples if "unreadable" in s]
@@ -157,6 +179,11 @@ class SpeechDataset(FileAudioDataset):
                 batch["net_input"]["padding_mask"] = None
             batch["source_bits"] = batch["net_input"]["source"].view(torch.int32)
             batch["files"] = [s["file"] for s in samples]
+            if self.targets:
+                batch["targets"] = {
+                    target.name: pad_labels([labels[s["id"]] for s in samples], target.is_sequence)
+                    for target, labels in self.targets.items()
+                }
             maskings, config = self.masking
             if maskings and self.shuffle:
                 assert config is not None

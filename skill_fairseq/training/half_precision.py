@@ -68,6 +68,12 @@ class MasterWeights:
                 if id(parameter) in masters and name in state:
                     masters[id(parameter)].copy_(state[name])
 
+    def follow(self, optimizer: Any, parameter: Tensor) -> None:
+        """Gives the optimizer a weight that was changed in the model, one that is not cast."""
+        master = _masters(optimizer).get(id(parameter))
+        if master is not None:
+            master.copy_(parameter.detach())
+
     def fill(self, state: Dict[str, Any], optimizer: Any) -> None:
         """Puts the masters into a checkpoint, in place of the cast weights."""
         masters = _masters(optimizer)

@@ -13,12 +13,13 @@ import torch
 from fairseq import metrics
 from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 from skill_fairseq.messages import printable
 from skill_fairseq.modules.host import numbers, to_host
 from skill_fairseq.modules.tf32 import allow_tf32
+from skill_fairseq.pruning.exact import ExactConstraint
 from skill_fairseq.pruning.reach import check_reach, log_sparsity
 from skill_fairseq.training.changed_settings import warn_of_another_teacher, warn_of_changes
 from skill_fairseq.training.checkpoint_files import newest_whole_checkpoint, writing
@@ -68,6 +69,11 @@ class SkillTrainer(Trainer):
             plain: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
             check_values(plain)
         check_backend(cfg.distributed_training, cfg.optimization.use_bmuf)
+        self._constraint = getattr(criterion, "constraint", None)
+        groups = getattr(cfg.optimizer, "groups", None)
+        if isinstance(self._constraint, ExactConstraint) and groups and "multipliers" in groups:
+            with open_dict(groups):  # fairseq refuses a group without parameters
+                del groups["multipliers"]
         lost = check_memory_efficient(cfg.common)
         sharded = cfg.distributed_training.ddp_backend == "fully_sharded"  # keeps float32 weights itself
         cast = (cfg.common.fp16 or cfg.common.bf16) and not lost and not sharded
@@ -88,7 +94,6 @@ class SkillTrainer(Trainer):
         self._not_finite = False  # a loss of any rank, in the update
         self._empty = False  # no rank could read a file, in the update
         self._logged: Dict[str, Dict[str, bool]] = {}  # names of what a step logs, and whether it is a tensor
-        self._constraint = getattr(criterion, "constraint", None)
         if self._constraint is not None and self.data_parallel_rank == 0:
             check_reach(cfg, model.speech_encoder, criterion)
         preemption.install()
@@ -96,7 +101,7 @@ class SkillTrainer(Trainer):
     def end(self) -> None:
         """Called when the run is at its end: says what has become of the size, and gives signals back."""
         if self._constraint is not None and self.data_parallel_rank == 0:
-            log_sparsity(self.get_model().speech_encoder, self._constraint.target, self._constraint.cost)
+            log_sparsity(self.get_model().speech_encoder, self._constraint.targets)
         preemption.uninstall()
         unlock_run(Path(self.cfg.checkpoint.save_dir))
 
@@ -214,6 +219,7 @@ class SkillTrainer(Trainer):
         """fairseq's, counting anew."""
         self._unreadable["train"] = 0
         super().begin_epoch(epoch)
+        self._impose()
 
     def begin_valid_epoch(self, epoch: int) -> None:
         """fairseq's, counting anew."""
@@ -253,7 +259,16 @@ class SkillTrainer(Trainer):
             return None
         if output is not None:
             self._skipped_in_a_row = 0
+        self._impose()
         return output
+
+    def _impose(self) -> None:
+        """Brings the gates to what the constraint asks of the next update, and so for checkpoints and validation."""
+        if self._constraint is not None:
+            encoder = self.get_model().speech_encoder
+            self._constraint.impose(encoder, self.get_num_updates())
+            if self._masters is not None:
+                self._masters.follow(self.optimizer, encoder.gates.log_alpha)
 
     def _check_weights(self, update: int, reason: UpdateSkipped) -> None:
         """Raises FloatingPointError where weights, and no audio file, are at fault: all further updates would fail."""

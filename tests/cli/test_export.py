@@ -86,8 +86,12 @@ def test_the_ending_says_what_is_written(config, tmp_path, capsys, monkeypatch):
     written = []
     for check in ("check_torch", "require"):  # nothing is recorded here
         monkeypatch.setattr(f"skill_fairseq.cli.export.{check}", lambda *of: None)
-    for writer in ("save_onnx", "save_torch_program"):
-        monkeypatch.setattr(f"skill_fairseq.cli.export.{writer}", lambda encoder, path, *rest: written.append(path))
+    monkeypatch.setattr(
+        "skill_fairseq.cli.export._write_onnx", lambda args, *rest: (written.append(args.out) or "a graph", None)
+    )
+    monkeypatch.setattr(
+        "skill_fairseq.cli.export.save_torch_program", lambda encoder, path, *rest: written.append(path)
+    )
     for name in ("a.onnx", "a.pt2", "a.safetensors"):
         assert main([str(tmp_path / "a.pt"), str(tmp_path / name)]) == 0
     assert [path.name for path in written] == ["a.onnx", "a.pt2"] and (tmp_path / "a.safetensors").is_file()

@@ -208,7 +208,8 @@ def test_recordings_too_short_for_ctc_are_named(tmp_path: Path, capsys: pytest.C
     texts = {"train": {"1-1-1": "AAAA"}}
     manifests = write_data(tmp_path, texts, seconds=0.1)
     assert main([*manifests, "--transcripts", str(trans(tmp_path, texts)), "--out", str(tmp_path / "out")]) == 0
-    assert re.search(says("1 recordings", "fewer frames"), capsys.readouterr().out)
+    assert re.search(says("1 recordings", "fewer frames of 20 ms"), capsys.readouterr().out)
+    assert too_short([1359, 1360, 1360], [["A", "|"]] * 2 + [["A", "A"]], time_reduction=2) == [0, 2]
 
 
 def test_an_empty_last_column_is_not_the_one_before_it(tmp_path: Path) -> None:

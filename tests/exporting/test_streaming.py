@@ -48,3 +48,61 @@ def test_the_smallest_chunk(small):
         assert encoder(torch.randn(1, samples)).x.shape == (1, frames, 32)
     with pytest.raises(ValueError, match=says("399 samples", 400)):
         encoder(torch.randn(1, 399))
+
+
+@pytest.mark.parametrize("style", ["default", "layer_norm", "gated"])
+def test_a_stream_with_all_of_the_audio_as_context_is_the_whole(small, style):
+    changes = {"extractor_mode": "layer_norm"} if style == "layer_norm" else {}
+    encoder = small.random_encoder(**changes, pruning_units=["conv", "heads"] if style == "gated" else [])
+    if style == "gated":
+        with torch.no_grad():
+            encoder.gates.log_alpha[::5] = -5
+    audio = torch.randn(50_123, generator=torch.Generator().manual_seed(0)).cumsum(0) / 50  # far from its mean at times
+    whole = encoder(audio[None])
+    found = list(encoder.stream(audio.numpy(), chunk_seconds=1.0, context_seconds=60.0))
+    assert [out.x.size(1) for out in found] == [50, 50, 50, 6]
+    for a, b in zip(zip(*(out.hidden_states for out in found)), whole.hidden_states):
+        torch.testing.assert_close(torch.cat(a, 1), b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([out.x for out in found], 1), whole.x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("extractor", ["default", "layer_norm"])
+def test_the_convolutions_of_a_stream_are_those_of_the_whole(small, extractor, monkeypatch):
+    monkeypatch.setattr("skill_fairseq.modules.encoder.BLOCK_SECONDS", 0.777)  # statistics of several blocks
+    encoder = small.random_encoder(extractor_mode=extractor)
+    audio = torch.randn(70_001, generator=torch.Generator().manual_seed(0))
+    audio[:20_000] *= 0.01  # the parts differ
+    with torch.no_grad():
+        whole = encoder(audio[None]).hidden_states
+    for chunk, context in ((0.5, 0.0), (1.0, 0.3), (100.0, 0.0), (0.02, 0.02)):
+        found = [out.hidden_states for out in encoder.stream(audio, chunk, context, last_layer=0)]
+        assert all(len(states) == 1 for states in found)
+        torch.testing.assert_close(torch.cat([states[0] for states in found], 1), whole[0], rtol=1e-4, atol=1e-5)
+
+
+def test_more_context_is_nearer_to_the_whole(small):
+    encoder = small.random_encoder(extractor_mode="layer_norm")
+    audio = torch.from_numpy(small.tone(8.0, seed=0))
+    with torch.no_grad():
+        whole = encoder(audio[None]).hidden_states[2]
+
+    def error(context):
+        found = torch.cat([out.hidden_states[2] for out in encoder.stream(audio, 1.0, context, last_layer=2)], 1)
+        return float((found - whole).abs().mean() / whole.abs().mean())
+
+    errors = [error(context) for context in (0.0, 0.5, 2.0, 8.0)]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 10 * errors[3] and errors[3] < 1e-5
+
+
+def test_what_a_stream_refuses(small):
+    encoder = small.random_encoder()
+    for audio, fields, said in (
+        (torch.zeros(1, 4000), {}, ("audio", (1, 4000))),
+        (torch.zeros(399), {}, ("399 samples", 400)),
+        (torch.zeros(4000), {"chunk_seconds": 0.001}, ("chunk_seconds", 0.02)),
+        (torch.zeros(4000), {"context_seconds": -1.0}, ("context_seconds", -1.0)),
+    ):
+        with pytest.raises(ValueError, match=says(*said)):
+            next(encoder.stream(audio, **fields))
+    with pytest.raises(ValueError, match=says("training mode", "eval()")):
+        next(encoder.train().stream(torch.zeros(4000)))

@@ -23,12 +23,7 @@ ALONE = {"l1_weight": 0.0, "cos_weight": 0.0, "mse_weight": 0.0}
 
 def make(student: Any = None, teacher: Any = None, **fields: Any) -> Layers:
     """The objective between encoders of these shapes, float64."""
-    shapes = []
-    for shape in (student, teacher):
-        fields_of = {**SHAPE, **(shape or {})}
-        reduction = fields_of.pop("time_reduction", 1)
-        shapes.append(EncoderConfig(**fields_of))
-        shapes[-1].time_reduction = reduction
+    shapes = [EncoderConfig(**{**SHAPE, **(shape or {})}) for shape in (student, teacher)]
     cfg = OmegaConf.merge(OmegaConf.structured(LayersConfig), fields)
     torch.manual_seed(0)
     return Layers(cfg, shapes[0], shapes[1:], "criterion.objectives.layers").double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,24 @@ def test_the_published_masks_hide_the_published_share(prob: float, share: float)
         assert max(lengths(mask, True)) <= 20 and min(lengths(mask, False)) >= 1
         assert 1 < len(lengths(mask, True))
     assert len({mask.tobytes() for mask in masks}) == 40
+
+
+def test_another_thread_may_seed_numpy_meanwhile() -> None:
+    """fairseq's trainer does in every update, and its loader draws ahead in a thread of its own."""
+    wanted = [draw_spans(SPANS, 300, [1, i]).tolist() for i in range(20)]
+    done = threading.Event()
+
+    def disturb() -> None:
+        while not done.is_set():
+            np.random.seed(0)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        assert all([draw_spans(SPANS, 300, [1, i]).tolist() for i in range(20)] == wanted for _ in range(2))
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_a_draw_depends_on_its_seed_alone_and_leaves_numpys_state() -> None:

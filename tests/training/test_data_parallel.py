@@ -131,6 +131,20 @@ def ways(equal: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return found
 
 
+def test_two_ranks_shift_their_gates_alike(equal: list[str], tmp_path: Path) -> None:
+    fast = (
+        "criterion.constraint=exact",
+        "optimizer.groups.gates.lr_float=0.1",
+        f"dataset.max_tokens={EQUAL * SAMPLES // 2}",
+    )
+    ranks, log = record(tmp_path, *equal, *SLOW, *fast, processes=2)
+    name = next(name for name in ranks[0][0]["state"] if name.endswith("log_alpha"))
+    for first, second in zip(*ranks):
+        assert first["ids"] != second["ids"] and torch.equal(first["state"][name], second["state"][name])
+    assert not torch.equal(ranks[0][0]["state"][name], ranks[0][-1]["state"][name])
+    assert [entry["expected_sparsity"] for entry in logged(log, "train_inner")][-1] == 0.5
+
+
 @pytest.mark.parametrize("way", EXACT)
 def test_gradients_are_those_of_one_process_with_the_whole_batch(ways: dict, way: str) -> None:
     (whole,), _ = ways["one"]

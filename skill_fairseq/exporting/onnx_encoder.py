@@ -1,0 +1,123 @@
+"""An exported ONNX graph in onnxruntime, by the names of its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from skill_fairseq.checkpoints.plain_files import parse_json
+from skill_fairseq.exporting.traceable import INFO_NAME
+from skill_fairseq.messages import require
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.streaming import plan
+
+
+class OnnxEncoder:
+    """What ``skill-export --to onnx`` wrote, ready to run.
+
+    Args:
+        model: path of the file, or its bytes.
+        threads: that compute one product; None: onnxruntime's choice.
+        providers: onnxruntime's execution providers, the first that can; None: the CPU.
+
+    Attributes:
+        config: shape of the encoder.
+        outputs: names of the states: ``x`` and ``hidden_state_0`` ..., those that were exported.
+        samples: the length that the graph takes; None: any.
+
+    Raises:
+        ValueError: onnxruntime is missing, or this is no graph of skill-export.
+
+    Example::
+
+        encoder = OnnxEncoder("student.onnx")
+        encoder(np.zeros((1, 16000), dtype=np.float32))["hidden_state_9"]  # (1, 49, D)
+    """
+
+    def __init__(
+        self, model: Union[str, Path, bytes], threads: Optional[int] = None, providers: Optional[list[str]] = None
+    ) -> None:
+        require("OnnxEncoder", "onnxruntime")
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        source = model if isinstance(model, bytes) else str(model)
+        self.session = onnxruntime.InferenceSession(source, options, providers=providers or ["CPUExecutionProvider"])
+        name = "the graph" if isinstance(model, bytes) else str(model)
+        found = self.session.get_modelmeta().custom_metadata_map
+        if INFO_NAME not in found:
+            raise ValueError(f"{name}: has no {INFO_NAME} among its properties; expected a graph of skill-export")
+        self.info: dict[str, Any] = parse_json(found[INFO_NAME], Path(name), "its description")
+        self.config = EncoderConfig.from_dict(self.info["config"])
+        self.inputs = [value.name for value in self.session.get_inputs()]
+        self.outputs = [value.name for value in self.session.get_outputs() if value.name != "frame_padding_mask"]
+        shape = self.session.get_inputs()[0].shape
+        self.samples: Optional[int] = shape[1] if isinstance(shape[1], int) else None
+
+    @property
+    def normalize(self) -> bool:
+        """Whether the waveform must be brought to zero mean and unit variance before it comes in."""
+        return self.config.normalize
+
+    def __call__(self, source: np.ndarray) -> dict[str, np.ndarray]:
+        """Encodes a batch without padding.
+
+        Args:
+            source: (B, N) float32 samples, normalised where ``normalize`` says so; (1, ``samples``) where that is set.
+
+        Returns:
+            (B, T, D) float32 by the name of each output.
+
+        Raises:
+            ValueError: another shape.
+        """
+        fixed = self.samples is not None and source.shape != (1, self.samples)
+        if source.ndim != 2 or fixed or source.shape[1] < self.config.receptive_field:
+            expected = f"(1, {self.samples})" if self.samples else f"(B, N), N at least {self.config.receptive_field}"
+            raise ValueError(f"source: shape {source.shape}; expected {expected}")
+        source = np.ascontiguousarray(source, dtype=np.float32)
+        feeds = {"source": source, "padding_mask": np.zeros(source.shape, dtype=bool)}
+        values = self.session.run(self.outputs, {name: feeds[name] for name in self.inputs})
+        return dict(zip(self.outputs, values))
+
+    def states(self, source: Tensor) -> dict[str, Tensor]:
+        """The same of torch's tensors on the CPU."""
+        return {name: torch.from_numpy(value) for name, value in self(source.numpy()).items()}
+
+    def stream(
+        self, audio: np.ndarray, chunk_seconds: float = 30.0, context_seconds: float = 10.0
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Encodes audio of any length in memory that does not grow with it.
+
+        As :meth:`skill_fairseq.modules.encoder.SpeechEncoder.stream` does, but that a GroupNorm over time, which Base
+        models have, sees one window and not the whole. A graph of fixed length gets every window with zeros behind it.
+
+        Args:
+            audio: (N,) samples, normalised as a whole where ``normalize`` says so; may lie in a file.
+            chunk_seconds: what each output holds.
+            context_seconds: what is encoded beyond that on either side.
+
+        Yields:
+            (1, t, D) float32 by the name of each output; their frames follow each other.
+
+        Raises:
+            ValueError: the audio is not (N,) or too short for a frame, the chunk is shorter than a frame, the context
+                is negative, or a chunk with its context is longer than what the graph takes.
+        """
+        for window, source in plan(audio, self.config, chunk_seconds, context_seconds):
+            if self.samples is not None:
+                if source.size(1) > self.samples:
+                    raise ValueError(
+                        f"chunk_seconds, context_seconds: {chunk_seconds:g} and {context_seconds:g} ask for windows of "
+                        f"{source.size(1)} samples; expected at most {self.samples}, the length that was exported"
+                    )
+                source = torch.nn.functional.pad(source, (0, self.samples - source.size(1)))
+            yield {name: state[:, window.kept] for name, state in self(source.numpy()).items()}
