@@ -19,6 +19,7 @@ from typing import Any, Optional
 from skill_fairseq.audio.manifest import Manifest, check_manifest, read_manifest
 from skill_fairseq.files import PathLike, sha256
 from skill_fairseq.labels.tables import check_utterances, read_table, recording_names
+from skill_fairseq.reading import read_text
 
 SPLITS = ("train", "valid", "test")
 LABEL_HEADER = ["utterance", "speaker", "label"]
