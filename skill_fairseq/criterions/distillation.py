@@ -76,7 +76,8 @@ class DistillationConfig(SizeConstraintConfig):
         default=None,
         metadata={
             "help": "NAME: {_name: what is registered, weight: 1.0, and its own fields}; NAME, of your choice, stands "
-            "before what is logged and in the names of its parameters"
+            "before what is logged and in the names of its parameters; adapters: false lets it see the student without "
+            "its adapters"
         },
     )
 
@@ -189,12 +190,21 @@ class DistillationCriterion(FairseqCriterion):
             field = f"criterion.objectives.{name}"
             if not str(name).isidentifier() or hasattr(self.objectives, name):
                 raise ValueError(f"{field}: cannot be a name; take another one of letters, digits and _")
-            kind, weight, cfg = _read_objective(given[name], field)
+            kind, weight, adapters, cfg = _read_objective(given[name], field)
             labels = {"targets": self.task.targets} if _learns_from_labels(kind) else {}
             objective = OBJECTIVES[kind][0](cfg, student, teachers, field, **labels)
             self.objectives[name] = objective
+            if not adapters and not student.adapter_dim:
+                raise ValueError(f"{field}.adapters: false does nothing with model.adapter_dim=0; leave it out")
+            if not adapters:
+                objective.student_taps = [dataclasses.replace(tap, adapters=False) for tap in objective.student_taps]
             with open_dict(given):
-                given[name] = {"_name": kind, "weight": weight, **plain(cfg)}
+                given[name] = {
+                    "_name": kind,
+                    "weight": weight,
+                    **plain(cfg),
+                    **({} if adapters else {"adapters": False}),
+                }
             terms.append(Term(objective, weight, cfg, f"objectives.{name}", field, f"{name}_"))
         return terms
 
@@ -395,20 +405,22 @@ def _learns_from_labels(kind: str) -> bool:
     return bool(getattr(OBJECTIVES[kind][0], "supervised", False))
 
 
-def _read_objective(given: Any, field: str) -> Tuple[str, float, Any]:
-    """Name, weight and typed config of an objective.
+def _read_objective(given: Any, field: str) -> Tuple[str, float, bool, Any]:
+    """Name, weight, whether it hears the adapters, and typed config of an objective.
 
     Raises:
         ValueError: names the field.
     """
     fields = dict(plain(given)) if OmegaConf.is_dict(given) else {}
-    kind, weight = fields.pop("_name", None), fields.pop("weight", 1.0)
+    kind, weight, adapters = fields.pop("_name", None), fields.pop("weight", 1.0), fields.pop("adapters", True)
     if kind not in OBJECTIVES:
         raise ValueError(f"{field}._name: {kind!r}; expected one of {', '.join(sorted(OBJECTIVES))}")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
         raise ValueError(f"{field}.weight: {weight!r}; expected a number of at least 0")
+    if not isinstance(adapters, bool):
+        raise ValueError(f"{field}.adapters: {adapters!r}; expected true or false")
     try:
-        return kind, float(weight), OmegaConf.merge(OmegaConf.structured(OBJECTIVES[kind][1]), fields)
+        return kind, float(weight), adapters, OmegaConf.merge(OmegaConf.structured(OBJECTIVES[kind][1]), fields)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         known = ", ".join(field.name for field in dataclasses.fields(OBJECTIVES[kind][1]))
         raise ValueError(f"{field}: {str(error).splitlines()[0]}; {kind} has the fields {known}") from error

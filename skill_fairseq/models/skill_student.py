@@ -112,6 +112,8 @@ class SkillStudentConfig(_Hubert):
     max_distance: Optional[int] = _shape("distance (frames) from which positions share a bucket")
     time_reduction: Optional[int] = _shape("frames that become one in front of layer 1")
     reuse_attention: Optional[Any] = _shape("layers, from 2 on, that take the attention map of the layer below")
+    adapter_dim: Optional[int] = _shape("features of an adapter beside each FFN (OS-KDFT: 64); 0: none")
+    adapter_activation: Optional[str] = _shape("their activation, relu or elu")
     normalize: Optional[bool] = _shape("whether waveforms are normalised")
     padding_rule: Optional[str] = _shape("which frames of a padded utterance count")
     sample_rate: Optional[int] = _shape("Hz of the waveforms")
@@ -234,13 +236,16 @@ class SkillStudentModel(WavLMModel):
         if transformer.layer_norm_first:
             unreached.append(transformer.layer_norm)
             unreached += [layer.attention_norm for layer in transformer.layers if layer.attention is None]
-            unreached += [layer.ffn_norm for layer in transformer.layers if layer.ffn is None]
+            unreached += [layer.ffn_norm for layer in transformer.layers if layer.ffn is None and layer.adapter is None]
         if last > states:  # of the last layer, the maps alone
             layer = transformer.layers[last - 1]
             assert layer.attention is not None
             unreached += [layer.attention.v_proj, layer.attention.out_proj, layer.ffn_norm]
             unreached += [] if layer.ffn is None else [layer.ffn]
             unreached += [] if transformer.layer_norm_first else [layer.attention_norm]
+        adapted = [tap for tap in taps if tap.adapters]
+        reach = max(deepest(tap for tap in adapted if tap.kind == "states"), deepest(adapted) - 1)
+        unreached += [layer.adapter for layer in transformer.layers[max(reach, 0) :] if layer.adapter is not None]
         for module in unreached:
             module.requires_grad_(False)
         self.mask_emb.requires_grad_(any(tap.masking is not None for tap in taps))

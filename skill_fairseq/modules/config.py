@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from skill_fairseq.modules.adapter import ACTIVATIONS
 from skill_fairseq.modules.rank import Rank  # noqa: F401 - registers the kind
 from skill_fairseq.modules.units import UNITS
 
@@ -20,6 +21,16 @@ _CONV_TERM = re.compile(r"\[\s*({0}(?:\s*,\s*{0})*)\s*,?\s*\](?:\s*\*\s*(\d+))?"
 MAX_CONV_LAYERS = 64
 LIMITS = {"encoder_layers": 1000, "encoder_attention_heads": 1024, "pos_conv_depth": 100}
 """Of numbers that cost time and memory before a weight is looked at; the largest published are 48, 20 and 5."""
+LEAST = {"adapter_dim": 0}
+"""Of whole numbers, where it is not 1."""
+UNWRITTEN: Dict[str, Any] = {
+    "unit_widths": {},
+    "time_reduction": 1,
+    "reuse_attention": [],
+    "adapter_dim": 0,
+    "adapter_activation": "relu",
+}
+"""Fields that earlier versions do not know, with the value at which they are not written."""
 
 
 def parse_conv_layers(value: Any) -> ConvLayers:
@@ -110,6 +121,8 @@ class EncoderConfig:
     max_distance: int = 800
     time_reduction: int = 1
     reuse_attention: List[int] = dataclasses.field(default_factory=list)
+    adapter_dim: int = 0
+    adapter_activation: str = "relu"
     normalize: bool = False
     padding_rule: str = "chunks"
     sample_rate: int = 16000
@@ -157,7 +170,9 @@ class EncoderConfig:
         expected = {"int": "a positive whole number", "bool": "true or false", "str": "a word"}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.type in expected and (type(value).__name__ != f.type or (f.type == "int" and value < 1)):
+            if f.type in expected and (
+                type(value).__name__ != f.type or (f.type == "int" and value < LEAST.get(f.name, 1))
+            ):
                 raise ValueError(f"model.{f.name}: {value!r} is not usable; expected {expected[f.type]}")
         for name, most in LIMITS.items():
             if getattr(self, name) > most:
@@ -172,6 +187,8 @@ class EncoderConfig:
         require(self.extractor_mode in ("default", "layer_norm"), "extractor_mode", "'default' or 'layer_norm'")
         require(self.padding_rule in ("chunks", "convolution"), "padding_rule", "'chunks' or 'convolution'")
         require(self.activation_fn in ("gelu", "relu"), "activation_fn", "'gelu' or 'relu'")
+        require(self.adapter_activation in ACTIVATIONS, "adapter_activation", "'relu' or 'elu'")
+        require(self.adapter_dim > 0 or self.adapter_activation == "relu", "adapter_activation", "adapter_dim above 0")
         require(n > 0, "encoder_layers", "a positive number")
         require(
             self.encoder_embed_dim % full_heads == 0,
@@ -313,8 +330,8 @@ class EncoderConfig:
         """Plain types only, for JSON and for checkpoints."""
         fields = dataclasses.asdict(self)
         fields["conv_feature_layers"] = format_conv_layers(self.conv_feature_layers)
-        for name in ("unit_widths", "time_reduction", "reuse_attention"):  # earlier versions do not know them
-            if fields[name] in ({}, [], 1):
+        for name, usual in UNWRITTEN.items():
+            if fields[name] == usual:
                 del fields[name]
         return fields
 

@@ -174,10 +174,10 @@ class SpeechEncoder(nn.Module):
         draw = self.draw_gates() if draw is None else draw
         projected, frames = self._project(source, padding_mask, draw)
         found: Dict[Tap, Tensor] = {}
-        for transform in dict.fromkeys(tap.transform for tap in taps):
-            asked = [tap for tap in taps if tap.transform == transform]
+        for kind in dict.fromkeys((tap.transform, tap.adapters) for tap in taps):
+            asked, transform = [tap for tap in taps if (tap.transform, tap.adapters) == kind], kind[0]
             x = projected if transform is None else transform(projected, frames)
-            above = self.transformer.run(x, frames, draw, map_layers(asked))
+            above = self.transformer.run(x, frames, draw, map_layers(asked), kind[1])
             found.update(zip(asked, collect(asked, itertools.chain([(self._first_state(x), None)], above))))
         return [found[tap] for tap in taps], self._output_padding(frames)
 

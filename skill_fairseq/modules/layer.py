@@ -6,6 +6,7 @@ from typing import Optional, Tuple, Union
 
 from torch import Tensor, nn
 
+from skill_fairseq.modules.adapter import Adapter
 from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.feed_forward import FeedForward
 from skill_fairseq.modules.gate_bank import Draw
@@ -21,6 +22,7 @@ class EncoderLayer(nn.Module):
         ffn: the feed-forward sublayer, or None where it was removed.
         layer_norm_first: normalise before each sublayer (Large) instead of after (Base).
         dropout: dropout probability on each sublayer's output.
+        adapter: a network beside the feed-forward sublayer, on the same input, or None; it is there without that too.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class EncoderLayer(nn.Module):
         ffn: Optional[FeedForward],
         layer_norm_first: bool,
         dropout: float = 0.0,
+        adapter: Optional[Adapter] = None,
     ) -> None:
         super().__init__()
         self.attention = attention
@@ -38,6 +41,7 @@ class EncoderLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(embed_dim)
         self.layer_norm_first = layer_norm_first
         self.dropout = nn.Dropout(dropout)
+        self.adapter = adapter
 
     def forward(
         self,
@@ -47,8 +51,9 @@ class EncoderLayer(nn.Module):
         draw: Optional[Draw] = None,
         with_maps: bool = False,
         reused: Optional[AttentionMaps] = None,
+        adapted: bool = True,
     ) -> Union[Tensor, Tuple[Tensor, Optional[AttentionMaps]]]:
-        """(B, T, D) to (B, T, D); the other arguments as in :class:`SelfAttention`."""
+        """(B, T, D) to (B, T, D), with the adapter or without; the other arguments as in :class:`SelfAttention`."""
         first, maps = self.layer_norm_first, None
         if self.attention is not None:
             y = self.attention_norm(x) if first else x
@@ -57,7 +62,10 @@ class EncoderLayer(nn.Module):
             x = x + self.dropout(y)
         if not first:
             x = self.attention_norm(x)
+        y = self.ffn_norm(x) if first and (self.ffn is not None or self.adapter is not None) else x
         if self.ffn is not None:
-            x = x + self.dropout(self.ffn(self.ffn_norm(x) if first else x, draw))
+            x = x + self.dropout(self.ffn(y, draw))
+        if self.adapter is not None and adapted:
+            x = x + self.adapter(y)
         x = x if first else self.ffn_norm(x)
         return (x, maps) if with_maps else x

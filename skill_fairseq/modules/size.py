@@ -77,6 +77,8 @@ def count_parameters(config: EncoderConfig, widths: Widths) -> Number:
     total += 2 * dim  # the encoder's LayerNorm
     if config.time_reduction > 1:
         total += config.time_reduction * dim * dim + dim
+    adapter = config.adapter_dim
+    total += (2 * dim * adapter + adapter + dim if adapter else 0) * config.encoder_layers
     total += 4 * dim * config.encoder_layers  # two LayerNorms a layer
     if config.relative_position:
         total += config.num_buckets * config.encoder_attention_heads
@@ -103,7 +105,7 @@ def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Numbe
     - time reduction by r: ``T' D D r``, and all that follows has ``T' = T // r`` in place of T
     - attention of h heads: projections ``4 T D h d``, scores and weighted sum ``2 T^2 h d``; half with a reused map
     - relative position, of h heads: gate ``T h d 8``, gated bias ``T^2 h``; none with a reused map
-    - feed-forward of f units: ``2 T D f``
+    - feed-forward of f units: ``2 T D f``; so an adapter of f features
 
     Biases, norms, activations, softmax and gate values are not counted.
 
@@ -138,6 +140,7 @@ def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Numbe
     macs += _total(widths, "heads", "attention_layers", value_macs + map_macs)
     macs -= map_macs * _reusing_heads(config, widths)
     macs += _total(widths, "ffn", "ffn_layers", 2 * length * dim)
+    macs += 2 * length * dim * config.adapter_dim * config.encoder_layers
     return macs + sum(unit.macs(config, widths, length) for unit in _others(config))
 
 

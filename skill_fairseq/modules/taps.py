@@ -57,9 +57,10 @@ class Tap:
             heads whose gates are open; "maps" (B, H, T, T), the maps of all heads that the layer has.
         normalize: bring every frame of every state to zero mean and unit variance over its features first, so that
             layers of large norm do not rule the mean.
-        transform: changes the projected features, as masking does. Taps with equal transforms share a pass through
-            the Transformer; the convolutions run once for all.
+        transform: changes the projected features, as masking does. Taps with equal transforms (and
+            ``adapters``) share a pass through the Transformer; the convolutions run once for all.
         teacher: which of several teachers is asked, from 0; nothing to the encoder itself.
+        adapters: with the encoder's adapters, where it has any, or without; the passes differ then.
         masking: in training some frames are hidden, see :func:`skill_fairseq.modules.masking.with_masks`, which turns
             it into a transform; nothing to the encoder itself.
     """
@@ -70,6 +71,7 @@ class Tap:
     transform: FrameTransform | None = None
     teacher: int = 0
     masking: SpanMasking | None = None
+    adapters: bool = True
 
     def check(self, config: EncoderConfig) -> None:
         """Raises:

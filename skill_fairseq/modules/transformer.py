@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from skill_fairseq.modules.adapter import Adapter
 from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.feed_forward import FeedForward
@@ -85,7 +86,9 @@ class Transformer(nn.Module):
                 )
             if ffn_dim is not None:
                 ffn = FeedForward(dim, ffn_dim, config.activation_fn, dropouts.activation)
-            layers.append(EncoderLayer(dim, attention, ffn, config.layer_norm_first, dropouts.hidden))
+            width = config.adapter_dim
+            adapter = Adapter(dim, width, config.adapter_activation) if width else None
+            layers.append(EncoderLayer(dim, attention, ffn, config.layer_norm_first, dropouts.hidden, adapter))
         self.layers: Sequence[EncoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.apply(_init_like_bert)
 
@@ -95,6 +98,7 @@ class Transformer(nn.Module):
         padding_mask: Optional[Tensor] = None,
         draw: Optional[Draw] = None,
         map_layers: Collection[int] = (),
+        adapted: bool = True,
     ) -> Iterator[Tuple[Tensor, Optional[AttentionMaps]]]:
         """Layer by layer, each computed when it is asked for.
 
@@ -104,6 +108,7 @@ class Transformer(nn.Module):
             draw: the gates of this forward; None where there are none.
             map_layers: 1-based layers whose attention maps are wanted; they are never dropped by layerdrop, nor are
                 those whose maps other layers take.
+            adapted: with the adapters, where there are any.
 
         Yields:
             a layer's output (B, T / time_reduction, D), before a final LayerNorm, and its attention maps where they are
@@ -130,17 +135,13 @@ class Transformer(nn.Module):
         with_maps, shared = wanted | set(sources.values()), None
         for layer, block in enumerate(self.layers, start=1):
             dropped = self.training and self.layerdrop > 0 and np.random.random() < self.layerdrop
-            inputs: Tuple[Any, ...] = (x, by_offset, padding_mask, draw)
-            again = self.checkpoint_activations and torch.is_grad_enabled()
+            wants = layer in with_maps
+            inputs = (x, by_offset, padding_mask, draw, wants, shared if layer in sources else None, adapted)
             maps = None
-            if layer in sources:
-                inputs = (*inputs, layer in with_maps, shared)
-            elif layer in with_maps:
-                inputs = (*inputs, True)
-            if layer in with_maps:
-                x, maps = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
-            elif not dropped:
-                x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+            if wants or not dropped:
+                again = self.checkpoint_activations and torch.is_grad_enabled()
+                out = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+                x, maps = out if wants else (out, None)
             if layer in sources.values():
                 shared = maps
             state = x

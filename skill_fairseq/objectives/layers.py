@@ -78,6 +78,10 @@ class LayersConfig(MaskingConfig, StatePairsConfig):
     mse_weight: float = field(default=0.0, metadata={"help": "weight of the squared distance"})
     cos_weight: float = field(default=1.0, metadata={"help": "weight of the cosine term"})
     cos_type: str = field(default="raw", metadata={"help": "raw: -mean cos; log_sig: -mean log sigmoid(cos)"})
+    cos_reduction: str = field(
+        default="mean",
+        metadata={"help": "of the cosine term: mean over frames, or sum over those of an utterance (OS-KDFT's code)"},
+    )
     masked_frames: Optional[str] = field(
         default="whole",
         metadata={
@@ -114,6 +118,10 @@ class Layers(Objective):
         super().__init__(cfg, student, teachers, field)
         self.cfg = cfg
         check_distance(cfg, field)
+        if cfg.cos_reduction not in ("mean", "sum"):
+            raise ValueError(f"{field}.cos_reduction: {cfg.cos_reduction!r}; expected mean or sum")
+        if cfg.cos_reduction == "sum" and cfg.mask_prob:
+            raise ValueError(f"{field}.cos_reduction: sum with {field}.mask_prob={cfg.mask_prob}; expected mean")
         teacher = the_teacher(teachers, field)
         self.pairs = pair_layers(cfg, student, teacher, field)
         self.student_taps, self.teacher_taps = pair_taps(cfg, self.pairs, teacher)
@@ -193,7 +201,10 @@ class Layers(Objective):
             frames = without_padding([*predicted, *teacher], padding_mask)
             predicted, teacher = frames[: len(predicted)], frames[len(predicted) :]
         cfg = self.cfg
-        distance = (None, cfg.l1_weight, cfg.cos_weight, cfg.cos_type, cfg.mse_weight)
+        cos_weight = cfg.cos_weight
+        if cfg.cos_reduction == "sum":
+            cos_weight *= predicted[0][..., 0].numel() / len(student[0])  # frames of an utterance, in the mean
+        distance = (None, cfg.l1_weight, cos_weight, cfg.cos_type, cfg.mse_weight)
         parts = [distillation_loss(p, t, *distance) for p, t in zip(predicted, teacher)]
         loss = torch.stack([w * part.total for w, part in zip(self.weights, parts)]).sum()
         loss = loss if share is None else loss * share.to(loss.dtype)

@@ -81,6 +81,17 @@ class SkillDistillationConfig(AudioPretrainingConfig):
             "leave them out; needs optimizer._name=composite"
         },
     )
+    separate_heads: bool = field(
+        default=False,
+        metadata={
+            "help": "parameters of the objectives are the optimizer's group 'heads', for a rate of their own; needs "
+            "optimizer._name=composite"
+        },
+    )
+    separate_adapters: bool = field(
+        default=False,
+        metadata={"help": "those of the student's adapters are the group 'adapters'; needs optimizer._name=composite"},
+    )
     crop_multiple: int = field(
         default=1,
         metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
@@ -285,12 +296,22 @@ class SkillDistillationTask(AudioPretrainingTask):
             self.maskings = criterion.maskings
             if self._model is not None:
                 self._model.train_for(criterion.student_taps)
-        if self.cfg.separate_biases:
-            for module in (self._model, criterion):
-                for name, parameter in module.named_parameters():
-                    if "bias" in name.rpartition(".")[2] and not hasattr(parameter, "param_group"):
-                        parameter.param_group = "biases"
+        self._group_parameters(criterion)
         return criterion
+
+    def _group_parameters(self, criterion: Any) -> None:
+        """Gives parameters their groups of the optimizer, heads and adapters before biases; gates have theirs."""
+        for module, part, whole in (
+            (criterion, "heads", self.cfg.separate_heads),
+            (self._model, "adapters", self.cfg.separate_adapters),
+        ):
+            for name, parameter in module.named_parameters() if module is not None else ():
+                if hasattr(parameter, "param_group"):
+                    continue
+                if whole and (part == "heads" or ".adapter." in name):
+                    parameter.param_group = part
+                elif self.cfg.separate_biases and "bias" in name.rpartition(".")[2]:
+                    parameter.param_group = "biases"
 
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
         """Makes sure that gates and multipliers are still equal on all ranks.

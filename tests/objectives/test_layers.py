@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from messages import says
 from omegaconf import OmegaConf
-from oracle import RELATED, agrees, near, tensors
+from oracle import RELATED, agrees, near, tensor, tensors
 from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
@@ -76,6 +76,29 @@ def test_distilhubert_is_the_reference(case: int, weights: dict[str, float]) -> 
         assert gradients[0].norm().item() == near(shared["grad_norm_hidden"])
         second = [sum(norm**2 for norm in others[k::2]) ** 0.5 for k in (0, 1)]
         assert [first, bias, *second] == near(list(shared["grad_norms"].values()))
+
+
+def test_os_kdft_sums_the_cosine_over_frames() -> None:
+    case = RELATED["cases"]["os_kdft"]["kd"]
+    fields = {"teacher_layers": [4, 8, 12], "student_layers": "last", "head": "prediction", "cos_type": "log_sig"}
+    thin = {"encoder_attention_heads": 2, "conv_pos_groups": 2}
+    objective = make({**deep(2, 6), **thin}, {**deep(12, 6), **thin}, **fields, layer_weights=1.0, cos_reduction="sum")
+    weights = tensors(case["weights"])
+    with torch.no_grad():
+        for name, own in (("weight", objective.heads.shared.weight), ("bias", objective.heads.shared.bias)):
+            own.copy_(torch.cat([weights[f"predict_layer.{n}.0.{name}"] for n in range(3)]))
+        for n, head in enumerate(objective.heads.heads):
+            head.weight.copy_(weights[f"predict_layer.{n}.2.weight"])
+            head.bias.copy_(weights[f"predict_layer.{n}.2.bias"])
+    state = tensor(case["inputs"]["student_states"])[:, -1].requires_grad_()
+    targets = [tensor(case["inputs"]["teacher_states"])[:, layer] for layer in (4, 8, 12)]
+    loss, log = objective([state] * 3, targets)
+    assert loss.item() == near(case["loss"])
+    assert sum(value.item() for name, value in log.items() if name.startswith("l1")) == near(case["l1_part"])
+    assert torch.autograd.grad(loss, state)[0].norm().item() == near(case["grad_norm_student_last"])
+    padded = [torch.cat([t, torch.randn(4, 2, 6)], 1) for t in (state, *targets)]
+    mask = torch.arange(7).expand(4, 7) >= 5
+    assert objective([padded[0]] * 3, padded[1:], mask)[0].item() == near(case["loss"])
 
 
 def test_heads_have_the_published_sizes_and_start() -> None:
@@ -173,6 +196,8 @@ def test_states_of_teachers_whose_norm_comes_first_are_normalised() -> None:
         ({"head": "prediction"}, ["head", "student_layers", "[1, 2, 3]", "last"]),
         ({"l1_weight": -1.0}, ["l1_weight", "-1.0", "at least 0"]),
         (ALONE, ["l1_weight", "mse_weight", "cos_weight", "nothing"]),
+        ({"cos_reduction": "max"}, ["cos_reduction", "'max'", "mean or sum"]),
+        ({"cos_reduction": "sum", "mask_prob": 0.5}, ["cos_reduction: sum", "mask_prob=0.5"]),
         ({"cos_type": "sig"}, ["cos_type", "sig", "log_sig"]),
         ({"layer_weights": [1.0]}, ["layer_weights", "[1.0]", "3 numbers"]),
         ({"layer_weights": 0.0}, ["layer_weights", "not all 0"]),
