@@ -31,7 +31,7 @@ tasks:
   a folder with {train,valid,test}.tsv and {train,valid,test}.labels.tsv: mean and standard deviation over
   time of every layer, a learnt weighted sum of the layers, logistic regression; accuracy
   the same with transcripts for labels (header: utterance TAB speaker TAB transcript): weighted sum of the
-  layers and a linear map for every frame, trained by CTC; letter error rate
+  layers and a linear map over 9 frames, trained by CTC; letter error rate
   a folder with test.tsv and trials.tsv: cosine of pairs; equal error rate
   All with a 95 % interval over the test speakers, where there are 3 or more: by the labels' column, or, for
   trials, by test.speakers.tsv (header: utterance TAB speaker).

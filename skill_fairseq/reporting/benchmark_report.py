@@ -71,7 +71,7 @@ def _sparsity(rows: Sequence[Row], summary: Mapping[str, Any], sparsity: Any, ou
     for kind, name in SHOWN.items():
         label = f"{name} to the teacher"
         found = {row["method"]: row["layers"][kind] for row in rows if kind in row["layers"]}
-        curves = {method: (np.linspace(0, 1, len(values)), values) for method, values in found.items()}
+        curves = {method: (np.linspace(0, 1, len(values)).tolist(), values) for method, values in found.items()}
         if not curves:
             continue
         path = pictures.file_of(out, "distance", kind, str(sparsity))
