@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 import yaml
-from methods import Target, Variant, check_methods, target_of  # beside this file
+from methods import Recipe, Target, Variant, check_methods, read_methods, target_of  # beside this file
 
 from skill_fairseq.files import PathLike
+from skill_fairseq.pruning.costs import COSTS
 from skill_fairseq.reading import read_text
 
 STAGES = ("stage1", "stage2")
@@ -33,6 +34,8 @@ class Grid:
         methods, sparsities, seeds: the grid itself.
         baseline: the method that the others are compared with.
         variants: methods of the grid's own, by name: see :data:`methods.Variant`.
+        budget: what sparsities are of, "parameters" or "macs".
+        recipes: related systems among the file's methods, see :func:`methods.read_methods`.
     """
 
     teacher: Path
@@ -47,6 +50,8 @@ class Grid:
     baseline: str = "dphubert"
     updates: Optional[dict[str, int]] = None
     variants: dict[str, Variant] = dataclasses.field(default_factory=dict)
+    budget: str = "parameters"
+    recipes: dict[str, Recipe] = dataclasses.field(default_factory=dict)
 
     def overrides(self, stage: str) -> list[str]:
         """Of "stage1" or "stage2", for fairseq-hydra-train."""
@@ -56,6 +61,8 @@ class Grid:
             warmup = f"lr_scheduler.warmup_updates={updates // 10}"
             found += [f"optimization.max_update={updates}"]
             found += [f"optimizer.groups.default.{warmup}" if stage == "stage1" else warmup]
+        if self.budget != "parameters" and stage == "stage1":
+            found.append(f"criterion.cost={self.budget}")
         return found
 
 
@@ -101,9 +108,11 @@ def read_grid(path: PathLike, name: str, **changes: Any) -> Grid:
             if not isinstance(grids.get(base), dict):
                 raise ValueError(f"{where}: base {base!r} is no grid of the file; expected one of {', '.join(grids)}")
             fields = {**grids[base], **fields}
+    fields["methods"], recipes = read_methods(fields.get("methods"), where)
     fields.update({key: value for key, value in changes.items() if value is not None})
-    wanted = {field.name for field in dataclasses.fields(Grid)}
-    required = wanted - {"baseline", "updates", "variants"}
+    wanted = {field.name for field in dataclasses.fields(Grid)} - {"recipes"}
+    fields = {key: value for key, value in fields.items() if key != "methods" or value is not None}
+    required = wanted - {"baseline", "updates", "variants", "budget"}
     if set(fields) - wanted or required - set(fields):
         raise ValueError(
             f"{where}: unknown fields {sorted(set(fields) - wanted)}, missing fields {sorted(required - set(fields))}; "
@@ -112,7 +121,7 @@ def read_grid(path: PathLike, name: str, **changes: Any) -> Grid:
     for key in ("teacher", "data"):
         fields[key] = (path.parent / fields[key]).resolve()
     fields["tasks"] = [(path.parent / task).resolve() for task in fields["tasks"]]
-    grid = Grid(**fields)
+    grid = Grid(**fields, recipes=recipes)
     _check(grid, where)
     return grid
 
@@ -127,7 +136,9 @@ def _check(grid: Grid, where: str) -> None:
     names = [task.name for task in grid.tasks]
     if len(set(names)) != len(names):
         raise ValueError(f"{where}: tasks has folders of the same name, {names}; rename one: results go by name")
-    check_methods(grid.methods, grid.variants)
+    check_methods(grid.methods, grid.variants, grid.recipes)
+    if grid.budget not in COSTS:
+        raise ValueError(f"{where}: budget is {grid.budget!r}; expected one of {', '.join(COSTS)}")
     if grid.baseline not in grid.methods:
         raise ValueError(f"{where}: baseline {grid.baseline!r} is not among the methods; add it there")
     for value in grid.sparsities:
@@ -159,7 +170,9 @@ def runs_of(grid: Grid, clusters: Mapping[str, Any]) -> list[Run]:
             for method in grid.methods:
                 if method in UNTRAINED and seed != grid.seeds[0]:
                     continue
-                runs.append(Run(method, float(sparsity), seed, target_of(method, clusters, seed, grid.variants)))
+                runs.append(
+                    Run(method, float(sparsity), seed, target_of(method, clusters, seed, grid.variants, grid.recipes))
+                )
     return runs
 
 
@@ -198,6 +211,32 @@ def composed(folder: Path, config: str, overrides: Sequence[str]) -> dict[str, A
     return dict(json.loads(plain))
 
 
+EQUAL = ("dataset.max_tokens", "dataset.batch_size", "optimization.update_freq")
+EQUAL += tuple(f"task.{name}" for name in ("max_sample_size", "min_sample_size", "crop_multiple"))
+"""Fields by which recipes get the audio of stage 1."""
+
+
+def recipe_overrides(configs: Mapping[str, Any]) -> list[str]:
+    """What makes a recipe see as much as the two stages together: their updates, the audio of stage 1 in each.
+
+    Args:
+        configs: of both stages, as :func:`composed` gives them.
+    """
+    updates = sum(configs[stage]["optimization"]["max_update"] for stage in STAGES)
+    found = [f"optimization.max_update={updates}", "dataset.disable_validation=true"]
+    for name in EQUAL:
+        section, _, field = name.partition(".")
+        value = configs["stage1"][section][field]
+        found.append(f"{name}={'null' if value is None else json.dumps(value).replace(' ', '')}")
+    return found
+
+
+def gate_overrides(overrides: Sequence[str]) -> list[str]:
+    """Those that say how gates reach their sparsity in few updates; gated recipes take them over."""
+    prefixes = ("criterion.sparsity_warmup", "optimizer.groups.gates.", "optimizer.groups.multipliers.")
+    return [word for word in overrides if word.startswith((*prefixes, "criterion.cost="))]
+
+
 def settings_of(
     grid: Grid, hashes: Mapping[str, Any], configs: Mapping[str, Any], package: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -206,10 +245,18 @@ def settings_of(
     Args:
         grid: the comparison.
         hashes: ``teacher``, ``data`` and ``tasks``: SHA-256 of the teacher and of each file that is read, by name.
-        configs: of each stage, the whole config that is trained with, but for what the runs differ in.
+        configs: of each stage and recipe, the whole config that is trained with, but for what the runs differ in.
         package: name -> version of what trains.
     """
-    return {**hashes, "cluster": grid.cluster, **{stage: configs[stage] for stage in STAGES}, "package": dict(package)}
+    return {**hashes, "cluster": grid.cluster, **configs, "package": dict(package)}
+
+
+MAY_GROW = ("tasks", "recipes")
+
+
+def extended(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, and of tasks and recipes what only the others have: those may be added at any time."""
+    return {**settings, **{name: {**others.get(name, {}), **settings.get(name, {})} for name in MAY_GROW}}
 
 
 def changed_setting(before: Any, now: Any, name: str = "") -> Optional[tuple[str, Any, Any]]:

@@ -30,20 +30,44 @@ METHODS = {
 
 
 class Target(NamedTuple):
-    """What is distilled and how; without groups nothing is trained.
+    """What is distilled and how; without groups and recipe nothing is trained.
 
     Attributes:
         groups: of layers.
         projection_sharing: value of ``criterion.projection_sharing``.
         stage1, stage2: overrides of fairseq-hydra-train, after all others.
+        recipe: config that says all of this itself, and is trained in one go with the overrides of ``stage1``.
     """
 
     groups: Optional[Groups]
     projection_sharing: Any = "none"
     stage1: tuple[str, ...] = ()
     stage2: tuple[str, ...] = ()
+    recipe: Optional[str] = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether anything is: if not, no seed changes it."""
+        return self.groups is not None or self.recipe is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: value for name, value in self._asdict().items() if name != "recipe" or value is not None}
 
 
+class Recipe(NamedTuple):
+    """A related system as a method.
+
+    Attributes:
+        config: folder/name below config/, without its suffix.
+        overrides: of fairseq-hydra-train, after all others.
+    """
+
+    config: str
+    overrides: tuple[str, ...] = ()
+
+
+Recipes = Mapping[str, Recipe]
 Variant = Mapping[str, Any]
 """A method of a grid's own: as the method ``of`` (skill unless said), but with another ``clustering`` (arguments of
 :func:`cluster_again`) or ``projection_sharing``, or with overrides of ``stage1``, ``stage2`` or ``both``."""
@@ -51,14 +75,50 @@ VARIANT_FIELDS = ("of", "clustering", "projection_sharing", "both", "stage1", "s
 CLUSTERING_FIELDS = ("measure", "linkage", "num_groups", "layer_0", "neighbours_only")
 
 
-def check_methods(names: Sequence[str], variants: Mapping[str, Variant] | None = None) -> None:
+def read_methods(entries: Any, where: str) -> tuple[list[str], dict[str, Recipe]]:
+    """A grid's list of methods: names, and recipes by ``name: folder/config``, or, with overrides,
+    ``name: {config: ..., overrides: [...]}``.
+
+    Args:
+        entries: the list, as it was read.
+        where: it was read, for messages.
+
+    Returns:
+        all names in their order, and the recipes.
+
+    Raises:
+        ValueError: an entry is neither.
+    """
+    names, recipes = [], {}
+    for entry in entries if isinstance(entries, list) else []:
+        if not isinstance(entry, dict):
+            names.append(entry)
+            continue
+        for name, found in entry.items():
+            fields = {"config": found} if isinstance(found, str) else found
+            words = fields.get("overrides", []) if isinstance(fields, dict) else None
+            if not isinstance(words, list) or set(fields) - {"overrides"} != {"config"}:
+                raise ValueError(
+                    f"{where}: methods.{name} is {found!r}; expected a config below config/, such as "
+                    "distill/tiny_distilhubert, or {config: ..., overrides: [a.b=c, ...]}"
+                )
+            if name in METHODS:
+                raise ValueError(f"{where}: methods.{name} is a method already; give the recipe another name")
+            names.append(name)
+            recipes[name] = Recipe(str(fields["config"]), tuple(map(str, words)))
+    return (names if isinstance(entries, list) else entries), recipes
+
+
+def check_methods(
+    names: Sequence[str], variants: Mapping[str, Variant] | None = None, recipes: Recipes | None = None
+) -> None:
     """Are these methods, each named once, and the variants well-formed?
 
     Raises:
         ValueError: no; names the method or the variant's field.
     """
     variants = variants or {}
-    known = [*METHODS, *variants]
+    known = [*METHODS, *variants, *(recipes or ())]
     for name in names:
         if name not in known:
             raise ValueError(f"methods: {name!r} is unknown; choose from {', '.join(known)}")
@@ -86,20 +146,26 @@ def _check_fields(where: str, found: Any, fields: Collection[str]) -> None:
 
 
 def target_of(
-    method: str, clusters: Mapping[str, Any], seed: int, variants: Mapping[str, Variant] | None = None
+    method: str,
+    clusters: Mapping[str, Any],
+    seed: int,
+    variants: Mapping[str, Variant] | None = None,
+    recipes: Recipes | None = None,
 ) -> Target:
     """What a method distils.
 
     Args:
-        method: a name of :data:`METHODS` or of a variant.
+        method: a name of :data:`METHODS`, of a variant or of a recipe.
         clusters: the content of clusters.json, as skill-cluster writes it; with ``--compare`` it holds every measure.
         seed: of the run; only ``random_groups`` looks at it.
-        variants: the grid's.
+        variants, recipes: the grid's.
 
     Raises:
         ValueError: unknown method, or the measure is not in ``clusters``.
     """
-    check_methods([method], variants)
+    check_methods([method], variants, recipes)
+    if recipes and method in recipes:
+        return Target(None, stage1=recipes[method].overrides, recipe=recipes[method].config)
     if variants and method in variants:
         variant = variants[method]
         target = target_of(variant.get("of", SKILL), clusters, seed)

@@ -21,8 +21,21 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from threads, and waits for them
 
 # beside this file
-from grid import STAGES, Grid, Run, changed_setting, composed, owner, read_grid, runs_of, settings_of
+from grid import (
+    STAGES,
+    Grid,
+    Run,
+    changed_setting,
+    composed,
+    extended,
+    owner,
+    read_grid,
+    recipe_overrides,
+    runs_of,
+    settings_of,
+)
 from methods import METHODS
+from recipes import make_by_recipe, why_unreachable
 from runs_table import write_runs
 from student import in_log, make_student
 
@@ -51,6 +64,7 @@ EPILOG = """examples:
   python examples/benchmark/run.py out --name full               every method, examples/tiny's own numbers of updates
   python examples/benchmark/run.py out --name trial              does it run? two methods, a few updates
   python examples/benchmark/run.py choices --name choices        what the defaults were chosen by
+  python examples/benchmark/run.py family --name family          related systems, at equal size
   python examples/benchmark/run.py out --methods skill dphubert --seeds 1 2 3 4 5
   python examples/benchmark/run.py out --table                   only tabulate what is there
   python examples/benchmark/run.py out --run skill-0.75-1        one run: what a job array would do
@@ -67,6 +81,18 @@ class Stopped(BaseException):
     """A signal asked us to end."""
 
 
+def probe_tasks(encoder_file: Path, folders: Sequence[Path]) -> dict[str, Any]:
+    """What a student gets in each task."""
+    tasks = [read_task(folder) for folder in folders]
+    return evaluate(EncoderFeatures(load_encoder(encoder_file)), tasks, encoder_file.stem)
+
+
+def not_probed(file: Path, grid: Grid) -> list[Path]:
+    """Tasks of the grid that a result does not have: all of them where there is no result."""
+    done = read_json(file)["probes"] if file.is_file() else {}
+    return [folder for folder in grid.tasks if folder.name not in done]
+
+
 def measure(encoder_file: Path, grid: Grid) -> dict[str, Any]:
     """Everything but training: probes, distances to the teacher, costs."""
     encoder, teacher = load_encoder(encoder_file), load_encoder(grid.teacher)
@@ -74,39 +100,49 @@ def measure(encoder_file: Path, grid: Grid) -> dict[str, Any]:
     check_manifest(manifest)
     distances = layer_distances(encoder, teacher, manifest.files)
     speakers = read_speakers(manifest)
-    tasks = [read_task(folder) for folder in grid.tasks]
     return {
-        "probes": evaluate(EncoderFeatures(encoder), tasks, encoder_file.stem),
+        "probes": probe_tasks(encoder_file, grid.tasks),
         "distances": {
             "layers": distances.layers,
             "recordings": distances.recordings,
             "speakers": speakers,
             "frames": distances.num_frames,
+            "teacher_layers": distances.teacher_layers,
         },
         "costs": costs(encoder),
     }
 
 
-def do_run(run: Run, grid: Grid, out: Path, keep_checkpoints: bool) -> None:
-    """Makes and measures one student, unless that is done. The result is written last."""
+def do_run(run: Run, grid: Grid, out: Path, configs: dict[str, Any], keep_checkpoints: bool) -> None:
+    """Makes and measures one student, unless that is done. The result is written last; tasks may be added to it."""
     folder = out / "runs" / run.name
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder / "lock"):
-        if (folder / "result.json").is_file():
+        file = folder / "result.json"
+        if file.is_file():
+            more = not_probed(file, grid)
+            if more:
+                result = read_json(file)
+                result["probes"].update(probe_tasks(folder / "student.safetensors", more))
+                write_json(file, result)
             return
-        write_json(folder / "target.json", run.target._asdict())
+        write_json(folder / "target.json", run.target.to_dict())
         began = time.monotonic()
-        made = make_student(run, grid, folder, CONFIG)
+        if run.target.recipe:
+            made = make_by_recipe(run, grid, folder, CONFIG, configs)
+        else:
+            made = make_student(run, grid, folder, CONFIG)
         measuring = time.monotonic()
         measured = measure(folder / "student.safetensors", grid)
         made["seconds"]["measure"] = time.monotonic() - measuring
         write_json(
-            folder / "result.json",
+            file,
             {
                 "method": run.method,
                 "sparsity": run.sparsity,
                 "seed": run.seed,
-                **run.target._asdict(),
+                "budget": grid.budget,
+                **run.target.to_dict(),
                 "made": made,
                 "wall_seconds_of_last_attempt": time.monotonic() - began,
                 **measured,
@@ -157,8 +193,9 @@ def commit() -> str | None:
     return found[0] + "+" * bool(found[1])
 
 
-def prepare(grid: Grid, out: Path) -> dict[str, Any]:
-    """Checks that OUT belongs to these settings, clusters the teacher; returns clusters.json."""
+def prepare(grid: Grid, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Checks that OUT belongs to these settings, clusters the teacher; returns clusters.json and configs by stage and,
+    under "recipes", by method."""
     tasks = [read_task(folder) for folder in grid.tasks]
     require_scikit_learn(tasks)
     names = ["train.tsv", "valid.tsv", "valid.speakers.tsv"]
@@ -168,31 +205,39 @@ def prepare(grid: Grid, out: Path) -> dict[str, Any]:
         "tasks": {task.name: task.hashes for task in tasks},
     }
     configs = {stage: composed(CONFIG, getattr(grid, stage)["config"], grid.overrides(stage)) for stage in STAGES}
+    equal = recipe_overrides(configs)
+    configs["recipes"] = {
+        name: composed(CONFIG, recipe.config, [*equal, *recipe.overrides])
+        for name, recipe in grid.recipes.items()
+        if name in grid.methods
+    }
     package = {name: found for name, found in versions("fairseq").items() if name in ("skill_fairseq", "fairseq")}
     settings, file = settings_of(grid, hashes, configs, package), out / "settings.json"
-    if file.is_file():
-        changed = changed_setting(read_json(file), settings)
+    found = read_json(file) if file.is_file() else {}
+    if found:
+        changed = changed_setting(extended(found, settings), extended(settings, found))
         if changed:
             name, before, now = changed
             raise ValueError(
                 f"{file}: {name} is {before!r}, now {now!r}; runs with different settings cannot be compared: give "
                 "another OUT, or the former settings"
             )
-    else:
+        settings = extended(settings, found)
+    if settings != found:
         write_json(file, settings)
     clusters = out / "clusters" / "clusters.json"
     if not clusters.is_file():
         arguments = ["--teacher", str(grid.teacher), "--manifest", str(grid.data / "train.tsv")]
         arguments += ["--out", str(out / "clusters"), "--compare", *grid.cluster]
         in_log(cluster.main, arguments, out / "cluster.log")
-    return dict(read_json(clusters))
+    return dict(read_json(clusters)), configs
 
 
 def check_targets(runs: Sequence[Run], out: Path) -> None:
     """Raises ValueError if a run has been begun under the same name with another target."""
     for run in runs:
         file = out / "runs" / run.name / "target.json"
-        wanted = json.loads(json.dumps(run.target._asdict()))
+        wanted = json.loads(json.dumps(run.target.to_dict()))
         if file.is_file() and read_json(file) != wanted:
             raise ValueError(
                 f"{file}: {read_json(file)}, but {run.method} is now {wanted}; rename the variant, remove the folder, "
@@ -202,18 +247,16 @@ def check_targets(runs: Sequence[Run], out: Path) -> None:
 
 def measure_references(grid: Grid, out: Path) -> None:
     """The teacher and log-mel features under the same probes."""
-    if (out / "references.json").is_file():
+    file = out / "references.json"
+    found = read_json(file) if file.is_file() else {"teacher": {"probes": {}}, "logmel": {"probes": {}}}
+    tasks = [read_task(folder) for folder in grid.tasks if folder.name not in found["teacher"]["probes"]]
+    if not tasks:
         return
-    tasks = [read_task(folder) for folder in grid.tasks]
     teacher = load_encoder(grid.teacher)
-    found = {
-        "teacher": {
-            "probes": evaluate(EncoderFeatures(teacher), tasks, "teacher"),
-            "costs": costs(teacher),
-        },
-        "logmel": {"probes": evaluate(level_free_log_mel, tasks, "logmel")},
-    }
-    write_json(out / "references.json", found)
+    found["teacher"]["probes"].update(evaluate(EncoderFeatures(teacher), tasks, "teacher"))
+    found["teacher"].setdefault("costs", costs(teacher))
+    found["logmel"]["probes"].update(evaluate(level_free_log_mel, tasks, "logmel"))
+    write_json(file, found)
 
 
 def do_all(runs: Sequence[Run], out: Path, jobs: int, own_command: Sequence[str]) -> list[str]:
@@ -259,8 +302,10 @@ def gather(grid: Grid, runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
     for run in runs:
         made_by = owner(run, runs)
         file = out / "runs" / made_by.name / "result.json"
-        if file.is_file():
-            found.append({**read_json(file), "method": run.method, "made_by": made_by.method})
+        if not not_probed(file, grid):
+            result = read_json(file)
+            probes = {folder.name: result["probes"][folder.name] for folder in grid.tasks}
+            found.append({**result, "probes": probes, "method": run.method, "made_by": made_by.method})
     return found
 
 
@@ -269,8 +314,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     args = parser().parse_args(argv)
     if args.list_methods:
-        variants = read_grid(args.grid, args.name).variants
+        read = read_grid(args.grid, args.name)
+        variants = read.variants
         meanings = {**METHODS, **{name: f"variant: {json.dumps(variant)}" for name, variant in variants.items()}}
+        meanings.update({name: f"recipe: {' '.join([r.config, *r.overrides])}" for name, r in read.recipes.items()})
         print("\n".join(f"{name:<20} {meaning}" for name, meaning in meanings.items()))
         return 0
     if args.jobs < 1:
@@ -288,31 +335,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        clusters = prepare(grid, out)
+        clusters, configs = prepare(grid, out)
         runs = runs_of(grid, clusters)
+        whys = why_unreachable(runs, grid, configs)
+        runs = [run for run in runs if run.name not in whys]
         check_targets(runs, out)
         if args.run:
             chosen = [run for run in runs if run.name == args.run]
             if not chosen:
                 names = ", ".join(run.name for run in runs)
-                raise ValueError(f"--run: {args.run!r} is not in the grid; expected one of {names}")
-            do_run(chosen[0], grid, out, args.keep_checkpoints)
+                why = whys.get(args.run, "is not in the grid")
+                raise ValueError(f"--run: {args.run!r}: {why}; expected one of {names}")
+            do_run(chosen[0], grid, out, configs, args.keep_checkpoints)
             return 0
         failed: list[str] = []
         if not args.table:
             measure_references(grid, out)
-            to_do = [r for r in runs if owner(r, runs) == r and not (out / "runs" / r.name / "result.json").is_file()]
+            to_do = [r for r in runs if owner(r, runs) == r and not_probed(out / "runs" / r.name / "result.json", grid)]
+            print("".join(f"{name} is left out: {why}\n" for name, why in whys.items()), end="")
             print(f"{len(to_do)} of {len(runs)} runs are to be made", flush=True)
             rest = sys.argv[1:] if argv is None else list(argv)
             failed = do_all(to_do, out, args.jobs, [sys.executable, str(Path(__file__).resolve()), *rest])
     except (Stopped, KeyboardInterrupt):
         print("Stopped. What was finished stays; the same command goes on from there.", file=sys.stderr)
         return STOPPED
-    results = gather(grid, runs, out)
+    results = gather(grid, runs, out) if runs else []
     if not results:
         raise ValueError(f"{out}: no run has finished; see {out / 'runs'}/*/log")
     summary = summarise(results, read_json(out / "references.json"), grid.baseline)
-    summary.update(wanted=len(runs), found=len(results), failed=failed, settings=read_json(out / "settings.json"))
+    summary.update(wanted=len(runs), found=len(results), failed=failed, unreachable=whys)
+    summary["settings"] = read_json(out / "settings.json")
     write_json(out / "results.json", summary)
     write_runs(out / "runs.csv", results)
     table = write_tables(summary)

@@ -17,23 +17,29 @@ from skill_fairseq.probing.evaluate import outcomes
 def run_row(result: Mapping[str, Any]) -> dict[str, Any]:
     """One run: what it is, what it got in each task and how far it is from the teacher, also by speaker."""
     groups = result["groups"] or ()
+    seconds = result["made"]["seconds"]
     row: dict[str, Any] = {
         "method": result["method"],
         "sparsity": result["sparsity"],
         "seed": result["seed"],
-        "groups": " ".join("{" + ",".join(map(str, group)) + "}" for group in groups),
+        "budget": result.get("budget", "parameters"),
+        "groups": result.get("recipe") or " ".join("{" + ",".join(map(str, group)) + "}" for group in groups),
     }
     for task, entry in result["probes"].items():
         row[task] = entry["value"]
         row.update(_by_speaker(task, *outcomes(entry)))
     distances = result["distances"]
     for kind in SHOWN:
+        if kind not in distances["recordings"]:
+            continue
         values = np.array(distances["recordings"][kind])
         row[kind] = float(values.mean())
         row.update(_by_speaker(kind, values, distances["speakers"] or []))
-    row["parameters"] = result["costs"]["parameters"]
+    row["parameters"], row["macs"] = result["costs"]["parameters"], result["costs"]["macs"]
+    row["milliseconds"] = 1000 * result["costs"]["cpu_seconds"]
     row["actual sparsity"] = result["made"]["sparsity"]["actual"]
-    row["seconds"] = sum(result["made"]["seconds"].values())
+    row["seconds"] = sum(seconds.values())
+    row["training cpu seconds"] = result["made"].get("cpu_seconds", "")
     row["cpu"], row["commit"] = result["cpu"], result["commit"]
     return row
 

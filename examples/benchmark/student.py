@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grid import Grid, Run  # beside this file
+# beside this file
+from budget import cost_of
+from grid import Grid, Run
 
 from skill_fairseq import load_encoder
 from skill_fairseq.checkpoints.export import save_encoder
@@ -19,7 +22,12 @@ from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.cli import export, shrink
 from skill_fairseq.clustering.config_file import format_groups
 from skill_fairseq.files import read_json, write_json
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.pruning.costs import make_cost
 from skill_fairseq.pruning.magnitude import prune_by_magnitude
+
+GATED = ["conv", "heads", "ffn"]
+"""What methods by groups of layers prune."""
 
 
 def call(command: Sequence[str], log: Path) -> int:
@@ -60,7 +68,7 @@ def train(folder: Path, config: Path, overrides: Sequence[str]) -> dict[str, Any
         overrides: of the config's fields.
 
     Returns:
-        ``seconds`` of wall time, of all attempts together, and their number.
+        ``seconds`` of wall time and ``cpu_seconds`` of all its processes, of all attempts together, and their number.
 
     Raises:
         ValueError: training failed; names the log.
@@ -76,7 +84,7 @@ def train(folder: Path, config: Path, overrides: Sequence[str]) -> dict[str, Any
             "fairseq-hydra-train: not found; install skill_fairseq into this Python: pip install '.[probe]'"
         )
     seconds = read_json(spent) if spent.is_file() else []
-    began = time.monotonic()
+    began, used = time.monotonic(), _children_seconds()
     try:
         code = call(
             [
@@ -88,15 +96,32 @@ def train(folder: Path, config: Path, overrides: Sequence[str]) -> dict[str, Any
             folder / "log",
         )
     finally:
-        seconds.append(time.monotonic() - began)
+        seconds.append([time.monotonic() - began, _children_seconds() - used])
         write_json(spent, seconds)
     if code:
         lines = (folder / "log").read_text(encoding="utf-8").splitlines()
         why = next((line for line in reversed(lines) if "Error" in line), f"exit code {code}")
         raise ValueError(f"{folder.name}: training failed: {why.strip()} (all output is in {folder / 'log'})")
-    record = {"seconds": sum(seconds), "attempts": len(seconds)}
+    wall, cpu = map(sum, zip(*seconds))
+    record = {"seconds": wall, "cpu_seconds": cpu, "attempts": len(seconds)}
     write_json(done, record)
     return record
+
+
+def _children_seconds() -> float:
+    """Processor time of all processes that this one has waited for: wall time says little on a shared machine."""
+    found = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return found.ru_utime + found.ru_stime
+
+
+def common_overrides(run: Run, grid: Grid, teacher: SpeechEncoder) -> list[str]:
+    """Of every training of a run."""
+    return [
+        f"task.data={grid.data}",
+        f"task.teacher={grid.teacher}",
+        f"task.normalize={str(bool(teacher.normalize)).lower()}",
+        f"common.seed={run.seed}",
+    ]
 
 
 def make_student(run: Run, grid: Grid, folder: Path, configs: Path) -> dict[str, Any]:
@@ -108,25 +133,22 @@ def make_student(run: Run, grid: Grid, folder: Path, configs: Path) -> dict[str,
         configs: folder that the stages' configs are relative to.
 
     Returns:
-        wall times and sparsities.
+        wall times, processor time of training, and sparsities.
     """
     student, shrunk, log = folder / "student.safetensors", folder / "shrunk.safetensors", folder / "log"
     teacher = load_encoder(grid.teacher)
-    normalize = f"task.normalize={str(bool(teacher.normalize)).lower()}"
     if run.target.groups is None:
-        began = time.monotonic()
-        small = prune_by_magnitude(teacher, run.sparsity, ["conv", "heads", "ffn"])
-        actual = 1 - small.num_parameters() / teacher.num_parameters()
+        began, cost = time.monotonic(), make_cost(grid.budget)
+        small = prune_by_magnitude(teacher, run.sparsity, GATED, cost)
+        actual = 1 - cost_of(small.config, cost) / cost.original(teacher.config)
         save_encoder(small, student, {"method": run.method, "source": grid.teacher.name})
         return {
             "sparsity": {"asked": run.sparsity, "expected": None, "actual": actual},
             "seconds": {"prune": time.monotonic() - began},
+            "cpu_seconds": 0.0,
         }
     common = [
-        f"task.data={grid.data}",
-        f"task.teacher={grid.teacher}",
-        normalize,
-        f"common.seed={run.seed}",
+        *common_overrides(run, grid, teacher),
         f"criterion.groups={format_groups(run.target.groups, ',')}",
         f"criterion.projection_sharing={str(run.target.projection_sharing).replace(' ', '')}",
     ]
@@ -148,5 +170,6 @@ def make_student(run: Run, grid: Grid, folder: Path, configs: Path) -> dict[str,
     return {
         "sparsity": dict(read_source(shrunk).provenance["sparsity"]),
         "seconds": {"stage1": stage1["seconds"], "stage2": stage2["seconds"]},
+        "cpu_seconds": stage1["cpu_seconds"] + stage2["cpu_seconds"],
         "attempts": {"stage1": stage1["attempts"], "stage2": stage2["attempts"]},
     }

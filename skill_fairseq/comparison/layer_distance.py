@@ -82,10 +82,11 @@ def state_distances(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
 def layer_distances(student: SpeechEncoder, teacher: SpeechEncoder, files: Iterable[Path]) -> LayerDistances:
     """Distances over recordings, each encoded by itself, without padding; what is longer than a minute, in pieces.
 
-    Of another depth, each of the student's layers is compared with the teacher's at the same share of the depth.
+    Of another depth, each of the student's layers is compared with the teacher's at the same share of the depth. Where
+    the student makes one frame of several, the mean of the teacher's is compared with it.
 
     Args:
-        student, teacher: of one frame rate; are put in eval mode.
+        student, teacher: the student's frames are as long as the teacher's, or a multiple; are put in eval mode.
         files: audio, 16 kHz mono; those that cannot be read are skipped, and the log names them.
 
     Raises:
@@ -93,6 +94,7 @@ def layer_distances(student: SpeechEncoder, teacher: SpeechEncoder, files: Itera
     """
     student.eval()
     teacher.eval()
+    rate = student.config.downsampling // teacher.config.downsampling
     kinds, depth = kinds_of(student.config, teacher.config), student.config.encoder_layers
     counterparts = [
         layer for (layer,) in map_groups([(i,) for i in range(depth + 1)], [depth], teacher.config.encoder_layers)
@@ -107,7 +109,7 @@ def layer_distances(student: SpeechEncoder, teacher: SpeechEncoder, files: Itera
                 [state[0] for state in encoder(source).hidden_states]
                 for encoder, source in zip((student, teacher), sources)
             ]
-            states[1] = [states[1][layer] for layer in counterparts]
+            states[1] = [_merged(states[1][layer], rate) for layer in counterparts]
             if len(states[0][0]) < MIN_BLOCK:
                 raise ValueError(f"{file}: {len(states[0][0])} frames, expected at least {MIN_BLOCK}; leave it out")
             parts.append(state_distances(*states))
@@ -125,6 +127,11 @@ def layer_distances(student: SpeechEncoder, teacher: SpeechEncoder, files: Itera
         num_frames=sum(frames),
         teacher_layers=counterparts,
     )
+
+
+def _merged(state: Tensor, rate: int) -> Tensor:
+    """(T, D) to (T // rate, D): means of so many frames each."""
+    return state if rate < 2 else state[: len(state) // rate * rate].unflatten(0, (-1, rate)).mean(1)
 
 
 def mean_over(values: Sequence[float], layers: Iterable[int]) -> float | None:

@@ -31,7 +31,8 @@ def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline
 
     Returns:
         ``rows``: one a method and sparsity (the mean over sparsities under "all", where a method has been run
-        with the same seeds at all of them), for JSON.
+        with the same seeds at all of them), for JSON. Distances are of the kinds that all of a row's results have:
+        students of another width than the teacher's have CKA alone.
     """
     methods = list(dict.fromkeys(result["method"] for result in results))
     sparsities = sorted({result["sparsity"] for result in results})
@@ -95,6 +96,7 @@ def _row(
         "seeds": seeds,
         "made_by": sorted({r.get("made_by", method) for cell in cells for r in cell}),
         "groups": [result["groups"] for result in cells[0]],
+        "recipe": cells[0][0].get("recipe"),
         "probes": {},
         "difference": {},
         "distance": {},
@@ -107,22 +109,24 @@ def _row(
         if paired:
             values, baseline = (_outcomes(side, task) for side in paired)
             row["difference"][task] = _judged(paired_difference(values, baseline, speakers), PROBE_VERDICTS)
-    for kind in KINDS:
+    for kind in _kinds(cells):
         far, said = _far(cells, kind), cells[0][0]["distances"]["speakers"]
         speakers = said or ["unknown"] * far.shape[1]
         row["distance"][kind] = _plain(crossed_mean(far, speakers))
-        if paired:
+        if paired and kind in _kinds(base_cells):
             values, baseline = (_far(side, kind) for side in paired)
             row["distance_difference"][kind] = _judged(paired_difference(values, baseline, speakers), DISTANCE_VERDICTS)
     row["layers"] = {
         kind: np.mean([r["distances"]["layers"][kind] for cell in cells for r in cell], axis=0).round(6).tolist()
-        for kind in KINDS
+        for kind in _kinds(cells)
+        if len({len(r["distances"]["layers"][kind]) for cell in cells for r in cell}) == 1
     }
     row["distilled"], row["not_distilled"] = _by_part(cells)
     flat = [result for cell in cells for result in cell]
     row["parameters"] = _mean([r["costs"]["parameters"] for r in flat])
     row["macs"] = _mean([r["costs"]["macs"] for r in flat])
     row["cpu_seconds"] = _mean([r["costs"]["cpu_seconds"] for r in flat])
+    row["training_cpu_seconds"] = _mean([r["made"]["cpu_seconds"] for r in flat if "cpu_seconds" in r["made"]])
     row["expected_sparsity"] = [r["made"]["sparsity"]["expected"] for r in flat]
     row["actual_sparsity"] = _mean([r["made"]["sparsity"]["actual"] for r in flat])
     row["seconds"] = {
@@ -137,7 +141,7 @@ def _paired(cells: list[list[Result]], base_cells: list[list[Result]]) -> Option
     if not all(base_cells):
         return None
     sides = [cells, base_cells]
-    trained = [side[0][0]["groups"] is not None for side in sides]
+    trained = [side[0][0]["groups"] is not None or bool(side[0][0].get("recipe")) for side in sides]
     seeds = [set.intersection(*({r["seed"] for r in cell} for cell in side)) for side in sides]
     common = set.intersection(*(s for s, is_trained in zip(seeds, trained) if is_trained)) if any(trained) else seeds[0]
     if not common:
@@ -159,10 +163,18 @@ def _far(cells: list[list[Result]], kind: str) -> np.ndarray:
     return np.mean([[result["distances"]["recordings"][kind] for result in cell] for cell in cells], axis=0)
 
 
+def _kinds(cells: list[list[Result]]) -> list[str]:
+    """The kinds of distance that all results have."""
+    return [kind for kind in KINDS if all(kind in r["distances"]["recordings"] for cell in cells for r in cell)]
+
+
 def _by_part(cells: list[list[Result]]) -> tuple[dict[str, Optional[float]], dict[str, Optional[float]]]:
-    """Mean distance over the layers that are distilled, and over those that are not."""
+    """Mean distance over the layers that are distilled, and over those that are not; nothing of recipes, which may
+    distil other things than states of layers."""
     parts: list[dict[str, Optional[float]]] = [{}, {}]
-    for kind in KINDS:
+    if any(result.get("recipe") for cell in cells for result in cell):
+        return parts[0], parts[1]
+    for kind in _kinds(cells):
         means: list[list[float]] = [[], []]
         for result in (result for cell in cells for result in cell):
             values = result["distances"]["layers"][kind]

@@ -70,7 +70,8 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
             where = "over all sparsities" if row["sparsity"] == OVERALL else f"at sparsity {row['sparsity']:g}"
             said = [f"{task} {_judged(d, 100, 1, ' points')}" for task, d in row["difference"].items()]
             for kind in ("l1_normalized", "cka"):
-                said.append(f"{SHOWN[kind]} to the teacher {_judged(row['distance_difference'][kind], 1, 4, '')}")
+                if kind in row["distance_difference"]:
+                    said.append(f"{SHOWN[kind]} to the teacher {_judged(row['distance_difference'][kind], 1, 4, '')}")
             seeds = f"{len(row['seeds'])} seed{'s' * (len(row['seeds']) > 1)}"
             of = f"- **{row['method']}** against {summary['baseline']}, {where}, {seeds}"
             lines.append(f"{of}: {'; '.join(said)}")
@@ -120,23 +121,24 @@ def _distance_table(rows: Sequence[Any], baseline: str) -> tuple[list[str], list
     for row in rows:
         line = [row["method"]]
         for kind in SHOWN:
-            line.append(_interval(row["distance"][kind], 1, 3))
+            line.append(_interval(row["distance"][kind], 1, 3) if kind in row["distance"] else "-")
             line.append(_difference(row, row["distance_difference"].get(kind), baseline, 1, 3))
         for kind in SHOWN:
-            line += [_number(row[part][kind]) for part in ("distilled", "not_distilled")]
+            line += [_number(row[part].get(kind)) for part in ("distilled", "not_distilled")]
         table.append(line)
     return head, table
 
 
 def _cost_table(rows: Sequence[Any], summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     head = ["method", "parameters", "G MACs, 10 s", "CPU s, 10 s", "sparsity", "expected by the gates"]
-    head += ["stage 1, s", "stage 2, s", "measuring, s"]
+    head += ["training, CPU s", "stage 1, s", "stage 2, s", "measuring, s"]
     references = summary["references"].items()
-    table = [[name, *_costs(found["costs"]), *["-"] * 5] for name, found in references if found["costs"] is not None]
+    table = [[name, *_costs(found["costs"]), *["-"] * 6] for name, found in references if found["costs"] is not None]
     for row in rows:
         expected = [value for value in row["expected_sparsity"] if value is not None]
         line = [row["method"], *_costs(row)]
         line += [f"{row['actual_sparsity']:.4f}", f"{min(expected):.4f} to {max(expected):.4f}" if expected else "-"]
+        line.append(_number(row.get("training_cpu_seconds"), 0))
         line += [_number(row["seconds"][step], 0) for step in ("stage1", "stage2", "measure")]
         table.append(line)
     return head, table
@@ -146,6 +148,8 @@ def _groups(row: Mapping[str, Any]) -> str:
     """The groups in one line; where seeds differ, so it says; where another method has the same run, which."""
     if any(groups != row["groups"][0] for groups in row["groups"]):
         return "by seed"
+    if row.get("recipe"):
+        return str(row["recipe"])
     if row["groups"][0] is None:
         return "-"
     shown = " ".join("{" + ",".join(map(str, group)) + "}" for group in row["groups"][0])

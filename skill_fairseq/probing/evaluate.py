@@ -10,7 +10,8 @@ import numpy as np
 from skill_fairseq.messages import require
 from skill_fairseq.probing.classify import probe
 from skill_fairseq.probing.intervals import why_none
-from skill_fairseq.probing.pooling import Features, pool_files
+from skill_fairseq.probing.letters import probe_letters
+from skill_fairseq.probing.pooling import Features, frames_of, pool_files
 from skill_fairseq.probing.tasks import Task, readable_part
 from skill_fairseq.probing.verify import verify
 
@@ -20,18 +21,22 @@ def evaluate(features: Features, tasks: Sequence[Task], name: str) -> dict[str, 
 
     Args:
         features: samples to hidden states.
-        tasks: recordings that they share are encoded once.
+        tasks: recordings that they share are encoded once, but for letters, which need every frame.
         name: beside the progress bar.
 
     Returns:
-        an entry a task, for JSON: ``metric`` ("accuracy" or "equal error rate"), ``value`` and ``interval`` (0 to 1;
-        None where there is none, and ``no_interval`` says why), ``samples`` (what the task consists of, in words),
-        ``skipped`` (recordings that cannot be read; the log names them) and details, with what each sample got, so
-        that any statistic can be computed anew; see :func:`outcomes`.
+        an entry a task, for JSON: ``metric`` ("accuracy", "equal error rate" or "letter error rate"), ``value`` and
+        ``interval`` (0 to 1; None where there is none, and ``no_interval`` says why), ``samples`` (what the task
+        consists of, in words), ``skipped`` (recordings that cannot be read; the log names them) and details, with what
+        each sample got, so that any statistic can be computed anew; see :func:`outcomes`.
     """
-    pooled = pool_files(features, (file for task in tasks for file in task.files), name)
+    files = [file for task in tasks if not task.transcribed for file in task.files]
+    pooled = pool_files(features, files, name) if files else {}
     found = {}
     for whole in tasks:
+        if whole.transcribed:
+            found[whole.name] = _letters(features, whole, name)
+            continue
         task = readable_part(whole, pooled)
         split = {s: np.stack([pooled[file] for file in m.files]) for s, m in task.manifests.items()}
         found[task.name] = _classify(split, task) if task.trials is None else _verify(split["test"], task)
@@ -59,6 +64,29 @@ def _classify(split: Mapping[str, np.ndarray], task: Task) -> dict[str, Any]:
     }
 
 
+def _letters(features: Features, whole: Task, name: str) -> dict[str, Any]:
+    states = frames_of(features, whole.files, f"{name}, {whole.name}")
+    task = readable_part(whole, states)
+    split = {s: [states[file] for file in m.files] for s, m in task.manifests.items()}
+    result = probe_letters(split, task.labels, task.speakers or [])
+    total = len(result.errors)
+    return {
+        "metric": "letter error rate",
+        "value": result.rate,
+        "interval": result.interval,
+        "no_interval": result.no_interval,
+        "samples": f"{result.letters:,} letters in {total:,} recordings of {len(result.speakers)} speakers",
+        "symbols": result.symbols,
+        "epoch": result.epoch,
+        "layer_weights": result.layer_weights,
+        "errors": result.errors,
+        "lengths": result.lengths,
+        "by_speaker": result.by_speaker,
+        "speakers": result.speakers,
+        "skipped": len(whole.files) - len(task.files),
+    }
+
+
 def _verify(features: np.ndarray, task: Task) -> dict[str, Any]:
     trials = task.trials or []
     result = verify(features, trials, task.speakers)
@@ -80,8 +108,9 @@ def _verify(features: np.ndarray, task: Task) -> dict[str, Any]:
 def outcomes(entry: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
     """Numbers whose mean is the entry's value, and the speaker of each.
 
-    Accuracy: 0 or 1 a test recording. Equal error rate: a pseudo-value a speaker
-    (:class:`skill_fairseq.probing.verify.VerificationResult`); without speakers the rate alone.
+    Accuracy: 0 or 1 a test recording. Error rates: a pseudo-value a speaker
+    (:class:`skill_fairseq.probing.verify.VerificationResult`, :func:`skill_fairseq.probing.letters.by_speaker`);
+    without speakers the rate alone.
     """
     if "right" in entry:
         return np.array([int(digit) for digit in entry["right"]], dtype=float), list(entry["speakers"])
@@ -97,5 +126,5 @@ def require_scikit_learn(tasks: Sequence[Task]) -> None:
         ValueError: a task needs scikit-learn, which is not installed.
     """
     for task in tasks:
-        if task.trials is None:
+        if task.trials is None and not task.transcribed:
             require(f"task {task.name!r}, whose classification takes scikit-learn", "sklearn")

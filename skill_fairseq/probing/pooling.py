@@ -1,4 +1,4 @@
-"""From recordings to vectors: mean and standard deviation over time of every layer."""
+"""From recordings to vectors: mean and standard deviation over time of every layer, or its frames as they are."""
 
 from __future__ import annotations
 
@@ -81,12 +81,35 @@ def pool_files(features: Features, files: Iterable[Path], description: str = "po
         ValueError: no recording can be read, or features are not finite.
     """
     pooled: dict[Path, np.ndarray] = {}
-    for file, wave in readable(tqdm(list(dict.fromkeys(files)), desc=description, unit="file", disable=None), []):
-        statistics = temporal_statistics(features(wave)).numpy()
-        if not np.isfinite(statistics).all():
-            raise ValueError(
-                f"{file}: the model ({description}) gives features that are NaN or infinite, expected "
-                "finite numbers; its weights may be damaged"
-            )
-        pooled[file] = statistics
+    for file, wave in _each(files, description):
+        pooled[file] = _finite(temporal_statistics(features(wave)), file, description).numpy()
     return pooled
+
+
+def frames_of(features: Features, files: Iterable[Path], description: str = "encoding") -> dict[Path, Tensor]:
+    """Every frame of every recording, in float16: 2 bytes times layers times width, 50 times a second.
+
+    Returns:
+        (layers, T, D) of each file that can be read; the log names the others.
+
+    Raises:
+        ValueError: no recording can be read, or features are not finite.
+    """
+    found: dict[Path, Tensor] = {}
+    for file, wave in _each(files, description):
+        parts = [torch.stack([state.float() for state in states]) for states in features(wave)]
+        found[file] = _finite(torch.cat(parts, dim=1).half(), file, description)
+    return found
+
+
+def _each(files: Iterable[Path], description: str) -> Iterator[tuple[Path, Tensor]]:
+    return readable(tqdm(list(dict.fromkeys(files)), desc=description, unit="file", disable=None), [])
+
+
+def _finite(values: Tensor, file: Path, description: str) -> Tensor:
+    if not values.isfinite().all():
+        raise ValueError(
+            f"{file}: the model ({description}) gives features that are NaN or infinite, expected "
+            "finite numbers; its weights may be damaged"
+        )
+    return values

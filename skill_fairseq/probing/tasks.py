@@ -1,8 +1,9 @@
-"""Probe tasks on disk: a folder with manifests and labels, or with verification trials.
+"""Probe tasks on disk: a folder with manifests and labels or transcripts, or with verification trials.
 
 Classification: `{train,valid,test}.tsv` and beside each a `.labels.tsv` (header `utterance TAB speaker TAB
-label`). Verification: `test.tsv`, `trials.tsv` (header `same TAB utterance_a TAB utterance_b`, same = 1 for the
-same speaker) and, for intervals, `test.speakers.tsv` (header `utterance TAB speaker`).
+label`). Letters: the same, `transcript` in place of `label`. Verification: `test.tsv`, `trials.tsv` (header
+`same TAB utterance_a TAB utterance_b`, same = 1 for the same speaker) and, for intervals, `test.speakers.tsv` (header
+`utterance TAB speaker`).
 
 Labels and speakers have one row a recording in the manifest's order; there an utterance is its path in the manifest or
 its file name, with or without the ending. Trials name recordings by path in the manifest, with or without the ending.
@@ -18,9 +19,11 @@ from typing import Any, Optional
 from skill_fairseq.audio.manifest import Manifest, check_manifest, read_manifest
 from skill_fairseq.files import PathLike, sha256
 from skill_fairseq.labels.tables import check_utterances, read_table, recording_names
+from skill_fairseq.reading import read_text
 
 SPLITS = ("train", "valid", "test")
 LABEL_HEADER = ["utterance", "speaker", "label"]
+TRANSCRIPT_HEADER = ["utterance", "speaker", "transcript"]
 SPEAKER_HEADER = ["utterance", "speaker"]
 TRIAL_HEADER = ["same", "utterance_a", "utterance_b"]
 
@@ -32,10 +35,11 @@ class Task:
     Attributes:
         name: name of its folder.
         manifests: by split; verification has `test` only.
-        labels: by split, one a recording; empty for verification.
+        labels: by split, one a recording; empty for verification. Transcripts where they are ``transcribed``.
         speakers: of each test recording; None where a verification task does not say.
         hashes: SHA-256 of each file of the folder that was read, by name.
-        trials: (same speaker, index, index) into the test manifest; None for classification.
+        trials: (same speaker, index, index) into the test manifest; None but for verification.
+        transcribed: whether letters are to be found, not classes.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Task:
     speakers: Optional[list[str]]
     hashes: dict[str, str]
     trials: Optional[list[tuple[bool, int, int]]] = None
+    transcribed: bool = False
 
     @property
     def files(self) -> list[Path]:
@@ -57,7 +62,7 @@ def read_task(folder: PathLike) -> Task:
     Raises:
         FileNotFoundError: folder, manifest, labels or audio missing.
         ValueError: labels or trials do not fit the manifest, a recording stands twice, a test label never occurs in
-            training, fewer than 2 classes.
+            training, fewer than 2 classes, or a transcript is empty.
     """
     where = Path(folder)
     if not where.is_dir():
@@ -72,20 +77,29 @@ def read_task(folder: PathLike) -> Task:
         return Task(name, {"test": manifest}, {}, speakers, _hashes(where, names), trials)
     manifests = {split: _read_audio(where / f"{split}.tsv") for split in SPLITS}
     _refuse_twice(list(manifests.values()))
-    rows = {split: _read_rows(where / f"{split}.labels.tsv", LABEL_HEADER, manifests[split]) for split in SPLITS}
+    file = where / "train.labels.tsv"
+    transcribed = file.is_file() and read_text(file).startswith("\t".join(TRANSCRIPT_HEADER) + "\n")
+    header = TRANSCRIPT_HEADER if transcribed else LABEL_HEADER
+    rows = {split: _read_rows(where / f"{split}.labels.tsv", header, manifests[split]) for split in SPLITS}
     labels = {split: [row[2] for row in rows[split]] for split in SPLITS}
     known = set(labels["train"])
-    if len(known) < 2:
+    if len(known) < 2 and not transcribed:
         raise ValueError(f"{where / 'train.labels.tsv'}: {len(known)} class, expected 2 or more; add labels")
-    for split in ("valid", "test"):
+    for split in () if transcribed else ("valid", "test"):
         strange = sorted(set(labels[split]) - known)
         if strange:
             raise ValueError(
                 f"{where / f'{split}.labels.tsv'}: label {strange[0]!r} never occurs in train.labels.tsv, "
                 "expected one of its labels; add training recordings of that class or leave these out"
             )
+    for split in SPLITS if transcribed else ():
+        for number, text in enumerate(labels[split], start=2):
+            if not text.strip():
+                raise ValueError(
+                    f"{where / f'{split}.labels.tsv'}, line {number}: no transcript, expected words; leave it out"
+                )
     hashes = _hashes(where, [f"{split}{ending}" for split in SPLITS for ending in (".tsv", ".labels.tsv")])
-    return Task(name, manifests, labels, [row[1] for row in rows["test"]], hashes)
+    return Task(name, manifests, labels, [row[1] for row in rows["test"]], hashes, None, transcribed)
 
 
 def readable_part(task: Task, files: Container[Path]) -> Task:

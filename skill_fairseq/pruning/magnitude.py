@@ -13,6 +13,7 @@ from torch import Tensor
 
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.units import UNITS, with_units
+from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.shrink import shrink
 
 _OPEN = 30.0  # sigmoid(0.8 * 30 / beta) is 1 in float32: gates scale nothing
@@ -27,13 +28,16 @@ def ranks(scores: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def prune_by_magnitude(encoder: SpeechEncoder, sparsity: float, units: List[str]) -> SpeechEncoder:
+def prune_by_magnitude(
+    encoder: SpeechEncoder, sparsity: float, units: List[str], cost: Cost = PARAMETERS
+) -> SpeechEncoder:
     """A smaller encoder of the same weights, of those that are left.
 
     Args:
         encoder: without gates.
-        sparsity: fraction of the parameters to remove, in [0, 1).
+        sparsity: fraction of the cost to remove, in [0, 1).
         units: kinds of units that may go, of those that have a score.
+        cost: what the sparsity is of.
 
     Returns:
         a new encoder; its size is right to the smallest unit.
@@ -49,4 +53,4 @@ def prune_by_magnitude(encoder: SpeechEncoder, sparsity: float, units: List[str]
     gated.load_state_dict(with_units(gated.config, encoder.state_dict(), encoder.config), strict=False)
     for _, gate in gated.named_gates():
         gate.log_alpha.copy_(_OPEN + ranks(UNITS[gate.unit].scores(gated, gate.site)))
-    return shrink(gated.eval(), sparsity)
+    return shrink(gated.eval(), sparsity, cost)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from skill_fairseq.comparison.layer_distance import SHOWN
 from skill_fairseq.comparison.summary import OVERALL
 from skill_fairseq.comparison.table import introduction, sparsity_tables, verdicts
@@ -68,9 +70,12 @@ def _sparsity(rows: Sequence[Row], summary: Mapping[str, Any], sparsity: Any, ou
             shown.append(page.figure(path, alt, caption))
     for kind, name in SHOWN.items():
         label = f"{name} to the teacher"
-        curves = {row["method"]: (range(len(row["layers"][kind])), row["layers"][kind]) for row in rows}
+        found = {row["method"]: row["layers"][kind] for row in rows if kind in row["layers"]}
+        curves = {method: (np.linspace(0, 1, len(values)).tolist(), values) for method, values in found.items()}
+        if not curves:
+            continue
         path = pictures.file_of(out, "distance", kind, str(sparsity))
-        pictures.curves(path, curves, label, xlabel="layer", log=True)
+        pictures.curves(path, curves, label, xlabel="share of the depth", log=True)
         shown.append(page.figure(path, f"{label} of each method, by layer"))
     tables = sparsity_tables(rows, summary)
     wanted = [("probes", "Probes"), ("distance", "Distance to the teacher"), ("costs", "Size and time")]

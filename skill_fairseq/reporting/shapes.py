@@ -172,7 +172,7 @@ def check_benchmark(summary: Any) -> None:
     if isinstance(summary, dict) and summary.get("rows") == []:
         raise ValueError("rows: has no results, expected those of one run or more")
     check(summary, BENCHMARK)
-    tasks, kinds = summary["tasks"], SHOWN
+    tasks, kinds = summary["tasks"], [f"{kind}?" for kind in SHOWN]  # of students of another width, CKA alone
     for name, reference in summary["references"].items():
         check(reference["probes"], _each(tasks, ESTIMATE), f"references.{name}.probes")
     judged = ({"estimate": ESTIMATE, "verdict": {NOT_TOLD}, "within": float}, {"estimate": ESTIMATE, "verdict": TOLD})
@@ -181,11 +181,13 @@ def check_benchmark(summary: Any) -> None:
         "groups": [([[int]], None)],
         "probes": _each(tasks, ESTIMATE),
         "difference": ({}, _each(tasks, judged)),
+        "recipe?": (str, None),
         "distance": _each(kinds, ESTIMATE),
         "distance_difference": ({}, _each(kinds, judged)),
         "layers": _each(kinds, [float]),
         "distilled": _each(kinds, (float, None)),
         "not_distilled": _each(kinds, (float, None)),
+        "training_cpu_seconds?": (float, None),
         **COSTS,
         "actual_sparsity": float,
         "expected_sparsity": [(float, None)],

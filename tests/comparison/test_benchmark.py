@@ -33,6 +33,13 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
 }
 UPDATES = 40
+THIN = [
+    "model.encoder_layers=2",
+    "model.encoder_embed_dim=16",
+    'model.conv_feature_layers="[(8,10,5)] + [(8,3,2)] * 4 + [(16,2,2)] * 2"',
+    "model.encoder_ffn_embed_dim=16",
+]
+"""A related system for the small teacher."""
 
 
 def write_task(folder: Path, small: Any) -> Path:
@@ -68,7 +75,12 @@ def command(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path, speech
         "stage1": {**stage, "overrides": [*stage["overrides"], "criterion.sparsity_warmup=5", *gates]},
         "stage2": {**stage, "config": "final/tiny"},
         "updates": {"stage1": UPDATES, "stage2": 10},
-        "methods": ["dphubert", "skill", "no_distillation"],
+        "methods": [
+            "dphubert",
+            "skill",
+            "no_distillation",
+            {"thin": {"config": "distill/tiny_starhubert", "overrides": THIN}},
+        ],
         "sparsities": [0.5],
         "seeds": [1],
     }
@@ -97,10 +109,10 @@ def test_interrupted_and_started_again_it_goes_on_and_compares(command: list[str
     assert done.returncode == 0, done.stdout + done.stderr
     log = (first / "stage1" / "log").read_text()
     assert "Loaded checkpoint" in log and json.loads((first / "stage1" / "done").read_text())["attempts"] == 2
-    assert "3 of 3" in done.stdout and (out / "table.md").read_text() in done.stdout
+    assert "4 of 4" in done.stdout and (out / "table.md").read_text() in done.stdout
 
     found = {path.parent.name: json.loads(path.read_text()) for path in out.glob("runs/*/result.json")}
-    assert set(found) == {"dphubert-0.5-1", "skill-0.5-1", "no_distillation-0.5-1"}
+    assert set(found) == {"dphubert-0.5-1", "skill-0.5-1", "no_distillation-0.5-1", "thin-0.5-1"}
     assert found["dphubert-0.5-1"]["groups"] == [[0], [1], [2], [3]]
     assert found["dphubert-0.5-1"]["projection_sharing"] == [0, 1, 1, 1]
     full = load_encoder(yaml.safe_load(Path(command[4]).read_text())["small"]["teacher"]).num_parameters()
@@ -111,10 +123,17 @@ def test_interrupted_and_started_again_it_goes_on_and_compares(command: list[str
         assert abs(result["made"]["sparsity"]["actual"] - 0.5) < 0.005
         probe = result["probes"]["voice"]
         assert probe["total"] == len(probe["right"]) == 10 and probe["correct"] == probe["right"].count("1")
-        assert len(result["distances"]["layers"]["cos"]) == 4 and len(result["distances"]["recordings"]["cos"]) == 6
+        kind, layers = ("cka", 3) if name == "thin-0.5-1" else ("cos", 4)
+        assert len(result["distances"]["layers"][kind]) == layers
+        assert len(result["distances"]["recordings"][kind]) == 6
+        assert (result["made"]["cpu_seconds"] > 1) == (name != "no_distillation-0.5-1")
         assert probe["speakers"] == [f"s{i % 4}" for i in range(10)] and result["distances"]["speakers"] is None
         assert result["cpu"] and {"skill_fairseq", "fairseq", "scikit-learn"} <= set(result["versions"])
-    assert len((out / "runs.csv").read_text().splitlines()) == 4 and "voice, s3" in (out / "runs.csv").read_text()
+    thin = found["thin-0.5-1"]
+    assert thin["recipe"] == "distill/tiny_starhubert" and set(thin["distances"]["recordings"]) == {"cka"}
+    updates = [int(n) for n in re.findall(r"num_updates (\d+)", (out / "runs/thin-0.5-1/stage1/log").read_text())]
+    assert max(updates) == UPDATES + 10  # as many as both stages
+    assert len((out / "runs.csv").read_text().splitlines()) == 5 and "voice, s3" in (out / "runs.csv").read_text()
     near, far = (found[f"{m}-0.5-1"]["distances"]["layers"]["cos"][0] for m in ("dphubert", "no_distillation"))
     assert near < far  # trained for 50 updates, layer 0 is nearer to the teacher than pruned and left alone
     assert not list(out.glob("runs/*/stage*/checkpoint*.pt"))
@@ -124,8 +143,19 @@ def test_what_is_done_is_not_done_again(command: list[str]) -> None:
     out = Path(command[2])
     before = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*.json")}
     done = run(command)
-    assert done.returncode == 0 and "0 of 3" in done.stdout
-    assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*.json")} == before and len(before) == 6
+    assert done.returncode == 0 and "0 of 4" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*.json")} == before and len(before) == 8
+
+
+def test_a_task_added_later_is_probed_on_the_students_that_are_there(command: list[str], small: Any) -> None:
+    out, folder = Path(command[2]), Path(command[4]).parent
+    students = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/student.safetensors")}
+    more = ["--task", str(folder / "voice"), "--task", str(write_task(folder / "other", small))]
+    done = run(command, *more)
+    assert done.returncode == 0 and "4 of 4" in done.stdout and "other" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/student.safetensors")} == students
+    assert all(set(json.loads(path.read_text())["probes"]) == {"voice", "other"} for path in out.glob("runs/*/res*"))
+    assert run(command, "--table").returncode == 0
 
 
 def test_other_settings_are_refused_in_the_same_folder(command: list[str], tmp_path: Path) -> None:
@@ -171,6 +201,6 @@ def test_a_run_that_fails_is_named_and_the_others_are_tabulated(command: list[st
     (out / "runs" / "skill-0.5-1" / "result.json").unlink()
     (out / "runs" / "skill-0.5-1" / "student.safetensors").write_bytes(b"broken")
     done = run(command)
-    assert done.returncode == 1 and "skill-0.5-1: failed, see" in done.stdout and "2 of 3 results" in done.stdout
+    assert done.returncode == 1 and "skill-0.5-1: failed, see" in done.stdout and "3 of 4 results" in done.stdout
     log = (out / "runs" / "skill-0.5-1" / "log").read_text().strip().splitlines()[-1]
     assert log.startswith("error: ") and "student.safetensors" in log

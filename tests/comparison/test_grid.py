@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import yaml
-from grid import changed_setting, composed, owner, read_grid, runs_of, settings_of
+from grid import (
+    STAGES,
+    changed_setting,
+    composed,
+    extended,
+    gate_overrides,
+    owner,
+    read_grid,
+    recipe_overrides,
+    runs_of,
+    settings_of,
+)
 from messages import says
 
 from skill_fairseq.clustering.similarity import MEASURES
@@ -153,6 +164,48 @@ def test_another_recipe_is_named_by_what_differs() -> None:
     assert changed_setting(settings(more), before) == ("data.valid.tsv", "v", None)
     gates = settings(hashes, stage1={"model": {"ffn": 0.01}})
     assert changed_setting(before, gates) == ("stage1.model.ffn", 0.5, 0.01)
+
+
+def test_tasks_and_recipes_may_be_added_but_not_changed() -> None:
+    before = {**settings({"teacher": "t", "tasks": {"digit": {"a.tsv": "1"}}})}
+    more = {**settings({"teacher": "t", "tasks": {"letters": {"a.tsv": "2"}}}), "recipes": {"x": {"lr": 1}}}
+    assert changed_setting(extended(before, more), extended(more, before)) is None
+    assert extended(more, before)["tasks"] == {"digit": {"a.tsv": "1"}, "letters": {"a.tsv": "2"}}
+    again = {**more, "recipes": {"x": {"lr": 2}}}
+    assert changed_setting(extended(more, again), extended(again, more)) == ("recipes.x.lr", 1, 2)
+
+
+def test_recipes_see_what_both_stages_see() -> None:
+    grid = read_grid(SHIPPED, "family")
+    config = SHIPPED.parents[2] / "config"
+    stages = {stage: composed(config, getattr(grid, stage)["config"], grid.overrides(stage)) for stage in STAGES}
+    equal = recipe_overrides(stages)
+    assert "optimization.max_update=300" in equal and "dataset.max_tokens=192000" in equal
+    for recipe in grid.recipes.values():
+        found = composed(config, recipe.config, [*equal, *recipe.overrides])
+        for name in ("max_sample_size", "min_sample_size", "crop_multiple"):
+            assert found["task"][name] == stages["stage1"]["task"][name]
+        assert found["dataset"]["batch_size"] == stages["stage1"]["dataset"]["batch_size"]
+        lr = composed(config, recipe.config, [])["optimization"]["lr"]
+        assert found["optimization"]["lr"] == lr and found["dataset"]["disable_validation"] is True
+
+
+def test_gated_recipes_take_over_how_gates_move() -> None:
+    words = [
+        "dataset.x=1",
+        "criterion.sparsity_warmup=100",
+        "optimizer.groups.gates.lr_float=0.1",
+        "criterion.cost=macs",
+    ]
+    assert gate_overrides([*words, "optimizer.groups.default.lr_float=1"]) == words[1:]
+
+
+def test_budgets_are_parameters_or_macs(tmp_path: Path) -> None:
+    path = written(tmp_path, one={**FIELDS, "budget": "macs"}, two={**FIELDS, "budget": "watts"})
+    assert read_grid(path, "one").overrides("stage1") == ["a=1", "criterion.cost=macs"]
+    assert read_grid(path, "one").overrides("stage2") == ["a=1"]
+    with pytest.raises(ValueError, match=says("budget", "'watts'", "macs")):
+        read_grid(path, "two")
 
 
 def test_a_config_is_composed_with_overrides_and_what_it_leaves_to_defaults(tmp_path: Path) -> None:

@@ -109,7 +109,9 @@ def test_another_depth_is_compared_at_the_same_share(tmp_path: Path, small: Any)
     wave = torch.from_numpy(soundfile.read(str(tmp_path / "a.wav"), dtype="float32")[0])[None]
     with torch.no_grad():
         own, theirs = ([state[0] for state in encoder(wave).hidden_states] for encoder in (shallow, deep))
-    assert found.layers["l1"] == pytest.approx([(s - t).abs().mean() for s, t in zip(own, theirs[::2])], abs=1e-6)
+    assert found.layers["l1"] == pytest.approx(
+        [(s - t).abs().mean().item() for s, t in zip(own, theirs[::2])], abs=1e-6
+    )
 
 
 def test_other_frames_are_refused() -> None:

@@ -9,10 +9,12 @@ import pytest
 from messages import says
 from methods import (
     METHODS,
+    Recipe,
     check_methods,
     cluster_again,
     equal_runs,
     random_groups,
+    read_methods,
     spread_layers,
     target_of,
 )
@@ -54,10 +56,29 @@ def test_a_variant_changes_what_it_names() -> None:
         "shared": {"projection_sharing": "all"},
         "half": {"of": "dphubert", "both": ["a=1"], "stage1": ["b=2"], "stage2": ["c=3"]},
     }
-    found = {name: target_of(name, clusters(), 1, variants) for name in variants}
+    found = {name: target_of(name, clusters(), 1, variants)[:4] for name in variants}
     assert found["by_l1"] == ([[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11], [12]], "none", (), ())
     assert found["shared"] == (SKILL, "all", (), ())
     assert found["half"] == ([[0], [4], [8], [12]], [0, 1, 1, 1], ("a=1", "b=2"), ("a=1", "c=3"))
+
+
+def test_recipes_are_methods_of_one_line() -> None:
+    entries = ["skill", {"thin": "distill/tiny_starhubert"}, {"two": {"config": "distill/x", "overrides": ["a.b=1"]}}]
+    names, recipes = read_methods(entries, "grid")
+    assert names == ["skill", "thin", "two"]
+    assert recipes == {"thin": Recipe("distill/tiny_starhubert"), "two": Recipe("distill/x", ("a.b=1",))}
+    targets = {name: target_of(name, clusters(), 1, {}, recipes) for name in (*names, "no_distillation")}
+    assert targets["two"] == (None, "none", ("a.b=1",), (), "distill/x")
+    assert [target.trained for target in targets.values()] == [True, True, True, False]
+    assert "recipe" not in targets["skill"].to_dict() and targets["thin"].to_dict()["recipe"].endswith("starhubert")
+
+
+@pytest.mark.parametrize(
+    "entry", [{"a": 3}, {"a": {"overrides": []}}, {"a": {"config": "x", "more": 1}}, {"skill": "x"}]
+)
+def test_bad_recipes_are_refused_by_name(entry: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=says("grid", f"methods.{next(iter(entry))}")):
+        read_methods(["skill", entry], "grid")
 
 
 def test_clustering_again_by_other_options() -> None:

@@ -55,6 +55,7 @@ def result(method: str, sparsity: float, seed: int) -> dict[str, Any]:
         "made": {
             "sparsity": {"asked": sparsity, "expected": sparsity + 0.001 * seed, "actual": sparsity},
             "seconds": {"stage1": 10.0 * seed, "stage2": 5.0, "measure": 3.0},
+            "cpu_seconds": 59.0 + seed,
         },
         "probes": {
             "digit": {
@@ -226,9 +227,9 @@ def test_tables_show_the_numbers() -> None:
         says("14 of 20", "digit", "accuracy", "200 recordings", "pairs", "equal error rate"), text.split("\n\n")[0]
     )
     assert "| teacher | 80.0 [71.1, 86.7] | 10.0 [3.5, 16.5] | 70.0 (no interval) | 4,321 | 5.000 | 0.500 |" in text
-    assert "| teacher | 4,321 | 5.000 | 0.500 | - | - | - | - | - |" in text
+    assert "| teacher | 4,321 | 5.000 | 0.500 | - | - | - | - | - | - |" in text
     assert "| logmel | 50.0 [40.4, 59.6] | 2.0 [0.0, 8.4] | 40.0 (no interval) | - | - | - |" in text
-    assert "| skill | 1,002 | 2.000 | 0.250 | 0.7500 | 0.7510 to 0.7530 | 20 | 5 | 3 |" in text
+    assert "| skill | 1,002 | 2.000 | 0.250 | 0.7500 | 0.7510 to 0.7530 | 61 | 20 | 5 | 3 |" in text
     assert re.search(r"\*\*skill\*\*.*dphubert.*3 seeds.*digit \+", text)
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 9  # of what is not distilled; probes, distance and costs of two sparsities; two of the means
@@ -268,3 +269,45 @@ def test_the_table_of_runs_holds_what_every_interval_is_made_of(tmp_path: Path) 
         ]
         wanted = row["difference"][task]["estimate"]
         assert paired_difference(*sides, speakers) == pytest.approx(wanted, abs=2e-6)
+
+
+def test_students_of_another_width_are_compared_by_cka_alone() -> None:
+    """A related system: no groups, but trained, so that its seeds are paired with the baseline's."""
+    found = []
+    for r in results((0.75,)):
+        if r["method"] == "skill":
+            far = {name: {"cka": r["distances"][name]["cka"]} for name in ("layers", "recordings")}
+            r = {**r, "groups": None, "recipe": "distill/tiny_x", "distances": {**r["distances"], **far}}
+        found.append(r)
+    summary = summarise(found, REFERENCES, "dphubert")
+    row = rows(summary)["skill", 0.75]
+    assert set(row["distance"]) == set(row["distance_difference"]) == set(row["layers"]) == {"cka"}
+    assert row["difference"] == rows(summarise(results((0.75,)), REFERENCES, "dphubert"))["skill", 0.75]["difference"]
+    assert row["distilled"] == {} and set(rows(summary)["no_distillation", 0.75]["distance"]) == set(KINDS)
+    text = write_tables({**summary, "found": 7, "wanted": 7})
+    line = next(line for line in text.splitlines() if line.startswith("| skill | - | - | - | - |"))
+    assert "{:.3f} [".format(row["distance"]["cka"][0]) in line and "| distill/tiny_x |" in text
+    said = next(line for line in text.splitlines() if line.startswith("- **skill**"))
+    assert "CKA to the teacher" in said and "L1" not in said
+
+
+def test_the_baseline_may_be_of_another_width() -> None:
+    found = []
+    for r in results((0.75,)):
+        if r["method"] == "dphubert":
+            far = {name: {"cka": r["distances"][name]["cka"]} for name in ("layers", "recordings")}
+            r = {**r, "groups": None, "recipe": "distill/tiny_x", "distances": {**r["distances"], **far}}
+        found.append(r)
+    row = rows(summarise(found, REFERENCES, "dphubert"))["skill", 0.75]
+    assert set(row["distance"]) == set(KINDS) and set(row["distance_difference"]) == {"cka"}
+
+
+def test_single_runs_of_another_width_have_no_column_for_what_they_lack(tmp_path: Path) -> None:
+    made = result("skill", 0.5, 1)
+    far = {name: {"cka": made["distances"][name]["cka"]} for name in ("layers", "recordings")}
+    other = {**made, "groups": None, "recipe": "distill/tiny_x", "distances": {**made["distances"], **far}}
+    write_runs(tmp_path / "runs.csv", [made, {**other, "method": "x"}])
+    first, second = csv.DictReader((tmp_path / "runs.csv").open())
+    assert first["cos"] and not second["cos"] and second["cka"] == first["cka"]
+    assert second["groups"] == "distill/tiny_x" and second["budget"] == "parameters"
+    assert (first["macs"], first["milliseconds"], first["training cpu seconds"]) == ("2000000000", "250", "60")
