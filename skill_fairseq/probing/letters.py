@@ -90,8 +90,8 @@ def probe_letters(
 
     Each dimension of each layer is standardised over the frames of the training set; Adam learns the layers' softmax
     weights, which start equal, and the linear map, which starts at zero, over :data:`EPOCHS` epochs of batches that the
-    seed draws, at a rate that falls to zero. The epoch of the lowest valid error rate is taken. Words are decoded by the
-    best symbol of every frame, without a language model. The test set is used once, at the end.
+    seed draws, at a rate that falls to zero. The epoch of the lowest valid error rate is taken. Words are decoded by
+    the best symbol of every frame, without a language model. The test set is used once, at the end.
 
     Args:
         features: (layers, T, D) of each recording of the splits `train`, `valid` and `test`.
