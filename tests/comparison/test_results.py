@@ -31,9 +31,7 @@ def runs() -> list[dict[str, str]]:
 
 def table() -> dict[str, list[str]]:
     """What the README says, by method: the cells after the first."""
-    section = (
-        (REPOSITORY / "README.md").read_text().split("### Do groups beat single layers?")[1].split("**A second")[0]
-    )
+    section = (REPOSITORY / "README.md").read_text().split("### Do groups beat single layers?")[1].split("\n#")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")][2:]
     return {next(method for words, method in METHODS.items() if name.startswith(words)): cells for name, *cells in rows}
 
