@@ -112,8 +112,8 @@ def to_float16(model: Any) -> Any:
 
 
 def _of_activated(name: str) -> bool:
-    """Whether a product is the second one of a feed-forward network, by its node's name."""
-    return name.partition("/")[0].endswith((".ffn", ".fc2"))
+    """Whether a product reads the activations of a feed-forward network, by its node's name."""
+    return name.partition("/")[0].endswith((".ffn", ".fc2", ".fc2.down"))
 
 
 def _store_small(model: Any) -> None:
