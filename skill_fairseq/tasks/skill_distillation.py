@@ -310,7 +310,7 @@ class SkillDistillationTask(AudioPretrainingTask):
                 if getattr(part, name, None):
                     _update(part, {name: from_shell(part[name])})
         target: Any = getattr(cfg, "target", None)
-        if OmegaConf.is_dict(target) and isinstance(target.get("table"), str):
+        if OmegaConf.is_dict(target) and "table" in target and isinstance(target["table"], str):
             _update(target, {"table": from_shell(target["table"])})
         criterion = super().build_criterion(cfg, *args, **kwargs)
         self._constraint = getattr(criterion, "constraint", None)
