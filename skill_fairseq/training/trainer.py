@@ -70,10 +70,11 @@ class SkillTrainer(Trainer):
             check_values(plain)
         check_backend(cfg.distributed_training, cfg.optimization.use_bmuf)
         self._constraint = getattr(criterion, "constraint", None)
-        groups = getattr(cfg.optimizer, "groups", None)
-        if isinstance(self._constraint, ExactConstraint) and groups and "multipliers" in groups:
-            with open_dict(groups):  # fairseq refuses a group without parameters
-                del groups["multipliers"]
+        if isinstance(self._constraint, ExactConstraint):
+            groups = getattr(cfg.optimizer, "groups", None)
+            if groups and "multipliers" in groups:
+                with open_dict(groups):  # fairseq refuses a group without parameters
+                    del groups["multipliers"]
         lost = check_memory_efficient(cfg.common)
         sharded = cfg.distributed_training.ddp_backend == "fully_sharded"  # keeps float32 weights itself
         cast = (cfg.common.fp16 or cfg.common.bf16) and not lost and not sharded

@@ -89,6 +89,7 @@ def test_the_tasks_field_acts_on_gpus_alone(field: Any, cuda: bool, monkeypatch:
     from skill_fairseq.training import trainer
 
     assert SkillDistillationConfig().tf32 is True
+
     class Far(Exception):
         """The constructor has come as far as this test looks."""
 
