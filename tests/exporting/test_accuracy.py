@@ -12,6 +12,9 @@ from skill_fairseq.audio.manifest import read_manifest
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.cli.export import main
 from skill_fairseq.exporting.accuracy import compare, rounded, run_encoder, sources
+from skill_fairseq.exporting.traceable import NEEDED_TORCH
+
+OLD_TORCH = tuple(int(number) for number in torch.__version__.split("+")[0].split(".")[:2]) < NEEDED_TORCH
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +86,8 @@ def test_what_does_not_go_together(small, teacher_file, data, tmp_path, capsys):
         (["a.safetensors", "--task", "digit"], ["--task", "--accuracy"]),
         (["a.safetensors", "--limit", "0"], ["--limit", "above 0"]),
     ):
+        if OLD_TORCH and not arguments[0].endswith(".safetensors"):
+            continue  # it says that it cannot record an encoder at all
         assert main([str(teacher_file), str(tmp_path / arguments[0]), *arguments[1:]]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and all(part in error for part in said), error

@@ -183,7 +183,7 @@ def test_losses_fall_without_a_teacher(small: Any, labelled: Path, teacher_file:
     parameters = [p for p in (*model.parameters(), *criterion.parameters()) if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=3e-3)
     losses: dict[str, list[float]] = {}
-    for _ in range(30):
+    for _ in range(60):
         (sample,) = task.get_batch_iterator(task.dataset("train"), max_tokens=200000).next_epoch_itr()
         assert set(sample["targets"]["speaker"].tolist()) == {NONE, 0, 1}
         loss, _, log = criterion(model, sample)
@@ -193,7 +193,7 @@ def test_losses_fall_without_a_teacher(small: Any, labelled: Path, teacher_file:
         optimizer.zero_grad()
         for name in OBJECTIVE:
             losses.setdefault(name, []).append(float(log[f"{name}_loss"]) / log["frames"])
-    assert all(values[-1] < 0.7 * values[0] for values in losses.values()), losses
+    assert all(values[-1] < 0.8 * values[0] for values in losses.values()), losses
     model.eval(), criterion.eval()
     valid = task.get_batch_iterator(task.dataset("valid"), max_tokens=200000).next_epoch_itr()
     logs = [criterion(model, sample)[2] for sample in valid]
