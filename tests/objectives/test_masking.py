@@ -120,7 +120,8 @@ def test_hidden_frames_become_the_embedding_in_one_pass() -> None:
     hidden = bound[0].transform(x, None)
     assert torch.equal(hidden[mask], embedding.expand(3, 4)) and torch.equal(hidden[~mask], x[~mask])
     hidden.sum().backward()
-    assert torch.equal(embedding.grad, torch.full((4,), 3.0)) and torch.equal(x.grad, (~mask)[..., None].expand_as(x).float())
+    assert torch.equal(embedding.grad, torch.full((4,), 3.0))
+    assert torch.equal(x.grad, (~mask)[..., None].expand_as(x).float())
     assert with_masks(taps[:1], {}, None) == [Tap((1,))]
     with pytest.raises(ValueError, match="no mask embedding"):
         with_masks(taps, {SPANS: mask}, None)
