@@ -115,6 +115,24 @@ def test_students_of_other_shapes(
         assert 0 < (after - before).norm() / before.norm() < 0.05
 
 
+def test_one_layer(data: Path, deep: Path, tmp_path: Path) -> None:
+    """The teacher's ninth layer alone: pruned, shrunk and distilled once more."""
+    where = (f"task.data={data}", f"task.teacher={deep}", "+student=layer_9", "criterion.groups=[[9]]")
+    still = ("optimization.lr=[1e-8]", "optimizer.groups.gates.lr_float=1e-8")
+    saved, stage1 = train("distill", "tiny", tmp_path, *where, *still, "criterion.target_sparsity=0.5")
+    assert saved["criterion"]["student_groups"] == [[9]]
+    again = (f"model.init_from={stage1}", "model.init_layers=null")
+    _, stage2 = train("final", "tiny", tmp_path, *where, *again)
+    full, student = load_encoder(deep), load_encoder(stage2)
+    nine = full.num_parameters() - 3 * sum(p.numel() for p in full.transformer.layers[-1].parameters())
+    assert student.config.encoder_layers == 9 and student.num_parameters() == pytest.approx(nine / 2, rel=0.01)
+    start = load_encoder(stage1)  # its gates are open: the teacher's first nine layers
+    audio = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own, theirs = start(audio).hidden_states[-1], full(audio).hidden_states[9]
+    assert (own - theirs).abs().mean() < 0.02 * theirs.abs().mean()
+
+
 def test_gates_on_a_thin_student(data: Path, deep: Path, tmp_path: Path) -> None:
     where = (f"task.data={data}", f"task.teacher={deep}", DEEP_GROUPS)
     saved, stage1 = train("distill", "tiny", tmp_path, "+student=tiny_thin", *where, "criterion.target_sparsity=0.5")
