@@ -57,7 +57,7 @@ def collect(folder: Path = TESTS) -> dict[str, list[Marked]]:
     files = [str(file) for file in ours if any(f"mark.{name}(" in file.read_text("utf-8") for name in FORMS)]
     collector, said = Collector(), io.StringIO()
     if files:
-        options = ["--collect-only", "-q", "-p", "no:cacheprovider"]
+        options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "nightly or not nightly"]
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = pytest.main([*options, *files], plugins=[collector])
         if code != 0:
