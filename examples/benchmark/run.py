@@ -33,6 +33,7 @@ from grid import (
     recipe_overrides,
     runs_of,
     settings_of,
+    then_overrides,
 )
 from methods import METHODS
 from recipes import make_by_recipe, why_unreachable
@@ -198,7 +199,7 @@ def prepare(grid: Grid, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     under "recipes", by method."""
     tasks = [read_task(folder) for folder in grid.tasks]
     require_scikit_learn(tasks)
-    names = ["train.tsv", "valid.tsv", "valid.speakers.tsv"]
+    names = ["train.tsv", "valid.tsv", "valid.speakers.tsv", "train.labels.tsv"]
     hashes = {
         "teacher": content_sha256(grid.teacher),
         "data": {name: sha256(grid.data / name) for name in names if (grid.data / name).is_file()},
@@ -211,6 +212,9 @@ def prepare(grid: Grid, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         for name, recipe in grid.recipes.items()
         if name in grid.methods
     }
+    for name, recipe in grid.recipes.items():
+        if recipe.then and name in grid.methods:
+            configs["recipes"][f"{name}, then"] = composed(CONFIG, recipe.then, then_overrides(configs))
     package = {name: found for name, found in versions("fairseq").items() if name in ("skill_fairseq", "fairseq")}
     settings, file = settings_of(grid, hashes, configs, package), out / "settings.json"
     found = read_json(file) if file.is_file() else {}
