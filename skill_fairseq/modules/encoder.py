@@ -22,6 +22,7 @@ from skill_fairseq.modules.streaming import BLOCK_SECONDS, cut, plan
 from skill_fairseq.modules.taps import FrameTransform, Tap, collect, map_layers
 from skill_fairseq.modules.transformer import Dropouts, Transformer
 from skill_fairseq.modules.units import units_of
+from skill_fairseq.modules.waves import Features, features_of
 
 
 class EncoderOutput(NamedTuple):
@@ -180,6 +181,30 @@ class SpeechEncoder(nn.Module):
             above = self.transformer.run(x, frames, draw, map_layers(asked), kind[1])
             found.update(zip(asked, collect(asked, itertools.chain([(self._first_state(x), None)], above))))
         return [found[tap] for tap in taps], self._output_padding(frames)
+
+    def features(self, waves: Any, sampling_rate: int, layers: Optional[Sequence[int]] = None) -> Features:
+        """Features of waveforms as they come from a file, without gradients.
+
+        Args:
+            waves: (N,) floating-point samples of one utterance, a tensor or an array, or a list of such.
+            sampling_rate: of all of them, in Hz; where the encoder has another, they are resampled (by scipy).
+            layers: whose states are wanted: 0 precedes the transformer; None: all of them.
+
+        Returns:
+            states (B, T, D), and the number of frames of each utterance. Each utterance is as it would be alone.
+
+        Raises:
+            ValueError: the encoder is in training mode, a waveform is not (N,), not of floating point or too short, a
+                layer does not exist, or the rate is another and scipy is missing.
+
+        Example:
+            >>> from skill_fairseq.modules.config import EncoderConfig
+            >>> encoder = SpeechEncoder(EncoderConfig(encoder_layers=2, encoder_embed_dim=48)).eval()
+            >>> states, lengths = encoder.features([torch.randn(16000), torch.randn(8000)], 16000, layers=[1, 2])
+            >>> [tuple(state.shape) for state in states], lengths.tolist()
+            ([(2, 49, 48), (2, 49, 48)], [49, 24])
+        """
+        return features_of(self, waves, sampling_rate, layers)
 
     def stream(
         self,
