@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import functools
 import importlib
 import io
@@ -60,6 +61,25 @@ def help_text(main: Callable[[list[str]], int], words: list[str]) -> str:
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         main(words)
     return said.getvalue()
+
+
+WITH_EXAMPLES = [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
+def test_examples_give_what_they_say(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = re.sub(r"(?m)^```.*$", "", page.read_text(encoding="utf-8"))
+    test = doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0)
+    said = io.StringIO()
+    found = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(test, out=said.write)
+    assert found.attempted and not found.failed, said.getvalue()
+
+
+@pytest.mark.parametrize("name", ["modules.encoder"])
+def test_examples_of_docstrings(name: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"skill_fairseq.{name}"))
+    assert found.attempted and not found.failed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
