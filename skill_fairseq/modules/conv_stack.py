@@ -13,12 +13,13 @@ from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.kernels import Product
+from skill_fairseq.modules.low_precision import LowConv
 from skill_fairseq.modules.norms import ChannelLayerNorm, Moments, group_norm_by_moments, moments
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.slicing import take
 from skill_fairseq.modules.tf32 import exact_products
 
-CHUNK_FRAMES = 128
+CHUNK_FRAMES = 256
 """Without gradients on a CPU, so many frames go through all layers at a time: they stay in its caches."""
 
 
@@ -75,7 +76,13 @@ class ConvStack(Prepared):
 
     Args:
         config: shape; uses the conv fields and ``extractor_mode``.
+
+    Attributes:
+        bf16: whether the convolutions after the first multiply in bfloat16, once prepared and without gradients, see
+            :func:`skill_fairseq.modules.low_precision.lower`.
     """
+
+    bf16 = False
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -111,7 +118,8 @@ class ConvStack(Prepared):
         super().prepare(kernels)
         layout = self.prepared()
         convs = zip(layout[1:], self.layers[1:])
-        self._products = layout, [Product(k, c.bias(None), c.conv.stride[0], kernels) for k, c in convs]
+        parts = [(kernel, conv.bias(None), conv.conv.stride[0]) for kernel, conv in convs]
+        self._products = layout, [LowConv(*part) if self.bf16 else Product(*part, kernels) for part in parts]
 
     @property
     def gated(self) -> bool:

@@ -115,8 +115,8 @@ class Product:
                 _remember()
         return found
 
-    def seconds(self, x: Tensor) -> Dict[str, float]:
-        """Least time of each kernel that can be had and agrees with ``plain``."""
+    def seconds(self, x: Tensor, clock: Optional[Callable[[], float]] = None) -> Dict[str, float]:
+        """Least time of each kernel that can be had and agrees with ``plain``, by a clock."""
         wanted = self._kernel("plain")(x)
         limit = (1e-5 if x.dtype == torch.float32 else 2e-2) * float(wanted.abs().max())
         kernels = {"plain": self._kernel("plain")}
@@ -127,7 +127,7 @@ class Product:
                 kernels[name] = kernel
         best = {name: float("inf") for name in kernels}
         # Of one thread its own time counts: others may take the processor meanwhile.
-        clock = time.perf_counter if torch.get_num_threads() > 1 else time.thread_time
+        clock = clock or (time.perf_counter if torch.get_num_threads() > 1 else time.thread_time)
         began = time.perf_counter()
         for _ in range(REPEATS):
             for name, kernel in kernels.items():
@@ -268,6 +268,13 @@ def _processor() -> str:
     wanted = ("model name", "cpu family", "model\t", "stepping")
     found = list(dict.fromkeys(line.partition(":")[2].strip() for line in lines if line.startswith(wanted)))
     return " ".join(found) or platform.processor() or platform.machine()
+
+
+@functools.cache
+def has_vnni() -> bool:
+    """Whether the processor adds up products of 8-bit numbers in 32 bits."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "vnni" in cpuinfo.read_text() or platform.machine() in ("aarch64", "arm64")
 
 
 def _recall() -> None:
