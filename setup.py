@@ -60,6 +60,7 @@ def build_folder():
 PLOTS = ["matplotlib"]
 PROBE = ["scikit-learn"]
 HF = ["transformers"]
+HUB = ["huggingface_hub"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
 SLURM = ["hydra-submitit-launcher==1.1.1", "submitit"]  # the last launcher for hydra 1.0
 # torch.export, on which the ONNX export rests, is not in the old torch that Python 3.10 is tested with.
@@ -94,7 +95,7 @@ setup(
         "tensorboardX",
         "editdistance",
     ],
-    extras_require={"plots": PLOTS, "probe": PROBE, "hf": HF, "onnx": ONNX, "slurm": SLURM, "tests": TESTS},
+    extras_require={"plots": PLOTS, "probe": PROBE, "hf": HF, "hub": HUB, "onnx": ONNX, "slurm": SLURM, "tests": TESTS},
     # The hook is a top-level module, so that starting it imports neither torch nor fairseq; the configs
     # travel inside the package, so that whoever installed a wheel has them.
     packages=[*find_packages(include=["skill_fairseq", "skill_fairseq.*"]), "skill_fairseq.config", "hydra_plugins"],
