@@ -93,7 +93,7 @@ def test_os_kdft_of_the_page(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_os_kdft_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
-    """To the bit, with its noise, drawn anew in each update, and the statistics of batch normalisation."""
+    """To the bit, with its noise, drawn again in each update, and the statistics of batch normalisation."""
     for folder, updates in (("whole", 4), ("parts", 2), ("parts", 4)):
         command("os_kdft", tmp_path / folder, updates, "dataset.disable_validation=true")
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")

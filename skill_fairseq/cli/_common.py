@@ -160,7 +160,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_trust(self) -> None:
         """Adds `--trust`."""
-        what = "read checkpoints with unknown pickled classes, which runs code of whoever made them"
+        what = "read checkpoints with unknown pickled classes, which can run code that their author put there"
         self.add_argument("--trust", action="store_true", help=what)
 
 

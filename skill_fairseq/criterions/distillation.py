@@ -332,7 +332,7 @@ class DistillationCriterion(FairseqCriterion):
         masked = sample.get("masked") or {}
         if self.training and len(masked) < len(self.maskings):
             raise ValueError(f"sample: 'masked' holds {len(masked)} masks; expected one for each of {self.maskings}")
-        # The gates before all else: the host waits for them, and the device shall have nothing left to do by then.
+        # The gates before all else: the host waits for them, and the device should have nothing left to do by then.
         draw = model.draw_gates()
         # Then the teachers: their memory is free again before the student's activations pile up.
         teacher: Dict[Tap, Tensor] = {}

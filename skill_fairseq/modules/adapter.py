@@ -13,7 +13,7 @@ NOISE = (0.1, 0.5)
 
 class Adapter(nn.Module):
     """Linear, activation, linear, as in OS-KDFT's repository (arXiv:2305.17394). In training normal noise is added to
-    the activations, whose standard deviation is drawn anew each time: U(0.1, 0.5) times their mean magnitude.
+    the activations, whose standard deviation is drawn again each time: U(0.1, 0.5) times their mean magnitude.
 
     Args:
         embed_dim: D.

@@ -258,8 +258,8 @@ class SpeechEncoder(nn.Module):
         """Makes ready for inference: evaluation mode, weights laid out once instead of in every forward, and on a CPU
         the fastest kernel for each linear map and convolution, which the first forwards of a length find by timing.
 
-        That lasts until weights are loaded, moved, converted or trained, which is noticed; whoever writes into them
-        through ``.data`` calls it again. Gradients are computed as ever.
+        That lasts until weights are loaded, moved, converted or trained, which is detected, except for writes through
+        ``.data``: call it again after those. Gradients are not affected.
 
         Args:
             kernels: "plain": the same in every process, to the last bit; "measured"; or the name of a kernel, see

@@ -60,7 +60,7 @@ class ExactConstraint(Constraint):
 
     It has no state: the shift goes into ``log_alpha``. Gates are never opened beyond where they start, so that the
     first updates of a target that rises from 0 keep the start's sparsity. All gates move, also those of which no cost
-    depends. Arguments are those of :class:`Constraint`. In a loop of one's own::
+    depends. Arguments are those of :class:`Constraint`. In your own loop::
 
         constraint = ExactConstraint(target=0.7, warmup=5000)
         for update, batch in enumerate(batches):

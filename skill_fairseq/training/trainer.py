@@ -49,12 +49,12 @@ class UpdateSkipped(Exception):
 
 
 class SkillTrainer(Trainer):
-    """Goes on from the newest whole checkpoint; skips what cannot be used; knows when every rank shall stop.
+    """Goes on from the newest whole checkpoint; skips what cannot be used; knows when every rank must stop.
 
     What one rank sees (a signal, an unreadable file, a loss that is not finite) travels with the statistics that
     fairseq sums over ranks in every update, so that all ranks act alike, in the same update, without further messages.
 
-    The task's config says how much is borne, where it has the fields: ``max_unreadable_files`` in an epoch and
+    The task's config says how much is tolerated, where it has the fields: ``max_unreadable_files`` in an epoch and
     ``max_skipped_updates`` in a row. Other tasks keep fairseq's behaviour: the first loss that is not finite ends the
     run.
 
@@ -217,13 +217,13 @@ class SkillTrainer(Trainer):
             super().save_checkpoint(filename, {**extra_state, BATCHES: self._batches, "teacher_sha256": self._teacher})
 
     def begin_epoch(self, epoch: int) -> None:
-        """fairseq's, counting anew."""
+        """fairseq's; starts the counts again."""
         self._unreadable["train"] = 0
         super().begin_epoch(epoch)
         self._impose()
 
     def begin_valid_epoch(self, epoch: int) -> None:
-        """fairseq's, counting anew."""
+        """fairseq's; starts the counts again."""
         self._unreadable["valid"] = 0
         super().begin_valid_epoch(epoch)
 
@@ -286,19 +286,19 @@ class SkillTrainer(Trainer):
         """fairseq's, called when the gradients of all ranks have been summed.
 
         Raises:
-            UpdateSkipped: the gradients are of no use, and the task bears that.
+            UpdateSkipped: the gradients are of no use, and the task tolerates that.
         """
         if self.data_parallel_world_size == 1:
             not_finite = float(to_host(self._loss_here_not_finite(), "losses"))
             self._agree(self._unreadable_here, preemption.received is not None, not_finite)
         if self._empty:
             raise UpdateSkipped("none of its files could be read")
-        bears = self._limit("max_skipped_updates") > 0
-        if bears and self._not_finite:
+        tolerant = self._limit("max_skipped_updates") > 0
+        if tolerant and self._not_finite:
             raise UpdateSkipped("a loss is NaN or infinite")
         norm = super().clip_grad_norm(clip_norm)
         scaled = self.cfg.common.fp16 or self.cfg.common.amp  # there it is the loss scale's affair
-        if bears and not scaled and not to_host(torch.isfinite(torch.as_tensor(norm)).all(), "norm"):
+        if tolerant and not scaled and not to_host(torch.isfinite(torch.as_tensor(norm)).all(), "norm"):
             raise UpdateSkipped("gradients are NaN or infinite, though the losses are not")
         return norm
 

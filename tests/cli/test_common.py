@@ -245,7 +245,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """The inputs are not there either: whoever reads them first would say so."""
+    """The inputs are not there either: the first reader would say so."""
     monkeypatch.chdir(tmp_path)
     for folder in ("audio", "folder.safetensors", "m"):
         (tmp_path / folder).mkdir()

@@ -1,4 +1,4 @@
-"""The example of a loop of one's own: short, without fairseq, and it does what its page says."""
+"""The example of your own training loop: short, without fairseq, and it does what its page says."""
 
 from __future__ import annotations
 
