@@ -56,6 +56,19 @@ PRIVATE_NAMES: dict[str, tuple[str, str]] = {
         "modules/attention_core.py",
         "the gradient of softmax from its output, without the input",
     ),
+    **{
+        f"torch.nn.Module.{name}": ("modules/kernels.py", "whether somebody waits for a layer's call")
+        for name in ("_forward_hooks", "_forward_pre_hooks")
+    },
+    **{
+        f"torch.ops.mkldnn.{name}": ("modules/kernels.py", "oneDNN with weights packed once; torch >= 2.0 has it")
+        for name in (
+            "_linear_pointwise",
+            "_reorder_linear_weight",
+            "_convolution_pointwise",
+            "_reorder_convolution_weight",
+        )
+    },
     "fairseq.trainer.Trainer._build_optimizer": ("training/trainer.py", "float32 weights from before the cast"),
     "fairseq.trainer.Trainer._optimizer": ("training/trainer.py", "the same; the property would build it again"),
     "fairseq.trainer.Trainer._set_seed": ("training/trainer.py", "seeds numpy too, at each update"),

@@ -47,4 +47,4 @@ if [ "${LINT:-1}" = 1 ]; then
 fi
 say pytest
 # The tests of one file share expensive fixtures, and so a process.
-python -m pytest -n "${WORKERS:-auto}" --dist loadfile "$@"
+python -m pytest -n "${WORKERS:-auto}" --dist loadfile --no-loadscope-reorder "$@"

@@ -108,6 +108,7 @@ def test_the_page_has_a_command_for_each() -> None:
     assert {f"tiny_{name}" for name in COMMANDS} <= configs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MODELS, *OURS])
 def test_the_pages_command_makes_two_updates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the checkpoint is a student, whose teacher is gone."""
@@ -159,6 +160,7 @@ def start(name: str, folder: Path, *overrides: str) -> Path:
     return folder / "checkpoint_last.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GATED)
 def test_the_pages_command_gates_and_stage_2_goes_on(name: str, tmp_path: Path) -> None:
     stage1 = start(name, tmp_path / "1")
@@ -180,6 +182,7 @@ def test_one_rank_for_all_maps_is_a_quarter_of_hubert_base() -> None:
     assert size == pytest.approx(0.25 * 94_370_944, rel=0.003)
 
 
+@pytest.mark.slow
 def test_ranks_are_learnt_together_with_ctc(small: Any, tmp_path: Path) -> None:
     """As the page says: the same command, labels beside the manifests, and one objective more."""
     folder = small.write_speech(tmp_path / "speech", {"train": [0.6, 0.7, 0.8, 0.9] * 2, "valid": [0.6, 0.7]})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import skill_fairseq
 from skill_fairseq.private_names import PRIVATE_NAMES
@@ -65,6 +66,8 @@ def test_every_listed_name_is_used_where_the_list_says() -> None:
 @pytest.mark.parametrize("name", PRIVATE_NAMES)
 def test_every_listed_name_is_there(name: str) -> None:
     words, place = name.split("."), 1
+    if name.startswith("torch.ops.mkldnn.") and int(torch.__version__.split(".")[0]) < 2:
+        pytest.skip("younger than this torch")
     if words[0] == "transformers":
         sys.modules.setdefault("torchaudio", None)  # type: ignore[arg-type]  # transformers tries a broken one
         pytest.importorskip("transformers")

@@ -20,6 +20,7 @@ from skill_fairseq.checkpoints.source import EncoderSource, build_encoder, readi
 from skill_fairseq.checkpoints.torchaudio_import import is_torchaudio, read_torchaudio
 from skill_fairseq.files import PathLike
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.low_precision import lower
 
 EXPECTED = (
     "a Microsoft WavLM file, a fairseq checkpoint of hubert, wav2vec2, data2vec_audio, wavlm or skill_student (also "
@@ -28,7 +29,9 @@ EXPECTED = (
 )
 
 
-def load_encoder(path: PathLike, device: str | torch.device = "cpu", trust: bool = False) -> SpeechEncoder:
+def load_encoder(
+    path: PathLike, device: str | torch.device = "cpu", trust: bool = False, precision: str = "fp32"
+) -> SpeechEncoder:
     """Loads an encoder from any file that the importers know.
 
     Whatever the format, every weight is accounted for, and the encoder computes what the original computes, batch by
@@ -48,16 +51,19 @@ def load_encoder(path: PathLike, device: str | torch.device = "cpu", trust: bool
             ``{"state_dict", "config"}``; or a file of ``skill-export``.
         device: where to put it.
         trust: also read files with pickled classes that are not known to be harmless, which runs their code.
+        precision: of linear maps and convolutions on a CPU: "fp32"; "bf16" or "int8", for inference alone. A warning
+            says where the processor does not gain by it; all else stays in float32.
 
     Returns:
         the encoder in float32 and eval mode, its parameters trainable.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: the file is truncated, foreign or unsupported; says what was recognised and expected.
+        ValueError: the file is truncated, foreign or unsupported; says what was recognised and expected. Or the
+            precision is not to be had: on a GPU, with gates, or in this torch.
     """
     source = read_source(path, trust)
-    return build_encoder(source, Path(path)).to(device).eval()
+    return lower(build_encoder(source, Path(path)).to(device).eval(), precision)
 
 
 def read_source(path: PathLike, trust: bool = False) -> EncoderSource:

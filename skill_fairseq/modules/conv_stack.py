@@ -12,6 +12,8 @@ from skill_fairseq.modules.activated_conv import activated_conv, compute_dtype
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
+from skill_fairseq.modules.kernels import Product
+from skill_fairseq.modules.low_precision import LowConv
 from skill_fairseq.modules.norms import ChannelLayerNorm, Moments, group_norm_by_moments, moments
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.slicing import take
@@ -74,7 +76,13 @@ class ConvStack(Prepared):
 
     Args:
         config: shape; uses the conv fields and ``extractor_mode``.
+
+    Attributes:
+        bf16: whether the convolutions after the first multiply in bfloat16, once prepared and without gradients, see
+            :func:`skill_fairseq.modules.low_precision.lower`.
     """
+
+    bf16 = False
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -104,6 +112,14 @@ class ConvStack(Prepared):
         # cannot pass, so that gate stays: as a constant, not as a parameter.
         self.register_buffer("scale", torch.ones(in_channels))
         self.scale: Tensor
+
+    def prepare(self, kernels: str = "plain") -> None:
+        """Lays the weights out, for the kernels that may multiply."""
+        super().prepare(kernels)
+        layout = self.prepared()
+        convs = zip(layout[1:], self.layers[1:])
+        parts = [(kernel, conv.bias(None), conv.conv.stride[0]) for kernel, conv in convs]
+        self._products = layout, [LowConv(*part) if self.bf16 else Product(*part, kernels) for part in parts]
 
     @property
     def gated(self) -> bool:
@@ -213,12 +229,31 @@ class ConvStack(Prepared):
         with torch.autocast(windows.device.type, enabled=False), exact_products(windows.device):
             x = torch.bmm(windows, kernel) if shift is None else torch.baddbmm(shift, windows, kernel)
         x = x.flatten(0, 1).to(compute_dtype(self.layers[0].conv.weight))  # utterances follow each other
+        products = self._products
+        if products is not None and products[0] is kernels and not torch.is_grad_enabled():
+            if x.dtype == kernels[0].dtype and x.device.type == "cpu":
+                return self._multiply(x, products[1]).unflatten(0, (batch, -1))  # type: ignore[no-any-return]
         for i, layer in enumerate(self.layers):
             if i:
                 x = activated_conv(x, kernels[i], layer.bias(units[i]), layer.conv.stride[0])
             if isinstance(layer.norm, ChannelLayerNorm):
                 x = layer.norm(x, units[i])
         return F.gelu(x).unflatten(0, (batch, -1))  # type: ignore[arg-type]
+
+    def _multiply(self, x: Tensor, products: Sequence[Product]) -> Tensor:
+        """(N, C) frames of the first layer to (N / strides, C) of the last, without gradients and gates."""
+        x = self._normalise_and_activate(0, x, len(x))
+        for i, product in enumerate(products, start=1):
+            x = self._normalise_and_activate(i, product(x), len(x) // product.stride)
+        return x
+
+    def _normalise_and_activate(self, i: int, x: Tensor, rows: int) -> Tensor:
+        """In the memory of ``x``, where it has as many rows; else zeros follow."""
+        norm = self.layers[i].norm
+        x = norm(x) if isinstance(norm, ChannelLayerNorm) else x
+        y = x if len(x) == rows else x.new_zeros(rows, x.size(1))
+        torch.ops.aten.gelu.out(x, out=y[: len(x)])
+        return y
 
     def _encode_in_chunks(
         self,

@@ -13,6 +13,7 @@ from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.conv_stack import ConvStack
 from skill_fairseq.modules.gate_bank import Draw, GateBank, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
+from skill_fairseq.modules.kernels import check_setting, choose_for_linears, linear, setting
 from skill_fairseq.modules.norms import ChannelLayerNorm, Moments
 from skill_fairseq.modules.padding import check_padding_mask, frame_padding_mask, reduce_padding_mask
 from skill_fairseq.modules.prepared import Prepared
@@ -22,6 +23,7 @@ from skill_fairseq.modules.streaming import BLOCK_SECONDS, cut, plan
 from skill_fairseq.modules.taps import FrameTransform, Tap, collect, map_layers
 from skill_fairseq.modules.transformer import Dropouts, Transformer
 from skill_fairseq.modules.units import units_of
+from skill_fairseq.modules.waves import Features, features_of
 
 
 class EncoderOutput(NamedTuple):
@@ -63,7 +65,7 @@ class FeatureProjection(nn.Module):
         if self.linear is None:
             return self.dropout(x)
         if units is None or units.indices is None:
-            return self.dropout(self.linear(x))
+            return self.dropout(linear(self.linear, x))
         if not has_plain_weight(self.linear):
             every = x.new_zeros(*x.shape[:-1], self.linear.in_features)
             return self.dropout(self.linear(every.index_copy(-1, units.indices, x)))
@@ -181,6 +183,30 @@ class SpeechEncoder(nn.Module):
             found.update(zip(asked, collect(asked, itertools.chain([(self._first_state(x), None)], above))))
         return [found[tap] for tap in taps], self._output_padding(frames)
 
+    def features(self, waves: Any, sampling_rate: int, layers: Optional[Sequence[int]] = None) -> Features:
+        """Features of waveforms as they come from a file, without gradients.
+
+        Args:
+            waves: (N,) floating-point samples of one utterance, a tensor or an array, or a list of such.
+            sampling_rate: of all of them, in Hz; where the encoder has another, they are resampled (by scipy).
+            layers: whose states are wanted: 0 precedes the transformer; None: all of them.
+
+        Returns:
+            states (B, T, D), and the number of frames of each utterance. Each utterance is as it would be alone.
+
+        Raises:
+            ValueError: the encoder is in training mode, a waveform is not (N,), not of floating point or too short, a
+                layer does not exist, or the rate is another and scipy is missing.
+
+        Example:
+            >>> from skill_fairseq.modules.config import EncoderConfig
+            >>> encoder = SpeechEncoder(EncoderConfig(encoder_layers=2, encoder_embed_dim=48)).eval()
+            >>> states, lengths = encoder.features([torch.randn(16000), torch.randn(8000)], 16000, layers=[1, 2])
+            >>> [tuple(state.shape) for state in states], lengths.tolist()
+            ([(2, 49, 48), (2, 49, 48)], [49, 24])
+        """
+        return features_of(self, waves, sampling_rate, layers)
+
     def stream(
         self,
         audio: Any,
@@ -228,19 +254,31 @@ class SpeechEncoder(nn.Module):
             states = [state[:, window.kept].clone() for state in out.hidden_states]
             yield EncoderOutput(out.x[:, window.kept].clone(), states, None)
 
-    def prepare(self) -> SpeechEncoder:
-        """Makes ready for inference: evaluation mode, and weights laid out once instead of in every forward.
+    def prepare(self, kernels: Optional[str] = None) -> SpeechEncoder:
+        """Makes ready for inference: evaluation mode, weights laid out once instead of in every forward, and on a CPU
+        the fastest kernel for each linear map and convolution, which the first forwards of a length find by timing.
 
         That lasts until weights are loaded, moved, converted or trained, which is noticed; whoever writes into them
         through ``.data`` calls it again. Gradients are computed as ever.
 
+        Args:
+            kernels: "plain": the same in every process, to the last bit; "measured"; or the name of a kernel, see
+                :mod:`skill_fairseq.modules.kernels`. None: what the environment variable ``SKILL_KERNELS`` says, or
+                measured. They agree to float rounding.
+
         Returns:
             the encoder itself.
+
+        Raises:
+            ValueError: there is no such kernel.
         """
+        choice = setting() if kernels is None else check_setting(kernels, "kernels")
+        choose_for_linears(self.transformer, choice)
+        choose_for_linears(self.feature_projection, choice)
         self.eval()
         for module in self.modules():
             if isinstance(module, Prepared) and not getattr(module, "gated", False):
-                module.prepare()
+                module.prepare(choice)
         return self
 
     def draw_gates(self) -> Optional[Draw]:

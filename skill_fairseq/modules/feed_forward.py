@@ -75,6 +75,7 @@ class FeedForward(nn.Module):
         if units is not None:
             weight = take(weight, 1, units.indices) * units.gate.to(weight.dtype)
         if self.training and self.dropout.p or not torch.is_grad_enabled():
-            return F.linear(self.dropout(self._activate(x)), weight, self.fc2.bias)
+            y = self.dropout(self._activate(x))
+            return F.linear(y, weight, self.fc2.bias) if units is not None else linear(self.fc2, y)
         y = activated_conv(x.flatten(0, 1), weight.t().unsqueeze(0), self.fc2.bias, 1, self.activation)
         return y.unflatten(0, x.shape[:2])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skill_fairseq.modules.hard_concrete import Units
+from skill_fairseq.modules.kernels import linear as whole_linear
 
 if TYPE_CHECKING:
     from skill_fairseq.modules.gate_bank import Draw
@@ -68,7 +69,7 @@ def linear(layer: nn.Module, x: Tensor, outputs: Optional[Tensor] = None, draw: 
     if isinstance(layer, StandIn):
         return layer(x, draw)  # type: ignore[no-any-return]
     if outputs is None:
-        return layer(x)  # type: ignore[no-any-return]
+        return whole_linear(layer, x)
     return F.linear(x, take(layer.weight, 0, outputs), take(layer.bias, 0, outputs))  # type: ignore[arg-type]
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.kernels import setting
 from skill_fairseq.modules.masking import with_masks
 from skill_fairseq.modules.taps import SpanMasking, Tap
 
@@ -60,7 +61,7 @@ class FrozenTeacher:
         if dtype not in DTYPES:
             raise ValueError(f"teacher precision: {dtype!r}; expected one of {', '.join(DTYPES)}")
         self.dtype = DTYPES[dtype]
-        self.encoder = encoder.to(self.dtype).requires_grad_(False).prepare()
+        self.encoder = encoder.to(self.dtype).requires_grad_(False).prepare(setting("plain"))
         self.config = encoder.config
         if compile:
             if not hasattr(torch.nn.Module, "compile"):
@@ -87,7 +88,7 @@ class FrozenTeacher:
             a float32 tensor for each tap, see :class:`Tap`.
         """
         if next(self.encoder.parameters()).device != source.device:
-            self.encoder.to(source.device).prepare()
+            self.encoder.to(source.device).prepare(setting("plain"))
             if self.encoder.mask_embedding is not None:
                 self.encoder.mask_embedding = self.encoder.mask_embedding.to(source.device, self.dtype)
         with torch.inference_mode(), torch.autocast(source.device.type, enabled=False):

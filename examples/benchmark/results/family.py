@@ -45,13 +45,14 @@ def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
     made by changed files, of no commit, is left out."""
     found: dict[tuple[str, float, int], dict[str, Any]] = {}
     for folder in folders:
-        reference = read_json(folder / "references.json")[TEACHER]
-        nothing = {"recordings": {}, "speakers": None}
-        made = {"sparsity": {"actual": 0.0}, "seconds": {}}
-        found[TEACHER, 0.0, 0] = {
-            **{"method": TEACHER, "sparsity": 0, "seed": 0, "groups": None, "made": made, "distances": nothing},
-            **{"cpu": "", "commit": "", **reference},
-        }
+        if (folder / "references.json").is_file():  # not where single runs were made by --run
+            reference = read_json(folder / "references.json")[TEACHER]
+            nothing = {"recordings": {}, "speakers": None}
+            made = {"sparsity": {"actual": 0.0}, "seconds": {}}
+            found[TEACHER, 0.0, 0] = {
+                **{"method": TEACHER, "sparsity": 0, "seed": 0, "groups": None, "made": made, "distances": nothing},
+                **{"cpu": "", "commit": "", **reference},
+            }
         for file in sorted(folder.glob("runs/*/result.json")):
             result = read_json(file)
             if (result["commit"] or "+")[-1] != "+":
