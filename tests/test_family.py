@@ -97,6 +97,11 @@ def test_sizes_of_our_own_shapes(name: str) -> None:
     assert re.search(rf"\| `{name}_hubert_base_librispeech` \| {size:,} \|", PAGE)
 
 
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("fit", "arm", "mask", "star"))])
+def test_thin_students_have_dropout_behind_the_convolutions(name: str) -> None:
+    assert recipe(name).model.dropout_input == 0.05
+
+
 def test_the_page_has_a_command_for_each() -> None:
     assert list(EVERY_COMMAND) == [*MODELS, *LABELS, *GATED, *OURS]
     configs = {path.stem for path in (REPO / "config" / "distill").glob("tiny_*.yaml")}
@@ -150,6 +155,8 @@ def start(name: str, folder: Path, *overrides: str) -> Path:
     log = run([str(Path(sys.executable).with_name(program)), *arguments, *where, *few, *overrides], REPO)
     assert [entry["num_updates"] for entry in logged(log, "train_inner")] == [1, 2]
     assert all(entry["gnorm"] > 0 for entry in logged(log, "train_inner"))
+    if name in GATED:  # held there in every update after the warm-up, which here is one
+        assert logged(log, "train_inner")[-1]["expected_sparsity"] == pytest.approx(0.75, abs=1e-3)
     return folder / "checkpoint_last.pt"
 
 

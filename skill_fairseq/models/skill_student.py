@@ -114,6 +114,7 @@ class SkillStudentConfig(_Hubert):
     reuse_attention: Optional[Any] = _shape("layers, from 2 on, that take the attention map of the layer below")
     adapter_dim: Optional[int] = _shape("features of an adapter beside each FFN (OS-KDFT: 64); 0: none")
     adapter_activation: Optional[str] = _shape("their activation, relu or elu")
+    adapter_form: Optional[str] = _shape("plain, or residual: x + 0.1 of a network of its LayerNorm (XLSR student)")
     normalize: Optional[bool] = _shape("whether waveforms are normalised")
     padding_rule: Optional[str] = _shape("which frames of a padded utterance count")
     sample_rate: Optional[int] = _shape("Hz of the waveforms")
@@ -236,7 +237,7 @@ class SkillStudentModel(WavLMModel):
         if transformer.layer_norm_first:
             unreached.append(transformer.layer_norm)
             unreached += [layer.attention_norm for layer in transformer.layers if layer.attention is None]
-            unreached += [layer.ffn_norm for layer in transformer.layers if layer.ffn is None and layer.adapter is None]
+            unreached += [layer.ffn_norm for layer in transformer.layers if not layer.uses_ffn_norm]
         if last > states:  # of the last layer, the maps alone
             layer = transformer.layers[last - 1]
             assert layer.attention is not None
