@@ -13,7 +13,7 @@ from torch import Tensor
 
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.hard_concrete import keep_probability
-from skill_fairseq.modules.size import Widths
+from skill_fairseq.modules.size import Widths, widths_of
 from skill_fairseq.modules.units import UNITS
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.exact import ExactConstraint
@@ -24,6 +24,8 @@ from skill_fairseq.pruning.shrink import cut_units
 SETTLED = 30.0
 """The least ``log_alpha`` of gates that hold an order alone: such a gate is open, and its value 1 in float32, in
 training and evaluation alike."""
+WHOLE = 1e-3
+"""Difference in size up to which an encoder as it is has the size asked for: a largest one, once it has been cut."""
 _GRID = 4096  # shifts at which a vector's expected number of units is known; between them a line
 
 
@@ -116,14 +118,15 @@ def nested_selections(encoder: SpeechEncoder, sizes: Sequence[float], cost: Cost
         ValueError: a size cannot be reached.
     """
     order, found = NestedOrder(encoder, cost), {}
-    original = cost.original(encoder.config)
+    original, whole = cost.original(encoder.config), 1 - float(cost.sparsity(encoder.config, widths_of(encoder.config)))
     tables = []
     for name, stays in zip(order.names, order.vectors):
         values, units = stays.sort(descending=True, stable=True)
         tables.append((name, units.tolist(), values.tolist(), UNITS[dict(encoder.named_gates())[name].unit].least))
     most = {name: len(units) for name, units, _, _ in tables}
     for size in sorted(set(sizes), reverse=True):
-        check_reachable(encoder.config, 1 - size, "size", cost)
+        if abs(size - whole) > WHOLE:
+            check_reachable(encoder.config, 1 - size, "size", cost)
         limit = round(size * original) if isinstance(original, int) else size * original
         counts = {name: min(count, most[name]) for name, count in order.counts(order.number(size)).items()}
         table = [Ranked(name, us[: most[name]], vs[: most[name]], least) for name, us, vs, least in tables]
