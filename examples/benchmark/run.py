@@ -21,6 +21,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from threads, and waits for them
 
 # beside this file
+from elastic import is_elastic, make_elastic
 from grid import (
     STAGES,
     Grid,
@@ -66,6 +67,7 @@ EPILOG = """examples:
   python examples/benchmark/run.py out --name trial              does it run? two methods, a few updates
   python examples/benchmark/run.py choices --name choices        what the defaults were chosen by
   python examples/benchmark/run.py family --name family          related systems, at equal size
+  python examples/benchmark/run.py elastic --name elastic        every size from one run, and runs for one size each
   python examples/benchmark/run.py out --methods skill dphubert --seeds 1 2 3 4 5
   python examples/benchmark/run.py out --table                   only tabulate what is there
   python examples/benchmark/run.py out --run skill-0.75-1        one run: what a job array would do
@@ -131,6 +133,8 @@ def do_run(run: Run, grid: Grid, out: Path, configs: dict[str, Any], keep_checkp
         began = time.monotonic()
         if run.target.recipe:
             made = make_by_recipe(run, grid, folder, CONFIG, configs)
+        elif is_elastic(run):
+            made = make_elastic(run, grid, folder, CONFIG)
         else:
             made = make_student(run, grid, folder, CONFIG)
         measuring = time.monotonic()

@@ -281,9 +281,13 @@ class SpeechEncoder(nn.Module):
                 module.prepare(choice)
         return self
 
-    def draw_gates(self) -> Optional[Draw]:
-        """The gates of one forward; None without gates. Drawn before other work is launched, they cost no wait."""
-        return None if self.gates is None else self.gates.draw()
+    def draw_gates(self, log_alpha: Optional[Tensor] = None) -> Optional[Draw]:
+        """The gates of one forward; None without gates. Drawn before other work is launched, they cost no wait.
+
+        Args:
+            log_alpha: see :meth:`GateBank.draw`.
+        """
+        return None if self.gates is None else self.gates.draw(log_alpha=log_alpha)
 
     def _project(
         self,

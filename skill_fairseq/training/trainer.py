@@ -19,6 +19,7 @@ from torch import Tensor
 from skill_fairseq.messages import printable
 from skill_fairseq.modules.host import numbers, to_host
 from skill_fairseq.modules.tf32 import allow_tf32
+from skill_fairseq.pruning.elastic import NestedSizes
 from skill_fairseq.pruning.exact import ExactConstraint
 from skill_fairseq.pruning.reach import check_reach, log_sparsity
 from skill_fairseq.training.changed_settings import warn_of_another_teacher, warn_of_changes
@@ -101,7 +102,8 @@ class SkillTrainer(Trainer):
 
     def end(self) -> None:
         """Called when the run is at its end: says what has become of the size, and gives signals back."""
-        if self._constraint is not None and self.data_parallel_rank == 0:
+        learned = self._constraint is not None and not isinstance(self._constraint, NestedSizes)
+        if learned and self.data_parallel_rank == 0:
             log_sparsity(self.get_model().speech_encoder, self._constraint.targets)
         preemption.uninstall()
         unlock_run(Path(self.cfg.checkpoint.save_dir))
