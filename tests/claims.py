@@ -84,7 +84,7 @@ CLAIMS = [
     ),
     Claim(
         CLUSTER,
-        "it goes on exactly: the test's student is the undisturbed one's, bit for bit",
+        "it continues exactly: in the test, the student equals that of an undisturbed run, bit for bit",
         "tests/training/test_resume.py::test_three_kills_change_nothing",
     ),
     Claim(
@@ -94,7 +94,7 @@ CLAIMS = [
     ),
     Claim(
         CLUSTER,
-        "before training has begun it exits with 75 at once",
+        "A run that has not started training yet exits with 75 at once",
         "tests/training/test_preemption.py::test_a_signal_while_a_run_starts_up",
     ),
     Claim(
@@ -104,7 +104,7 @@ CLAIMS = [
     ),
     Claim(
         CLUSTER,
-        "Every rank gets as many batches as the others in an epoch, no utterance twice",
+        "Every rank gets as many batches as the others in an epoch, and no utterance twice",
         "tests/training/test_data_parallel.py::test_every_utterance_is_seen_once_an_epoch_and_no_rank_idles",
     ),
     Claim(
@@ -119,12 +119,12 @@ CLAIMS = [
     ),
     Claim(
         CLUSTER,
-        "with the next epoch where the present one has other batches now",
+        "If the epoch's batches have changed, it continues with the next epoch",
         "tests/training/test_epoch_batches.py::test_a_run_goes_on_with_the_next_epoch",
     ),
     Claim(
         CLUSTER,
-        "A warning names the changed settings, old value and new",
+        "a warning names the changed settings with old and new values",
         "tests/training/test_changed_settings.py::test_a_run_that_goes_on_names_what_has_changed",
     ),
     Claim(
