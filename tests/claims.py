@@ -144,12 +144,12 @@ CLAIMS = [
     ),
     Claim(
         FORMATS,
-        "pickles of strangers are read without running their code, by fairseq too",
+        "Pickles from others are read without running their code, also by fairseq",
         "tests/hook/test_patches.py::test_fairseq_runs_no_code_of_a_checkpoint_unless_it_is_trusted",
     ),
     Claim(
         FORMATS,
-        "All hidden states agree to 1e-5 of the original's going in, and to 1e-4 coming out",
+        "All hidden states agree with the original's to 1e-5 on import, and to 1e-4 on export",
         "python tests/tables.py",
     ),
     Claim(
@@ -224,7 +224,7 @@ CLAIMS = [
     ),
     Claim(
         FORMATS,
-        "with a context as long as the audio everything is as without chunks",
+        "with a context as long as the audio, the result is the same as without chunks",
         "tests/exporting/test_streaming.py::test_a_stream_with_all_of_the_audio_as_context_is_the_whole",
     ),
     Claim(
@@ -234,7 +234,7 @@ CLAIMS = [
     ),
     Claim(
         FORMATS,
-        "audio front end, norms and softmax stay in float",
+        "The audio front end, norms and softmax stay in float",
         "tests/exporting/test_onnx_forms.py::test_int8_of_speech_stays_about_a_hundredth",
     ),
     Claim(
