@@ -102,9 +102,10 @@ class SkillTrainer(Trainer):
 
     def end(self) -> None:
         """Called when the run is at its end: says what has become of the size, and gives signals back."""
-        learned = self._constraint is not None and not isinstance(self._constraint, NestedSizes)
-        if learned and self.data_parallel_rank == 0:
-            log_sparsity(self.get_model().speech_encoder, self._constraint.targets)
+        constraint = self._constraint
+        # Of an order nothing was learned.
+        if constraint is not None and not isinstance(constraint, NestedSizes) and self.data_parallel_rank == 0:
+            log_sparsity(self.get_model().speech_encoder, constraint.targets)
         preemption.uninstall()
         unlock_run(Path(self.cfg.checkpoint.save_dir))
 
