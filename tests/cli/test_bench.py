@@ -194,7 +194,7 @@ def test_both_sides_have_the_same_architecture(shape: EncoderConfig) -> None:
     assert sum(p.numel() for p in other.parameters()) == full_parameters(shape) + mask_embedding
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_every_consumer_in_turn(model: str, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for module in ("transformers", "onnxscript", "onnxruntime", "openvino"):
