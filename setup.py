@@ -62,9 +62,10 @@ PROBE = ["scikit-learn"]
 HF = ["transformers"]
 HUB = ["huggingface_hub"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
+OPENVINO = ["openvino", *ONNX]
 SLURM = ["hydra-submitit-launcher==1.1.1", "submitit"]  # the last launcher for hydra 1.0
 # torch.export, on which the ONNX export rests, is not in the old torch that Python 3.10 is tested with.
-ONNX_TESTS = [f"{package}; python_version >= '3.11'" for package in ONNX]
+ONNX_TESTS = [f"{package}; python_version >= '3.11'" for package in OPENVINO]
 COMMANDS = ("manifest", "cluster", "shrink", "export", "info", "probe", "bench", "labels", "features", "report")
 TESTS = ["pytest", "pytest-xdist", "ruff", "mypy", "setuptools>=64", "wheel", *PLOTS, *PROBE, *HF, *ONNX_TESTS, *SLURM]
 
@@ -95,7 +96,16 @@ setup(
         "tensorboardX",
         "editdistance",
     ],
-    extras_require={"plots": PLOTS, "probe": PROBE, "hf": HF, "hub": HUB, "onnx": ONNX, "slurm": SLURM, "tests": TESTS},
+    extras_require={
+        "plots": PLOTS,
+        "probe": PROBE,
+        "hf": HF,
+        "hub": HUB,
+        "onnx": ONNX,
+        "openvino": OPENVINO,
+        "slurm": SLURM,
+        "tests": TESTS,
+    },
     # The hook is a top-level module, so that starting it imports neither torch nor fairseq; the configs
     # travel inside the package, so that whoever installed a wheel has them.
     packages=[*find_packages(include=["skill_fairseq", "skill_fairseq.*"]), "skill_fairseq.config", "hydra_plugins"],
@@ -110,10 +120,5 @@ setup(
     headers=[HOOK_PTH],
     cmdclass={"install_headers": InstallHookPth},
     options={"build": {"build_base": build}, "egg_info": {"egg_base": build}},
-    entry_points={
-        "console_scripts": [
-            f"skill-{name} = skill_fairseq.cli.{name}:main"
-            for name in COMMANDS
-        ]
-    },
+    entry_points={"console_scripts": [f"skill-{name} = skill_fairseq.cli.{name}:main" for name in COMMANDS]},
 )

@@ -20,6 +20,7 @@ EXTRAS = {
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
+    "openvino": "openvino",
     "submitit": "slurm",
 }
 """The extra of setup.py that brings a module."""

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from skill_fairseq.benchmarking.setup import PRECISIONS, Setup, equal_groups, student_of
-from skill_fairseq.messages import remedy_for
+from skill_fairseq.messages import remedy_for, require
+from skill_fairseq.modules import kernels
 from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.low_precision import lower
 from skill_fairseq.modules.taps import collect
 from skill_fairseq.objectives.group_means import GroupMeans, GroupMeansConfig
 from skill_fairseq.objectives.teacher import FrozenTeacher
@@ -53,13 +56,21 @@ def ours(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
     full = setup.full_encoder()
     audio = setup.audio()
     if what == "infer":
-        encoder = student_of(dataclasses.replace(setup, stage=2), full) if setup.sparsity else full
-        facts = {"parameters": encoder.num_parameters(), "macs": encoder.macs(setup.seconds) * setup.batch}
-        encoder = encoder.to(PRECISIONS[setup.precision]).prepare()
+        encoder = _measured_encoder(setup, full)
+        facts = _facts(setup, encoder)
+        on_cpu = not setup.device.startswith("cuda")
+        if setup.precision == "int8" or setup.precision == "bf16" and on_cpu:
+            encoder = lower(encoder, setup.precision).prepare("plain" if setup.compile else None)
+            facts["precision"] = setup.precision
+        else:
+            encoder = encoder.to(PRECISIONS[setup.precision]).prepare("plain" if setup.compile else None)
         if setup.compile:
             for layer in encoder.transformer.layers:
                 layer.compile(dynamic=True)
-        return _inference(setup, encoder), facts
+        step = _inference(setup, encoder)
+        step()
+        facts["kernels"] = kernels.chosen() or {"plain": 1}
+        return step, facts
 
     student = student_of(setup, full).train()
     facts = {
@@ -104,8 +115,10 @@ def transformers(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
         raise ValueError("--against transformers: only for unpruned WavLM, HuBERT and wav2vec 2.0 encoders")
     audio = setup.audio()
     encoder = huggingface_encoder(config).to(setup.device)
-    facts = {"parameters": sum(p.numel() for p in encoder.parameters())}
+    facts: Dict[str, Any] = {"parameters": sum(p.numel() for p in encoder.parameters())}
     if what == "infer":
+        facts["precision"] = setup.precision if setup.precision in PRECISIONS else "fp32"
+        setup = dataclasses.replace(setup, precision=facts["precision"])
         encoder = encoder.eval().to(PRECISIONS[setup.precision])
         return _inference(setup, lambda source: encoder(source, output_hidden_states=True)), facts
 
@@ -132,8 +145,102 @@ def transformers(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
     return step, facts
 
 
+def full(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
+    """This package's encoder before pruning."""
+    return ours(dataclasses.replace(setup, sparsity=0.0, keep_conv=None), what)
+
+
+def onnxruntime(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
+    """The same encoder as ``skill-export --to onnx`` writes it, in onnxruntime; bf16 it has not, and takes fp32."""
+    require("--against onnxruntime", "onnx", "onnxscript", "onnxruntime")
+    from skill_fairseq.exporting.onnx_encoder import OnnxEncoder
+
+    precision = "fp32" if setup.precision == "bf16" else setup.precision
+    encoder, model = _onnx(setup, precision)
+    session = OnnxEncoder(model, setup.threads or torch.get_num_threads())
+    return _numpy_inference(setup, session), {**_facts(setup, encoder), "precision": precision}
+
+
+def openvino(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
+    """The same as ``skill-export --to openvino`` writes it, in OpenVINO."""
+    require("--against openvino", "openvino", "onnx", "onnxscript")
+    from skill_fairseq.exporting.openvino_model import OpenvinoEncoder, convert
+
+    encoder, model = _onnx(setup, "int8" if setup.precision == "int8" else "fp32")
+    computes = setup.precision if setup.precision in PRECISIONS else "fp32"
+    compiled = OpenvinoEncoder(convert(model), setup.threads or torch.get_num_threads(), computes)
+    return _numpy_inference(setup, compiled), {**_facts(setup, encoder), "precision": setup.precision}
+
+
+def products(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
+    """A large matrix product by every kernel that there is; the fastest is this machine's rate."""
+    inputs, outputs, frames, rounds = 1024, 1024, 1024, 3
+    precision = setup.precision if setup.precision in PRECISIONS else "fp32"
+    dtype = PRECISIONS[precision]
+    x = torch.randn(frames, inputs, device=setup.device, dtype=dtype)
+    weight = torch.randn(1, inputs, outputs, device=setup.device, dtype=dtype)
+    product = kernels.Product(weight, None)
+    linear = nn.Linear(inputs, outputs, bias=False)
+    by_int8 = lower(linear, "int8") if setup.precision == "int8" else None
+
+    def step() -> Times:
+        with torch.inference_mode():
+            if by_int8 is not None:
+                found = []
+                for _ in range(rounds):
+                    watch = Stopwatch(setup.device)
+                    by_int8(x)
+                    watch.lap("product")
+                    found.append(watch.times["product"])
+                return {"product": min(found)}
+            if setup.device.startswith("cuda"):
+                watch = Stopwatch(setup.device)
+                torch.matmul(x, weight[0])
+                watch.lap("product")
+                return watch.times
+            return {"product": min(product.seconds(x, time.perf_counter).values())}
+
+    step()
+    return step, {"macs": frames * inputs * outputs, "parameters": 0}
+
+
+def _measured_encoder(setup: Setup, full: SpeechEncoder) -> SpeechEncoder:
+    return student_of(dataclasses.replace(setup, stage=2), full) if setup.sparsity else full
+
+
+def _facts(setup: Setup, encoder: SpeechEncoder) -> Dict[str, Any]:
+    return {"parameters": encoder.num_parameters(), "macs": encoder.macs(setup.seconds) * setup.batch}
+
+
+def _onnx(setup: Setup, precision: str) -> tuple[SpeechEncoder, bytes]:
+    from skill_fairseq.exporting.onnx_graph import describe, make_onnx
+    from skill_fairseq.exporting.onnx_precision import to_float16, to_int8
+
+    encoder = _measured_encoder(setup, setup.full_encoder()).cpu().eval()
+    model = make_onnx(encoder)
+    if precision == "fp16":
+        model = to_float16(model)
+    elif precision == "int8":
+        model = to_int8(model)
+    describe(model, encoder, {})
+    return encoder, model.SerializeToString()
+
+
+def _numpy_inference(setup: Setup, encode: Callable[[Any], Any]) -> Step:
+    audio = setup.audio().cpu().numpy()
+
+    def step() -> Times:
+        watch = Stopwatch("cpu")
+        encode(audio)
+        watch.lap("forward")
+        return watch.times
+
+    return step
+
+
 def _inference(setup: Setup, encode: Callable[[Tensor], Any]) -> Step:
-    audio = setup.audio().to(PRECISIONS[setup.precision])
+    lowered = setup.precision == "int8" or setup.precision == "bf16" and isinstance(encode, SpeechEncoder)
+    audio = setup.audio().to(torch.float32 if lowered else PRECISIONS[setup.precision])
 
     def step() -> Times:
         watch = Stopwatch(setup.device)
@@ -183,6 +290,10 @@ def _training(
 CONTESTANTS: Dict[str, Callable[[Setup, str], tuple[Step, Dict[str, Any]]]] = {
     "skill_fairseq": ours,
     "transformers": transformers,
+    "full": full,
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+    "products": products,
 }
 
 

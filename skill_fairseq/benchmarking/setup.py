@@ -25,6 +25,7 @@ ARCHITECTURES = {
 """Shapes by name, filled with random weights: speed does not depend on their values."""
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INFERENCE_PRECISIONS = (*PRECISIONS, "int8")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Setup:
         seconds: audio an utterance.
         batch: utterances.
         device: torch device.
-        precision: key of :data:`PRECISIONS`; below fp32 by autocast, gates and sizes stay float32.
+        precision: key of :data:`PRECISIONS`, in inference also int8; below fp32 by autocast: gates and sizes
+            stay float32.
         teacher_dtype: precision of the teacher.
         compile: run through ``torch.compile``: the teacher's layers in training, the encoder's in inference.
         threads: CPU threads; None: torch's default.

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import skill_fairseq
-from skill_fairseq.benchmarking.setup import ARCHITECTURES, PRECISIONS, Setup
+from skill_fairseq.benchmarking.setup import ARCHITECTURES, INFERENCE_PRECISIONS, PRECISIONS, Setup
 from skill_fairseq.cli._common import Parser, aligned, check_device, in_range, run, seed
 from skill_fairseq.files import check_output, write_json
 from skill_fairseq.messages import require
@@ -24,6 +24,13 @@ from skill_fairseq.messages import require
 COUNT, AMOUNT = in_range(int, least=1, most=10**9), in_range(int, least=0, most=10**9)
 LENGTH, LIMIT = in_range(float, least=0.025, most=86_400), in_range(float, above=0, most=10**9)
 SPARSITY, SHARE = in_range(float, least=0, below=1), in_range(float, above=0, most=1)
+
+CONSUMERS = {
+    "transformers": ("transformers",),
+    "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino", "onnx", "onnxscript"),
+}
+"""What --against may name, and the modules that it needs."""
 
 RECIPE_UPDATES = 75_000
 RECIPE_SECONDS = 610.0  # of audio an update: 4 GPUs x 152.5 s, which batches of at most 160 s hold on LibriSpeech
@@ -40,6 +47,7 @@ examples:
   skill-bench train --seconds 30 --sparsity 0.75 --against transformers stage 1 once the gates are closed
   skill-bench train --stage 2 --sparsity 0.75 --seconds 30
   skill-bench infer --seconds 10 --sparsity 0.75 --against full         the shrunk student beside the full encoder
+  skill-bench infer --seconds 10 --precision int8 --against transformers,onnxruntime,openvino
   skill-bench infer --model student.safetensors --seconds 10 --json student.json
   skill-bench train --device cuda --precision bf16 --seconds 15.6 --find-max-tokens
   skill-bench load --manifest manifests/train.tsv --workers 2
@@ -59,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_device(args.device)
     if args.json is not None:
         check_output(args.json, "--json", [args.model] if getattr(args, "model", None) else [])
-    if getattr(args, "against", None) == "transformers":
-        require("--against transformers", "transformers")
+    for name in getattr(args, "against", None) or []:
+        require(f"--against {name}", *CONSUMERS.get(name, ()))
     if args.what == "load":
         require("skill-bench load", "fairseq")
     if args.device.startswith("cuda"):
@@ -101,16 +109,24 @@ def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
         )
         return {"setup": setup.__dict__, "limit bytes": limit, "batch": batch, "peak bytes": peak, "max_tokens": tokens}
 
-    setups = [("skill_fairseq", setup)]
-    if args.against == "transformers":
-        setups.append(("transformers", setup))
-    elif args.against == "full":
-        setups.append(("skill_fairseq", _setup(args, sparsity=0.0, keep_conv=None)))
+    names = ["skill_fairseq", *(args.against or [])]
+    limited = args.what == "infer" and not args.device.startswith("cuda")
+    setups = [(name, setup) for name in [*names, *["products"] * limited]]
     with tqdm(total=len(setups) * (args.warmup + args.repeats), desc="steps", disable=None) as bar:
         results = take_turns(setups, args.what, args.repeats, args.warmup, bar.update)
-    names = ["skill_fairseq"] + ([args.against] if args.against else [])
-    print(format_steps(dict(zip(names, results)), args.what))
-    return {"setup": setup.__dict__, "results": dict(zip(names, results))}
+    found = dict(zip(names, results))
+    record: dict[str, Any] = {"setup": setup.__dict__, "results": found}
+    if limited:
+        product = results[-1]
+        rate = product["macs"] / product["seconds"]["total"]["min"]
+        record["products"] = {"precision": args.precision, "GMACs per second": rate / 1e9}
+        for result in found.values():
+            if "macs" in result:
+                result["limit seconds"] = result["macs"] / rate
+    print(format_steps(found, args.what))
+    if limited:
+        print(f"products in {args.precision} on this machine: {2 * rate / 1e9:.0f} G operations/s, the limit's rate")
+    return record
 
 
 def format_steps(results: dict[str, dict[str, Any]], what: str) -> str:
@@ -126,15 +142,40 @@ def format_steps(results: dict[str, dict[str, Any]], what: str) -> str:
         ["parameters, M", *(f"{r.get('expected parameters', r['parameters']) / 1e6:.2f}" for r in results.values())]
     )
     rows.append(["MACs, G", *(f"{r['macs'] / 1e9:.1f}" if "macs" in r else "-" for r in results.values())])
-    if len(results) == 2:
-        own, other = (r["seconds"]["total"] for r in results.values())
-        ratios = [f"{own[kind] / other[kind]:.3f}" for kind in ("min", "median")]
-        rows.append(["time ratio", f"{ratios[0]} (median {ratios[1]})", "1"])
+    if any("limit seconds" in r for r in results.values()):
+        limits = [(r["seconds"]["total"]["min"], r.get("limit seconds")) for r in results.values()]
+        rows.append(["limit by MACs, s", *("-" if limit is None else f"{limit:.3f}" for _, limit in limits)])
+        rows.append(["time / limit", *("-" if limit is None else f"{time / limit:.2f}" for time, limit in limits)])
+    for key in ("precision", "kernels"):
+        if any(key in r for r in results.values()):
+            rows.append([key, *(_cell(r.get(key)) for r in results.values())])
+    if len(results) > 1:
+        own, *others = (r["seconds"]["total"] for r in results.values())
+        shares = [[f"{own[kind] / other[kind]:.3f}" for kind in ("min", "median")] for other in others]
+        rows.append(["time ratio to it", "1", *(f"{least} (median {middle})" for least, middle in shares)])
     if what == "train":
         speed = next(iter(results.values()))["audio seconds per second"]
         hours = RECIPE_UPDATES * RECIPE_SECONDS / speed / 3600
         rows.append([f"{RECIPE_UPDATES:,} updates of {RECIPE_SECONDS:g} s", f"{hours:,.0f} h at this speed", ""])
     return aligned(rows)
+
+
+def _cell(value: Any) -> str:
+    """A table's cell: kernels with the number of shapes that each has."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {count}" for name, count in value.items())
+    return "-" if value is None else str(value)
+
+
+def _against(choices: Sequence[str]) -> Any:
+    def read(text: str) -> list[str]:
+        found = text.split(",")
+        for name in found:
+            if name not in choices or found.count(name) > 1:
+                raise argparse.ArgumentTypeError(f"{text!r}; expected some of {', '.join(choices)}, each once")
+        return found
+
+    return read
 
 
 def measure_cluster(args: argparse.Namespace) -> dict[str, Any]:
@@ -302,10 +343,12 @@ def _add_steps(command: argparse.ArgumentParser, what: str) -> None:
     add = command.add_argument
     add("--sparsity", type=SPARSITY, default=0.0, help="of the student: fraction of the parameters gone (default: 0)")
     add("--keep-conv", type=SHARE, metavar="F", help="fraction of conv channels kept (default: as of all units)")
-    add("--precision", choices=PRECISIONS, default="fp32", help="(default: fp32)")
+    precisions = INFERENCE_PRECISIONS if what == "infer" else PRECISIONS
+    add("--precision", choices=precisions, default="fp32", help="(default: fp32)")
     add("--compile", action="store_true", help="torch.compile the layers of the teacher (train) or encoder (infer)")
-    against = ["transformers"] + (["full"] if what == "infer" else [])
-    add("--against", choices=against, help="measure that too, in turn, and print the ratio")
+    against = [*CONSUMERS, "full"] if what == "infer" else ["transformers"]
+    several = f"{{{','.join(against)}}}" + (", several by commas" if what == "infer" else "")
+    add("--against", type=_against(against), metavar="NAMES", help=f"measure too, in turn, with the ratio: {several}")
     if what == "train":
         add("--stage", type=int, choices=(1, 2), default=1, help="1: gates; 2: shrunk (default: 1)")
         add("--teacher-dtype", choices=PRECISIONS, default="fp32", help="(default: fp32)")

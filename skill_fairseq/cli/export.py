@@ -23,6 +23,7 @@ from skill_fairseq.exporting.huggingface_folder import save_huggingface
 from skill_fairseq.exporting.onnx_encoder import OnnxEncoder
 from skill_fairseq.exporting.onnx_graph import NEEDED, OPSET, describe, make_onnx, output_names
 from skill_fairseq.exporting.onnx_precision import PRECISIONS, to_float16, to_int8
+from skill_fairseq.exporting.openvino_model import OpenvinoEncoder, save_openvino
 from skill_fairseq.exporting.s3prl_folder import save_s3prl
 from skill_fairseq.exporting.torch_program import run_program, save_torch_program
 from skill_fairseq.exporting.traceable import check_torch
@@ -32,7 +33,15 @@ from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.probing.evaluate import require_scikit_learn
 from skill_fairseq.probing.tasks import read_task
 
-SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2", "huggingface": "", "s3prl": ""}
+SUFFIXES = {
+    "safetensors": ".safetensors",
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "torch": ".pt2",
+    "huggingface": "",
+    "s3prl": "",
+}
+ONNX_MADE = ("onnx", "openvino")
 
 ONNX_ALONE = ("precision", "layers", "seconds", "calibrate")
 
@@ -41,6 +50,7 @@ EPILOG = f"""examples:
   skill-export student.safetensors student.onnx --accuracy manifests/test.tsv
   skill-export student.safetensors small.onnx --precision int8 --calibrate manifests/train.tsv --task tasks/digit
   skill-export student.safetensors layer9.onnx --layers 9 --seconds 10 --precision fp16
+  skill-export student.safetensors student.xml --precision int8
   skill-export student.safetensors student.pt2 --padding-mask
   skill-export student.safetensors student_hf --to huggingface
   skill-export student.safetensors student_hf --to huggingface --push me/student --private
@@ -53,6 +63,7 @@ skill-info says what a file is.
 
   safetensors  one file that describes itself; skill_fairseq.load_encoder needs torch and safetensors to read it
   onnx         opset {OPSET}, for onnxruntime; any batch size, any length from 400 samples on; all hidden states
+  openvino     OUT.xml with OUT.bin, by OpenVINO's converter from that graph; with all of its choices
   torch        a torch.export program (torch.export.load); any batch size, any length from 720 samples on
   huggingface  a folder for transformers.AutoModel.from_pretrained(OUT, trust_remote_code=True), with feature
                extractor and model card; a stock WavLM, HuBERT, wav2vec 2.0 or data2vec-audio folder, which needs
@@ -65,7 +76,8 @@ the folder's feature extractor does so; s3prl: the upstream does). Frames come e
 whole utterance: these encoders are not causal. Gates go along to safetensors, huggingface and s3prl; skill-shrink
 cuts out what they have closed.
 
---precision of an onnx file: fp16 is for GPUs and accelerators. int8 computes the linear layers in 8 bits; audio front
+--precision of an onnx file: fp16 is for GPUs and accelerators (openvino: of the weights in the
+file). int8 computes the linear layers in 8 bits; audio front
 end, norms and softmax stay in float. With --calibrate the ranges of activations are fixed from that speech
 (QuantizeLinear and DequantizeLinear nodes); without, each utterance has its own, which is nearer to fp32.
 
@@ -123,7 +135,7 @@ def _check(args: argparse.Namespace) -> None:
     if not suffix and args.out.suffix in SUFFIXES.values() and args.out.suffix:
         raise ValueError(f"OUT: {args.out}; --to {args.to} makes a folder: give a name without {args.out.suffix}")
     for name in ONNX_ALONE:
-        if getattr(args, name) is not None and args.to != "onnx":
+        if getattr(args, name) is not None and args.to not in ONNX_MADE:
             raise ValueError(f"--{name}: --to {args.to} has no such choice; leave it out, or write an onnx file")
     if args.calibrate is not None and args.precision != "int8":
         raise ValueError(f"--calibrate: {args.calibrate}; expected beside --precision int8")
@@ -135,24 +147,27 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--push: {args.push!r}; expected user/repo")
     if args.private and args.push is None:
         raise ValueError("--private: expected beside --push user/repo")
-    graph = args.to in ("onnx", "torch")
+    graph = args.to in (*ONNX_MADE, "torch")
     if graph and args.dtype != "float32":
-        remedy = "use --precision" if args.to == "onnx" else "leave --dtype out"
+        remedy = "use --precision" if args.to in ONNX_MADE else "leave --dtype out"
         raise ValueError(f"--dtype: {args.dtype}; --to {args.to} takes no --dtype, its weights are float32: {remedy}")
     if args.padding_mask and not graph:
         raise ValueError(f"--padding-mask: --to {args.to} takes padding anyway; leave it out")
     if suffix:
         inputs = [path for path in (args.checkpoint, args.accuracy, args.calibrate) if path is not None]
         check_output(args.out, "OUT", inputs)
+        if args.to == "openvino":
+            check_output(args.out.with_suffix(".bin"), "OUT", inputs)
         if args.accuracy is not None or args.calibrate is not None:
             check_output(_accuracy_file(args), "OUT", inputs)
     else:
         check_folder(args.out, "OUT")
     if graph:
         check_torch()
-    if args.to == "onnx":
+    if args.to in ONNX_MADE:
         wanted = (args.precision or "fp32") != "fp32" or args.accuracy is not None
-        require("--to onnx", *NEEDED, *["onnxruntime"] * wanted)
+        openvino = args.to == "openvino"
+        require(f"--to {args.to}", *["openvino"] * openvino, *NEEDED, *["onnxruntime"] * (wanted and not openvino))
 
 
 def _write(
@@ -163,7 +178,7 @@ def _write(
     calibration: Manifest | None,
 ) -> tuple[str, Accuracy | None]:
     """Writes OUT; returns what it is, in words, and how near to the float32 encoder."""
-    if args.to == "onnx":
+    if args.to in ONNX_MADE:
         return _write_onnx(args, encoder, origin, speech, calibration)
     names = output_names(encoder.config.encoder_layers)
     if args.to == "torch":
@@ -196,8 +211,9 @@ def _write_onnx(
     samples = None if args.seconds is None else round(args.seconds * config.sample_rate)
     model = make_onnx(encoder, args.padding_mask, layers, samples)
     facts: dict[str, object] = {"precision": args.precision or "fp32", "layers": args.layers or "all"}
+    openvino = args.to == "openvino"
     if args.precision == "fp16":
-        model = to_float16(model)
+        model = model if openvino else to_float16(model)
     elif calibration is not None:
         heard = sources(calibration, encoder, args.max_seconds, samples)
         model = to_int8(model, (source.numpy() for source in heard))
@@ -207,6 +223,11 @@ def _write_onnx(
     names = output_names(config.encoder_layers, layers)
     describe(model, encoder, origin, **facts)
     found = None
+    if openvino:
+        save_openvino(model.SerializeToString(), args.out, encoder, origin, facts)
+        if speech.manifest is not None:
+            found = speech.measure(encoder, names, OpenvinoEncoder(args.out).states, samples)
+        return "a model of OpenVINO", found
     if speech.manifest is not None:
         found = speech.measure(encoder, names, OnnxEncoder(model.SerializeToString()).states, samples)
         describe(model, encoder, origin, **facts, accuracy=found.as_dict())
@@ -269,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="file or folder to read")
-    add("out", type=Path, nargs="?", metavar="OUT", help="file (.safetensors, .onnx, .pt2) or folder to write")
+    add("out", type=Path, nargs="?", metavar="OUT", help="file (.safetensors, .onnx, .xml, .pt2) or folder to write")
     add("--to", choices=list(SUFFIXES), help="what to write (default: what OUT's ending says)")
     add("--dtype", choices=list(DTYPES), default="float32", help="of the weights (default: float32)")
     add(
@@ -277,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="give a graph (onnx, torch) a second input: (batch, samples) bool, true = padding, at each row's end",
     )
-    onnx = parser.add_argument_group("onnx alone")
+    onnx = parser.add_argument_group("onnx and openvino alone")
     onnx.add_argument("--precision", choices=PRECISIONS, help="of weights and products (default: fp32)")
     onnx.add_argument("--calibrate", type=Path, metavar="MANIFEST", help="int8: fix ranges from this speech")
     onnx.add_argument("--layers", metavar="L", help="outputs: all, last, or numbers as in 9,12 (default: all)")

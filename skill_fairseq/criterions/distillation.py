@@ -23,6 +23,7 @@ from skill_fairseq.pruning.elastic import ElasticConstraint
 
 logger = logging.getLogger(__name__)
 
+
 @dataclass
 class DistillationConfig(SizeConstraintConfig):
     """Objectives by any names, and the size constraint."""

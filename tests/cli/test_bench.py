@@ -194,6 +194,27 @@ def test_both_sides_have_the_same_architecture(shape: EncoderConfig) -> None:
     assert sum(p.numel() for p in other.parameters()) == full_parameters(shape) + mask_embedding
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_every_consumer_in_turn(model: str, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for module in ("transformers", "onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(module)
+    names = ["transformers", "onnxruntime", "openvino"]
+    arguments = ["infer", "--model", model, "--precision", precision, "--against", ",".join(names), *SMALL]
+    record = measure(arguments, tmp_path)
+    results = record["results"]
+    assert list(results) == ["skill_fairseq", *names]
+    rate = record["products"]["GMACs per second"] * 1e9
+    assert rate > 0
+    for name in ("skill_fairseq", "onnxruntime", "openvino"):
+        assert results[name]["macs"] == random_encoder().macs(0.5)
+        assert results[name]["limit seconds"] == pytest.approx(results[name]["macs"] / rate)
+    assert results["transformers"]["precision"] == "fp32" and results["openvino"]["precision"] == precision
+    assert results["skill_fairseq"]["kernels"] == {"plain": 1}  # small products are not measured
+    table = capsys.readouterr().out
+    assert all(row in table for row in ("time / limit", "time ratio to it", "kernels", f"products in {precision}"))
+
+
 def test_groups_that_stand_in_for_clusters() -> None:
     assert equal_groups(12) == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9], [10, 11, 12]]
     assert sum(equal_groups(24), []) == list(range(25))
@@ -218,6 +239,11 @@ def test_groups_that_stand_in_for_clusters() -> None:
         (["train", "--keep-conv", "0.5"], "--keep-conv: 0.5"),
         (["train", "--find-max-tokens"], "--memory"),
         (["infer", "--model", "missing.pt"], "missing.pt"),
+        (
+            ["infer", "--against", "onnxruntime,tflite"],
+            "--against: 'onnxruntime,tflite'; expected some of",
+        ),
+        (["train", "--against", "openvino"], "--against: 'openvino'; expected some of transformers"),
     ],
 )
 def test_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
