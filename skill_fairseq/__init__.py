@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from skill_fairseq.checkpoints import load_encoder
 
 __all__ = ["load_encoder", "shrink"]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -108,7 +108,7 @@ def temporary_path(target: Path) -> Path:
 
 
 def remove_orphans(target: Path) -> None:
-    """Remove what processes that were killed have left of `target`; whoever is alive holds a lock on his."""
+    """Remove the temporary files of `target` that killed processes left; a live process holds a lock on its own."""
     pattern = re.compile(re.escape(_temporary_stem(target)) + "[0-9a-f]{8}" + re.escape(_short_suffix(target)))
     with contextlib.suppress(OSError):
         for name in os.listdir(target.parent):
@@ -211,7 +211,7 @@ def _own_output(found: os.stat_result) -> int | None:
 
 
 def _stream(path: PathLike) -> BinaryIO:
-    """What to write to; a file that is our own output is not opened anew, which would empty it."""
+    """What to write to; a file that is our own output is not opened again, which would empty it."""
     number = _own_output(os.stat(path))
     return open(path, "wb") if number is None else os.fdopen(os.dup(number), "wb")
 
@@ -262,7 +262,7 @@ def read_json(path: PathLike) -> Any:
     try:
         return json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: is no JSON ({error}); write it anew") from error
+        raise ValueError(f"{path}: is no JSON ({error}); write it again") from error
 
 
 @contextlib.contextmanager

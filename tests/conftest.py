@@ -111,6 +111,16 @@ def waves(samples: int = 4000, batch: int = 2, seed: int = 0) -> Tensor:
     return torch.stack([torch.from_numpy(tone(samples / 16000, seed + i)) for i in range(batch)])
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests marked nightly, unless -m or a test's own name asks for them."""
+    if "nightly" in config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    if nightly:
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+
+
 @pytest.fixture(scope="session")
 def small() -> Any:
     """The functions and constants of this file."""

@@ -3,21 +3,22 @@
 #
 #   bash tests/matrix.sh                        3.10 to 3.13, environments in a temporary folder
 #   bash tests/matrix.sh FOLDER                 environments, logs and table kept there, and used again
+#   bash tests/matrix.sh FOLDER tests/hook      arguments after the folder go to pytest
 #   PYTHONS="3.10 3.13" bash tests/matrix.sh    these alone
 #
-# 3.10 runs the oldest torch, the others that of tests/constraints.txt (see run.sh). As many at a time as there are
-# processors. Where pip offers no CPU build of torch, an environment takes about 5 GB. Exit code 77: nothing failed, but a
-# Python is not here.
+# 3.10 runs the oldest torch, the others that of tests/constraints.txt (see run.sh). Where pip offers no CPU build of
+# torch, an environment takes about 5 GB. Exit code 77: nothing failed, but a Python is not here.
 set -euo pipefail
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 if [ $# -gt 0 ]; then
     mkdir -p "$1"
     folder=$(cd "$1" && pwd)
+    shift
 else
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
 fi
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 versions=${PYTHONS:-3.10 3.11 3.12 3.13}
 
 # The first python3.X that starts and can make environments: on the PATH, then among pyenv's.
@@ -31,14 +32,15 @@ find_python() {
 
 row() { printf '%-8s %-16s %-8s %s\n' "$@"; }
 
-try() {  # version: its row of the table, into a file beside its environment
+try() {  # version, arguments of pytest ...: its row of the table, into a file beside its environment
     local version=$1 venv=$folder/$1 log=$folder/$1.log python result torch numpy
+    shift
     if ! python=$(find_python "$version"); then
         row "$version" - - 'no such Python here' >"$folder/$version.row"
         return
     fi
     printf '== Python %s (%s), log %s\n' "$version" "$python" "$log"
-    if PYTHON=$python VENV=$venv LINT=0 bash run.sh -m 'not slow' -p no:cacheprovider >"$log" 2>&1; then
+    if PYTHON=$python VENV=$venv LINT=0 bash tests/run.sh -m 'not slow' -p no:cacheprovider "$@" >"$log" 2>&1; then
         result=$(tail -n 1 "$log" | tr -d =)
     else
         result="FAILED: $(tail -n 1 "$log" | tr -d =)"
@@ -49,11 +51,9 @@ try() {  # version: its row of the table, into a file beside its environment
 }
 
 for version in $versions; do
-    while [ "$(jobs -rp | wc -l)" -ge "$(nproc)" ]; do wait -n; done
     rm -f "$folder/$version.row"
-    try "$version" &
+    try "$version" "$@"
 done
-wait
 {
     row python torch numpy result
     for version in $versions; do cat "$folder/$version.row"; done

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Runs every check on a bare machine: makes a virtual environment, installs, then ruff, mypy and pytest.
 #
-#   bash tests/run.sh                      everything
+#   bash tests/run.sh                      everything but the tests marked nightly
 #   bash tests/run.sh -m "not slow" -x     arguments go to pytest
 #
 # Needs python3 (3.10-3.13, with venv and, as fairseq has no wheels, a C++ compiler) and PyPI. PYTHON names
-# another Python, VENV another environment folder, LINT=0 leaves out ruff and mypy. An environment is used
-# again until its requirements change.
+# another Python, VENV another environment folder, LINT=0 leaves out ruff and mypy. WORKERS is the number of
+# processes that pytest uses (one for each processor; 0 keeps it in one). An environment is used again until its
+# requirements change.
 # Where pip would fetch torch with CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has it without.
 set -euo pipefail
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
@@ -45,4 +46,5 @@ if [ "${LINT:-1}" = 1 ]; then
     mypy skill_fairseq setup.py
 fi
 say pytest
-python -m pytest "$@"
+# The tests of one file share expensive fixtures, and so a process.
+python -m pytest -n "${WORKERS:-auto}" --dist loadfile --no-loadscope-reorder "$@"

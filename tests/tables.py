@@ -1,7 +1,7 @@
-"""The README's tables that are made from the tests: formats and what each is held against; faults and what happens.
+"""The pages' tables that are made from the tests: formats and what each is held against; faults and what happens.
 
     python tests/tables.py           prints them
-    python tests/tables.py --write   puts them into README.md, each between <!-- name --> and <!-- /name -->
+    python tests/tables.py --write   puts them into their pages, each between <!-- name --> and <!-- /name -->
 
 A test says what it covers by a marker. ``@pytest.mark.formats(direction, what, against)``: direction "in" (we read it)
 or "out" (we write it), the format, and what it is tested against. ``@pytest.mark.faults(fault, outcome)``: what goes
@@ -20,7 +20,10 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent
-README = TESTS.parent / "README.md"
+PAGES = {
+    "formats": TESTS.parent / "examples/formats/README.md",
+    "faults": TESTS.parent / "examples/librispeech/README.md",
+}
 FORMS = {"formats": "('in' or 'out', what, against)", "faults": "(fault, outcome)"}
 
 Marked = tuple[tuple[str, ...], str]
@@ -57,7 +60,7 @@ def collect(folder: Path = TESTS) -> dict[str, list[Marked]]:
     files = [str(file) for file in ours if any(f"mark.{name}(" in file.read_text("utf-8") for name in FORMS)]
     collector, said = Collector(), io.StringIO()
     if files:
-        options = ["--collect-only", "-q", "-p", "no:cacheprovider"]
+        options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "nightly or not nightly"]
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = pytest.main([*options, *files], plugins=[collector])
         if code != 0:
@@ -93,7 +96,7 @@ TABLES = {"formats": formats_table, "faults": faults_table}
 
 
 def split(text: str, name: str) -> tuple[str, str, str]:
-    """A README's text before a table, the table, and after it.
+    """A page's text before a table, the table, and after it.
 
     Raises:
         ValueError: the two lines that mark its place are missing.
@@ -102,26 +105,25 @@ def split(text: str, name: str) -> tuple[str, str, str]:
     before, begin, rest = text.partition(f"{first}\n")
     inside, end, after = rest.partition(last)
     if not (begin and end):
-        raise ValueError(f"README.md: the lines {first} and {last} are missing; put them where the table belongs")
+        raise ValueError(f"the lines {first} and {last} are missing; put them where the table belongs")
     return before + begin, inside.strip("\n"), end + after
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Make the README's tables from the tests' markers.")
-    parser.add_argument("--write", action="store_true", help="put them into README.md; otherwise print them")
-    parser.add_argument("--readme", type=Path, default=README, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="Make the pages' tables from the tests' markers.")
+    parser.add_argument("--write", action="store_true", help="put them into their pages; otherwise print them")
+    parser.add_argument("--page", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tests", type=Path, default=TESTS, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     made = {name: TABLES[name](found) for name, found in collect(args.tests).items()}
     if not args.write:
         print("\n\n".join(made.values()))
         return 0
-    text = args.readme.read_text(encoding="utf-8")
     for name, table in made.items():
-        before, _, after = split(text, name)
-        text = f"{before}{table}\n{after}"
-    args.readme.write_text(text, encoding="utf-8")
+        page = args.page or PAGES[name]
+        before, _, after = split(page.read_text(encoding="utf-8"), name)
+        page.write_text(f"{before}{table}\n{after}", encoding="utf-8")
     return 0
 
 

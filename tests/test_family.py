@@ -97,12 +97,18 @@ def test_sizes_of_our_own_shapes(name: str) -> None:
     assert re.search(rf"\| `{name}_hubert_base_librispeech` \| {size:,} \|", PAGE)
 
 
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("fit", "arm", "mask", "star"))])
+def test_thin_students_have_dropout_behind_the_convolutions(name: str) -> None:
+    assert recipe(name).model.dropout_input == 0.05
+
+
 def test_the_page_has_a_command_for_each() -> None:
     assert list(EVERY_COMMAND) == [*MODELS, *LABELS, *GATED, *OURS]
     configs = {path.stem for path in (REPO / "config" / "distill").glob("tiny_*.yaml")}
     assert {f"tiny_{name}" for name in COMMANDS} <= configs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*MODELS, *OURS])
 def test_the_pages_command_makes_two_updates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the checkpoint is a student, whose teacher is gone."""
@@ -149,9 +155,12 @@ def start(name: str, folder: Path, *overrides: str) -> Path:
     log = run([str(Path(sys.executable).with_name(program)), *arguments, *where, *few, *overrides], REPO)
     assert [entry["num_updates"] for entry in logged(log, "train_inner")] == [1, 2]
     assert all(entry["gnorm"] > 0 for entry in logged(log, "train_inner"))
+    if name in GATED:  # held there in every update after the warm-up, which here is one
+        assert logged(log, "train_inner")[-1]["expected_sparsity"] == pytest.approx(0.75, abs=1e-3)
     return folder / "checkpoint_last.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GATED)
 def test_the_pages_command_gates_and_stage_2_goes_on(name: str, tmp_path: Path) -> None:
     stage1 = start(name, tmp_path / "1")
@@ -173,6 +182,7 @@ def test_one_rank_for_all_maps_is_a_quarter_of_hubert_base() -> None:
     assert size == pytest.approx(0.25 * 94_370_944, rel=0.003)
 
 
+@pytest.mark.slow
 def test_ranks_are_learnt_together_with_ctc(small: Any, tmp_path: Path) -> None:
     """As the page says: the same command, labels beside the manifests, and one objective more."""
     folder = small.write_speech(tmp_path / "speech", {"train": [0.6, 0.7, 0.8, 0.9] * 2, "valid": [0.6, 0.7]})

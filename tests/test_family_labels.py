@@ -68,6 +68,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{part}.{name}": tensor for part in ("model", "criterion") for name, tensor in checkpoint[part].items()}
 
 
+@pytest.mark.slow
 def test_os_kdft_of_the_page(tmp_path: Path) -> None:
     """Two updates; the checkpoint is a student with adapters, whose teacher is gone."""
     teacher = tmp_path / "teacher.safetensors"
@@ -90,9 +91,9 @@ def test_os_kdft_of_the_page(tmp_path: Path) -> None:
     assert not [key for key in student.state_dict() if "head" in key or "classes" in key]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_os_kdft_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
-    """To the bit, with its noise, drawn anew in each update, and the statistics of batch normalisation."""
+    """To the bit, with its noise, drawn again in each update, and the statistics of batch normalisation."""
     for folder, updates in (("whole", 4), ("parts", 2), ("parts", 4)):
         command("os_kdft", tmp_path / folder, updates, "dataset.disable_validation=true")
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
@@ -101,6 +102,7 @@ def test_os_kdft_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     assert whole["criterion.objectives.speaker.embedding.norm.num_batches_tracked"] == 4
 
 
+@pytest.mark.slow
 def test_a_multi_task_student_without_a_teacher(tmp_path: Path) -> None:
     """From a student's file."""
     *entries, valid = command("multitask", tmp_path, 2, f"model.init_from={TINY_TEACHER}")
@@ -129,7 +131,7 @@ fairseq_cli.hydra_train.cli_main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_train_one_student(tmp_path: Path) -> None:
     launcher = script(tmp_path, RECORD, processes=2)
     more = ["distributed_training.distributed_world_size=2", "distributed_training.distributed_backend=gloo"]

@@ -17,6 +17,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.nightly
 def test_the_checks_for_a_gpu_run_on_a_cpu(tmp_path: Path) -> None:
     script = Path(__file__).with_name("gpu") / "run.sh"
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

@@ -28,6 +28,7 @@ def table(*command: str) -> dict[str, list[str]]:
     return {name: columns for name, *columns in rows}
 
 
+@pytest.mark.slow
 def test_its_numbers_are_the_packages() -> None:
     rows = table(str(FILE), "--updates", "12")
     changes = [float(value) for value in rows.pop("its change by the cut")]
@@ -41,6 +42,7 @@ def test_its_numbers_are_the_packages() -> None:
         assert float(mine) == pytest.approx(float(packages), rel=2e-5), name
 
 
+@pytest.mark.nightly
 def test_it_asks_nothing_of_the_package() -> None:
     rows = table("-c", WITHOUT, str(FILE), "--updates", "12")
     assert int(rows["parameters of the teacher"][0]) == 1_009_948

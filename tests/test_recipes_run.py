@@ -88,6 +88,7 @@ def deep(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 DEEP_GROUPS = "criterion.groups=[[0],[1,2,3],[4,5,6,7],[8,9,10,11,12]]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "layers"),
     [("two_layers", [1, 2]), ("every_second", [2, 4, 6, 8, 10, 12]), ("tiny_thin", None)],
@@ -115,6 +116,26 @@ def test_students_of_other_shapes(
         assert 0 < (after - before).norm() / before.norm() < 0.05
 
 
+@pytest.mark.slow
+def test_one_layer(data: Path, deep: Path, tmp_path: Path) -> None:
+    """The teacher's ninth layer alone: pruned, shrunk and distilled once more."""
+    where = (f"task.data={data}", f"task.teacher={deep}", "+student=layer_9", "criterion.groups=[[9]]")
+    still = ("optimization.lr=[1e-8]", "optimizer.groups.gates.lr_float=1e-8")
+    saved, stage1 = train("distill", "tiny", tmp_path, *where, *still, "criterion.target_sparsity=0.5")
+    assert saved["criterion"]["student_groups"] == [[9]]
+    again = (f"model.init_from={stage1}", "model.init_layers=null")
+    _, stage2 = train("final", "tiny", tmp_path, *where, *again)
+    full, student = load_encoder(deep), load_encoder(stage2)
+    nine = full.num_parameters() - 3 * sum(p.numel() for p in full.transformer.layers[-1].parameters())
+    assert student.config.encoder_layers == 9 and student.num_parameters() == pytest.approx(nine / 2, rel=0.01)
+    start = load_encoder(stage1)  # its gates are open: the teacher's first nine layers
+    audio = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own, theirs = start(audio).hidden_states[-1], full(audio).hidden_states[9]
+    assert (own - theirs).abs().mean() < 0.02 * theirs.abs().mean()
+
+
+@pytest.mark.slow
 def test_gates_on_a_thin_student(data: Path, deep: Path, tmp_path: Path) -> None:
     where = (f"task.data={data}", f"task.teacher={deep}", DEEP_GROUPS)
     saved, stage1 = train("distill", "tiny", tmp_path, "+student=tiny_thin", *where, "criterion.target_sparsity=0.5")
@@ -130,7 +151,7 @@ def test_gates_on_a_thin_student(data: Path, deep: Path, tmp_path: Path) -> None
     assert load_encoder(stage2).config == half.config
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_teachers_of_two_widths_in_both_stages(small: Any, data: Path, teacher_file: Path, tmp_path: Path) -> None:
     """By fairseq-hydra-train itself, paths as in the shell; stage 2 is interrupted, and goes on."""
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
@@ -179,6 +200,7 @@ def test_two_teachers_of_two_widths_in_both_stages(small: Any, data: Path, teach
     assert torch.equal(models[0].eval().speech_encoder(wave).hidden_states[-1], half.eval()(wave).hidden_states[-1])
 
 
+@pytest.mark.slow
 def test_a_list_of_one_teacher_is_that_teacher(data: Path, teacher_file: Path, tmp_path: Path) -> None:
     found = []
     for name, teacher in (("plain", f"{teacher_file}"), ("list", f"[{teacher_file}]")):

@@ -1,4 +1,4 @@
-"""The README's tables are what the tests' markers give."""
+"""The pages' tables are what the tests' markers give."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_tables_of_markers(tmp_path):
     before, after = "# Title\n<!-- faults -->\n", "<!-- /formats -->\nend\n"
     between = "<!-- /faults -->\nand\n<!-- formats -->\n"
     readme.write_text(f"{before}{between}old\n{after}")
-    done = command("--tests", tmp_path, "--readme", readme, "--write")
+    done = command("--tests", tmp_path, "--page", readme, "--write")
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert readme.read_text() == f"{before}{FAULTS}\n{between}{FORMATS}\n{after}"
     (tmp_path / "test_some.py").write_text(TEST_FILE.replace('"out", "ONNX"', '"both", "ONNX"'))
@@ -70,15 +70,15 @@ def test_tables_of_markers(tmp_path):
     assert done.returncode != 0 and "expected (fault, outcome)" in done.stderr
 
 
-def test_readme_without_a_place_for_the_table():
+def test_a_page_without_a_place_for_the_table():
     with pytest.raises(ValueError, match=says("<!-- formats -->", "<!-- /formats -->", "missing")):
         tables.split("# Title\n<!-- formats -->\n", "formats")
 
 
 @pytest.mark.slow
-def test_readme_has_the_tables_that_the_tests_give():
+def test_pages_have_the_tables_that_the_tests_give():
     done = command()
     assert done.returncode == 0, done.stderr
-    text = tables.README.read_text(encoding="utf-8")
-    found = "\n\n".join(tables.split(text, name)[1] for name in tables.TABLES)
+    pages = {name: tables.PAGES[name].read_text(encoding="utf-8") for name in tables.TABLES}
+    found = "\n\n".join(tables.split(text, name)[1] for name, text in pages.items())
     assert found == done.stdout.strip(), "run python tests/tables.py --write"

@@ -1,6 +1,6 @@
 """The tiny recipe in both stages against a recorded run: a change of the code's structure changes no number.
 
-``python tests/test_trajectory.py --write`` records anew; the commit that does so says why numbers changed.
+``python tests/test_trajectory.py --write`` records again; the commit that does so says why numbers changed.
 """
 
 from __future__ import annotations

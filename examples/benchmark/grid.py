@@ -216,19 +216,26 @@ EQUAL += tuple(f"task.{name}" for name in ("max_sample_size", "min_sample_size",
 """Fields by which recipes get the audio of stage 1."""
 
 
-def recipe_overrides(configs: Mapping[str, Any]) -> list[str]:
+def recipe_overrides(configs: Mapping[str, Any], one_of_two: bool = False) -> list[str]:
     """What makes a recipe see as much as the two stages together: their updates, the audio of stage 1 in each.
 
     Args:
         configs: of both stages, as :func:`composed` gives them.
+        one_of_two: it has a second stage, which gets the updates of stage 2; it gets those of stage 1.
     """
-    updates = sum(configs[stage]["optimization"]["max_update"] for stage in STAGES)
+    updates = sum(configs[stage]["optimization"]["max_update"] for stage in (STAGES[:1] if one_of_two else STAGES))
     found = [f"optimization.max_update={updates}", "dataset.disable_validation=true"]
     for name in EQUAL:
         section, _, field = name.partition(".")
         value = configs["stage1"][section][field]
         found.append(f"{name}={'null' if value is None else json.dumps(value).replace(' ', '')}")
     return found
+
+
+def then_overrides(configs: Mapping[str, Any]) -> list[str]:
+    """The same of a recipe's second stage, whose utterances are padded, not cropped: updates and samples of a batch."""
+    most, updates = configs["stage1"]["dataset"]["max_tokens"], configs["stage2"]["optimization"]["max_update"]
+    return [f"optimization.max_update={updates}", "dataset.disable_validation=true", f"dataset.max_tokens={most}"]
 
 
 def gate_overrides(overrides: Sequence[str]) -> list[str]:

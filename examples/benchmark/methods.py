@@ -37,6 +37,7 @@ class Target(NamedTuple):
         projection_sharing: value of ``criterion.projection_sharing``.
         stage1, stage2: overrides of fairseq-hydra-train, after all others.
         recipe: config that says all of this itself, and is trained in one go with the overrides of ``stage1``.
+        then: config that the student is trained by afterwards, with the overrides of ``stage2``.
     """
 
     groups: Optional[Groups]
@@ -44,6 +45,7 @@ class Target(NamedTuple):
     stage1: tuple[str, ...] = ()
     stage2: tuple[str, ...] = ()
     recipe: Optional[str] = None
+    then: Optional[str] = None
 
     @property
     def trained(self) -> bool:
@@ -52,7 +54,8 @@ class Target(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {name: value for name, value in self._asdict().items() if name != "recipe" or value is not None}
+        optional = ("recipe", "then")
+        return {name: value for name, value in self._asdict().items() if name not in optional or value is not None}
 
 
 class Recipe(NamedTuple):
@@ -61,10 +64,12 @@ class Recipe(NamedTuple):
     Attributes:
         config: folder/name below config/, without its suffix.
         overrides: of fairseq-hydra-train, after all others.
+        then: config of a second stage, which starts from the first one's student.
     """
 
     config: str
     overrides: tuple[str, ...] = ()
+    then: Optional[str] = None
 
 
 Recipes = Mapping[str, Recipe]
@@ -77,7 +82,7 @@ CLUSTERING_FIELDS = ("measure", "linkage", "num_groups", "layer_0", "neighbours_
 
 def read_methods(entries: Any, where: str) -> tuple[list[str], dict[str, Recipe]]:
     """A grid's list of methods: names, and recipes by ``name: folder/config``, or, with overrides,
-    ``name: {config: ..., overrides: [...]}``.
+    ``name: {config: ..., overrides: [...], then: ...}``.
 
     Args:
         entries: the list, as it was read.
@@ -97,15 +102,15 @@ def read_methods(entries: Any, where: str) -> tuple[list[str], dict[str, Recipe]
         for name, found in entry.items():
             fields = {"config": found} if isinstance(found, str) else found
             words = fields.get("overrides", []) if isinstance(fields, dict) else None
-            if not isinstance(words, list) or set(fields) - {"overrides"} != {"config"}:
+            if not isinstance(words, list) or set(fields) - {"overrides", "then"} != {"config"}:
                 raise ValueError(
                     f"{where}: methods.{name} is {found!r}; expected a config below config/, such as "
-                    "distill/tiny_distilhubert, or {config: ..., overrides: [a.b=c, ...]}"
+                    "distill/tiny_distilhubert, or {config: ..., overrides: [a.b=c, ...], then: finetune/...}"
                 )
             if name in METHODS:
                 raise ValueError(f"{where}: methods.{name} is a method already; give the recipe another name")
             names.append(name)
-            recipes[name] = Recipe(str(fields["config"]), tuple(map(str, words)))
+            recipes[name] = Recipe(str(fields["config"]), tuple(map(str, words)), fields.get("then"))
     return (names if isinstance(entries, list) else entries), recipes
 
 
@@ -165,7 +170,8 @@ def target_of(
     """
     check_methods([method], variants, recipes)
     if recipes and method in recipes:
-        return Target(None, stage1=recipes[method].overrides, recipe=recipes[method].config)
+        recipe = recipes[method]
+        return Target(None, stage1=recipe.overrides, recipe=recipe.config, then=recipe.then)
     if variants and method in variants:
         variant = variants[method]
         target = target_of(variant.get("of", SKILL), clusters, seed)

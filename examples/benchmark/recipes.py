@@ -10,7 +10,7 @@ from typing import Any
 
 # beside this file
 from budget import TOLERANCE, Plan, cost_of, plan
-from grid import Grid, Run, gate_overrides, recipe_overrides
+from grid import Grid, Run, gate_overrides, recipe_overrides, then_overrides
 from student import GATED, common_overrides, in_log, train
 
 from skill_fairseq import load_encoder
@@ -94,10 +94,12 @@ def initial_student(
 
 
 def make_by_recipe(run: Run, grid: Grid, folder: Path, configs: Path, composed: Mapping[str, Any]) -> dict[str, Any]:
-    """student.safetensors of a related system: the recipe's own training of a student of the budget's size."""
+    """student.safetensors of a related system: the recipe's own training of a student of the budget's size, and the
+    second stage where it has one."""
     student, start, log = folder / "student.safetensors", folder / "initial.safetensors", folder / "log"
     teacher, cost, recipe = load_encoder(grid.teacher), make_cost(grid.budget), composed["recipes"][run.method]
-    overrides = [*recipe_overrides(composed), *common_overrides(run, grid, teacher), *run.target.stage1]
+    overrides = [*recipe_overrides(composed, one_of_two=run.target.then is not None)]
+    overrides += [*common_overrides(run, grid, teacher), *run.target.stage1]
     if not start.is_file():
         made = initial_student(recipe, teacher, run.sparsity, cost, run.seed)
         if made is not None:
@@ -109,15 +111,20 @@ def make_by_recipe(run: Run, grid: Grid, folder: Path, configs: Path, composed: 
     else:
         gates = gate_overrides(grid.overrides("stage1"))
         overrides += [*gates, f"criterion.target_sparsity={run.sparsity}"]
-    spent = train(folder / "stage1", configs / str(run.target.recipe), overrides)
+    spent = {"stage1": train(folder / "stage1", configs / str(run.target.recipe), overrides)}
+    checkpoint = folder / "stage1" / "checkpoint_last.pt"
+    if run.target.then:
+        again = [*then_overrides(composed), *common_overrides(run, grid, teacher), "task.teacher=null"]
+        again += [f"model.init_from={checkpoint}", *run.target.stage2]
+        spent["stage2"] = train(folder / "stage2", configs / run.target.then, again)
+        checkpoint = folder / "stage2" / "checkpoint_last.pt"
     if not student.is_file():
-        checkpoint = folder / "stage1" / "checkpoint_last.pt"
         in_log((export if start.is_file() else shrink).main, [str(checkpoint), str(student)], log)
     actual = 1 - cost_of(load_encoder(student).config, cost) / cost.original(teacher.config)
     expected = None if start.is_file() else read_source(student).provenance["sparsity"]["expected"]
     return {
         "sparsity": {"asked": run.sparsity, "expected": expected, "actual": actual},
-        "seconds": {"stage1": spent["seconds"]},
-        "cpu_seconds": spent["cpu_seconds"],
-        "attempts": {"stage1": spent["attempts"]},
+        "seconds": {stage: of["seconds"] for stage, of in spent.items()},
+        "cpu_seconds": sum(of["cpu_seconds"] for of in spent.values()),
+        "attempts": {stage: of["attempts"] for stage, of in spent.items()},
     }

@@ -21,6 +21,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from threads, and waits for them
 
 # beside this file
+from elastic import is_elastic, make_elastic
 from grid import (
     STAGES,
     Grid,
@@ -33,6 +34,7 @@ from grid import (
     recipe_overrides,
     runs_of,
     settings_of,
+    then_overrides,
 )
 from methods import METHODS
 from recipes import make_by_recipe, why_unreachable
@@ -65,6 +67,7 @@ EPILOG = """examples:
   python examples/benchmark/run.py out --name trial              does it run? two methods, a few updates
   python examples/benchmark/run.py choices --name choices        what the defaults were chosen by
   python examples/benchmark/run.py family --name family          related systems, at equal size
+  python examples/benchmark/run.py elastic --name elastic        every size from one run, and runs for one size each
   python examples/benchmark/run.py out --methods skill dphubert --seeds 1 2 3 4 5
   python examples/benchmark/run.py out --table                   only tabulate what is there
   python examples/benchmark/run.py out --run skill-0.75-1        one run: what a job array would do
@@ -130,6 +133,8 @@ def do_run(run: Run, grid: Grid, out: Path, configs: dict[str, Any], keep_checkp
         began = time.monotonic()
         if run.target.recipe:
             made = make_by_recipe(run, grid, folder, CONFIG, configs)
+        elif is_elastic(run):
+            made = make_elastic(run, grid, folder, CONFIG)
         else:
             made = make_student(run, grid, folder, CONFIG)
         measuring = time.monotonic()
@@ -198,7 +203,7 @@ def prepare(grid: Grid, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     under "recipes", by method."""
     tasks = [read_task(folder) for folder in grid.tasks]
     require_scikit_learn(tasks)
-    names = ["train.tsv", "valid.tsv", "valid.speakers.tsv"]
+    names = ["train.tsv", "valid.tsv", "valid.speakers.tsv", "train.labels.tsv"]
     hashes = {
         "teacher": content_sha256(grid.teacher),
         "data": {name: sha256(grid.data / name) for name in names if (grid.data / name).is_file()},
@@ -211,6 +216,9 @@ def prepare(grid: Grid, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         for name, recipe in grid.recipes.items()
         if name in grid.methods
     }
+    for name, recipe in grid.recipes.items():
+        if recipe.then and name in grid.methods:
+            configs["recipes"][f"{name}, then"] = composed(CONFIG, recipe.then, then_overrides(configs))
     package = {name: found for name, found in versions("fairseq").items() if name in ("skill_fairseq", "fairseq")}
     settings, file = settings_of(grid, hashes, configs, package), out / "settings.json"
     found = read_json(file) if file.is_file() else {}

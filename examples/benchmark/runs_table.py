@@ -1,4 +1,4 @@
-"""Single runs as a table: small enough to keep in a repository, complete enough to compute every interval anew."""
+"""Single runs as a table: small enough to keep in a repository, complete enough to recompute every interval."""
 
 from __future__ import annotations
 

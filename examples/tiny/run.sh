@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SKILL in miniature, from a bare machine to a probed student: installs, clusters the small teacher's layers, distils and
-# prunes (75 %), shrinks, distils again, exports, probes. The README's Results say how long it takes.
+# prunes (75 %), shrinks, distils again, exports, probes. README.md beside this file says how long it takes.
 #
 #   bash examples/tiny/run.sh [OUT]        results go to OUT, by default examples/tiny/out
 #

@@ -109,7 +109,7 @@ def read_manifest(path: PathLike) -> Manifest:
         if not name or not size.isascii() or not size.isdigit() or len(size) > 15 or int(size) == 0:
             raise ValueError(
                 f"{source}, line {number}: found {line!r}, expected a path, a tab and a number of samples "
-                "above 0; write the manifest anew with skill-manifest"
+                "above 0; write the manifest again with skill-manifest"
             )
         if name[0].isspace():
             raise ValueError(
@@ -142,7 +142,7 @@ def check_manifest(manifest: Manifest, chosen: Sequence[int] | None = None, show
         raise FileNotFoundError(
             f"{manifest.source}: {len(missing)} of {len(indices)} files{looked} are missing, the first: {first}; "
             f"correct the root in line 1 (now {manifest.root}; a relative root is relative to the "
-            "manifest's folder), or write the manifest anew with skill-manifest"
+            "manifest's folder), or write the manifest again with skill-manifest"
         )
 
 
@@ -190,7 +190,7 @@ def open_audio(path: PathLike) -> Iterator[soundfile.SoundFile]:
         with soundfile.SoundFile(str(file)) as audio:
             if audio.frames == UNKNOWN:
                 raise _Unfit(
-                    f"{file}: its header gives no length, as when a program writes into a pipe; write it anew: "
+                    f"{file}: its header gives no length, as when a program writes into a pipe; write it again: "
                     f"ffmpeg -i {shell_quote(file.absolute())} {shell_quote(f'./{file.stem}.new.flac')}"
                 )
             yield audio

@@ -21,7 +21,7 @@ from skill_fairseq.messages import meant_for_users, out_of_memory
 
 
 def reset_peak(device: str) -> None:
-    """Begins to look for the peak of memory anew."""
+    """Begins to look for the peak of memory again."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():

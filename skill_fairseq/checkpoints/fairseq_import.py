@@ -299,7 +299,7 @@ def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     found = {"num_updates": updates} if isinstance(updates, int) else {}
     cfg = plain(checkpoint.get("cfg")) or {}
     criterion, task = cfg.get("criterion") or {}, cfg.get("task") or {}
-    kept = {name: criterion.get(name) for name in ("groups", "target_sparsity", "target")}
+    kept = {name: criterion.get(name) for name in ("groups", "target_sparsity", "target", "elastic")}
     kept["objectives"] = _without_folders(criterion.get("objectives"))
     if criterion.get("cost") != "parameters" and not kept["target"]:
         kept.update({name: value for name, value in criterion.items() if name == "cost" or name.startswith("cost_")})

@@ -11,6 +11,7 @@ import torch
 
 from skill_fairseq.checkpoints.export import read_export
 from skill_fairseq.checkpoints.fairseq_import import S3PRL_KEYS, read_fairseq, read_microsoft, read_s3prl
+from skill_fairseq.checkpoints.hub import local_copy
 from skill_fairseq.checkpoints.huggingface import read_huggingface
 from skill_fairseq.checkpoints.own_folders import is_own_folder, is_s3prl_folder, read_own_folder, read_s3prl_folder
 from skill_fairseq.checkpoints.plain_files import look_alike
@@ -48,7 +49,8 @@ def load_encoder(
         path: Microsoft's WavLM ``.pt``; a Hugging Face folder of WavLM, HuBERT, wav2vec 2.0 or data2vec-audio; a
             fairseq checkpoint of HuBERT, wav2vec 2.0, data2vec-audio or of this package's models, also fine-tuned by
             ``hubert_ctc`` or ``wav2vec_ctc``; a conversion by s3prl; a TorchAudio state dict; DPHuBERT's
-            ``{"state_dict", "config"}``; or a file of ``skill-export``.
+            ``{"state_dict", "config"}``; a file of ``skill-export``; or ``hf://user/repo[@revision]``, see
+            :mod:`skill_fairseq.checkpoints.hub`.
         device: where to put it.
         trust: also read files with pickled classes that are not known to be harmless, which runs their code.
         precision: of linear maps and convolutions on a CPU: "fp32"; "bf16" or "int8", for inference alone. A warning
@@ -62,6 +64,7 @@ def load_encoder(
         ValueError: the file is truncated, foreign or unsupported; says what was recognised and expected. Or the
             precision is not to be had: on a GPU, with gates, or in this torch.
     """
+    path = local_copy(path)
     source = read_source(path, trust)
     return lower(build_encoder(source, Path(path)).to(device).eval(), precision)
 
@@ -72,8 +75,9 @@ def read_source(path: PathLike, trust: bool = False) -> EncoderSource:
     Raises:
         as :func:`load_encoder`.
     """
-    with reading_file(Path(path)):
-        source = _read_source(Path(path), trust)
+    path = local_copy(path)
+    with reading_file(path):
+        source = _read_source(path, trust)
         _check_provenance(source.provenance)
     return source
 

@@ -31,7 +31,7 @@ def load_torch_file(path: Path, trust: bool = False) -> Any:
 
     Args:
         path: the file.
-        trust: read any pickled class, which runs code of whoever made the file.
+        trust: read any pickled class, which can run code that their author put there.
 
     Returns:
         what was saved; objects of harmless classes as :class:`Placeholder` (see :func:`plain`).

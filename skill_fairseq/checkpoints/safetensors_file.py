@@ -19,7 +19,7 @@ def looks_like_safetensors(head: bytes) -> bool:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of the file, on the CPU, in memory of its own.
 
-    The file is mapped, and what has been read of it counts as memory until it is closed: it is opened anew again and
+    The file is mapped, and what has been read of it counts as memory until it is closed: it is opened again and
     again, so that the peak is the file's size.
 
     Raises:

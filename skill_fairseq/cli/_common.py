@@ -19,6 +19,7 @@ from typing import Any, Callable, NoReturn
 
 import torch
 
+import skill_fairseq
 from skill_fairseq.messages import meant_for_users, not_utf8, out_of_memory, printable, remedy_for, require_linux
 
 Main = Callable[..., int]
@@ -139,12 +140,19 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's, with `--debug` and an epilog as it is written, whose errors are one line that names the option."""
+EXIT_CODES = "exit codes: 0 done; 1 done in part, stderr says what is missing; 2 an error that you can mend; 130 Ctrl-C"
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with `--debug`, `--version` and an epilog as it is written, whose errors are one line that names the
+    option."""
+
+    def __init__(self, epilog: str = "", **kwargs: Any) -> None:
+        epilog = f"{epilog.strip()}\n\n{EXIT_CODES}".lstrip()
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, epilog=epilog, **kwargs)
         self.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
+        version = f"%(prog)s of skill_fairseq {skill_fairseq.__version__}"
+        self.add_argument("--version", action="version", version=version)
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError."""
@@ -152,7 +160,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_trust(self) -> None:
         """Adds `--trust`."""
-        what = "read checkpoints with unknown pickled classes, which runs code of whoever made them"
+        what = "read checkpoints with unknown pickled classes, which can run code that their author put there"
         self.add_argument("--trust", action="store_true", help=what)
 
 

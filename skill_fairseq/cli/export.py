@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from skill_fairseq import __version__
 from skill_fairseq.audio.manifest import Manifest, check_manifest, read_manifest
 from skill_fairseq.checkpoints.export import DTYPES, save_encoder
+from skill_fairseq.checkpoints.hub import push
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.own_folders import UPSTREAM
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
@@ -51,6 +53,7 @@ EPILOG = f"""examples:
   skill-export student.safetensors student.xml --precision int8
   skill-export student.safetensors student.pt2 --padding-mask
   skill-export student.safetensors student_hf --to huggingface
+  skill-export student.safetensors student_hf --to huggingface --push me/student --private
   skill-export student.safetensors student_s3prl --to s3prl
 
 CHECKPOINT is anything that skill_fairseq.load_encoder reads. The encoder alone is written: no teacher, no
@@ -111,6 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{size_of(args.out) / 1e6:.2f} MB, from {source.format}"
     )
     _report(args, found)
+    if args.push:
+        print(f"pushed: {push(args.out, args.push, args.private)}")
     if encoder.config.pruning_units:
         print(f"its gates ({', '.join(encoder.config.pruning_units)}) went along; skill-shrink cuts them out")
     return 0
@@ -136,6 +141,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--calibrate: {args.calibrate}; expected beside --precision int8")
     if args.task and args.accuracy is None and args.calibrate is None:
         raise ValueError("--task: needs --accuracy MANIFEST beside it; add it")
+    if args.push is not None and args.to != "huggingface":
+        raise ValueError(f"--push: {args.push}; expected beside --to huggingface")
+    if args.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.push):
+        raise ValueError(f"--push: {args.push!r}; expected user/repo")
+    if args.private and args.push is None:
+        raise ValueError("--private: expected beside --push user/repo")
     graph = args.to in (*ONNX_MADE, "torch")
     if graph and args.dtype != "float32":
         remedy = "use --precision" if args.to in ONNX_MADE else "leave --dtype out"
@@ -300,6 +311,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--max-seconds", type=seconds, default=120.0, metavar="S", help="of a manifest (default: 120)")
     limit = in_range(float, above=0, most=10)
     group.add_argument("--limit", type=limit, default=LIMIT, metavar="F", help="warn above it (default: %(default)s)")
+    hub = parser.add_argument_group("huggingface alone")
+    hub.add_argument("--push", metavar="USER/REPO", help="upload OUT to the Hugging Face hub, which asks for a token")
+    hub.add_argument("--private", action="store_true", help="a repository that the push makes is private")
     add("--info", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # skill-info, by its older name
     add("--json", action="store_true", help=argparse.SUPPRESS)
     parser.add_trust()

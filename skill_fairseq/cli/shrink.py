@@ -13,12 +13,14 @@ from skill_fairseq.checkpoints.export import save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
 from skill_fairseq.cli._common import Parser, aligned, in_range, run
+from skill_fairseq.cli._sizes import add_sizes, asked_sizes, names_of
 from skill_fairseq.files import check_output, sha256
 from skill_fairseq.messages import printable
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.size import widths_of
 from skill_fairseq.pruning.costs import COSTS, PARAMETERS, Cost, make_cost, saved_cost
 from skill_fairseq.pruning.expected import expected_sparsity
+from skill_fairseq.pruning.nested import cut_sizes
 from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.selection import check_reachable
 from skill_fairseq.pruning.shrink import kept_tables, shrink
@@ -32,10 +34,15 @@ or closed one by one, the least certain first, until the size is right (with sev
 --by-rounding leaves that correction out: the student computes exactly what the gated one computes in evaluation, and
 its size misses the target a little.
 
+--size says what is left of a checkpoint that was trained with criterion.elastic, of stage 1 or 2, and may be given
+several times; --all cuts every 5 % from the smallest to the largest that was trained. Sizes of one call are nested: the
+units of a smaller student are among those of a larger one. Of several sizes OUT becomes OUT-0.15.safetensors and so on.
+
 examples:
   skill-shrink outputs/distill/checkpoint_last.pt shrunk.safetensors
   skill-shrink outputs/distill/checkpoint_last.pt --table-only --sparsity 0.8
   skill-shrink outputs/distill/checkpoint_last.pt shrunk.safetensors --by-rounding
+  skill-shrink outputs/final/checkpoint_last.pt student.safetensors --size 0.3 --size 0.15
 
 The gates of one run serve for sparsities near the one it was trained for, 0.73 to 0.77 after 0.75 for example. Farther
 off, units are chosen by gates that were trained for another size, and a warning says so.
@@ -56,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is not None and args.out.suffix != ".safetensors":
         raise ValueError(f"OUT: {args.out}; expected a name that ends in .safetensors")
     if args.out is not None and not args.table_only:
-        check_output(args.out, "OUT", [args.checkpoint])
+        for out in names_of(args.out, args.size or ()):
+            check_output(out, "OUT", [args.checkpoint])
     source = read_source(args.checkpoint, args.trust)
     if not source.config.pruning_units:
         raise ValueError(
@@ -67,8 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     cost = saved[0].cost if saved else saved_cost(source.provenance)
     if args.cost not in (None, cost.name) or args.seconds is not None:
         cost = make_cost(args.cost or cost.name, cost_seconds=args.seconds)
-    targets = () if args.by_rounding else _targets(args, source, cost, saved)
     gated = build_encoder(source, args.checkpoint).eval()
+    sizes = asked_sizes(args, source, gated, cost)
+    if sizes:
+        for size, each, out in zip(sizes, cut_sizes(gated, sizes, cost), names_of(args.out, sizes)):
+            _finish(args, source, gated, each, {cost: sparsities(gated, each, 1 - size, cost)}, out)
+        return 0
+    targets = () if args.by_rounding else _targets(args, source, cost, saved)
     field = "--sparsity" if args.sparsity is not None else f"{args.checkpoint}: target_sparsity"
     warning = far_from_gates(gated, targets, field)
     if warning is not None:
@@ -76,13 +89,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     small = shrink(gated, targets or None)
     costs = [each.cost for each in targets] or [cost]
     asked = dict(targets)
-    sizes = {each: sparsities(gated, small, asked.get(each), each) for each in costs}
-    print(f"{args.checkpoint}: {source.format}, gates on {', '.join(gated.config.pruning_units)}\n")
-    print(describe(gated, small, sizes))
-    if not args.table_only:
-        save_encoder(small, args.out, provenance(source, args.checkpoint, sizes))
-        print(f"\nwrote {args.out}, {args.out.stat().st_size / 1e6:.2f} MB")
+    found = {each: sparsities(gated, small, asked.get(each), each) for each in costs}
+    _finish(args, source, gated, small, found, args.out)
     return 0
+
+
+def _finish(
+    args: argparse.Namespace,
+    source: EncoderSource,
+    gated: SpeechEncoder,
+    small: SpeechEncoder,
+    found: dict[Cost, Sizes],
+    out: Optional[Path],
+) -> None:
+    """Prints the tables and writes the file, unless tables alone are wanted."""
+    print(f"{args.checkpoint}: {source.format}, gates on {', '.join(gated.config.pruning_units)}\n")
+    print(describe(gated, small, found))
+    if out is not None and not args.table_only:
+        save_encoder(small, out, provenance(source, args.checkpoint, found))
+        print(f"\nwrote {out}, {out.stat().st_size / 1e6:.2f} MB")
 
 
 def sparsities(gated: SpeechEncoder, small: SpeechEncoder, asked: float | None, cost: Cost = PARAMETERS) -> Sizes:
@@ -166,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="fraction to remove, in [0, 1) (default: stage 1's target)",
     )
+    add_sizes(parser, size)
     size.add_argument("--by-rounding", action="store_true", help="keep exactly what each gate rounds to")
     add("--cost", choices=COSTS, help="what the sparsity is of (default: as in stage 1)")
     length = in_range(float, least=0.1, most=86_400)

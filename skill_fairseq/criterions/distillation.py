@@ -1,74 +1,27 @@
 """The sum of objectives with a size constraint, the loss of both stages."""
 
 import dataclasses
-import json
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
-from fairseq import metrics
 from fairseq.criterions import FairseqCriterion, register_criterion
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from omegaconf import II, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf, open_dict
 from torch import Tensor, nn
 
-from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
-from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
+from skill_fairseq.checkpoints.safe_load import plain
+from skill_fairseq.criterions.logged import OF, reduce_metrics
+from skill_fairseq.criterions.size_constraint import SizeConstraintConfig, build_constraint
+from skill_fairseq.criterions.terms import Term, init_objectives, learns_from_labels, read_objective
 from skill_fairseq.files import named
 from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.gate_bank import Draw
 from skill_fairseq.modules.taps import Tap, deepest
-from skill_fairseq.objectives.objective import OBJECTIVES, Objective
-from skill_fairseq.pruning.costs import PARAMETERS, make_cost
-from skill_fairseq.pruning.exact import ExactConstraint
-from skill_fairseq.pruning.lagrangian import CostConstraint, updates_of
-from skill_fairseq.pruning.latency import read_table, table_text
-from skill_fairseq.pruning.selection import check_reachable
-from skill_fairseq.pruning.targets import SCHEDULES, Constraint, Target, read_targets
+from skill_fairseq.objectives.objective import OBJECTIVES
+from skill_fairseq.pruning.elastic import ElasticConstraint
 
 logger = logging.getLogger(__name__)
-
-CONSTRAINTS: Dict[str, Type[Constraint]] = {"lagrangian": CostConstraint, "exact": ExactConstraint}
-"""How gates are brought to their target, by name."""
-
-
-@dataclass
-class SizeConstraintConfig(FairseqDataclass):
-    """What all distillation has: where its parameters start, and how small the student is to be."""
-
-    init_from: Optional[str] = field(
-        default=None, metadata={"help": "checkpoint whose projections and heads to start from, for stage 2"}
-    )
-    target: Optional[Any] = field(
-        default=None,
-        metadata={
-            "help": "what is to be left of costs, {macs: 0.25} or {parameters: 0.25, macs: 0.2, seconds: 10}: all are "
-            "met; in place of target_sparsity, which says what goes of one cost"
-        },
-    )
-    target_sparsity: Optional[float] = field(
-        default=None, metadata={"help": "fraction of the cost to prune, in [0, 1); null: no constraint"}
-    )
-    cost: str = field(default="parameters", metadata={"help": "what target_sparsity is of: parameters or macs"})
-    cost_seconds: Optional[float] = field(
-        default=None, metadata={"help": "length of the utterance whose MACs count; null: 10"}
-    )
-    sparsity_warmup: float = field(
-        default=5000, metadata={"help": "updates over which the target rises from 0, or a fraction of all, such as 0.1"}
-    )
-    sparsity_schedule: ChoiceEnum(list(SCHEDULES)) = field(  # type: ignore[valid-type]
-        default="linear", metadata={"help": "how the target rises; exponential: by equal factors of what is left"}
-    )
-    constraint: ChoiceEnum(list(CONSTRAINTS)) = field(  # type: ignore[valid-type]
-        default="lagrangian",
-        metadata={"help": "lagrangian: multipliers drive to the target; exact: a shift of all gates keeps them there"},
-    )
-    max_update: int = field(
-        default=II("optimization.max_update"), metadata={"help": "what a fraction in sparsity_warmup refers to"}
-    )
-
 
 @dataclass
 class DistillationConfig(SizeConstraintConfig):
@@ -84,28 +37,14 @@ class DistillationConfig(SizeConstraintConfig):
     )
 
 
-OF = "/of"
-"""After the name of a sum that is logged: the name of the count by which it is divided."""
+class _Heard(NamedTuple):
+    """What one student, of one size, makes of a batch."""
 
-
-class Term(NamedTuple):
-    """One objective of the sum.
-
-    Attributes:
-        objective: the objective.
-        weight: its factor.
-        cfg: its config.
-        path: its attribute of the criterion, with which checkpoints name its parameters.
-        field: where its config stands, from the criterion's on.
-        prefix: of the names of what it logs.
-    """
-
-    objective: Objective
-    weight: float
-    cfg: Any
-    path: str
-    field: str
-    prefix: str
+    loss: Tensor  # scalar
+    values: Dict[str, Tensor]  # scalars to log
+    ratios: Dict[str, Tensor]  # (2,): sums whose quotient is logged
+    padding_mask: Optional[Tensor]  # (B, T)
+    expected_widths: Any
 
 
 @register_criterion("distillation", dataclass=DistillationConfig)
@@ -161,8 +100,8 @@ class DistillationCriterion(FairseqCriterion):
         if deepest(self.student_taps) < student.encoder_layers:
             logger.warning(self._unsupervised(student.encoder_layers))
         if cfg.init_from:
-            self._init_objectives(cfg.init_from)
-        self.constraint = self.build_constraint(student)
+            init_objectives(self.terms, cfg.init_from)
+        self.constraint = build_constraint(cfg, student, getattr(task, "nested", False))
         self.student_config = student
 
     @classmethod
@@ -175,7 +114,7 @@ class DistillationCriterion(FairseqCriterion):
         given = plain(self.cfg.objectives)
         entries = list(given.values()) if isinstance(given, dict) else []
         kinds = [entry.get("_name") for entry in entries if isinstance(entry, dict)]
-        return not kinds or not all(kind in OBJECTIVES and _learns_from_labels(kind) for kind in kinds)
+        return not kinds or not all(kind in OBJECTIVES and learns_from_labels(kind) for kind in kinds)
 
     def build_terms(self, student: EncoderConfig, teachers: Sequence[EncoderConfig]) -> List[Term]:
         """The objectives that ``cfg.objectives`` names.
@@ -194,8 +133,8 @@ class DistillationCriterion(FairseqCriterion):
             field = f"criterion.objectives.{name}"
             if not str(name).isidentifier() or hasattr(self.objectives, name):
                 raise ValueError(f"{field}: cannot be a name; take another one of letters, digits and _")
-            kind, weight, adapters, cfg = _read_objective(given[name], field)
-            labels = {"targets": self.task.targets} if _learns_from_labels(kind) else {}
+            kind, weight, adapters, cfg = read_objective(given[name], field)
+            labels = {"targets": self.task.targets} if learns_from_labels(kind) else {}
             objective = OBJECTIVES[kind][0](cfg, student, teachers, field, **labels)
             self.objectives[name] = objective
             if not adapters and not student.adapter_dim:
@@ -212,52 +151,6 @@ class DistillationCriterion(FairseqCriterion):
             terms.append(Term(objective, weight, cfg, f"objectives.{name}", field, f"{name}_"))
         return terms
 
-    def build_constraint(self, student: EncoderConfig) -> Optional[Constraint]:
-        """The size constraint that the config asks for, None without a target.
-
-        Raises:
-            ValueError: there is no target for gates, or no gates for a target, or it is out of reach; names the field.
-        """
-        cfg = self.cfg
-        name = "target_sparsity" if cfg.target is None else "target"
-        field, asked = f"criterion.{name}", plain(cfg[name])
-        if asked is None:
-            if student.pruning_units:
-                raise ValueError(
-                    f"criterion.target_sparsity: null, but the student has gates on {student.pruning_units}, which "
-                    "nothing would close; set it, for example to 0.75, or leave model.pruning_units empty"
-                )
-            return None
-        if not student.pruning_units:
-            raise ValueError(
-                f"{field}: {asked}, but the student has no gates; set model.pruning_units, or leave the target out for "
-                "stage 2"
-            )
-        if name == "target":
-            for other, unset in (("target_sparsity", None), ("cost", PARAMETERS.name), ("cost_seconds", None)):
-                if cfg[other] != unset:
-                    raise ValueError(
-                        f"criterion.{other}: {cfg[other]} stands beside criterion.target={asked}, which says it in "
-                        f"another way; set criterion.{other}={'null' if unset is None else unset}"
-                    )
-            if isinstance(asked, dict) and isinstance(asked.get("table"), str):  # the checkpoint is to hold it
-                with named(f"{field}.table: {asked['table']}"):
-                    text = Path(asked["table"]).read_text(encoding="utf-8")
-                    asked["table"] = json.loads(table_text(read_table(text)))
-                with open_dict(cfg):
-                    cfg.target = asked
-            targets = read_targets(asked, field)
-        else:
-            try:
-                targets = (Target(make_cost(cfg.cost, cost_seconds=cfg.cost_seconds), cfg.target_sparsity),)
-            except ValueError as error:
-                raise ValueError(f"criterion.{error}") from error
-        for target in targets:
-            check_reachable(student, target.sparsity, field, target.cost)
-        total = cfg.max_update if 0 < cfg.sparsity_warmup < 1 else 0
-        warmup = updates_of(cfg.sparsity_warmup, total, "criterion.sparsity_warmup")
-        return CONSTRAINTS[str(cfg.constraint)](targets, warmup, schedule=str(cfg.sparsity_schedule))
-
     def chosen(self) -> Dict[str, Any]:
         """What the objectives chose themselves, fields of the criterion's config, to be saved with it."""
         return {"objectives": plain(self.cfg.objectives)}
@@ -267,49 +160,12 @@ class DistillationCriterion(FairseqCriterion):
         last = deepest(self.student_taps)
         above = f"layer {layers}" if last + 1 == layers else f"layers {last + 1} to {layers}"
         fate = "they stay as they are"
-        if self.cfg.target_sparsity is not None or self.cfg.target is not None:
+        if any(self.cfg[name] is not None for name in ("target_sparsity", "target", "elastic")):
             fate = "only the size constraint moves their gates, and it closes them first"
         return (
             f"{self.unsupervised}: nothing supervises the student's {above}: they are not computed, no loss reaches "
             f"them, {fate}. Ask for them too, or fine-tune and probe the student up to layer {last}"
         )
-
-    def _init_objectives(self, path: str) -> None:
-        """Takes over the objectives' parameters of a run that had the same settings.
-
-        Raises:
-            ValueError: the run had others; names the field and both values.
-        """
-        checkpoint = _saved_run(Path(path))
-        before, state = plain(checkpoint.get("cfg")) or {}, checkpoint.get("criterion") or {}
-        for term in self.terms:
-            own, prefix = term.objective.state_dict(), f"{term.path}."
-            found = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
-            if not own:  # criterion.projection=identity
-                continue
-            if not found:
-                logger.warning(
-                    f"criterion.init_from: {path} holds no projections or heads of {term.field}, they start afresh "
-                    "(projections as the identity); give stage 1's checkpoint, or null"
-                )
-                continue
-            saved = before
-            for part in term.field.split("."):
-                saved = saved.get(part) or {}
-            mine, theirs = (term.objective.settings(cfg) for cfg in (term.cfg, saved))
-            shapes = [{k: list(v.shape) for k, v in side.items()} for side in (found, own)]
-            compared = [(f"{term.field}.{name}", value, mine.get(name)) for name, value in theirs.items()]
-            target = getattr(term.objective, "target", None)
-            if target is not None:  # a class is a number in the head
-                labels = ((before.get("task") or {}).get("targets") or {}).get(target.name) or {}
-                compared.append((f"task.targets.{target.name}.classes", labels.get("classes"), list(target.classes)))
-            for name, other, value in [*compared, ("shapes of projections", *shapes)]:
-                if other != value:
-                    raise ValueError(
-                        f"criterion.init_from: {path}: its projections were trained with {name} = {other}, here it is "
-                        f"{value}; give both runs the same, or start from the identity with criterion.init_from=null"
-                    )
-            term.objective.load_state_dict(found)
 
     def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, float, Dict]:
         """Loss of one batch.
@@ -332,33 +188,25 @@ class DistillationCriterion(FairseqCriterion):
         masked = sample.get("masked") or {}
         if self.training and len(masked) < len(self.maskings):
             raise ValueError(f"sample: 'masked' holds {len(masked)} masks; expected one for each of {self.maskings}")
-        # The gates before all else: the host waits for them, and the device shall have nothing left to do by then.
-        draw = model.draw_gates()
+        # The gates before all else: the host waits for them, and the device should have nothing left to do by then.
+        draws = self._draws(model)
         # Then the teachers: their memory is free again before the student's activations pile up.
         teacher: Dict[Tap, Tensor] = {}
         for index in sorted({tap.teacher for tap in self.teacher_taps}):
             taps = [tap for tap in self.teacher_taps if tap.teacher == index]
             teacher.update(zip(taps, self.task.teachers[index].tap(source, padding, taps, masked)))
-        out = model(**net_input, draw=draw, taps=self.student_taps, masked=masked)
-        student: Dict[Tap, Tensor] = dict(zip(self.student_taps, out["taps"]))
-        mask = out["padding_mask"]
-        losses: List[Tensor] = []
-        values: Dict[str, Tensor] = {}
-        ratios: Dict[str, Tensor] = {}
-        for term in self.terms:
-            asked = term.objective.student_taps, term.objective.teacher_taps
-            found = ([side[tap] for tap in taps] for side, taps in zip((student, teacher), asked))
-            loss, terms = term.objective(*found, mask, sample)
-            losses.append(term.weight * loss)
-            for name, value in terms.items():
-                (ratios if value.dim() else values)[f"{term.prefix}{name}"] = value
-            if term.prefix:
-                values[f"{term.prefix}loss"] = loss
-        loss = distillation = torch.stack(losses).sum()
-        values = {"distillation_loss": distillation, **values}
+        heard = [self._hear(model, net_input, sample, draw, teacher, masked) for _, draw in draws]
+        _, values, ratios, mask, widths = heard[0]
+        loss = heard[0].loss
+        if len(heard) > 1:  # the mean: rates and clipping mean what they mean for one size
+            loss = torch.stack([each.loss for each in heard]).mean()
+            values = {name: torch.stack([each.values[name] for each in heard]).mean() for name in values}
+            ratios = {name: torch.stack([each.ratios[name] for each in heard]).sum(0) for name in ratios}
+        values = {"distillation_loss": loss, **values}
+        values.update({f"distillation_loss_at_{size:g}": each.loss for (size, _), each in zip(draws, heard) if size})
         if self.constraint is not None:
             targets, update = self.constraint.targets, self.task.num_updates
-            expected = [each.cost.sparsity(self.student_config, out["expected_widths"]) for each in targets]
+            expected = [each.cost.sparsity(self.student_config, widths) for each in targets]
             if self.training:
                 loss = loss + self.constraint(expected, update)
             ends = [f"_{each.cost.name}" if len(targets) > 1 else "" for each in targets]
@@ -392,61 +240,47 @@ class DistillationCriterion(FairseqCriterion):
         weight = self.task.batch_weight(count) if self.training else 1.0
         return loss * weight, weight, log
 
-    @staticmethod
-    def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
-        """Means over all frames, and quotients of sums; audio per second of training."""
-        frames = sum(log.get("frames", 0) for log in logging_outputs)
-        if not frames:
-            return
-        counted = {"frames", "nsentences", "ntokens", "audio_seconds"}
-        for name in logging_outputs[0]:
-            if f"{name}{OF}" in logging_outputs[0]:
-                above, below = (sum(float(log.get(key, 0)) for log in logging_outputs) for key in (name, f"{name}{OF}"))
-                if below:
-                    metrics.log_scalar(name, above / below, below, round=4)
-            elif name not in counted and not name.endswith(OF):
-                mean = sum(log.get(name, 0.0) for log in logging_outputs) / frames
-                metrics.log_scalar(name, mean, frames, round=4)
-        metrics.log_speed("audio_s_per_s", sum(log.get("audio_seconds", 0.0) for log in logging_outputs), round=1)
+    def _draws(self, model: Any) -> List[Tuple[Optional[float], Optional[Draw]]]:
+        """The gates of each student of this batch: one, or of an elastic run several, the largest first, and the sizes
+        of those that are logged by themselves."""
+        constraint, update = self.constraint, self.task.num_updates
+        if not isinstance(constraint, ElasticConstraint):
+            return [(None, model.draw_gates())]
+        sizes, encoder = constraint.sizes, model.speech_encoder
+        asked = constraint.sizes_at(update, model.cfg.seed) if self.training else sizes.valid
+        draws = [model.draw_gates(constraint.log_alpha(encoder, size, update)) for size in asked]
+        logged = (sizes.largest, sizes.smallest, *sizes.valid)
+        return [(size if size in logged else None, draw) for size, draw in zip(asked, draws)]
+
+    def _hear(
+        self,
+        model: Any,
+        net_input: Dict[str, Any],
+        sample: Dict[str, Any],
+        draw: Optional[Draw],
+        teacher: Dict[Tap, Tensor],
+        masked: Dict[Any, Tensor],
+    ) -> _Heard:
+        """The loss of the student with these gates, and what is to be logged of it."""
+        out = model(**net_input, draw=draw, taps=self.student_taps, masked=masked)
+        student: Dict[Tap, Tensor] = dict(zip(self.student_taps, out["taps"]))
+        losses: List[Tensor] = []
+        values: Dict[str, Tensor] = {}
+        ratios: Dict[str, Tensor] = {}
+        for term in self.terms:
+            asked = term.objective.student_taps, term.objective.teacher_taps
+            found = ([side[tap] for tap in taps] for side, taps in zip((student, teacher), asked))
+            loss, terms = term.objective(*found, out["padding_mask"], sample)
+            losses.append(term.weight * loss)
+            for name, value in terms.items():
+                (ratios if value.dim() else values)[f"{term.prefix}{name}"] = value
+            if term.prefix:
+                values[f"{term.prefix}loss"] = loss
+        return _Heard(torch.stack(losses).sum(), values, ratios, out["padding_mask"], out["expected_widths"])
+
+    reduce_metrics = staticmethod(reduce_metrics)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
         """Yes: every value is a number or a scalar tensor."""
         return True
-
-
-def _learns_from_labels(kind: str) -> bool:
-    return bool(getattr(OBJECTIVES[kind][0], "supervised", False))
-
-
-def _read_objective(given: Any, field: str) -> Tuple[str, float, bool, Any]:
-    """Name, weight, whether it hears the adapters, and typed config of an objective.
-
-    Raises:
-        ValueError: names the field.
-    """
-    fields = dict(plain(given)) if OmegaConf.is_dict(given) else {}
-    kind, weight, adapters = fields.pop("_name", None), fields.pop("weight", 1.0), fields.pop("adapters", True)
-    if kind not in OBJECTIVES:
-        raise ValueError(f"{field}._name: {kind!r}; expected one of {', '.join(sorted(OBJECTIVES))}")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-        raise ValueError(f"{field}.weight: {weight!r}; expected a number of at least 0")
-    if not isinstance(adapters, bool):
-        raise ValueError(f"{field}.adapters: {adapters!r}; expected true or false")
-    try:
-        return kind, float(weight), adapters, OmegaConf.merge(OmegaConf.structured(OBJECTIVES[kind][1]), fields)
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        known = ", ".join(field.name for field in dataclasses.fields(OBJECTIVES[kind][1]))
-        raise ValueError(f"{field}: {str(error).splitlines()[0]}; {kind} has the fields {known}") from error
-
-
-def _saved_run(path: Path) -> Dict[str, Any]:
-    """A fairseq checkpoint; empty for exported files and folders, which have no criterion."""
-    if not path.exists():
-        raise FileNotFoundError(f"criterion.init_from: {path} does not exist; give stage 1's checkpoint, or null")
-    if path.is_dir():
-        return {}
-    with open(path, "rb") as file:
-        if looks_like_safetensors(file.read(64)):
-            return {}
-    return load_torch_file(path)

@@ -6,7 +6,9 @@ from typing import Any, Dict, List, Sequence
 from fairseq.criterions import register_criterion
 
 from skill_fairseq.checkpoints.safe_load import plain
-from skill_fairseq.criterions.distillation import DistillationCriterion, SizeConstraintConfig, Term
+from skill_fairseq.criterions.distillation import DistillationCriterion
+from skill_fairseq.criterions.size_constraint import SizeConstraintConfig
+from skill_fairseq.criterions.terms import Term
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.objectives import groups
 from skill_fairseq.objectives.group_means import GroupMeans, GroupMeansConfig

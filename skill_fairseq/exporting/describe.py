@@ -129,7 +129,8 @@ def as_lines(found: Description) -> Iterator[str]:
     yield f"FFN units     {' '.join('-' if f is None else str(f) for f in config.ffn_dims)}"
     yield from (f"{unit.name:<14}{cells}" for unit, cells in further_units(config))
     if config.adapter_dim:
-        yield f"adapters      {config.adapter_dim} features, {config.adapter_activation}, beside each FFN"
+        how = f"{config.adapter_activation}, {config.adapter_form}"
+        yield f"adapters      {config.adapter_dim} features, {how}, beside each FFN"
     yield f"LayerNorm     {'before' if config.layer_norm_first else 'after'} each sublayer"
     yield f"extractor     {config.extractor_mode}"
     yield f"positions     {'relative and ' if config.relative_position else ''}convolutional"

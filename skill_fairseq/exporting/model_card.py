@@ -23,6 +23,11 @@ PROVENANCE = {
 }
 """Entries of a provenance that have words of their own; others are listed by their names."""
 
+TERMS = (
+    "Licence: the terms of the teacher's weights and of the data that it and this model were trained on pass on to "
+    "this model. Look them up before you share it, and name the licence here."
+)
+
 
 def model_card(
     encoder: SpeechEncoder,
@@ -68,6 +73,8 @@ def model_card(
         "| | |",
         "|---|---|",
         *(f"| {name} | {_cell(value)} |" for name, value in facts(encoder, provenance)),
+        "",
+        TERMS,
         "",
     ]
     return "\n".join([*header, "", *body, *filter(None, [notes])])

@@ -24,7 +24,7 @@ class SkillModel(PreTrainedModel):
     config_class = SkillConfig
     base_model_prefix = "skill"
     main_input_name = "input_values"
-    _keys_to_ignore_on_load_unexpected = [r"encoder\.mask_embedding"]  # kept for whoever trains with masks
+    _keys_to_ignore_on_load_unexpected = [r"encoder\.mask_embedding"]  # kept for training with masks
 
     def __init__(self, config: SkillConfig) -> None:
         super().__init__(config)

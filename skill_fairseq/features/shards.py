@@ -197,7 +197,7 @@ def read_features(folder: Path, split: str) -> Iterator[np.ndarray]:
         features = np.load(path, mmap_mode="r")
         lengths = [int(line) for line in path.with_suffix(".len").read_text(encoding="utf-8").split()]
         if sum(lengths) != len(features):
-            raise ValueError(f"{path}: {len(features)} frames, but its .len file has {sum(lengths)}; write both anew")
+            raise ValueError(f"{path}: {len(features)} frames, but its .len file has {sum(lengths)}; write both again")
         start = 0
         for length in lengths:
             yield features[start : start + length]

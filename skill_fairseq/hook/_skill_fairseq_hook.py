@@ -206,7 +206,7 @@ def requeue_from_start_up() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os.write(2, message.encode())
-        os._exit(75)  # an exception could be caught by whoever is importing
+        os._exit(75)  # an exception could be caught by the importing code
 
     leave.start_up = True  # type: ignore[attr-defined]
     counts = [os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_NTASKS")]
@@ -354,7 +354,7 @@ def pass_signals_on(module: ModuleType) -> None:
             while not ranks.join():
                 pass
         except torch.multiprocessing.ProcessExitedException as error:
-            if error.exit_code != 75 and -error.exit_code not in received:  # a rank that has not come to its handler
+            if error.exit_code != 75 and -error.exit_code not in received:  # a rank that never installed its handlerler
                 raise
             for handler in {before[number] for number in received}:
                 if callable(handler) and not hasattr(handler, "start_up"):  # submitit's requeues the job

@@ -18,7 +18,10 @@ from skill_fairseq.files import named
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers, parse_conv_layers
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.units import with_units
+from skill_fairseq.pruning.costs import saved_cost
+from skill_fairseq.pruning.elastic import read_sizes
 from skill_fairseq.pruning.expected import full_parameters
+from skill_fairseq.pruning.nested import is_settled, settle
 from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.shrink import shrink
 from skill_fairseq.pruning.targets import saved_targets
@@ -265,6 +268,8 @@ def initial_student(cfg: Any) -> SpeechEncoder:
     with named("model.init_from"):
         source = read_source(path)
         encoder = build_encoder(source, path).eval()
+    if getattr(cfg, "nested", False):
+        return _nested(encoder, source, cfg)
     if encoder.config.pruning_units:
         if cfg.pruning_units:
             raise ValueError(
@@ -273,6 +278,26 @@ def initial_student(cfg: Any) -> SpeechEncoder:
             )
         encoder = _shrunk(encoder, source, cfg)
     return make_student(encoder, cfg)
+
+
+def _nested(encoder: SpeechEncoder, source: EncoderSource, cfg: Any) -> SpeechEncoder:
+    """The largest size of an elastic run's stage 1, with the order of its units; of stage 2 the student as it is.
+
+    Raises:
+        ValueError: the file is of another run.
+    """
+    trained = source.provenance.get("elastic")
+    if trained is None or not encoder.config.pruning_units:
+        raise ValueError(
+            f"model.nested: true, but model.init_from={cfg.init_from} was not trained with criterion.elastic; give a "
+            "stage-1 checkpoint that was, or leave model.nested out"
+        )
+    if is_settled(encoder):
+        return encoder
+    largest = read_sizes(trained, f"{cfg.init_from}: elastic").largest
+    before, small = encoder.num_parameters(), settle(encoder, largest, saved_cost(source.provenance))
+    logger.info(f"cut {cfg.init_from} to its largest size: {before:,} to {small.num_parameters():,} parameters")
+    return small
 
 
 def _shrunk(encoder: SpeechEncoder, source: EncoderSource, cfg: Any) -> SpeechEncoder:

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from skill_fairseq.modules.adapter import ACTIVATIONS
+from skill_fairseq.modules.adapter import ACTIVATIONS, FORMS
 from skill_fairseq.modules.rank import Rank  # noqa: F401 - registers the kind
 from skill_fairseq.modules.units import UNITS
 
@@ -29,6 +29,7 @@ UNWRITTEN: Dict[str, Any] = {
     "reuse_attention": [],
     "adapter_dim": 0,
     "adapter_activation": "relu",
+    "adapter_form": "plain",
 }
 """Fields that earlier versions do not know, with the value at which they are not written."""
 
@@ -123,6 +124,7 @@ class EncoderConfig:
     reuse_attention: List[int] = dataclasses.field(default_factory=list)
     adapter_dim: int = 0
     adapter_activation: str = "relu"
+    adapter_form: str = "plain"
     normalize: bool = False
     padding_rule: str = "chunks"
     sample_rate: int = 16000
@@ -189,6 +191,10 @@ class EncoderConfig:
         require(self.activation_fn in ("gelu", "relu"), "activation_fn", "'gelu' or 'relu'")
         require(self.adapter_activation in ACTIVATIONS, "adapter_activation", "'relu' or 'elu'")
         require(self.adapter_dim > 0 or self.adapter_activation == "relu", "adapter_activation", "adapter_dim above 0")
+        require(self.adapter_form in FORMS, "adapter_form", "'plain' or 'residual'")
+        require(self.adapter_dim > 0 or self.adapter_form == "plain", "adapter_form", "adapter_dim above 0")
+        residual = self.adapter_form == "residual"
+        require(not residual or self.adapter_activation == "relu", "adapter_activation", "'relu' in a residual adapter")
         require(n > 0, "encoder_layers", "a positive number")
         require(
             self.encoder_embed_dim % full_heads == 0,

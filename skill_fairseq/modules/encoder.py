@@ -23,6 +23,7 @@ from skill_fairseq.modules.streaming import BLOCK_SECONDS, cut, plan
 from skill_fairseq.modules.taps import FrameTransform, Tap, collect, map_layers
 from skill_fairseq.modules.transformer import Dropouts, Transformer
 from skill_fairseq.modules.units import units_of
+from skill_fairseq.modules.waves import Features, features_of
 
 
 class EncoderOutput(NamedTuple):
@@ -182,6 +183,30 @@ class SpeechEncoder(nn.Module):
             found.update(zip(asked, collect(asked, itertools.chain([(self._first_state(x), None)], above))))
         return [found[tap] for tap in taps], self._output_padding(frames)
 
+    def features(self, waves: Any, sampling_rate: int, layers: Optional[Sequence[int]] = None) -> Features:
+        """Features of waveforms as they come from a file, without gradients.
+
+        Args:
+            waves: (N,) floating-point samples of one utterance, a tensor or an array, or a list of such.
+            sampling_rate: of all of them, in Hz; where the encoder has another, they are resampled (by scipy).
+            layers: whose states are wanted: 0 precedes the transformer; None: all of them.
+
+        Returns:
+            states (B, T, D), and the number of frames of each utterance. Each utterance is as it would be alone.
+
+        Raises:
+            ValueError: the encoder is in training mode, a waveform is not (N,), not of floating point or too short, a
+                layer does not exist, or the rate is another and scipy is missing.
+
+        Example:
+            >>> from skill_fairseq.modules.config import EncoderConfig
+            >>> encoder = SpeechEncoder(EncoderConfig(encoder_layers=2, encoder_embed_dim=48)).eval()
+            >>> states, lengths = encoder.features([torch.randn(16000), torch.randn(8000)], 16000, layers=[1, 2])
+            >>> [tuple(state.shape) for state in states], lengths.tolist()
+            ([(2, 49, 48), (2, 49, 48)], [49, 24])
+        """
+        return features_of(self, waves, sampling_rate, layers)
+
     def stream(
         self,
         audio: Any,
@@ -233,8 +258,8 @@ class SpeechEncoder(nn.Module):
         """Makes ready for inference: evaluation mode, weights laid out once instead of in every forward, and on a CPU
         the fastest kernel for each linear map and convolution, which the first forwards of a length find by timing.
 
-        That lasts until weights are loaded, moved, converted or trained, which is noticed; whoever writes into them
-        through ``.data`` calls it again. Gradients are computed as ever.
+        That lasts until weights are loaded, moved, converted or trained, which is detected, except for writes through
+        ``.data``: call it again after those. Gradients are not affected.
 
         Args:
             kernels: "plain": the same in every process, to the last bit; "measured"; or the name of a kernel, see
@@ -256,9 +281,13 @@ class SpeechEncoder(nn.Module):
                 module.prepare(choice)
         return self
 
-    def draw_gates(self) -> Optional[Draw]:
-        """The gates of one forward; None without gates. Drawn before other work is launched, they cost no wait."""
-        return None if self.gates is None else self.gates.draw()
+    def draw_gates(self, log_alpha: Optional[Tensor] = None) -> Optional[Draw]:
+        """The gates of one forward; None without gates. Drawn before other work is launched, they cost no wait.
+
+        Args:
+            log_alpha: see :meth:`GateBank.draw`.
+        """
+        return None if self.gates is None else self.gates.draw(log_alpha=log_alpha)
 
     def _project(
         self,

@@ -196,34 +196,40 @@ class GateBank(Float32Module):
         noise.uniform_(generator=self.generator)
         return EPS + (1 - 2 * EPS) * noise.to(device, non_blocking=True)
 
-    def draw(self, slicing: bool = True) -> Draw:
+    def draw(self, slicing: bool = True, log_alpha: Tensor | None = None) -> Draw:
         """All gates: a fresh sample in training, deterministic in evaluation.
 
         Which units are open decides shapes, so the host has to know: it waits for the device once.
 
         Args:
             slicing: leave closed units out; False: compute all of them.
+            log_alpha: (n,) in place of the bank's own, for an encoder of another size; evaluation then keeps what they
+                round to.
         """
         sizes = [gate.num_units for gate in self.gates]
         if not sizes:
             return Draw(self.log_alpha, [])
+        values = self.log_alpha if log_alpha is None else log_alpha
         if self.training:
-            z = hard_concrete_sample(self.log_alpha, self.noise(self.log_alpha.numel()))
+            z = hard_concrete_sample(values, self.noise(values.numel()))
             is_open = to_host(z.detach() > 0, "open gates") if slicing else None
         else:
-            log_alpha = to_host(self.log_alpha.detach(), "open gates").split(sizes)
-            override = to_host(self.kept_override, "open gates").split(sizes)
-            is_open = torch.cat([_kept(*vector) for vector in zip(log_alpha, override)])
-            z = deterministic_gate(self.log_alpha, is_open.to(self.log_alpha.device))
-        values = z.split(sizes)
+            vectors = to_host(values.detach(), "open gates").split(sizes)
+            if log_alpha is None:
+                override = to_host(self.kept_override, "open gates").split(sizes)
+                is_open = torch.cat([_kept(*vector) for vector in zip(vectors, override)])
+            else:
+                is_open = torch.cat([kept_units(vector) for vector in vectors])
+            z = deterministic_gate(values, is_open.to(values.device))
+        parts = z.split(sizes)
         if is_open is None or not slicing:
-            return Draw(z, [Units(None, value) for value in values])
+            return Draw(z, [Units(None, value) for value in parts])
         masks = is_open.split(sizes)
         multiples = [multiple_on(z.device, gate.multiple) for gate in self.gates]
         indices = [open_units(mask, multiple) for multiple, mask in zip(multiples, masks)]
         on_device = _together([index for index in indices if index is not None], z.device)
         units = []
-        for index, mask, value in zip(indices, masks, values):
+        for index, mask, value in zip(indices, masks, parts):
             any_open = bool(mask.numpy().any())
             if index is None:
                 units.append(Units(None, value, any_open))

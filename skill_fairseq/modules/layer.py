@@ -6,7 +6,7 @@ from typing import Optional, Tuple, Union
 
 from torch import Tensor, nn
 
-from skill_fairseq.modules.adapter import Adapter
+from skill_fairseq.modules.adapter import ResidualAdapter
 from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.feed_forward import FeedForward
 from skill_fairseq.modules.gate_bank import Draw
@@ -22,7 +22,8 @@ class EncoderLayer(nn.Module):
         ffn: the feed-forward sublayer, or None where it was removed.
         layer_norm_first: normalise before each sublayer (Large) instead of after (Base).
         dropout: dropout probability on each sublayer's output.
-        adapter: a network beside the feed-forward sublayer, on the same input, or None; it is there without that too.
+        adapter: a network beside the feed-forward sublayer, on the same input (a :class:`ResidualAdapter` on that
+            before its LayerNorm), or None; it is there without that too.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class EncoderLayer(nn.Module):
         ffn: Optional[FeedForward],
         layer_norm_first: bool,
         dropout: float = 0.0,
-        adapter: Optional[Adapter] = None,
+        adapter: Optional[nn.Module] = None,
     ) -> None:
         super().__init__()
         self.attention = attention
@@ -42,6 +43,12 @@ class EncoderLayer(nn.Module):
         self.layer_norm_first = layer_norm_first
         self.dropout = nn.Dropout(dropout)
         self.adapter = adapter
+
+    @property
+    def uses_ffn_norm(self) -> bool:
+        """Whether the second LayerNorm is ahead of something, or behind the layer."""
+        adapted = self.adapter is not None and not isinstance(self.adapter, ResidualAdapter)
+        return not self.layer_norm_first or self.ffn is not None or adapted
 
     def forward(
         self,
@@ -62,10 +69,11 @@ class EncoderLayer(nn.Module):
             x = x + self.dropout(y)
         if not first:
             x = self.attention_norm(x)
-        y = self.ffn_norm(x) if first and (self.ffn is not None or self.adapter is not None) else x
+        before = x
+        y = self.ffn_norm(x) if first and self.uses_ffn_norm else x
         if self.ffn is not None:
             x = x + self.dropout(self.ffn(y, draw))
         if self.adapter is not None and adapted:
-            x = x + self.adapter(y)
+            x = x + self.adapter(before if isinstance(self.adapter, ResidualAdapter) else y)
         x = x if first else self.ffn_norm(x)
         return (x, maps) if with_maps else x

@@ -17,8 +17,8 @@ class Prepared(nn.Module):
     """Base of modules that can lay their weights out ahead of many forwards.
 
     What was laid out is used only while the weights are the same tensors and torch has counted no change in them:
-    loading, moving, converting and optimizer steps all end it, and so does ``train()``. Alone what is written through
-    ``.data`` is not counted. The layout is neither saved nor copied.
+    loading, moving, converting and optimizer steps all end it, and so does ``train()``. Writes through
+    ``.data`` are not detected. The layout is neither saved nor copied.
     """
 
     _prepared: Optional[Tuple[Any, Any]] = None  # state of the weights, layout
@@ -40,7 +40,7 @@ class Prepared(nn.Module):
     def prepared(self) -> Any:
         """What was laid out, or, where that is outdated or gradients are asked for, a fresh layout."""
         needs_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        prepared = self._prepared  # another thread may forget it, or make it anew
+        prepared = self._prepared  # another thread may forget it, or make it again
         if prepared is None or needs_gradient or prepared[0] != state_of(self):
             return self.layout()
         return prepared[1]

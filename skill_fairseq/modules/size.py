@@ -78,7 +78,8 @@ def count_parameters(config: EncoderConfig, widths: Widths) -> Number:
     if config.time_reduction > 1:
         total += config.time_reduction * dim * dim + dim
     adapter = config.adapter_dim
-    total += (2 * dim * adapter + adapter + dim if adapter else 0) * config.encoder_layers
+    norm = 2 * dim if config.adapter_form == "residual" else 0
+    total += (2 * dim * adapter + adapter + dim + norm if adapter else 0) * config.encoder_layers
     total += 4 * dim * config.encoder_layers  # two LayerNorms a layer
     if config.relative_position:
         total += config.num_buckets * config.encoder_attention_heads

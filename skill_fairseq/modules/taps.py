@@ -23,7 +23,7 @@ KINDS = ("states", "mean_map", "maps")
 class SpanMasking:
     """How spans of frames are chosen that the Transformer does not hear, as fairseq's ``compute_mask_indices`` does.
 
-    Equal ones hide the same frames of an utterance, whoever asks: student, teachers, several objectives.
+    Equal ones hide the same frames of an utterance for every reader: student, teachers, several objectives.
 
     Attributes:
         prob: share of the frames to hide; less where spans overlap or do not fit.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from skill_fairseq.modules.adapter import Adapter
+from skill_fairseq.modules.adapter import ResidualAdapter, make_adapter
 from skill_fairseq.modules.attention import SelfAttention
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.feed_forward import FeedForward
@@ -86,11 +86,14 @@ class Transformer(nn.Module):
                 )
             if ffn_dim is not None:
                 ffn = FeedForward(dim, ffn_dim, config.activation_fn, dropouts.activation)
-            width = config.adapter_dim
-            adapter = Adapter(dim, width, config.adapter_activation) if width else None
+            width, how = config.adapter_dim, (config.adapter_activation, config.adapter_form)
+            adapter = make_adapter(dim, width, *how) if width else None
             layers.append(EncoderLayer(dim, attention, ffn, config.layer_norm_first, dropouts.hidden, adapter))
         self.layers: Sequence[EncoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.apply(_init_like_bert)
+        for module in self.modules():
+            if isinstance(module, ResidualAdapter):
+                module.reset()
 
     def run(
         self,

@@ -1,6 +1,6 @@
 """The kinds of units that gates can close, each described once: where its gates sit, what cutting them means.
 
-A kind of one's own is a subclass of :class:`PrunableUnit` under :func:`register_unit`; ``model.pruning_units`` then
+A kind of your own is a subclass of :class:`PrunableUnit` under :func:`register_unit`; ``model.pruning_units`` then
 takes its name. Where its gates need modules that the encoder does not have, :meth:`PrunableUnit.build` puts them in.
 """
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.taps import Tap
 from skill_fairseq.objectives.groups import (
+    StudentGroups,
     by_teacher,
+    is_sequence,
     layer_name,
     layer_of,
     map_groups,
@@ -38,6 +40,13 @@ class GroupMeansConfig:
     )
     groups_file: Optional[str] = field(
         default=None, metadata={"help": "YAML or JSON with the key 'groups', as skill-cluster writes it"}
+    )
+    student_groups: Optional[Any] = field(
+        default=None,
+        metadata={
+            "help": "the student's layers for each group, for a student of another depth; null: those at the same "
+            "share of the depth"
+        },
     )
     group_weights: Optional[Any] = field(
         default=None, metadata={"help": "weight of each group's loss; null: 1 / number of groups"}
@@ -68,9 +77,9 @@ class GroupMeansConfig:
 class GroupMeans(Objective):
     """loss = sum over groups g of w_g [a mean|t_g - W_g s_g| + b C_g], t_g and s_g the mean states of the group.
 
-    A student of another depth averages the layers of :func:`map_groups`. Of a group with layers of several teachers,
-    which may differ in width, each teacher has its own mean and projection, and the group's loss is the mean of
-    theirs (our choice); the student has one mean.
+    A student of another depth averages ``student_groups``, or the layers of :func:`map_groups`. Of a group with layers
+    of several teachers, which may differ in width, each teacher has its own mean and projection, and the group's loss
+    is the mean of theirs (our choice); the student has one mean.
 
     Args:
         cfg: a :class:`GroupMeansConfig`; groups of a file and ``normalize_states`` are written into it.
@@ -90,7 +99,7 @@ class GroupMeans(Objective):
         found = read_groups(cfg.groups, cfg.groups_file, field)
         self.groups = parse_groups(found, depths, f"{field}.groups")
         cfg.groups, cfg.groups_file = [list(group) for group in self.groups], None
-        self.student_groups = map_groups(self.groups, depths, student.encoder_layers)
+        self.student_groups = self._student_groups(cfg, depths, student.encoder_layers, field)
         if self.student_groups != self.groups:
             logger.info(f"student has {student.encoder_layers} layers: groups {self.groups} -> {self.student_groups}")
         choose_normalization(cfg, teachers)
@@ -107,6 +116,15 @@ class GroupMeans(Objective):
             for k, _ in own
         )
         self.parts = [(g, own.index((k, self.sharing[g]))) for g, k, _ in parts]  # group and projection of each target
+
+    def _student_groups(self, cfg: Any, depths: Sequence[int], layers: int, field: str) -> StudentGroups:
+        if cfg.student_groups is None:
+            return map_groups(self.groups, depths, layers)
+        name, found = f"{field}.student_groups", cfg.student_groups
+        if not is_sequence(found) or len(found) != len(self.groups):
+            raise ValueError(f"{name} is {found}, but {field}.groups has {len(self.groups)}; give layers for each")
+        # Two groups may share a layer of the student, so that each is checked alone.
+        return tuple(parse_groups([group], layers, name)[0] for group in found)  # type: ignore[misc]
 
     def forward(
         self,
@@ -130,7 +148,7 @@ class GroupMeans(Objective):
 
     def settings(self, cfg: Mapping[str, Any]) -> Dict[str, Any]:
         """See :class:`Objective`."""
-        names = ("groups", "projection_sharing", "normalize_states")
+        names = ("groups", "student_groups", "projection_sharing", "normalize_states")
         found = {name: cfg[name] for name in names if cfg.get(name) is not None}
         if "groups" in found:
             pairs = [sorted(layer_of(name) for name in group) for group in found["groups"]]

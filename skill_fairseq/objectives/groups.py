@@ -125,7 +125,7 @@ def parse_groups(value: Any, depths: int | Sequence[int], field: str = "criterio
             if teacher >= len(depths):
                 raise ValueError(f"{field} names layer {name}, but task.teacher has {len(depths)} teacher(s); {remedy}")
             if not 0 <= layer <= depths[teacher]:
-                raise ValueError(f"{field} names layer {name}, which the teacher does not have; {remedy}")
+                raise ValueError(f"{field} names layer {name}, which does not exist; {remedy}")
             if (teacher, layer) in seen:
                 raise ValueError(f"{field} names layer {name} twice in {_shown(value)}; {remedy}")
             seen.add((teacher, layer))

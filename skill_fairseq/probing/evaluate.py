@@ -28,7 +28,7 @@ def evaluate(features: Features, tasks: Sequence[Task], name: str) -> dict[str, 
         an entry a task, for JSON: ``metric`` ("accuracy", "equal error rate" or "letter error rate"), ``value`` and
         ``interval`` (0 to 1; None where there is none, and ``no_interval`` says why), ``samples`` (what the task
         consists of, in words), ``skipped`` (recordings that cannot be read; the log names them) and details, with what
-        each sample got, so that any statistic can be computed anew; see :func:`outcomes`.
+        each sample got, so that any statistic can be computed again; see :func:`outcomes`.
     """
     files = [file for task in tasks if not task.transcribed for file in task.files]
     pooled = pool_files(features, files, name) if files else {}

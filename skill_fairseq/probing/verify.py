@@ -91,7 +91,7 @@ def equal_error_rate(scores: np.ndarray, same: np.ndarray) -> float:
 def verify(features: np.ndarray, trials: Sequence[Trial], speakers: Optional[Sequence[str]]) -> VerificationResult:
     """Score trials and give the equal error rate with its interval.
 
-    Trials that share a speaker are not independent; speakers are. So the rate is computed anew without each speaker
+    Trials that share a speaker are not independent; speakers are. So the rate is computed again without each speaker
     (delete-a-group jackknife, Shao and Wu 1989) and brought to centred pseudo-values, whose mean is the rate itself
     and whose variance over the number of speakers is the rate's; the interval is Student's, cut off at 0 and 1. An
     equal error rate is no smooth function of the scores, so this is an approximation: in the simulations of

@@ -1,6 +1,6 @@
 """What can be constrained: a cost is a number for an encoder's config and widths, differentiable in tensor widths.
 
-A cost of one's own is a subclass of :class:`Cost` under :func:`register_cost`; the config's ``criterion.cost`` then
+A cost of your own is a subclass of :class:`Cost` under :func:`register_cost`; the config's ``criterion.cost`` then
 takes its name.
 """
 

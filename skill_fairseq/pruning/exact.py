@@ -60,7 +60,7 @@ class ExactConstraint(Constraint):
 
     It has no state: the shift goes into ``log_alpha``. Gates are never opened beyond where they start, so that the
     first updates of a target that rises from 0 keep the start's sparsity. All gates move, also those of which no cost
-    depends. Arguments are those of :class:`Constraint`. In a loop of one's own::
+    depends. Arguments are those of :class:`Constraint`. In your own loop::
 
         constraint = ExactConstraint(target=0.7, warmup=5000)
         for update, batch in enumerate(batches):
@@ -96,26 +96,42 @@ class ExactConstraint(Constraint):
         """
         encoder: SpeechEncoder = getattr(gates, "encoder", gates)
         log_alpha = encoder.gates.log_alpha  # type: ignore[union-attr]
-        held, originals = self.held_at(encoder, update), [t.cost.original(encoder.config) for t in self.targets]
+        held = self.held_at(encoder, update)
+        with torch.no_grad():
+            log_alpha.copy_(log_alpha.double() + self.shift_to(encoder, held))
+        self._worth = self.worth(encoder, held)
+        if self._hooked() is not log_alpha:
+            if self._hook is not None:
+                self._hook.remove()
+            self._hooked, self._hook = weakref.ref(log_alpha), log_alpha.register_hook(self._gradient)
+
+    def shift_to(self, encoder: SpeechEncoder, held: List[float]) -> Tensor:
+        """What added to all ``log_alpha`` makes the expected sparsities those ``held``, a float64 scalar."""
+        excess = self._excess(encoder, held)
+        with torch.no_grad():
+            values = encoder.gates.log_alpha.double()  # type: ignore[union-attr]
+            shift = solve_shift(excess, -values.max() - _SATURATED, -values.min() + _SATURATED)
+            return torch.where(excess(torch.zeros_like(shift)).abs() <= EXACT, torch.zeros_like(shift), shift)
+
+    def worth(self, encoder: SpeechEncoder, held: List[float], shift: Optional[Tensor] = None) -> Tensor:
+        """w of each gate, (n,) float32, with all moved by a shift; 0 for those that are shut or open for good."""
+        log_alpha = encoder.gates.log_alpha  # type: ignore[union-attr]
+        with torch.enable_grad():  # by each gate's own shift: a gradient of log_alpha would pass the hook
+            shifts = torch.zeros_like(log_alpha, dtype=torch.float64) if shift is None else shift.expand_as(log_alpha)
+            shifts = shifts.detach().clone().requires_grad_()
+            (slope,) = torch.autograd.grad(self._excess(encoder, held)(shifts), shifts)
+        return torch.nan_to_num(slope / slope.sum()).float()
+
+    def _excess(self, encoder: SpeechEncoder, held: List[float]) -> Callable[[Tensor], Tensor]:
+        """Of a shift, the expected sparsity less the one that is held."""
+        originals = [target.cost.original(encoder.config) for target in self.targets]
 
         def excess(shift: Tensor) -> Tensor:
             widths = expected_widths(encoder, shift)
             costs: List[Any] = [target.cost(encoder.config, widths) for target in self.targets]
             return least_excess([1 - cost / original for cost, original in zip(costs, originals)], held)
 
-        with torch.no_grad():
-            values = log_alpha.double()
-            shift = solve_shift(excess, -values.max() - _SATURATED, -values.min() + _SATURATED)
-            shift = torch.where(excess(torch.zeros_like(shift)).abs() <= EXACT, torch.zeros_like(shift), shift)
-            log_alpha.copy_(values + shift)
-        with torch.enable_grad():  # by each gate's own shift: a gradient of log_alpha would pass the hook below
-            shifts = torch.zeros_like(values).requires_grad_()
-            (slope,) = torch.autograd.grad(excess(shifts), shifts)
-        self._worth = torch.nan_to_num(slope / slope.sum()).float()  # of gates that are shut or open for good: nothing
-        if self._hooked() is not log_alpha:
-            if self._hook is not None:
-                self._hook.remove()
-            self._hooked, self._hook = weakref.ref(log_alpha), log_alpha.register_hook(self._gradient)
+        return excess
 
     def held_at(self, encoder: SpeechEncoder, update: int) -> List[float]:
         """The sparsity of each cost that the gates are shifted to at an update."""

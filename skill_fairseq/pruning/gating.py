@@ -42,7 +42,7 @@ class Gates:
 def gate(model: nn.Module, units: Sequence[str] = ("conv", "heads", "ffn"), drop_rate: float = 0.01) -> Gates:
     """Puts hard-concrete gates on an encoder, in place; its own forward and the loss on it stay as they are.
 
-    In training every forward draws the gates anew, one value a unit for the whole batch. In evaluation they are
+    In training every forward draws new gates, one value a unit for the whole batch. In evaluation they are
     deterministic. Build the optimizer afterwards: the gates are a new parameter of the model.
 
     Args:

@@ -32,7 +32,7 @@ def shrink_model(model: Any, sparsity: Optional[Asked] = None, cost: Cost = PARA
     like = model.feature_projection.projection.weight
     small.to(like.device, like.dtype)
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    # Of weight norm as torch < 2.1 has it, the weight is a result, which cannot be copied and is computed anew.
+    # Of weight norm as torch < 2.1 has it, the weight is a result, which cannot be copied and is computed again.
     results = [v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor) and v.grad_fn]
     result = copy.deepcopy(model, {id(v): v.detach() for v in results}).eval()
     detach(result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from torch import Tensor
 
@@ -18,10 +18,19 @@ Selection = Dict[str, Tensor]
 """Gate name -> (num_units,) bool, True for each unit that stays."""
 
 
-class _Gate(NamedTuple):
+class Ranked(NamedTuple):
+    """Units of a vector of gates, the most wanted first.
+
+    Attributes:
+        name: of the vector.
+        order: the units.
+        log_alpha: how much each is wanted, in that order.
+        at_least: units that cannot go.
+    """
+
     name: str
-    order: List[int]  # units, the most wanted first
-    log_alpha: List[float]  # in that order
+    order: List[int]
+    log_alpha: List[float]
     at_least: int
 
 
@@ -58,16 +67,16 @@ def select_units(encoder: SpeechEncoder, sparsity: Optional[Asked] = None, cost:
     table = []
     for name, gate in gates.items():
         values, order = gate.log_alpha.detach().cpu().sort(descending=True, stable=True)
-        table.append(_Gate(name, order.tolist(), values.tolist(), UNITS[gate.unit].least))
+        table.append(Ranked(name, order.tolist(), values.tolist(), UNITS[gate.unit].least))
     counts = {name: max(int(gate.kept().sum()), UNITS[gate.unit].least) for name, gate in gates.items()}
     if len(targets) == 1:
-        _correct(table, counts, limits[0], lambda kept: _cost_with(encoder, kept, targets[0].cost))
+        correct(table, counts, limits[0], lambda kept: _cost_with(encoder, kept, targets[0].cost))
     else:
 
         def most(kept: Dict[str, int]) -> float:
             return max(_cost_with(encoder, kept, target.cost) / limit for target, limit in zip(targets, limits))
 
-        _correct(table, counts, 1.0, most)
+        correct(table, counts, 1.0, most)
         _keep_below(table, counts, 1.0, most)
 
     selection = {}
@@ -111,8 +120,8 @@ def check_reachable(config: EncoderConfig, sparsity: float, field: str, cost: Co
         )
 
 
-def _correct(
-    gates: List[_Gate], counts: Dict[str, int], target: float, cost_with: Callable[[Dict[str, int]], float]
+def correct(
+    gates: Sequence[Ranked], counts: Dict[str, int], target: float, cost_with: Callable[[Dict[str, int]], float]
 ) -> None:
     """Moves ``counts`` unit by unit until the cost is as near to ``target`` as single units bring it."""
     found, by_name = cost_with(counts), {gate.name: gate for gate in gates}
@@ -136,7 +145,7 @@ def _correct(
 
 
 def _first_that_counts(
-    counts: Dict[str, int], gate: _Gate, step: int, found: float, cost_with: Callable[[Dict[str, int]], float]
+    counts: Dict[str, int], gate: Ranked, step: int, found: float, cost_with: Callable[[Dict[str, int]], float]
 ) -> Tuple[int, float]:
     """The nearest count of open units, in a direction, at which the cost is another than ``found``, and that cost.
 
@@ -157,7 +166,7 @@ def _first_that_counts(
 
 
 def _keep_below(
-    gates: List[_Gate], counts: Dict[str, int], limit: float, cost_with: Callable[[Dict[str, int]], float]
+    gates: List[Ranked], counts: Dict[str, int], limit: float, cost_with: Callable[[Dict[str, int]], float]
 ) -> None:
     """Closes the least wanted units until the cost is not above the limit, then opens those that still fit in."""
     found, by_name = cost_with(counts), {gate.name: gate for gate in gates}

@@ -13,7 +13,7 @@ from skill_fairseq.modules.hard_concrete import deterministic_gate
 from skill_fairseq.modules.units import UNITS, units_of
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.expected import full_parameters
-from skill_fairseq.pruning.selection import select_units
+from skill_fairseq.pruning.selection import Selection, select_units
 from skill_fairseq.pruning.targets import Asked
 
 Encoder = TypeVar("Encoder", bound=nn.Module)
@@ -44,7 +44,18 @@ def shrink(encoder: Encoder, sparsity: Optional[Asked] = None, cost: Cost = PARA
         from skill_fairseq.pruning.huggingface_shrink import shrink_model
 
         return shrink_model(encoder, sparsity, cost)
-    selection = select_units(encoder, sparsity, cost)
+    return cut_units(encoder, select_units(encoder, sparsity, cost))  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def cut_units(encoder: SpeechEncoder, selection: Selection, shift: float = 0.0) -> SpeechEncoder:
+    """:func:`shrink` for units that have been selected.
+
+    Args:
+        encoder: with gates; left as it is.
+        selection: the units that stay.
+        shift: added to every ``log_alpha`` before the gates' values are folded into weights.
+    """
     fields = encoder.config.to_dict()
     shape = {name: fields.get(name, {}) for name in ("conv_channels", "heads", "ffn_dims", "unit_widths")}
     state = encoder.state_dict()
@@ -53,7 +64,7 @@ def shrink(encoder: Encoder, sparsity: Optional[Asked] = None, cost: Cost = PARA
         for name, gate in gates:
             if gate.unit == unit.name:
                 kept = selection[name].nonzero().flatten()
-                factor = deterministic_gate(gate.log_alpha, selection[name])[kept]
+                factor = deterministic_gate(gate.log_alpha + shift, selection[name])[kept]
                 unit.cut(encoder, gate.site, kept, factor, state, shape)
     for unit in units_of(encoder.config):
         unit.finish(encoder, state, shape)
@@ -64,7 +75,7 @@ def shrink(encoder: Encoder, sparsity: Optional[Asked] = None, cost: Cost = PARA
     small = SpeechEncoder(config, encoder.dropouts).eval().to(like.device, like.dtype)
     small.load_state_dict({name: state[name] for name in small.state_dict()})
     small.mask_embedding = encoder.mask_embedding
-    return small  # type: ignore[return-value]
+    return small
 
 
 def kept_tables(config: EncoderConfig) -> Dict[str, List[List[str]]]:

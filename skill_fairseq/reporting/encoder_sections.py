@@ -19,6 +19,24 @@ from skill_fairseq.reporting import page, pictures
 Encoders = Mapping[str, SpeechEncoder]
 
 
+def first_recordings(valid: Path, max_seconds: float, rate: int = 16000) -> tuple[list[Path], float]:
+    """Recordings of a manifest until there is so much audio, the first in any case; and how much that is, in seconds.
+
+    Raises:
+        ValueError, OSError: the manifest cannot be used.
+    """
+    manifest = read_manifest(valid)
+    check_manifest(manifest)
+    files: list[Path] = []
+    seconds = 0.0
+    for file, size in zip(manifest.files, manifest.sizes):
+        if files and seconds + size / rate > max_seconds:
+            break
+        files.append(file)
+        seconds += size / rate
+    return files, seconds
+
+
 def cost_section(encoders: Encoders, files: Mapping[str, Path]) -> str:
     """Table of parameters, work and time, each beside the first encoder's, the teacher's where there is one."""
     found = {name: costs(encoder) for name, encoder in encoders.items()}
@@ -81,16 +99,7 @@ def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups
     Raises:
         ValueError: frame rates differ.
     """
-    manifest = read_manifest(valid)
-    check_manifest(manifest)
-    rate = encoders["teacher"].config.sample_rate
-    files: list[Path] = []
-    seconds = 0.0
-    for file, size in zip(manifest.files, manifest.sizes):
-        if files and seconds + size / rate > max_seconds:
-            break
-        files.append(file)
-        seconds += size / rate
+    files, seconds = first_recordings(valid, max_seconds, encoders["teacher"].config.sample_rate)
     found = {n: layer_distances(e, encoders["teacher"], files) for n, e in encoders.items() if n != "teacher"}
     number = len(next(iter(found.values())).recordings["cka"])  # those that can be read
     shown = []

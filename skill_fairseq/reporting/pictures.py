@@ -117,6 +117,21 @@ def curves(
     return draw(path, paint, (WIDTH, 3.0 + 0.17 * rows))
 
 
+def pareto(path: Path, lines: Mapping[str, Curve], ylabel: str) -> Path:
+    """Quality against cost: a line for each way of training, a point for each size, G MACs on a logarithmic x axis."""
+
+    def paint(axes: Any) -> None:
+        for (label, (x, y)), marker in zip(lines.items(), "os^v"):
+            axes.plot(x, y, marker=marker, label=label)
+        axes.set(xlabel="G multiply-accumulates for 10 s of audio", ylabel=ylabel, xscale="log")
+        ticks = sorted({value for x, _ in lines.values() for value in x})
+        axes.set_xticks(ticks, [f"{value:.2g}" for value in ticks])
+        axes.minorticks_off()
+        axes.legend(frameon=False)
+
+    return draw(path, paint, (6.4, 4.2))
+
+
 def draw_curves(axes: Any, lines: Mapping[str, Curve], dashed: Sequence[str] = ()) -> None:
     """The lines alone, each in a style of its own; those of ``dashed`` in grey."""
     styles = itertools.cycle(STYLES)

@@ -105,7 +105,8 @@ def read_run_folder(path: Path, teacher: Optional[Path] = None, data: Optional[P
         models = {"teacher": teacher, **models}
     folder = data or _named(stages, "data")
     valid = folder / "valid.tsv" if folder and (folder / "valid.tsv").is_file() else None
-    if not (clusters or stages or probes or set(models) - {"teacher"}):
+    sizes = any(path.glob("*-0.*.safetensors"))  # of an elastic run
+    if not (clusters or stages or probes or sizes or set(models) - {"teacher"}):
         raise ValueError(
             f"{path}: holds nothing to report; expected clusters/, stage1/, stage2/, shrunk.safetensors, "
             "student.safetensors, probe.json or results.json: give the folder of a run"

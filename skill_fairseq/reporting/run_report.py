@@ -16,8 +16,9 @@ from skill_fairseq.checkpoints.source import build_encoder
 from skill_fairseq.clustering.plot import plot_clusters
 from skill_fairseq.probing.intervals import show_interval
 from skill_fairseq.reporting import page, pictures
-from skill_fairseq.reporting.encoder_sections import cost_section, distance_section, units_section
+from skill_fairseq.reporting.encoder_sections import cost_section, distance_section, first_recordings, units_section
 from skill_fairseq.reporting.run_folder import RunFolder, Stage
+from skill_fairseq.reporting.sizes_section import size_files, sizes_section
 from skill_fairseq.reporting.training_section import training_section
 from skill_fairseq.versions import versions
 
@@ -45,6 +46,14 @@ def run_report(folder: RunFolder, out: Path, max_seconds: float) -> str:
         sections.append(("Size and speed", cost_section(encoders, folder.models)))
     if folder.probes:
         sections.append(("What frozen features know", probe_section(folder.probes, out)))
+    sizes = size_files(folder.path)
+    if sizes:
+        try:
+            heard = [] if folder.valid is None else first_recordings(folder.valid, max_seconds)[0]
+            html = sizes_section(sizes, encoders.get("teacher"), heard, folder.probes, out)
+            sections.append(("Every size of one run", html))
+        except (ValueError, OSError) as error:
+            missing.append(f"sizes: {error}")
     groups = None if folder.clusters is None else folder.clusters["groups"]
     if "teacher" in encoders and students and folder.valid:
         try:

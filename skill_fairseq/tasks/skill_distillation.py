@@ -2,15 +2,13 @@
 
 import logging
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
-from fairseq.tasks.audio_pretraining import AudioPretrainingConfig, AudioPretrainingTask
-from omegaconf import OmegaConf, open_dict
+from fairseq.tasks.audio_pretraining import AudioPretrainingTask
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from skill_fairseq.checkpoints import load_encoder
@@ -18,96 +16,26 @@ from skill_fairseq.checkpoints.safe_load import plain
 from skill_fairseq.criterions.distillation import DistillationCriterion
 from skill_fairseq.files import content_sha256, named
 from skill_fairseq.labels.targets import Target, read_targets, settings
-from skill_fairseq.models.skill_student import check_student_fields
+from skill_fairseq.models.student_fields import check_student_fields
 from skill_fairseq.models.student_init import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.taps import SpanMasking
-from skill_fairseq.objectives.groups import is_sequence
 from skill_fairseq.objectives.teacher import FrozenTeacher, check_alike
 from skill_fairseq.pruning.agreement import check_ranks
 from skill_fairseq.pruning.targets import Constraint
+from skill_fairseq.tasks.fields import (
+    SkillDistillationConfig,
+    check_task_fields,
+    check_teachers,
+    several,
+    update_fields,
+)
 from skill_fairseq.tasks.speech_dataset import SpeechDataset
 from skill_fairseq.training.paths import from_shell
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class SkillDistillationConfig(AudioPretrainingConfig):
-    """fairseq's audio task and what distillation adds."""
-
-    teacher: Optional[Any] = field(
-        default=None,
-        metadata={
-            "help": "teacher file or folder, of any kind that skill_fairseq.load_encoder knows, or a list of them; in "
-            "criterion.groups 1/4 is layer 4 of the second"
-        },
-    )
-    teacher_dtype: ChoiceEnum(["fp32", "bf16", "fp16"]) = field(  # type: ignore[valid-type]
-        default="fp32", metadata={"help": "precision that the teacher runs in, whatever the student's"}
-    )
-    teacher_compile: bool = field(
-        default=False, metadata={"help": "run the teacher's layers through torch.compile (minutes at the start)"}
-    )
-    max_valid_sample_size: Optional[int] = field(
-        default=960000,
-        metadata={
-            "help": "validation hears so many samples of a recording, from its beginning (960000: 60 s at 16 kHz); the "
-            "log names longer ones; null: all of every recording"
-        },
-    )
-    tf32: bool = field(
-        default=True,
-        metadata={
-            "help": "float32 matrix products in TF32 (11 bits) on GPUs from Ampere on, as torch does convolutions; the "
-            "first convolution, gates, sizes and losses stay float32; no effect on CPUs, in bf16 or fp16"
-        },
-    )
-    targets: Optional[Any] = field(
-        default=None,
-        metadata={
-            "help": "labels beside the manifests, by names of your choice: {speaker: {column: speaker}, letters: "
-            "{file: ltr}}. A file that ends in tsv (null: labels.tsv) is a table whose header is utterance and other "
-            "columns (null: label), an empty field being no label; another one holds units with spaces between, those "
-            "of dict.FILE.txt. classes and counts are those of the training set, and are saved"
-        },
-    )
-    separate_biases: bool = field(
-        default=False,
-        metadata={
-            "help": "biases of the student and of heads are the optimizer's group 'biases', so that weight decay can "
-            "leave them out; needs optimizer._name=composite"
-        },
-    )
-    separate_heads: bool = field(
-        default=False,
-        metadata={
-            "help": "parameters of the objectives are the optimizer's group 'heads', for a rate of their own; needs "
-            "optimizer._name=composite"
-        },
-    )
-    separate_adapters: bool = field(
-        default=False,
-        metadata={"help": "those of the student's adapters are the group 'adapters'; needs optimizer._name=composite"},
-    )
-    crop_multiple: int = field(
-        default=1,
-        metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
-    )
-    check_all_files: bool = field(
-        default=False,
-        metadata={"help": "look for every file of the manifests before training; false: for 1,000 of each"},
-    )
-    max_unreadable_files: int = field(
-        default=100,
-        metadata={"help": "files of an epoch that may turn out unreadable: they are skipped; one more ends the run"},
-    )
-    max_skipped_updates: int = field(
-        default=10,
-        metadata={"help": "updates in a row that may be skipped for a loss or gradients that are NaN or infinite"},
-    )
 
 
 @register_task("skill_distillation", dataclass=SkillDistillationConfig)
@@ -134,9 +62,10 @@ class SkillDistillationTask(AudioPretrainingTask):
             train = whole.dataset.train_subset if whole is not None and "dataset" in whole else "train"
             self.targets = read_targets(plain(cfg.targets), Path(cfg.data) / f"{train}.tsv")
             for config in (cfg, *((whole.task,) if whole is not None and "task" in whole else ())):
-                _update(config, {"targets": settings(self.targets)})
+                update_fields(config, {"targets": settings(self.targets)})
         self._teachers: Optional[List[FrozenTeacher]] = None
         self.student_config: Optional[EncoderConfig] = None
+        self.nested = False  # the student's gates hold an order alone
         self.num_updates = 0
         self.maskings: List[SpanMasking] = []  # of all objectives
         self.losses: List[Tuple[Tensor, List[str]]] = []  # of the present update, with the files of each batch
@@ -275,29 +204,30 @@ class SkillDistillationTask(AudioPretrainingTask):
         rebuilds the model.
         """
         encoder = None
+        self.nested = bool(getattr(cfg, "nested", False))
         if not from_checkpoint:
             check_task_fields(self.cfg)
             check_student_fields(cfg)
         if not from_checkpoint and getattr(cfg, "init_from", None):
-            _update(cfg, {"init_from": from_shell(several(cfg.init_from)[0])})  # of ${task.teacher} the first
+            update_fields(cfg, {"init_from": from_shell(several(cfg.init_from)[0])})  # of ${task.teacher} the first
             encoder = initial_student(cfg)
             self._check_waveforms(encoder, f"model.init_from={cfg.init_from}")
-            _update(cfg, fairseq_fields(encoder.config))
+            update_fields(cfg, fairseq_fields(encoder.config))
         for name in ("normalize", "sample_rate"):  # a student without a file, or one saved before it held the rate
             if getattr(cfg, name, None) is None:
-                _update(cfg, {name: self.cfg[name]})
+                update_fields(cfg, {name: self.cfg[name]})
         model = super().build_model(cfg, from_checkpoint)
         if encoder is not None:
-            # Gates keep the start that the model's config gave them.
-            state = {k: v for k, v in encoder.state_dict().items() if not k.startswith("gates.")}
+            # Gates keep the start that the model's config gave them, unless they hold an order.
+            state = {k: v for k, v in encoder.state_dict().items() if self.nested or not k.startswith("gates.")}
             model.speech_encoder.load_state_dict(state, strict=False)
             if encoder.mask_embedding is not None:
                 model.mask_emb.data.copy_(encoder.mask_embedding)
         self.student_config = model.speech_encoder.config
         self._check_lengths(model.speech_encoder.config)
         if not from_checkpoint:
-            _update(cfg, dict(OmegaConf.to_container(model.cfg, resolve=True, enum_to_str=True)))  # type: ignore
-            _update(cfg, fairseq_fields(self.student_config))
+            update_fields(cfg, dict(OmegaConf.to_container(model.cfg, resolve=True, enum_to_str=True)))  # type: ignore
+            update_fields(cfg, fairseq_fields(self.student_config))
         self._model = model
         return model
 
@@ -308,16 +238,18 @@ class SkillDistillationTask(AudioPretrainingTask):
         for part in [cfg, *(objectives.values() if OmegaConf.is_dict(objectives) else ())]:
             for name in ("groups_file", "init_from", "codebooks"):
                 if getattr(part, name, None):
-                    _update(part, {name: from_shell(part[name])})
+                    update_fields(part, {name: from_shell(part[name])})
         target: Any = getattr(cfg, "target", None)
         if OmegaConf.is_dict(target) and "table" in target and isinstance(target["table"], str):
-            _update(target, {"table": from_shell(target["table"])})
+            update_fields(target, {"table": from_shell(target["table"])})
         criterion = super().build_criterion(cfg, *args, **kwargs)
         self._constraint = getattr(criterion, "constraint", None)
         if isinstance(criterion, DistillationCriterion):
-            _update(cfg, criterion.chosen())
+            update_fields(cfg, criterion.chosen())
             if criterion.cfg.target is not None:  # with the latency table itself where a file was named
-                _update(cfg, {"target": plain(criterion.cfg.target)})
+                update_fields(cfg, {"target": plain(criterion.cfg.target)})
+            if criterion.cfg.elastic is not None:  # which the sparsity of the largest size follows from
+                update_fields(cfg, {"target_sparsity": criterion.cfg.target_sparsity})
             self.maskings = criterion.maskings
             if self._model is not None:
                 self._model.train_for(criterion.student_taps)
@@ -375,60 +307,3 @@ class SkillDistillationTask(AudioPretrainingTask):
         if not ignore_grad:
             self.losses.append((log["loss"], sample["files"]))
         return loss, sample_size, log
-
-
-NOT_HERE = (
-    *("labels", "binarized_dataset", "precompute_mask_indices", "inferred_w2v_config", "tpu"),
-    "text_compression_level",
-)
-"""Fields of fairseq's audio task that distillation does not have: a value is refused."""
-
-
-def several(value: Any) -> List[str]:
-    """A path or a list of paths, as a list; empty where nothing is given."""
-    return list(value) if is_sequence(value) else [value] if value else []
-
-
-def check_teachers(value: Any) -> None:
-    """Refuses what is neither a path nor a list of paths.
-
-    Raises:
-        ValueError: names the field and the value.
-    """
-    files = [None] if is_sequence(value) and not value else several(value)
-    if any(not file or isinstance(file, bool) or not isinstance(file, (str, int)) for file in files):
-        raise ValueError(f"task.teacher: {plain(value)}; expected a path, or a list of paths such as [A.pt,B.pt]")
-
-
-def check_task_fields(cfg: SkillDistillationConfig) -> None:
-    """Refuses, before training, what would do nothing or is out of range.
-
-    Raises:
-        ValueError: names the field, its value and what is expected.
-    """
-    for name in NOT_HERE:
-        if getattr(cfg, name, None) not in (None, False, "none"):
-            raise ValueError(f"task.{name}: {cfg[name]} does nothing in distillation; leave it out")
-    for name, least in (
-        *(("sample_rate", 1), ("max_sample_size", 1), ("min_sample_size", 0), ("crop_multiple", 1)),
-        ("max_valid_sample_size", 1),
-        *(("num_batch_buckets", 0), ("max_unreadable_files", 0), ("max_skipped_updates", 0)),
-    ):
-        value = getattr(cfg, name, None)
-        if value is not None and value < least:
-            raise ValueError(f"task.{name}: {value}; expected a whole number of at least {least}")
-    if cfg.enable_padding and cfg.crop_multiple > 1:
-        raise ValueError(
-            f"task.crop_multiple: {cfg.crop_multiple} beside task.enable_padding, which does not crop to the shortest; "
-            "set one of them"
-        )
-
-
-def _update(cfg: Any, values: Dict[str, Any]) -> None:
-    if isinstance(cfg, dict) or OmegaConf.is_config(cfg):
-        with open_dict(cfg):
-            for name, value in values.items():
-                cfg[name] = value
-    else:
-        for name, value in values.items():
-            setattr(cfg, name, value)

@@ -237,7 +237,7 @@ class SpeechDataset(FileAudioDataset):
 
     @property
     def can_reuse_epoch_itr_across_epochs(self) -> bool:
-        """No: every epoch makes its batches anew."""
+        """No: every epoch makes new batches."""
         return False
 
     def set_epoch(self, epoch: int) -> None:

@@ -33,7 +33,7 @@ ORDINARY = (
     "task.max_skipped_updates",
     "task.max_unreadable_files",
 )
-"""Fields that change without a word: where, how often and on how many processes, how long, and what is borne."""
+"""Fields that change without a word: where, how often and on how many processes, how long, and what is tolerated."""
 
 NOT_SET = "not set"
 _MOST = 10  # fields that are named

@@ -22,7 +22,7 @@ _GRACE = 10.0  # s that other ranks wait for the one that requeues the job
 
 
 class Preemption:
-    """Notes signals; whoever trains looks at :attr:`received` where stopping is safe, and calls :meth:`leave`.
+    """Records signals; the trainer looks at :attr:`received` where stopping is safe, and calls :meth:`leave`.
 
     Attributes:
         received: number of the last signal, None as long as none came.
@@ -41,7 +41,7 @@ class Preemption:
         self._previous = {n: signal.SIG_DFL if hasattr(h, "start_up") else h for n, h in previous.items()}
 
     def uninstall(self) -> None:
-        """Gives the signals back to whoever had them, and forgets what came."""
+        """Restores the earlier signal handlers and forgets the signals received."""
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
@@ -62,7 +62,7 @@ class Preemption:
         name = signal.Signals(self.received).name if self.received else "a signal at another rank"
         logger.info(f"stopping because of {name}: the checkpoint is written, the same command goes on from it")
         if rank == 0 and os.environ.get("SKILL_PREEMPTED_FILE"):
-            # For whoever starts several tasks: srun may answer with another task's signal in place of the exit code.
+            # For launchers of several tasks: srun may answer with another task's signal in place of the exit code.
             with open(os.environ["SKILL_PREEMPTED_FILE"], "w", encoding="utf-8") as file:
                 file.write(name + "\n")
         before = self._previous.get(self.received or 0)

@@ -71,7 +71,7 @@ def _stopping(validate_and_save: Any) -> Any:
         elif trainer.preempted:
             checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
             if torch.distributed.is_initialized():
-                torch.distributed.barrier()  # who leaves early would end the rank that writes
+                torch.distributed.barrier()  # a rank that exits early would end the rank that writes
             preemption.leave(trainer.data_parallel_rank)
         return result
 

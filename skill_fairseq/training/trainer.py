@@ -19,6 +19,7 @@ from torch import Tensor
 from skill_fairseq.messages import printable
 from skill_fairseq.modules.host import numbers, to_host
 from skill_fairseq.modules.tf32 import allow_tf32
+from skill_fairseq.pruning.elastic import NestedSizes
 from skill_fairseq.pruning.exact import ExactConstraint
 from skill_fairseq.pruning.reach import check_reach, log_sparsity
 from skill_fairseq.training.changed_settings import warn_of_another_teacher, warn_of_changes
@@ -49,12 +50,12 @@ class UpdateSkipped(Exception):
 
 
 class SkillTrainer(Trainer):
-    """Goes on from the newest whole checkpoint; skips what cannot be used; knows when every rank shall stop.
+    """Goes on from the newest whole checkpoint; skips what cannot be used; knows when every rank must stop.
 
     What one rank sees (a signal, an unreadable file, a loss that is not finite) travels with the statistics that
     fairseq sums over ranks in every update, so that all ranks act alike, in the same update, without further messages.
 
-    The task's config says how much is borne, where it has the fields: ``max_unreadable_files`` in an epoch and
+    The task's config says how much is tolerated, where it has the fields: ``max_unreadable_files`` in an epoch and
     ``max_skipped_updates`` in a row. Other tasks keep fairseq's behaviour: the first loss that is not finite ends the
     run.
 
@@ -101,8 +102,9 @@ class SkillTrainer(Trainer):
 
     def end(self) -> None:
         """Called when the run is at its end: says what has become of the size, and gives signals back."""
-        if self._constraint is not None and self.data_parallel_rank == 0:
-            log_sparsity(self.get_model().speech_encoder, self._constraint.targets)
+        constraint = None if isinstance(self._constraint, NestedSizes) else self._constraint
+        if constraint is not None and self.data_parallel_rank == 0:
+            log_sparsity(self.get_model().speech_encoder, constraint.targets)
         preemption.uninstall()
         unlock_run(Path(self.cfg.checkpoint.save_dir))
 
@@ -217,13 +219,13 @@ class SkillTrainer(Trainer):
             super().save_checkpoint(filename, {**extra_state, BATCHES: self._batches, "teacher_sha256": self._teacher})
 
     def begin_epoch(self, epoch: int) -> None:
-        """fairseq's, counting anew."""
+        """fairseq's; starts the counts again."""
         self._unreadable["train"] = 0
         super().begin_epoch(epoch)
         self._impose()
 
     def begin_valid_epoch(self, epoch: int) -> None:
-        """fairseq's, counting anew."""
+        """fairseq's; starts the counts again."""
         self._unreadable["valid"] = 0
         super().begin_valid_epoch(epoch)
 
@@ -286,19 +288,19 @@ class SkillTrainer(Trainer):
         """fairseq's, called when the gradients of all ranks have been summed.
 
         Raises:
-            UpdateSkipped: the gradients are of no use, and the task bears that.
+            UpdateSkipped: the gradients are of no use, and the task tolerates that.
         """
         if self.data_parallel_world_size == 1:
             not_finite = float(to_host(self._loss_here_not_finite(), "losses"))
             self._agree(self._unreadable_here, preemption.received is not None, not_finite)
         if self._empty:
             raise UpdateSkipped("none of its files could be read")
-        bears = self._limit("max_skipped_updates") > 0
-        if bears and self._not_finite:
+        tolerant = self._limit("max_skipped_updates") > 0
+        if tolerant and self._not_finite:
             raise UpdateSkipped("a loss is NaN or infinite")
         norm = super().clip_grad_norm(clip_norm)
         scaled = self.cfg.common.fp16 or self.cfg.common.amp  # there it is the loss scale's affair
-        if bears and not scaled and not to_host(torch.isfinite(torch.as_tensor(norm)).all(), "norm"):
+        if tolerant and not scaled and not to_host(torch.isfinite(torch.as_tensor(norm)).all(), "norm"):
             raise UpdateSkipped("gradients are NaN or infinite, though the losses are not")
         return norm
 

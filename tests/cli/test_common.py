@@ -6,6 +6,7 @@ import argparse
 import functools
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from typing import Any, Callable
 
 import pytest
 import torch
+import yaml
 from messages import says
 
+import skill_fairseq
 from skill_fairseq.cli import _common
-from skill_fairseq.cli._common import Parser, check_device, in_range, run
+from skill_fairseq.cli._common import EXIT_CODES, Parser, check_device, in_range, run
 from skill_fairseq.files import write_json
 
 COMMANDS = sorted(f"skill_fairseq.cli.{file.stem}" for file in Path(_common.__file__).parent.glob("[a-z]*.py"))
@@ -242,7 +245,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """The inputs are not there either: whoever reads them first would say so."""
+    """The inputs are not there either: the first reader would say so."""
     monkeypatch.chdir(tmp_path)
     for folder in ("audio", "folder.safetensors", "m"):
         (tmp_path / folder).mkdir()
@@ -273,3 +276,19 @@ def test_every_number_of_every_command_has_bounds(module: str) -> None:
     parser = importlib.import_module(module)._parser()
     assert isinstance(parser, Parser)
     assert [action.dest for action in actions(parser) if action.type in (int, float) and action.choices is None] == []
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_every_command_says_its_version_and_exit_codes(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--version", "--help"):
+        with pytest.raises(SystemExit):
+            importlib.import_module(module).main([option])
+    said = capsys.readouterr().out
+    assert f"of skill_fairseq {skill_fairseq.__version__}\n" in said and EXIT_CODES in said
+
+
+def test_one_version_everywhere() -> None:
+    root = Path(__file__).resolve().parents[2]
+    cited = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    newest = re.search(r"(?m)^## (\S+)", (root / "CHANGELOG.md").read_text(encoding="utf-8"))
+    assert newest is not None and cited == newest.group(1) == skill_fairseq.__version__

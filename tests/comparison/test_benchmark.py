@@ -147,6 +147,7 @@ def test_what_is_done_is_not_done_again(command: list[str]) -> None:
     assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*.json")} == before and len(before) == 8
 
 
+@pytest.mark.nightly
 def test_a_task_added_later_is_probed_on_the_students_that_are_there(command: list[str], small: Any) -> None:
     out, folder = Path(command[2]), Path(command[4]).parent
     students = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/student.safetensors")}

@@ -106,6 +106,29 @@ def test_differences_are_paired(runs: list[dict[str, str]], page: str) -> None:
                 assert numbers(cell) == pytest.approx([100 * n for n in wanted if n is not None], abs=0.051)
 
 
+def test_labels_that_students_learn_from_are_of_no_test_recording(page: str) -> None:
+    """What the page says of OS-KDFT's and the multi-task student's labels."""
+
+    def read(path: Path) -> list[dict[str, str]]:
+        with open(path, encoding="utf-8") as stream:
+            return list(csv.DictReader(stream, delimiter="\t"))
+
+    tiny = BENCHMARK.parent / "tiny" / "data"
+    learnt = read(tiny / "train.labels.tsv")
+    names, speakers = ({row[column] for row in learnt} for column in ("utterance", "speaker"))
+    digits = {row["utterance"] for row in learnt if row["label"]}
+    assert f"({len(speakers)}\nspeakers in {len(learnt)} recordings; " in page
+    assert f"\n{len(digits)} recordings, those" in page
+    assert digits == {row["utterance"] for row in read(tiny / "tasks" / "digit" / "train.labels.tsv")}
+    shared = {}
+    for task in (tiny / "tasks" / "digit", tiny / "tasks" / "speaker", *sorted((BENCHMARK / "tasks").iterdir())):
+        (file,) = [f for f in (task / "test.labels.tsv", task / "test.speakers.tsv") if f.is_file()]
+        tested = read(file)
+        assert tested and not names & {row["utterance"] for row in tested}, task
+        shared[task.name] = len(speakers & {row["speaker"] for row in tested})
+    assert shared.pop("speaker") == 4 and set(shared.values()) == {0}
+
+
 def test_the_picture_is_drawn_of_them(family: Any, runs: list[dict[str, str]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     family.draw(runs, tmp_path / "family.png")

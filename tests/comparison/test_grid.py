@@ -175,6 +175,7 @@ def test_tasks_and_recipes_may_be_added_but_not_changed() -> None:
     assert changed_setting(extended(more, again), extended(again, more)) == ("recipes.x.lr", 1, 2)
 
 
+@pytest.mark.nightly
 def test_recipes_see_what_both_stages_see() -> None:
     grid = read_grid(SHIPPED, "family")
     config = SHIPPED.parents[2] / "config"

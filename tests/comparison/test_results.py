@@ -1,4 +1,4 @@
-"""The README's table of methods follows from the runs that are committed."""
+"""The page's table of methods follows from the runs that are committed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def runs() -> list[dict[str, str]]:
 
 
 def table() -> dict[str, list[str]]:
-    """What the README says, by method: the cells after the first."""
-    section = (REPOSITORY / "README.md").read_text().split("### Do groups beat single layers?")[1].split("\n#")[0]
+    """What the page says, by method: the cells after the first."""
+    page = (REPOSITORY / "examples" / "benchmark" / "README.md").read_text()
+    section = page.split("## Do groups beat single layers?")[1].split("\n#")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")][2:]
     return {next(method for words, method in METHODS.items() if name.startswith(words)): cells for name, *cells in rows}
 

@@ -166,7 +166,7 @@ SETTINGS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_a_masked_run_goes_on_bit_for_bit(speech: Path, masked_teacher: Path, tmp_path: Path, world_size: int) -> None:
     where = (f"task.data={speech}", f"task.teacher={masked_teacher}")
     config = ("distill", "tiny_maskhubert", SETTINGS)

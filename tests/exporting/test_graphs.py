@@ -66,7 +66,7 @@ def test_onnxruntime_quantises_a_graph(exporting, small, tmp_path):
 
 
 @new_torch
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_large_style(exporting, small, tmp_path):
     import onnx
     import onnxruntime

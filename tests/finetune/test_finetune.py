@@ -182,6 +182,7 @@ def test_hubert_ctc_learns_letters(hubert_ctc: tuple, labels: Path, decode: Any,
     check_run(*hubert_ctc, labels / "ltr", decode, capsys)
 
 
+@pytest.mark.nightly
 @pytest.mark.formats("out", "fairseq wav2vec_ctc", "fairseq 0.12.2")
 def test_wav2vec_ctc_learns_sentence_pieces(
     wav2vec_ctc: tuple, labels: Path, decode: Any, capsys: pytest.CaptureFixture

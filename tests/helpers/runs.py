@@ -32,10 +32,12 @@ def run(command: list[str], folder: Path, fails: bool = False) -> str:
     return result.stdout
 
 
-def train(folder: Path, config: str, *overrides: str, launcher: tuple = (), fails: bool = False) -> str:
-    """The log of ``fairseq-hydra-train`` in a folder, where its checkpoints go too."""
+def train(
+    folder: Path, config: str, *overrides: str, launcher: tuple = (), fails: bool = False, name: str = "tiny"
+) -> str:
+    """The log of ``fairseq-hydra-train`` with a config in a folder, where its checkpoints go too."""
     command = launcher or (str(Path(sys.executable).with_name("fairseq-hydra-train")),)
-    where = ["--config-dir", str(CONFIG / config), "--config-name", "tiny", "hydra.run.dir=.", "checkpoint.save_dir=."]
+    where = ["--config-dir", str(CONFIG / config), "--config-name", name, "hydra.run.dir=.", "checkpoint.save_dir=."]
     return run([*command, *where, *overrides], folder, fails)
 
 

@@ -138,3 +138,26 @@ def test_settings_are_the_same_however_they_are_written() -> None:
     two = {"groups": [[3, 1], [0]], "projection_sharing": [0, 0]}
     assert skill.settings(one) == skill.settings(two) == {"groups": [[1, 3], [0]], "projection_sharing": [0, 0]}
     assert skill.settings({}) == {}
+
+
+def test_layers_of_a_student_of_another_depth() -> None:
+    student = EncoderConfig(**{**SHAPE, "encoder_layers": 2})
+    skill = objective(student, groups=[[2], [3]], student_groups=[[2], [1, 2]])
+    assert [tap.layers for tap in skill.student_taps] == [(2,), (1, 2)]
+    assert objective(student, groups=[[2], [3]]).student_groups == ((1,), (2,))
+    assert skill.settings({"student_groups": [[2], [1, 2]]}) == {"student_groups": [[2], [1, 2]]}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([[2]], ["criterion.student_groups is [[2]]", "criterion.groups has 2"]),
+        (2, ["criterion.student_groups is 2"]),
+        ([[1], [3]], ["criterion.student_groups names layer 3", "layers 0..2"]),
+        ([[1], []], ["criterion.student_groups has the group []"]),
+    ],
+)
+def test_layers_that_the_student_does_not_have(given: Any, said: list[str]) -> None:
+    student = EncoderConfig(**{**SHAPE, "encoder_layers": 2})
+    with pytest.raises(ValueError, match=says(*said)):
+        objective(student, groups=[[2], [3]], student_groups=given)

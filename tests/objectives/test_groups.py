@@ -56,9 +56,9 @@ def test_layers_of_several_teachers() -> None:
 @pytest.mark.parametrize(
     "layer, said",
     [
-        ("1/7", ["layer 1/7", "does not have"]),
+        ("1/7", ["layer 1/7", "does not exist"]),
         ("2/1", ["layer 2/1", "2 teacher"]),
-        (yaml.safe_load("1:4"), ["layer 64", "does not have"]),  # of YAML 1.1
+        (yaml.safe_load("1:4"), ["layer 64", "does not exist"]),  # of YAML 1.1
         ("1:4", ["'1:4'", "1/4"]),
         ("-1/2", ["'-1/2'"]),
         ("1/2/3", ["'1/2/3'"]),

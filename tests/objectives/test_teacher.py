@@ -55,7 +55,7 @@ def test_unknown_precision() -> None:
         FrozenTeacher(random_encoder(), "fp8")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not hasattr(torch.nn.Module, "compile"), reason="torch < 2.2 has no Module.compile")
 def test_compiled_layers_give_the_same() -> None:
     taps = [*TAPS, Tap((1, 2), "mean_map")]

@@ -1,4 +1,4 @@
-"""The example of a loop of one's own: short, without fairseq, and it does what its page says."""
+"""The example of your own training loop: short, without fairseq, and it does what its page says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "prune_your_own"
 SCRIPT = FOLDER / "speaker_identification.py"
@@ -28,6 +30,7 @@ def test_it_has_fewer_than_80_lines_of_code() -> None:
     assert f"in {len(code)} lines of code" in (FOLDER / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_it_prunes_by_70_percent_without_fairseq() -> None:
     absent = "fairseq fairseq_cli hydra omegaconf transformers"
     code = f"import sys, runpy; sys.modules.update(dict.fromkeys('{absent}'.split()))\n"

@@ -152,7 +152,7 @@ def test_no_field_that_is_missing_or_odd_ends_in_a_traceback(
     path = run / file if "." in file else run / "stage1" / ".hydra" / f"{file}.yaml"
     read, write = (json.loads, json.dumps) if path.suffix == ".json" else (yaml.safe_load, yaml.safe_dump)
     content = read(path.read_text())
-    if file == "config":  # without what it names: reading an encoder anew each time takes long
+    if file == "config":  # without what it names: reading an encoder each time takes long
         content["task"] = {"teacher": "nowhere", "data": "nowhere"}
     tried = [(where, value) for where in places(content) for value in [places, *ODD]]
     pages = 0

@@ -75,7 +75,7 @@ def test_the_number_of_ranks_is_not_wherever_fairseq_repeats_it() -> None:
 
 
 class Strange:
-    """Whoever reads it as pickle does runs its code."""
+    """Unpickling it runs its code."""
 
     def __reduce__(self) -> Any:
         return (os.mkdir, ("strange",))

@@ -108,7 +108,7 @@ def pairs(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str
     "a process is killed (SIGKILL, a node goes down)",
     "the same command goes on from the last checkpoint; the outcome is the same, bit for bit",
 )
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("mode", MODES)
 def test_kills_change_nothing(pairs: Any, mode: str) -> None:
     straight, killed = pairs[mode]

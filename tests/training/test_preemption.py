@@ -24,7 +24,7 @@ from skill_fairseq.training.preemption import REQUEUE_EXIT_CODE, SIGNALS, Preemp
     "SIGTERM, SIGUSR1 or SIGUSR2: preemption, the end of the time limit",
     "the update is finished, a checkpoint written, exit code 75 on every rank; no update is lost",
 )
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_signals_to_every_process_lose_no_update(data: list[str], straight: Any, tmp_path: Path) -> None:
     """As Slurm sends them."""
     run = Run(tmp_path, *data, "dataset.num_workers=2", "checkpoint.save_interval_updates=1000")

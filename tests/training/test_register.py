@@ -33,6 +33,7 @@ def test_another_trainer_of_fairseq_trains_as_in_stock_fairseq(data: list[str], 
     assert run.log().count("MegatronTrainer trains (as with common.model_parallel_size > 1)") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="torch < 2.3 has no gradient scaler for the CPU")
 @pytest.mark.parametrize("patched", [True, False])
 def test_amp_unscales_gradients_once(patched: bool) -> None:

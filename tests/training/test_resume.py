@@ -42,6 +42,7 @@ def test_three_kills_change_nothing(data: list[str], straight: Any, tmp_path: Pa
     same_outcome(run, straight(world_size))
 
 
+@pytest.mark.nightly
 @pytest.mark.faults(
     "a process is killed (SIGKILL, a node goes down)",
     "the same command goes on from the last checkpoint; the outcome is the same, bit for bit",
@@ -56,6 +57,7 @@ def test_kills_in_the_middle_of_an_epoch_with_loading_workers(data: list[str], s
     same_outcome(run, straight(1))
 
 
+@pytest.mark.nightly
 def test_a_kill_changes_nothing_where_ranks_have_gates(data: list[str], tmp_path: Path) -> None:
     """On two processes in bf16: the matrices that they start from are alike, and so is what they become."""
     settings = ["model.pruning_units=[heads,ffn,rank]", "common.bf16=true", "optimization.max_update=10"]

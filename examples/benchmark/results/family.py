@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The family's runs as a table and a picture: family.csv, family.png, and the part of ../README.md between its marks.
 
-python examples/benchmark/results/family.py OUT [OUT ...]    takes over what these folders of run.py have, then as below
+python examples/benchmark/results/family.py OUT [OUT ...]    adds what these folders of run.py have, then as below
 python examples/benchmark/results/family.py                  draws and tabulates what family.csv has
 """
 
@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE.parent))
 from runs_table import write_runs  # noqa: E402
 
 from skill_fairseq.comparison.statistics import Estimate, crossed_mean, paired_difference  # noqa: E402
-from skill_fairseq.files import read_json, write_file  # noqa: E402
+from skill_fairseq.files import atomic_write, read_json, write_file  # noqa: E402
 from skill_fairseq.probing.intervals import show_interval  # noqa: E402
 
 Row = Mapping[str, str]
@@ -45,18 +45,32 @@ def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
     made by changed files, of no commit, is left out."""
     found: dict[tuple[str, float, int], dict[str, Any]] = {}
     for folder in folders:
-        reference = read_json(folder / "references.json")[TEACHER]
-        nothing = {"recordings": {}, "speakers": None}
-        made = {"sparsity": {"actual": 0.0}, "seconds": {}}
-        found[TEACHER, 0.0, 0] = {
-            **{"method": TEACHER, "sparsity": 0, "seed": 0, "groups": None, "made": made, "distances": nothing},
-            **{"cpu": "", "commit": "", **reference},
-        }
+        if (folder / "references.json").is_file():  # not where single runs were made by --run
+            reference = read_json(folder / "references.json")[TEACHER]
+            nothing = {"recordings": {}, "speakers": None}
+            made = {"sparsity": {"actual": 0.0}, "seconds": {}}
+            found[TEACHER, 0.0, 0] = {
+                **{"method": TEACHER, "sparsity": 0, "seed": 0, "groups": None, "made": made, "distances": nothing},
+                **{"cpu": "", "commit": "", **reference},
+            }
         for file in sorted(folder.glob("runs/*/result.json")):
             result = read_json(file)
             if (result["commit"] or "+")[-1] != "+":
                 found[result["method"], result["sparsity"], result["seed"]] = result
     return [found[key] for key in sorted(found, key=lambda key: (key[1], _order(key[0]), key[0], key[2]))]
+
+
+def add_runs(path: Path, folders: Sequence[Path]) -> None:
+    """Writes what folders have into family.csv; rows of other runs stay."""
+    before = read_runs(path) if path.is_file() else []
+    write_runs(path, collect(folders))
+    rows = {(row["method"], row["sparsity"], row["seed"]): row for row in [*before, *read_runs(path)]}
+    ordered = sorted(rows, key=lambda key: (float(key[1]), _order(key[0]), key[0], int(key[2])))
+    head = list(dict.fromkeys(name for row in rows.values() for name in row))
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, head, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[key] for key in ordered)
 
 
 def _order(method: str) -> int:
@@ -192,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", nargs="*", type=Path, metavar="OUT", help="folders of run.py")
     args = parser.parse_args(argv)
     if args.out:
-        write_runs(HERE / "family.csv", collect(args.out))
+        add_runs(HERE / "family.csv", args.out)
     runs = read_runs(HERE / "family.csv")
     page = HERE.parent / "README.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])

@@ -1,0 +1,110 @@
+"""The objectives of a sum, as a config names them, and what they take over from an earlier run."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any, Dict, NamedTuple, Sequence, Tuple
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
+from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
+from skill_fairseq.objectives.objective import OBJECTIVES, Objective
+
+logger = logging.getLogger(__name__)
+
+
+class Term(NamedTuple):
+    """One objective of the sum.
+
+    Attributes:
+        objective: the objective.
+        weight: its factor.
+        cfg: its config.
+        path: its attribute of the criterion, with which checkpoints name its parameters.
+        field: where its config stands, from the criterion's on.
+        prefix: of the names of what it logs.
+    """
+
+    objective: Objective
+    weight: float
+    cfg: Any
+    path: str
+    field: str
+    prefix: str
+
+
+def learns_from_labels(kind: str) -> bool:
+    return bool(getattr(OBJECTIVES[kind][0], "supervised", False))
+
+
+def read_objective(given: Any, field: str) -> Tuple[str, float, bool, Any]:
+    """Name, weight, whether it hears the adapters, and typed config of an objective.
+
+    Raises:
+        ValueError: names the field.
+    """
+    fields = dict(plain(given)) if OmegaConf.is_dict(given) else {}
+    kind, weight, adapters = fields.pop("_name", None), fields.pop("weight", 1.0), fields.pop("adapters", True)
+    if kind not in OBJECTIVES:
+        raise ValueError(f"{field}._name: {kind!r}; expected one of {', '.join(sorted(OBJECTIVES))}")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        raise ValueError(f"{field}.weight: {weight!r}; expected a number of at least 0")
+    if not isinstance(adapters, bool):
+        raise ValueError(f"{field}.adapters: {adapters!r}; expected true or false")
+    try:
+        return kind, float(weight), adapters, OmegaConf.merge(OmegaConf.structured(OBJECTIVES[kind][1]), fields)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        known = ", ".join(field.name for field in dataclasses.fields(OBJECTIVES[kind][1]))
+        raise ValueError(f"{field}: {str(error).splitlines()[0]}; {kind} has the fields {known}") from error
+
+
+def init_objectives(terms: Sequence[Term], path: str) -> None:
+    """Takes over the objectives' parameters of a run that had the same settings.
+
+    Raises:
+        ValueError: the run had others; names the field and both values.
+    """
+    checkpoint = _saved_run(Path(path))
+    before, state = plain(checkpoint.get("cfg")) or {}, checkpoint.get("criterion") or {}
+    for term in terms:
+        own, prefix = term.objective.state_dict(), f"{term.path}."
+        found = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+        if not own:  # criterion.projection=identity
+            continue
+        if not found:
+            logger.warning(
+                f"criterion.init_from: {path} holds no projections or heads of {term.field}, they start afresh "
+                "(projections as the identity); give stage 1's checkpoint, or null"
+            )
+            continue
+        saved = before
+        for part in term.field.split("."):
+            saved = saved.get(part) or {}
+        mine, theirs = (term.objective.settings(cfg) for cfg in (term.cfg, saved))
+        shapes = [{k: list(v.shape) for k, v in side.items()} for side in (found, own)]
+        compared = [(f"{term.field}.{name}", value, mine.get(name)) for name, value in theirs.items()]
+        target = getattr(term.objective, "target", None)
+        if target is not None:  # a class is a number in the head
+            labels = ((before.get("task") or {}).get("targets") or {}).get(target.name) or {}
+            compared.append((f"task.targets.{target.name}.classes", labels.get("classes"), list(target.classes)))
+        for name, other, value in [*compared, ("shapes of projections", *shapes)]:
+            if other != value:
+                raise ValueError(
+                    f"criterion.init_from: {path}: its projections were trained with {name} = {other}, here it is "
+                    f"{value}; give both runs the same, or start from the identity with criterion.init_from=null"
+                )
+        term.objective.load_state_dict(found)
+
+
+def _saved_run(path: Path) -> Dict[str, Any]:
+    """A fairseq checkpoint; empty for exported files and folders, which have no criterion."""
+    if not path.exists():
+        raise FileNotFoundError(f"criterion.init_from: {path} does not exist; give stage 1's checkpoint, or null")
+    if path.is_dir():
+        return {}
+    with open(path, "rb") as file:
+        if looks_like_safetensors(file.read(64)):
+            return {}
+    return load_torch_file(path)
