@@ -123,7 +123,8 @@ def test_both_stages_resume_bit_for_bit_and_every_size_is_cut(
         log = train(once, kind, *common, *more, "optimization.max_update=3", name=NAME)
         valid = logged(log, "valid")[-1]
         assert {"distillation_loss_at_0.7", "distillation_loss_at_0.575", "distillation_loss_at_0.45"} <= set(valid)
-        assert [entry["expected_sparsity"] for entry in logged(log, "train_inner")][1:] == [0.3, 0.3]
+        expected = [entry["expected_sparsity"] for entry in logged(log, "train_inner")][1:]
+        assert expected == pytest.approx([0.3] * 2, abs=1e-4 if kind == "distill" else 5e-3)  # cut to whole units
         for updates in (2, 3):
             train(twice, kind, *common, *more, f"optimization.max_update={updates}", name=NAME)
         assert same(once, twice)
