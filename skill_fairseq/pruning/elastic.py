@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.prepared import state_of
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.exact import ExactConstraint
 from skill_fairseq.pruning.nested import SETTLED, NestedOrder
@@ -145,7 +146,7 @@ class NestedSizes(ElasticConstraint):
         order = encoder.gates.log_alpha.detach()
         if size == self.sizes.largest:
             return None
-        key = (order.data_ptr(), order._version)
+        key = state_of(encoder.gates)
         if self._order is None or self._order[0] != key:
             self._order = key, NestedOrder(encoder, self.cost)
         mask = self._order[1].mask(size).to(order.device)

@@ -98,7 +98,7 @@ def test_the_ending_says_what_is_written(config, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main([str(tmp_path / "a.pt"), str(tmp_path / "folder")]) == 2
     said = capsys.readouterr().err
-    assert all(word in said for word in ("OUT", "folder", ".safetensors, .onnx, .pt2", "--to huggingface"))
+    assert all(word in said for word in ("OUT", "folder", ".safetensors, .onnx, .xml, .pt2", "--to huggingface"))
 
 
 def test_info(config, tmp_path, capsys):
