@@ -12,6 +12,7 @@ from torch import Tensor
 
 from skill_fairseq.audio.features import log_mel, mfcc
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.kernels import setting
 
 FIXED: dict[str, Callable[[Tensor], Tensor]] = {"mfcc": mfcc, "logmel": log_mel}
 """Features without weights, by name: 39 MFCC (13 with two differences) or 80 log-mel energies every 10 ms."""
@@ -62,7 +63,8 @@ class StateFeatures:
         depth = encoder.config.encoder_layers
         if not layers or any(not 0 <= layer <= depth for layer in layers) or len(set(layers)) < len(layers):
             raise ValueError(f"layers: {list(layers)}; expected some of 0 to {depth}, each once")
-        self.encoder, self.layers = encoder.prepare(), list(layers)
+        # The same bits in every process: shards of one manifest come from several.
+        self.encoder, self.layers = encoder.prepare(setting("plain")), list(layers)
         self.chunk_seconds, self.context_seconds = chunk_seconds, context_seconds
         self.device = next(encoder.parameters()).device
 
