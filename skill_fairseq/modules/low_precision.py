@@ -149,9 +149,10 @@ def cost(precision: str) -> float:
     weight, bias, x = (torch.linspace(-1, 1, n) for n in (512 * 512, 512, 256 * 512))
     weight, x = weight.view(512, 512), x.view(256, 512)
     low, best = LowLinear(weight, bias, precision), [float("inf")] * 2
+    kernels: tuple[Callable[[Tensor], Tensor], ...] = (functools.partial(F.linear, weight=weight, bias=bias), low)
     with torch.no_grad():
         for turn in range(4):
-            for i, multiply in enumerate((functools.partial(F.linear, weight=weight, bias=bias), low)):
+            for i, multiply in enumerate(kernels):
                 began = time.perf_counter()
                 multiply(x)
                 best[i] = min(best[i], time.perf_counter() - began) if turn else best[i]
