@@ -46,14 +46,14 @@ def run_report(folder: RunFolder, out: Path, max_seconds: float) -> str:
         sections.append(("Size and speed", cost_section(encoders, folder.models)))
     if folder.probes:
         sections.append(("What frozen features know", probe_section(folder.probes, out)))
-    sizes = size_files(folder.path)
-    if sizes:
-        try:
+    try:
+        sizes = size_files(folder.path)
+        if sizes:
             heard = [] if folder.valid is None else first_recordings(folder.valid, max_seconds)[0]
             html = sizes_section(sizes, encoders.get("teacher"), heard, folder.probes, out)
             sections.append(("Every size of one run", html))
-        except (ValueError, OSError) as error:
-            missing.append(f"sizes: {error}")
+    except (ValueError, OSError) as error:
+        missing.append(f"sizes: {error}")
     groups = None if folder.clusters is None else folder.clusters["groups"]
     if "teacher" in encoders and students and folder.valid:
         try:
