@@ -121,12 +121,10 @@ def pareto(path: Path, lines: Mapping[str, Curve], ylabel: str) -> Path:
     """Quality against cost: a line for each way of training, a point for each size, G MACs on a logarithmic x axis."""
 
     def paint(axes: Any) -> None:
-        for (label, (x, y)), marker in zip(lines.items(), "os^v"):
-            axes.plot(x, y, marker=marker, label=label)
+        for (label, (x, y)), (colour, dashes, marker) in zip(lines.items(), STYLES):
+            axes.plot(x, y, color=colour, ls=dashes, marker=marker, label=label)
         axes.set(xlabel="G multiply-accumulates for 10 s of audio", ylabel=ylabel, xscale="log")
-        ticks = sorted({value for x, _ in lines.values() for value in x})
-        axes.set_xticks(ticks, [f"{value:.2g}" for value in ticks])
-        axes.minorticks_off()
+        _log_ticks(axes.xaxis)
         axes.legend(frameon=False)
 
     return draw(path, paint, (6.4, 4.2))
@@ -145,13 +143,17 @@ def draw_curves(axes: Any, lines: Mapping[str, Curve], dashed: Sequence[str] = (
 
 
 def _log_axis(axes: Any) -> None:
+    axes.set_yscale("log")
+    _log_ticks(axes.yaxis)
+
+
+def _log_ticks(axis: Any) -> None:
     """Ticks at 1, 2 and 5, written out."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def kept_units(path: Path, shares: Mapping[str, Sequence[Optional[float]]]) -> Path:
