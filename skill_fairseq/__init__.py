@@ -19,7 +19,7 @@ __version__ = "0.3.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_encoder":  # asked for alone: reading files takes safetensors, pruning takes torch alone
+    if name == "load_encoder":  # imported when asked for: reading files needs safetensors, pruning only torch
         from skill_fairseq.checkpoints import load_encoder
 
         return load_encoder

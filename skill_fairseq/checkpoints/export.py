@@ -46,7 +46,7 @@ def save_encoder(
         "config": json.dumps(encoder.config.to_dict()),
         "provenance": json.dumps(dict(provenance or {})),
     }
-    write_file(path, save(state, metadata))  # save_file would give the file to its owner alone
+    write_file(path, save(state, metadata))  # save_file would make it readable only by its owner
 
 
 def finite_state(encoder: SpeechEncoder, dtype: str = "float32") -> State:

@@ -285,7 +285,7 @@ def _flag(*candidates: Any) -> bool:
 
 
 def _without_folders(value: Any) -> Any:
-    """Settings with the names of files alone."""
+    """Settings, with files by name and without their folders."""
     if isinstance(value, Mapping):
         return {name: _without_folders(part) for name, part in value.items()}
     return Path(value).name if isinstance(value, str) else value
@@ -303,7 +303,7 @@ def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     kept["objectives"] = _without_folders(criterion.get("objectives"))
     if criterion.get("cost") != "parameters" and not kept["target"]:
         kept.update({name: value for name, value in criterion.items() if name == "cost" or name.startswith("cost_")})
-    # Names alone: where they lay is nobody's business, and true on one machine only.
+    # Without folders: they are private, and true on one machine only.
     for name in ("teacher", "data"):
         paths = task.get(name) or []
         files = [Path(str(path)).name for path in (paths if isinstance(paths, list) else [paths])]

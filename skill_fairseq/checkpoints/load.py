@@ -53,7 +53,7 @@ def load_encoder(
             :mod:`skill_fairseq.checkpoints.hub`.
         device: where to put it.
         trust: also read files with pickled classes that are not known to be harmless, which runs their code.
-        precision: of linear maps and convolutions on a CPU: "fp32"; "bf16" or "int8", for inference alone. A warning
+        precision: of linear maps and convolutions on a CPU: "fp32"; "bf16" or "int8", for inference only. A warning
             says where the processor does not gain by it; all else stays in float32.
 
     Returns:

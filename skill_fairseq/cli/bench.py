@@ -39,7 +39,7 @@ EPILOG = """what is measured:
   train    one training step: teacher, student and loss, backward, AdamW (stage 1 with gates, stage 2 shrunk)
   infer    one forward; with --sparsity of a shrunk student
   cluster  what measuring the layers' similarity adds to the teacher's forward
-  load     the data loader alone
+  load     the data loader by itself
   table    times of whole students by the widths of their parts, for criterion.target={latency_ms: 40, table: FILE}
 
 examples:
@@ -304,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
             _add_table(command)
         elif what != "cluster":
             _add_steps(command, what)
-    load = commands.add_parser("load", help="the data loader alone")
+    load = commands.add_parser("load", help="the data loader by itself")
     load.set_defaults(measure=measure_loading, device="cpu", threads=None)
     add = load.add_argument
     add("--manifest", type=Path, required=True, metavar="TSV", help="named train.tsv: read as in training")

@@ -56,7 +56,7 @@ EPILOG = f"""examples:
   skill-export student.safetensors student_hf --to huggingface --push me/student --private
   skill-export student.safetensors student_s3prl --to s3prl
 
-CHECKPOINT is anything that skill_fairseq.load_encoder reads. The encoder alone is written: no teacher, no
+CHECKPOINT is anything that skill_fairseq.load_encoder reads. Only the encoder is written: no teacher, no
 optimizer, no prediction head, nothing of the checkpoint that could run code.
 OUT's ending says what is written; folders have none and need --to.
 skill-info says what a file is.
@@ -298,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="give a graph (onnx, torch) a second input: (batch, samples) bool, true = padding, at each row's end",
     )
-    onnx = parser.add_argument_group("onnx and openvino alone")
+    onnx = parser.add_argument_group("only for onnx and openvino")
     onnx.add_argument("--precision", choices=PRECISIONS, help="of weights and products (default: fp32)")
     onnx.add_argument("--calibrate", type=Path, metavar="MANIFEST", help="int8: fix ranges from this speech")
     onnx.add_argument("--layers", metavar="L", help="outputs: all, last, or numbers as in 9,12 (default: all)")
@@ -311,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--max-seconds", type=seconds, default=120.0, metavar="S", help="of a manifest (default: 120)")
     limit = in_range(float, above=0, most=10)
     group.add_argument("--limit", type=limit, default=LIMIT, metavar="F", help="warn above it (default: %(default)s)")
-    hub = parser.add_argument_group("huggingface alone")
+    hub = parser.add_argument_group("only for huggingface")
     hub.add_argument("--push", metavar="USER/REPO", help="upload OUT to the Hugging Face hub, which asks for a token")
     hub.add_argument("--private", action="store_true", help="a repository that the push makes is private")
     add("--info", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # skill-info, by its older name

@@ -27,7 +27,7 @@ EPILOG = f"""examples:
 
 writes OUT/train.tsv and, where their percentage is above 0, OUT/valid.tsv and OUT/test.tsv (fairseq's format,
 absolute root: FOLDER, or the nearest folder above all of them), and OUT/left_out.tsv: every file left out, with the
-reason. Which file goes where depends on its path (with --split-by: on its speaker or folder) and the seed alone, not
+reason. Which file goes where depends on its path (with --split-by: on its speaker or folder) and the seed only, not
 on the order in which folders are read.
 
 A scan that was ended goes on where it was: the same command finds OUT/unfinished_scan.jsonl, which is removed at the

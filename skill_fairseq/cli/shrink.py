@@ -102,7 +102,7 @@ def _finish(
     found: dict[Cost, Sizes],
     out: Optional[Path],
 ) -> None:
-    """Prints the tables and writes the file, unless tables alone are wanted."""
+    """Prints the tables and writes the file, unless only tables are wanted."""
     print(f"{args.checkpoint}: {source.format}, gates on {', '.join(gated.config.pruning_units)}\n")
     print(describe(gated, small, found))
     if out is not None and not args.table_only:

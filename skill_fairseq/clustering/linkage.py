@@ -17,7 +17,7 @@ Groups = list[list[int]]
 
 
 def check_linkage(method: str, measure: str) -> None:
-    """Ward's criterion is a variance, so it needs Euclidean distances alone.
+    """Ward's criterion is a variance, so it needs Euclidean distances.
 
     Raises:
         ValueError: unknown method, or ward with a measure that is not Euclidean.

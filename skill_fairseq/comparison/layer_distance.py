@@ -19,7 +19,7 @@ from skill_fairseq.objectives.groups import map_groups
 
 KINDS = ("l1", "l1_normalized", "cos", "cka")
 """Mean |s - t|; the same of states brought to zero mean and unit variance frame by frame; mean 1 - cos; and 1 - linear
-CKA over a recording's frames, unbiased: it alone asks nothing of rotation and scale, which a projection may change."""
+CKA over a recording's frames, unbiased: CKA alone ignores rotation and scale, which a projection may change."""
 SHOWN = {"l1_normalized": "L1 normalised", "cos": "1 - cos", "cka": "1 - CKA"}
 """Those that tables and pictures compare by, and what they call them."""
 

@@ -76,7 +76,7 @@ def build_constraint(cfg: Any, student: EncoderConfig, nested: bool = False) -> 
     Args:
         cfg: of the criterion; what is read from files, or follows, is written into it.
         student: its shape.
-        nested: its gates hold an order alone: stage 2 of an elastic run.
+        nested: its gates only hold an order: stage 2 of an elastic run.
 
     Raises:
         ValueError: there is no target for gates, or no gates for a target, or it is out of reach; names the field.

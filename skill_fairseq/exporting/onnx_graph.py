@@ -42,7 +42,7 @@ def make_onnx(
         encoder: without gates.
         padding_mask: add the input ``padding_mask`` (batch, samples) bool, True = padding, and the output
             ``frame_padding_mask`` (batch, frames) bool.
-        layers: put out the ``hidden_state`` of these layers alone, and compute nothing beyond them; empty: ``x``
+        layers: return only the ``hidden_state`` of these layers, and compute nothing beyond them; empty: ``x``
             alone; None: all and ``x``.
         samples: fix the input to (1, samples); None: batch size and length stay free.
 
@@ -64,7 +64,7 @@ def make_onnx(
         made = torch.onnx.export(
             program, (), input_names=inputs, output_names=outputs, opset_version=OPSET, dynamo=True, verbose=False
         )
-    assert made is not None  # it is with dynamo=False alone
+    assert made is not None  # it is None only with dynamo=False
     model = made.model_proto
     if samples is None:
         _name_sizes(model.graph.input, ("batch", "samples"))

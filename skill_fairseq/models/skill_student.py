@@ -70,7 +70,7 @@ class SkillStudentModel(WavLMModel):
         return cls(cfg)
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Called by fairseq before every batch: the gate samples depend on seed, update and rank alone."""
+        """Called by fairseq before every batch: the gate samples depend only on seed, update and rank."""
         super().set_num_updates(num_updates)
         self._update = num_updates
 
@@ -100,7 +100,7 @@ class SkillStudentModel(WavLMModel):
             unreached.append(transformer.layer_norm)
             unreached += [layer.attention_norm for layer in transformer.layers if layer.attention is None]
             unreached += [layer.ffn_norm for layer in transformer.layers if not layer.uses_ffn_norm]
-        if last > states:  # of the last layer, the maps alone
+        if last > states:  # only the maps of the last layer
             layer = transformer.layers[last - 1]
             assert layer.attention is not None
             unreached += [layer.attention.v_proj, layer.attention.out_proj, layer.ffn_norm]

@@ -32,7 +32,7 @@ def _activation_gradient(grad: Tensor, x: Tensor, activation: str) -> Tensor:
 
 
 class _ActivatedConv(torch.autograd.Function):
-    """Keeps the input alone for the backward pass; the activation is computed again there, which is cheap."""
+    """Keeps only the input for the backward pass, which recomputes the activation: that is cheap."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Tensor, bias: Optional[Tensor], stride: int, activation: str) -> Tensor:

@@ -59,7 +59,7 @@ class RelativePositionGate(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over the heads ``heads`` out of ``full_heads``; none left means its output bias alone.
+    """Self-attention over the heads ``heads`` out of ``full_heads``; with none left it returns its output bias.
 
     Args:
         embed_dim: D.

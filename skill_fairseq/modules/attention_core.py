@@ -154,7 +154,7 @@ def _whole(
 def _bias(
     q: Tensor, factor: Optional[Tensor], by_offset: Optional[Tensor], padding_mask: Optional[Tensor]
 ) -> Optional[Tensor]:
-    """What is added to the scores, (B, h, T, T) or, of a mask alone, (B, 1, 1, T); None: nothing."""
+    """What is added to the scores, (B, h, T, T) or, with only a mask, (B, 1, 1, T); None: nothing."""
     bias = None if factor is None or by_offset is None else factor.to(q.dtype) * expand_offsets(by_offset.to(q.dtype))
     if padding_mask is None:
         return bias

@@ -16,7 +16,7 @@ from skill_fairseq.modules.slicing import computed_units, gated_output, has_plai
 
 
 class FeedForward(nn.Module):
-    """Linear, activation, gates, linear; no unit left means its output bias alone.
+    """Linear, activation, gates, linear; with no unit left it returns its output bias.
 
     Args:
         embed_dim: D.

@@ -80,7 +80,7 @@ class HardConcrete:
         return None if self.bank.log_alpha.grad is None else self.bank.log_alpha.grad[self.part]
 
     def __call__(self) -> Tensor:
-        """z, (num_units,) float32 in [0, 1]: a sample of this vector alone in training, deterministic in evaluation."""
+        """z, (num_units,) float32 in [0, 1]: a sample of only this vector in training, deterministic in evaluation."""
         if not self.bank.training:
             return deterministic_gate(self.log_alpha, self.kept())
         return hard_concrete_sample(self.log_alpha, self.bank.noise(self.num_units))

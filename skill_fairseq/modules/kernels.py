@@ -1,7 +1,7 @@
 """Linear maps and convolutions of frozen weights by the fastest exact kernel here, which timing finds.
 
 Which library multiplies fastest depends on the processor: MKL on many Intel ones, oneDNN by far on AMD's with AVX-512,
-and on others it depends on the shape. The kernels differ in the order of their sums alone.
+and on others it depends on the shape. The kernels differ only in the order of their sums.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def lower(module: Module, precision: str) -> Module:
     """Turns an encoder, or a linear layer, into one that multiplies in low precision.
 
     Args:
-        module: changed in place where it is an encoder, and prepared: it is for inference alone from here on, on CPUs.
+        module: changed in place where it is an encoder, and prepared: from here on it is for inference only, on CPUs.
         precision: "fp32" leaves it as it is.
 
     Returns:

@@ -14,7 +14,7 @@ _lock = threading.Lock()
 def allow_tf32(allowed: bool) -> None:
     """For all products and convolutions of this process on NVIDIA GPUs.
 
-    torch's own default allows it for convolutions alone. Where there is no GPU, do not call it: torch < 2.9 keeps one
+    torch's own default allows it only for convolutions. Where there is no GPU, do not call it: torch < 2.9 keeps one
     setting for both kinds of device, and CPUs too may round then.
     """
     torch.backends.cuda.matmul.allow_tf32 = allowed

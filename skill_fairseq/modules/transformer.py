@@ -41,7 +41,7 @@ class Transformer(nn.Module):
         dropouts: dropout probabilities.
 
     Attributes:
-        checkpoint_activations: keep of each layer its input alone for the backward pass, which computes the layer once
+        checkpoint_activations: keep only the input of each layer for the backward pass, which computes the layer once
             more, with the same dropout and the same gates (Chen et al. 2016, arXiv:1604.06174).
         layer_grad_scale: after layer i of L, from 0, multiply the gradient from the layers above by m = (L - i) / (L -
             i + 1), and that of a loss on the layer's own state by m (1 - m), as ARMHuBERT's code does.
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
             wanted.
         """
         if padding_mask is not None:
-            # A mask of nothing is asked for on the CPU alone: on a GPU the host would wait for the answer.
+            # Only on the CPU: on a GPU the host would wait to learn whether the mask hides anything.
             if exporting() or padding_mask.device.type != "cpu" or padding_mask.any():
                 x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
             else:

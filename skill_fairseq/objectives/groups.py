@@ -69,7 +69,7 @@ def read_groups(groups: Any, groups_file: str | None, field: str = "criterion") 
 
 
 def layer_name(teacher: int, layer: int) -> Layer:
-    """How configs write layer i of teacher k: the number alone for the first teacher, ``k/i`` for the others."""
+    """How configs write layer i of teacher k: only the number for the first teacher, ``k/i`` for the others."""
     return f"{teacher}/{layer}" if teacher else layer
 
 

@@ -139,7 +139,7 @@ def draw_masks(
     padding_mask: Optional[Tensor],
     seeds: Sequence[Sequence[int]],
 ) -> Dict[SpanMasking, Tensor]:
-    """The masked frames of a batch. Those of an utterance depend on its seed and its length alone.
+    """The masked frames of a batch. Those of an utterance depend only on its seed and its length.
 
     Args:
         maskings: how, one or several.

@@ -110,7 +110,7 @@ def outcomes(entry: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
 
     Accuracy: 0 or 1 a test recording. Error rates: a pseudo-value a speaker
     (:class:`skill_fairseq.probing.verify.VerificationResult`, :func:`skill_fairseq.probing.letters.by_speaker`);
-    without speakers the rate alone.
+    without speakers only the rate.
     """
     if "right" in entry:
         return np.array([int(digit) for digit in entry["right"]], dtype=float), list(entry["speakers"])

@@ -47,8 +47,8 @@ def wilson(correct: float, total: float, z: float = Z_95) -> tuple[float, float]
 def per_speaker(values: np.ndarray, speakers: Sequence[str]) -> np.ndarray:
     """One column a speaker, whose mean is the mean over recordings and whose spread is that of speakers.
 
-    The linearised ratio estimator of a mean over clusters: of a row with mean m, speaker k, who has n_k recordings
-    with mean m_k, gets m + n_k / mean(n) * (m_k - m). With equally many recordings each, that is m_k.
+    The linearised ratio estimator of a mean over clusters: of a row with mean m, speaker k, with n_k recordings
+    of mean m_k, gets m + n_k / mean(n) * (m_k - m). With equally many recordings each, that is m_k.
 
     Args:
         values: (rows, recordings).
@@ -102,7 +102,7 @@ def why_none(speakers: int) -> str:
 def show_interval(
     value: float, interval: Optional[Sequence[float]], scale: float = 100, digits: int = 1, signed: bool = False
 ) -> str:
-    """A value and its interval as text, "12.3 [11.0, 13.5]"; the value alone where it has none.
+    """A value and its interval as text, "12.3 [11.0, 13.5]"; only the value where there is none.
 
     Args:
         value, interval: by themselves; the interval's lower and upper bound.

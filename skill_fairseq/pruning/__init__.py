@@ -1,6 +1,6 @@
 """Structured pruning: expected cost, the constraint on it, and what follows from learned gates.
 
-The names in ``__all__`` are a library of their own: gates for any training loop and any loss. They need torch alone
+The names in ``__all__`` are a library of their own: gates for any training loop and any loss. They need only torch
 (and numpy); what they do follows the package's semantic version. ::
 
     from transformers import WavLMForSequenceClassification

@@ -109,7 +109,7 @@ class ElasticConstraint(ExactConstraint):
         self.sizes = sizes
 
     def sizes_at(self, update: int, seed: int) -> List[float]:
-        """The sizes of an update: largest, smallest, and those between, drawn anew by seed and update alone."""
+        """The sizes of an update: largest, smallest, and those between, drawn from seed and update."""
         draws, sizes = random.Random(f"{seed} {update}"), self.sizes
         return [
             *(sizes.largest, sizes.smallest),

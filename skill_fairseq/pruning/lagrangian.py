@@ -41,7 +41,7 @@ def updates_of(value: float, total: int, field: str) -> int:
 
     Args:
         value: 0 or a whole number, or a fraction above 0 and below 1.
-        total: updates of the run; looked at for a fraction alone.
+        total: updates of the run; used only for fractions.
         field: where the value comes from, for messages.
 
     Raises:

@@ -22,7 +22,7 @@ from skill_fairseq.pruning.selection import Ranked, Selection, check_reachable, 
 from skill_fairseq.pruning.shrink import cut_units
 
 SETTLED = 30.0
-"""The least ``log_alpha`` of gates that hold an order alone: such a gate is open, and its value 1 in float32, in
+"""The least ``log_alpha`` of gates that only hold an order: such a gate is open, and its value 1 in float32, in
 training and evaluation alike."""
 WHOLE = 1e-3
 """Difference in size up to which an encoder as it is has the size asked for: a largest one, once it has been cut."""
@@ -30,7 +30,7 @@ _GRID = 4096  # shifts at which a vector's expected number of units is known; be
 
 
 def is_settled(encoder: SpeechEncoder) -> bool:
-    """Whether the gates hold an order alone, as :func:`settle` leaves them."""
+    """Whether the gates only hold an order, as :func:`settle` leaves them."""
     return encoder.gates is not None and bool((encoder.gates.log_alpha.detach() >= SETTLED).all())
 
 

@@ -131,7 +131,7 @@ def pareto(path: Path, lines: Mapping[str, Curve], ylabel: str) -> Path:
 
 
 def draw_curves(axes: Any, lines: Mapping[str, Curve], dashed: Sequence[str] = ()) -> None:
-    """The lines alone, each in a style of its own; those of ``dashed`` in grey."""
+    """Only the lines, each in its own style; those of ``dashed`` in grey."""
     styles = itertools.cycle(STYLES)
     for label, (x, y) in lines.items():
         if label in dashed:
@@ -187,7 +187,7 @@ def forest(
 
     Args:
         path: PNG file to write.
-        rows: label, and what is drawn; without an interval the value alone, in grey.
+        rows: label, and what is drawn; without an interval only the value, in grey.
         xlabel: of the axis.
         reference: where a vertical line stands: 0 for differences, a teacher's value; None: no line.
         zoom: what lies so far from the reference that the others could not be told apart is written at the edge.

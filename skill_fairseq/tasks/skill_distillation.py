@@ -65,7 +65,7 @@ class SkillDistillationTask(AudioPretrainingTask):
                 update_fields(config, {"targets": settings(self.targets)})
         self._teachers: Optional[List[FrozenTeacher]] = None
         self.student_config: Optional[EncoderConfig] = None
-        self.nested = False  # the student's gates hold an order alone
+        self.nested = False  # whether the student's gates only hold an order
         self.num_updates = 0
         self.maskings: List[SpanMasking] = []  # of all objectives
         self.losses: List[Tuple[Tensor, List[str]]] = []  # of the present update, with the files of each batch
@@ -167,7 +167,7 @@ class SkillDistillationTask(AudioPretrainingTask):
                 f"task.targets.{cropped[0]}: the units of whole utterances, but task.enable_padding=false crops those "
                 "of a batch to the shortest; set task.enable_padding=true"
             )
-        train = split == "train" or "data_selector" in kwargs  # which fairseq gives with dataset.train_subset alone
+        train = split == "train" or "data_selector" in kwargs  # which fairseq gives only with dataset.train_subset
         with named("dataset.train_subset" if train else "dataset.valid_subset"):
             self.datasets[split] = SpeechDataset(
                 os.path.join(self.cfg.data, f"{split}.tsv"),

@@ -26,7 +26,7 @@ SAMPLE = 1000  # files that are looked for at the start: one in 300 missing is f
 
 
 def check_once(manifest: Manifest, everything: bool = False) -> None:
-    """Looks for the files of a manifest on the first rank alone; what is missing ends every rank.
+    """Looks for the files of a manifest, on the first rank only; a missing file ends every rank.
 
     Args:
         manifest: what lists them.
@@ -160,7 +160,7 @@ class SpeechDataset(FileAudioDataset):
 
         ``source_bits`` is the source (B, N) again, float32 read as int32: fairseq rounds every float32 tensor of a
         batch to the student's precision, which would change what the teacher hears. ``files`` are the utterances'
-        paths. Where a crop begins depends on seed, epoch and utterance alone: a run that goes on hears the same. So do
+        paths. Where a crop begins depends only on seed, epoch and utterance: a resumed run hears the same. So do
         the masked frames of objectives that mask; ``masked`` holds a (B, T) bool tensor for each masking. ``targets``
         holds the labels by name, see :func:`pad_labels`.
         Messages on files that could not be read are ``unreadable``; nothing else is there if none could.

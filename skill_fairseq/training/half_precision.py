@@ -132,7 +132,7 @@ def load_moments_exactly(optimizer: Any) -> None:
 
 
 def scaler_state(optimizer: Any) -> Dict[str, int]:
-    """How far fairseq's loss scale is from its next rise; fairseq saves the scale alone."""
+    """How far fairseq's loss scale is from its next rise; fairseq saves only the scale."""
     scaler = getattr(optimizer, "scaler", None)
     return {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
 

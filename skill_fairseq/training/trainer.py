@@ -197,7 +197,7 @@ class SkillTrainer(Trainer):
         return iterator
 
     def _set_seed(self) -> None:
-        """fairseq's, and numpy's: layers to drop and spans to mask depend on seed and update alone, as dropout does."""
+        """fairseq's, and numpy's: layers to drop and spans to mask depend only on seed and update, as dropout does."""
         super()._set_seed()
         np.random.seed((self.cfg.common.seed + self.get_num_updates()) % 2**32)
 
