@@ -140,7 +140,8 @@ def _signals_raise() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-EXIT_CODES = "exit codes: 0 done; 1 done in part, stderr says what is missing; 2 an error that you can fix; 130 Ctrl-C"
+EXIT_CODES = """exit codes: 0 done; 1 done in part, stderr says what is missing; 2 an error that you can fix;
+128 + N ended by signal N (130: Ctrl-C)"""
 
 
 class Parser(argparse.ArgumentParser):
