@@ -10,6 +10,7 @@ from messages import says
 from methods import (
     METHODS,
     Recipe,
+    Target,
     check_methods,
     cluster_again,
     equal_runs,
@@ -68,7 +69,11 @@ def test_recipes_are_methods_of_one_line() -> None:
     assert names == ["skill", "thin", "two"]
     assert recipes == {"thin": Recipe("distill/tiny_starhubert"), "two": Recipe("distill/x", ("a.b=1",))}
     targets = {name: target_of(name, clusters(), 1, {}, recipes) for name in (*names, "no_distillation")}
-    assert targets["two"] == (None, "none", ("a.b=1",), (), "distill/x")
+    assert targets["two"] == Target(None, "none", ("a.b=1",), (), "distill/x")
+    _, later = read_methods([{"both": {"config": "distill/x", "then": "finetune/y"}}], "grid")
+    both = target_of("both", clusters(), 1, {}, later)
+    assert (both.recipe, both.then) == ("distill/x", "finetune/y") and both.to_dict()["then"] == "finetune/y"
+    assert "then" not in targets["two"].to_dict()
     assert [target.trained for target in targets.values()] == [True, True, True, False]
     assert "recipe" not in targets["skill"].to_dict() and targets["thin"].to_dict()["recipe"].endswith("starhubert")
 

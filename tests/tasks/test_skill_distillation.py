@@ -231,6 +231,8 @@ for name in ("whole", "short"):
     except FileNotFoundError as missing:
         error = str(missing)
     print(f"{name}, rank {torch.distributed.get_rank()}: looked for {sum('.wav' in str(p) for p in looked)}: {error}")
+torch.distributed.barrier()  # a rank whose peer is gone aborts at its own end
+torch.distributed.destroy_process_group()
 """
 
 
