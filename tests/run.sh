@@ -46,5 +46,5 @@ if [ "${LINT:-1}" = 1 ]; then
     mypy skill_fairseq setup.py
 fi
 say pytest
-# The tests of one file share expensive fixtures: worksteal keeps most of a file in one process.
-python -m pytest -n "${WORKERS:-auto}" --dist worksteal "$@"
+# The tests of one file share expensive fixtures, and so a process.
+python -m pytest -n "${WORKERS:-auto}" --dist loadfile --no-loadscope-reorder "$@"
