@@ -112,8 +112,8 @@ def waves(samples: int = 4000, batch: int = 2, seed: int = 0) -> Tensor:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the tests marked nightly, unless -m or a test's own name asks for them; puts the longest first, so that
-    no process is left with them at the end."""
+    """Leaves out the tests marked nightly, unless -m or a test's own name asks for them; puts the longest first, so
+    that no process is left with them at the end."""
     items.sort(key=lambda item: "training" not in item.path.parts)
     if "nightly" in config.option.markexpr or any("::" in argument for argument in config.args):
         return
