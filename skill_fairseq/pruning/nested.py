@@ -184,7 +184,7 @@ def settle(encoder: SpeechEncoder, size: float, cost: Cost = PARAMETERS) -> Spee
     assert small.gates is not None
     kept = torch.cat([parts[name][selection[name].cpu()] for name, _ in small.named_gates()])
     places = torch.empty(len(kept), dtype=torch.float64)
-    places[kept.argsort(stable=True)] = torch.arange(len(kept), dtype=torch.float64) / len(kept)
+    places[torch.sort(kept, stable=True).indices] = torch.arange(len(kept), dtype=torch.float64) / len(kept)
     with torch.no_grad():
         small.gates.log_alpha.copy_(SETTLED * (1 + places))
     return small
