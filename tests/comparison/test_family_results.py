@@ -134,3 +134,24 @@ def test_the_picture_is_drawn_of_them(family: Any, runs: list[dict[str, str]], t
     family.draw(runs, tmp_path / "family.png")
     assert (tmp_path / "family.png").read_bytes()[:4] == b"\x89PNG"
     assert (BENCHMARK / "results" / "family.png").is_file()
+
+
+def test_new_runs_are_added_and_the_others_stay(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "family.csv"
+    path.write_bytes((BENCHMARK / "results" / "family.csv").read_bytes())
+    before = family.read_runs(path)
+    changed = next(row for row in before if row["method"] == "os_kdft" and row["seed"] == "2")
+
+    def write(file: Path, results: Any) -> None:
+        with open(file, "w", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(changed))
+            writer.writeheader()
+            writer.writerows([{**changed, "digit": "0.5"}, {**changed, "seed": "9"}])
+        assert family.read_runs(path) == before  # nothing is lost if it ends here
+
+    monkeypatch.setattr(family, "write_runs", write)
+    family.add_runs(path, [])
+    after = {(row["method"], row["sparsity"], row["seed"]): row for row in family.read_runs(path)}
+    assert len(after) == len(before) + 1 and after["os_kdft", changed["sparsity"], "9"]["digit"] == changed["digit"]
+    assert after["os_kdft", changed["sparsity"], "2"]["digit"] == "0.5"
+    assert all(after[r["method"], r["sparsity"], r["seed"]] == r for r in before if r is not changed)

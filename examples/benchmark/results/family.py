@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -63,8 +64,10 @@ def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
 def add_runs(path: Path, folders: Sequence[Path]) -> None:
     """Writes what folders have into family.csv; rows of other runs stay."""
     before = read_runs(path) if path.is_file() else []
-    write_runs(path, collect(folders))
-    rows = {(row["method"], row["sparsity"], row["seed"]): row for row in [*before, *read_runs(path)]}
+    with tempfile.TemporaryDirectory() as folder:  # the file itself is replaced once, by all rows
+        write_runs(Path(folder) / "new.csv", collect(folders))
+        new = read_runs(Path(folder) / "new.csv")
+    rows = {(row["method"], row["sparsity"], row["seed"]): row for row in [*before, *new]}
     ordered = sorted(rows, key=lambda key: (float(key[1]), _order(key[0]), key[0], int(key[2])))
     head = list(dict.fromkeys(name for row in rows.values() for name in row))
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
