@@ -6,12 +6,14 @@ and on others it depends on the shape. The kernels differ only in the order of t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import platform
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Set
 
@@ -256,6 +258,7 @@ def chosen() -> Dict[str, int]:
     return {name: names.count(name) for name in KERNELS if name in names}
 
 
+@functools.cache
 def machine() -> str:
     """Processor and torch, which an answer holds for."""
     return f"{_processor()} torch {torch.__version__}"
@@ -291,11 +294,18 @@ def _recall() -> None:
 
 
 def _remember() -> None:
+    """Writes the file of answers; one that cannot be written is named once, and ends no forward."""
     path = os.environ.get(CACHE)
-    if path:
-        temporary = Path(f"{path}.{os.getpid()}")
+    if not path:
+        return
+    temporary = Path(f"{path}.{os.getpid()}")
+    try:
         temporary.write_text(json.dumps(_measured, indent=1, sort_keys=True), encoding="utf-8")
         temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        warnings.warn(f"{CACHE}: {path} cannot be written ({error}); what was measured is forgotten", stacklevel=2)
 
 
 def _detached(bias: Optional[Tensor]) -> Optional[Tensor]:

@@ -87,6 +87,18 @@ def test_the_fastest_is_chosen_and_remembered(monkeypatch: pytest.MonkeyPatch, t
     assert set(json.loads((tmp_path / "kernels.json").read_text()).values()) == {"unfolded"}
 
 
+def test_a_file_of_answers_that_cannot_be_written_ends_no_forward(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernels, "LEAST_MACS", 0)
+    monkeypatch.setenv(kernels.CACHE, str(tmp_path / "missing" / "kernels.json"))
+    weight, x = torch.randn(3, 8, 8), torch.randn(60, 8)
+    with pytest.warns(UserWarning, match="SKILL_KERNELS_CACHE: .*cannot be written"):
+        found = Product(weight, None, 2)(x)
+    assert (found - by_hand(x, weight, None, 2)).abs().max() < 1e-4
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_wrong_kernel_is_not_chosen() -> None:
     product = Product(torch.randn(3, 8, 8), None, 2)
     product._made["unfolded"] = lambda x: product._kernel("plain")(x) * 1.001
