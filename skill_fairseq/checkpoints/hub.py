@@ -42,9 +42,8 @@ def local_copy(path: PathLike) -> Path:
     try:
         return Path(snapshot_download(match["repo"], revision=match["revision"], allow_patterns=WANTED))
     except Exception as error:  # of the hub, of its client and of the network
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
-            f"{path}: cannot be fetched ({reason}); check the name and revision, the network, and for private "
+            f"{path}: cannot be fetched ({_reason(error)}); check the name and revision, the network, and for private "
             "repositories HF_TOKEN"
         ) from error
 
@@ -72,8 +71,12 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Written by skill-export"))
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ValueError(
-            f"--push: {repo}: {reason}; {folder} is written all the same: log in by hf auth login or HF_TOKEN, then "
-            f"hf upload {repo} {folder}"
+            f"--push: {repo}: {_reason(error)}; {folder} is written all the same: log in by hf auth login or HF_TOKEN, "
+            f"then hf upload {repo} {folder}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says something."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
