@@ -80,7 +80,7 @@ class NestedOrder:
 
     def counts(self, number: int) -> Dict[str, int]:
         """Units that each vector keeps where ``number`` are kept in all; all that stay as long as the last of them."""
-        last = self.sorted[max(number, 1) - 1]
+        last = self._last(number)
         return {name: int((stays >= last).sum()) for name, stays in zip(self.names, self.vectors)}
 
     def number(self, size: float) -> int:
@@ -95,7 +95,10 @@ class NestedOrder:
     def mask(self, size: float) -> Tensor:
         """(n,) bool on the CPU, the units of a size, to within one unit's cost; those of a smaller size are among
         them."""
-        return self.stays >= self.sorted[max(self.number(size), 1) - 1]
+        return self.stays >= self._last(self.number(size))
+
+    def _last(self, number: int) -> Tensor:
+        return self.sorted[max(number, 1) - 1]
 
     def _cost(self, number: int) -> float:
         widths: Widths = kept_widths(self.encoder, self.counts(number))
@@ -120,9 +123,9 @@ def nested_selections(encoder: SpeechEncoder, sizes: Sequence[float], cost: Cost
     order, found = NestedOrder(encoder, cost), {}
     original, whole = cost.original(encoder.config), 1 - float(cost.sparsity(encoder.config, widths_of(encoder.config)))
     tables = []
-    for name, stays in zip(order.names, order.vectors):
+    for (name, vector), stays in zip(encoder.named_gates(), order.vectors):
         values, units = stays.sort(descending=True, stable=True)
-        tables.append((name, units.tolist(), values.tolist(), UNITS[dict(encoder.named_gates())[name].unit].least))
+        tables.append((name, units.tolist(), values.tolist(), UNITS[vector.unit].least))
     most = {name: len(units) for name, units, _, _ in tables}
     for size in sorted(set(sizes), reverse=True):
         if abs(size - whole) > WHOLE:
