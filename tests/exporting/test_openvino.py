@@ -23,6 +23,7 @@ def checkpoint(student, tmp_path_factory):
     return path
 
 
+@pytest.mark.formats("out", "OpenVINO model in fp32, fp16 or int8", "OpenVINO")
 @pytest.mark.parametrize("precision, limit", [("fp32", 1e-4), ("fp16", 2e-3), ("int8", 0.05)])
 def test_openvino_computes_what_the_student_does(precision, limit, checkpoint, student, tmp_path: Path) -> None:
     from skill_fairseq.exporting.openvino_model import OpenvinoEncoder
