@@ -151,7 +151,7 @@ def full(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
 
 
 def onnxruntime(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
-    """The same encoder as ``skill-export --to onnx`` writes it, in onnxruntime; where bf16 is asked for it runs fp32."""
+    """The same encoder as ``skill-export --to onnx`` writes it, in onnxruntime; for bf16 it runs fp32."""
     require("--against onnxruntime", "onnx", "onnxscript", "onnxruntime")
     from skill_fairseq.exporting.onnx_encoder import OnnxEncoder
 
