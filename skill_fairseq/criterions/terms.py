@@ -1,4 +1,4 @@
-"""The objectives of a sum, as a config names them, and what they take over from an earlier run."""
+"""Objectives of a config, and loading their parameters from an earlier run."""
 
 import dataclasses
 import logging
@@ -22,9 +22,9 @@ class Term(NamedTuple):
         objective: the objective.
         weight: its factor.
         cfg: its config.
-        path: its attribute of the criterion, with which checkpoints name its parameters.
-        field: where its config stands, from the criterion's on.
-        prefix: of the names of what it logs.
+        path: its attribute of the criterion, the prefix of its parameters in checkpoints.
+        field: path of its config, from the criterion's.
+        prefix: prefix of the names that it logs.
     """
 
     objective: Objective
@@ -40,7 +40,7 @@ def learns_from_labels(kind: str) -> bool:
 
 
 def read_objective(given: Any, field: str) -> Tuple[str, float, bool, Any]:
-    """Name, weight, whether it hears the adapters, and typed config of an objective.
+    """Name, weight, whether adapters are used, and typed config of an objective.
 
     Raises:
         ValueError: names the field.
@@ -61,10 +61,10 @@ def read_objective(given: Any, field: str) -> Tuple[str, float, bool, Any]:
 
 
 def init_objectives(terms: Sequence[Term], path: str) -> None:
-    """Takes over the objectives' parameters of a run that had the same settings.
+    """Loads the objectives' parameters from a run that had the same settings.
 
     Raises:
-        ValueError: the run had others; names the field and both values.
+        ValueError: its settings differ; names the field and both values.
     """
     checkpoint = _saved_run(Path(path))
     before, state = plain(checkpoint.get("cfg")) or {}, checkpoint.get("criterion") or {}
@@ -75,7 +75,7 @@ def init_objectives(terms: Sequence[Term], path: str) -> None:
             continue
         if not found:
             logger.warning(
-                f"criterion.init_from: {path} holds no projections or heads of {term.field}, they start afresh "
+                f"criterion.init_from: {path} has no projections or heads for {term.field}: they start from scratch "
                 "(projections as the identity); give stage 1's checkpoint, or null"
             )
             continue
@@ -86,20 +86,20 @@ def init_objectives(terms: Sequence[Term], path: str) -> None:
         shapes = [{k: list(v.shape) for k, v in side.items()} for side in (found, own)]
         compared = [(f"{term.field}.{name}", value, mine.get(name)) for name, value in theirs.items()]
         target = getattr(term.objective, "target", None)
-        if target is not None:  # a class is a number in the head
+        if target is not None:  # a class is an index in the head
             labels = ((before.get("task") or {}).get("targets") or {}).get(target.name) or {}
             compared.append((f"task.targets.{target.name}.classes", labels.get("classes"), list(target.classes)))
         for name, other, value in [*compared, ("shapes of projections", *shapes)]:
             if other != value:
                 raise ValueError(
                     f"criterion.init_from: {path}: its projections were trained with {name} = {other}, here it is "
-                    f"{value}; give both runs the same, or start from the identity with criterion.init_from=null"
+                    f"{value}; use the same in both runs, or start from the identity with criterion.init_from=null"
                 )
         term.objective.load_state_dict(found)
 
 
 def _saved_run(path: Path) -> Dict[str, Any]:
-    """A fairseq checkpoint; empty for exported files and folders, which have no criterion."""
+    """Loads a fairseq checkpoint; empty for exported files and folders, which have no criterion."""
     if not path.exists():
         raise FileNotFoundError(f"criterion.init_from: {path} does not exist; give stage 1's checkpoint, or null")
     if path.is_dir():
