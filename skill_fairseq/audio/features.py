@@ -40,9 +40,7 @@ def log_mel(
     if wave.dim() != 1:
         raise ValueError(f"wave: shape {tuple(wave.shape)}, expected (N,); pass one recording of one channel")
     if wave.numel() < window:
-        raise ValueError(
-            f"wave: {wave.numel()} samples, expected at least one window of {window}; remove it or pad it"
-        )
+        raise ValueError(f"wave: {wave.numel()} samples, expected at least one window of {window}; remove it or pad it")
     frames = wave.float().unfold(0, window, hop)
     frames = frames - frames.mean(dim=1, keepdim=True)
     previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)

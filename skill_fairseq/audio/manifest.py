@@ -113,8 +113,7 @@ def read_manifest(path: PathLike) -> Manifest:
             )
         if name[0].isspace():
             raise ValueError(
-                f"{source}, line {number}: the path {name!r} begins with a blank, which fairseq strips; rename the "
-                "file"
+                f"{source}, line {number}: the path {name!r} begins with a blank, which fairseq strips; rename the file"
             )
         paths.append(name)
         sizes.append(int(size))

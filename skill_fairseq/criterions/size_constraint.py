@@ -140,9 +140,7 @@ def _elastic(cfg: Any, student: EncoderConfig, nested: bool) -> ElasticConstrain
     for name, allowed in (("target", None), ("target_sparsity", follows)):
         found = plain(cfg[name])
         if found is not None and (allowed is None or abs(found - allowed) > 1e-9):
-            raise ValueError(
-                f"criterion.{name}: {found} conflicts with {field}, which replaces it; set it to null"
-            )
+            raise ValueError(f"criterion.{name}: {found} conflicts with {field}, which replaces it; set it to null")
     if not student.pruning_units:
         raise ValueError(
             f"{field}: {plain(cfg.elastic)}, but the student has no gates; set model.pruning_units in stage 1, or "

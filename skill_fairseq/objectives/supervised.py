@@ -29,9 +29,7 @@ class SupervisedConfig:
     )
     normalize_states: Optional[bool] = field(
         default=None,
-        metadata={
-            "help": "layer-normalise every state first; null: only for students with pre-LayerNorm layers"
-        },
+        metadata={"help": "layer-normalise every state first; null: only for students with pre-LayerNorm layers"},
     )
 
 

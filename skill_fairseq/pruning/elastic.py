@@ -69,7 +69,7 @@ def read_sizes(given: Any, field: str) -> Sizes:
     """
     names = [each.name for each in dataclasses.fields(Sizes)]
     if not isinstance(given, Mapping) or not {"smallest", "largest"} <= set(given) or set(given) - set(names):
-        raise ValueError(f"{field}: {given!r}; expected {{smallest: 0.1, largest: 0.5}}, and between and valid if wanted")
+        raise ValueError(f"{field}: {given!r}; expected {{smallest: 0.1, largest: 0.5}} (and between, valid)")
     fields = dict(given)
     valid = fields.pop("valid", None)
     if valid is not None and not isinstance(valid, (list, tuple)):
