@@ -46,8 +46,8 @@ def learns_from_labels(kind: str) -> bool:
 
 
 def read_objective(given: Any, field: str) -> Tuple[str, float, Dict[str, Any], Any]:
-    """Name, weight, common fields that differ from their defaults (``adapters``, ``weight_epochs``), and typed config of
-    an objective.
+    """Name, weight, other common fields (``adapters``, ``weight_epochs``) that differ from their defaults, and typed
+    config of an objective.
 
     Raises:
         ValueError: names the field.

@@ -17,7 +17,7 @@ class ByEpochConfig(FairseqDataclass):
     final_share: float = field(default=0.01, metadata={"help": "rate at the cosine's end, as a share of lr"})
     ramp_epochs: int = field(
         default=0,
-        metadata={"help": "multiply the cosine by epoch / ramp_epochs, and from this epoch on decay instead; 0: no ramp"},
+        metadata={"help": "multiply the cosine by epoch / ramp_epochs, and decay from this epoch on; 0: no ramp"},
     )
     decay: float = field(default=0.93, metadata={"help": "factor per epoch from epoch ramp_epochs on"})
     fresh_optimizer: bool = field(
@@ -57,9 +57,7 @@ class ByEpoch(FairseqLRScheduler):
             self.optimizer.optimizer.state.clear()
         self.epoch = epoch
         cfg = self.cfg
-        self.optimizer.set_lr(
-            cfg.lr[0] * epoch_factor(epoch, cfg.epochs, cfg.final_share, cfg.ramp_epochs, cfg.decay)
-        )
+        self.optimizer.set_lr(cfg.lr[0] * epoch_factor(epoch, cfg.epochs, cfg.final_share, cfg.ramp_epochs, cfg.decay))
 
     def step(self, epoch: int, val_loss: Optional[float] = None) -> float:
         """Nothing happens at the end of an epoch."""
