@@ -38,6 +38,7 @@ def _register() -> None:
         import skill_fairseq.criterions.skill_group_kd
         import skill_fairseq.models.skill_student
         import skill_fairseq.models.wavlm
+        import skill_fairseq.optim.by_epoch
         import skill_fairseq.optim.linear_warmup_decay
         import skill_fairseq.tasks.skill_distillation  # noqa: F401
     except Exception as error:  # old packages on a new Python raise almost anything

@@ -32,7 +32,8 @@ class DistillationConfig(SizeConstraintConfig):
         default=None,
         metadata={
             "help": "NAME: {_name: a registered objective, weight: 1.0, and its own fields}; NAME is your choice and "
-            "prefixes logged values and parameters; adapters: false runs the student without its adapters"
+            "prefixes logged values and parameters; adapters: false runs the student without its adapters; "
+            "weight_epochs: N lowers the weight linearly to 0 in epoch N"
         },
     )
 
@@ -133,22 +134,19 @@ class DistillationCriterion(FairseqCriterion):
             field = f"criterion.objectives.{name}"
             if not str(name).isidentifier() or hasattr(self.objectives, name):
                 raise ValueError(f"{field}: cannot be a name; use another one of letters, digits and _")
-            kind, weight, adapters, cfg = read_objective(given[name], field)
+            kind, weight, common, cfg = read_objective(given[name], field)
             labels = {"targets": self.task.targets} if learns_from_labels(kind) else {}
             objective = OBJECTIVES[kind][0](cfg, student, teachers, field, **labels)
             self.objectives[name] = objective
+            adapters = common.get("adapters", True)
             if not adapters and not student.adapter_dim:
                 raise ValueError(f"{field}.adapters: false does nothing with model.adapter_dim=0; leave it out")
             if not adapters:
                 objective.student_taps = [dataclasses.replace(tap, adapters=False) for tap in objective.student_taps]
             with open_dict(given):
-                given[name] = {
-                    "_name": kind,
-                    "weight": weight,
-                    **plain(cfg),
-                    **({} if adapters else {"adapters": False}),
-                }
-            terms.append(Term(objective, weight, cfg, f"objectives.{name}", field, f"{name}_"))
+                given[name] = {"_name": kind, "weight": weight, **plain(cfg), **common}
+            epochs = common.get("weight_epochs", 0)
+            terms.append(Term(objective, weight, cfg, f"objectives.{name}", field, f"{name}_", epochs))
         return terms
 
     def chosen(self) -> Dict[str, Any]:
@@ -271,7 +269,7 @@ class DistillationCriterion(FairseqCriterion):
             asked = term.objective.student_taps, term.objective.teacher_taps
             found = ([side[tap] for tap in taps] for side, taps in zip((student, teacher), asked))
             loss, terms = term.objective(*found, out["padding_mask"], sample)
-            losses.append(term.weight * loss)
+            losses.append(term.weight_in(self.task.epoch) * loss)
             for name, value in terms.items():
                 (ratios if value.dim() else values)[f"{term.prefix}{name}"] = value
             if term.prefix:

@@ -20,7 +20,8 @@ class Term(NamedTuple):
 
     Attributes:
         objective: the objective.
-        weight: its factor.
+        weight: its factor; see :meth:`weight_in`.
+        weight_epochs: the epoch in which the factor reaches 0; 0: it does not change.
         cfg: its config.
         path: its attribute of the criterion, the prefix of its parameters in checkpoints.
         field: path of its config, from the criterion's.
@@ -33,28 +34,38 @@ class Term(NamedTuple):
     path: str
     field: str
     prefix: str
+    weight_epochs: int = 0
+
+    def weight_in(self, epoch: int) -> float:
+        """The factor in an epoch, counted from 1: weight (1 - epoch / weight_epochs), and at least 0."""
+        return self.weight * max(1 - epoch / self.weight_epochs, 0.0) if self.weight_epochs else self.weight
 
 
 def learns_from_labels(kind: str) -> bool:
     return bool(getattr(OBJECTIVES[kind][0], "supervised", False))
 
 
-def read_objective(given: Any, field: str) -> Tuple[str, float, bool, Any]:
-    """Name, weight, whether adapters are used, and typed config of an objective.
+def read_objective(given: Any, field: str) -> Tuple[str, float, Dict[str, Any], Any]:
+    """Name, weight, other common fields (``adapters``, ``weight_epochs``) that differ from their defaults, and typed
+    config of an objective.
 
     Raises:
         ValueError: names the field.
     """
     fields = dict(plain(given)) if OmegaConf.is_dict(given) else {}
     kind, weight, adapters = fields.pop("_name", None), fields.pop("weight", 1.0), fields.pop("adapters", True)
+    epochs = fields.pop("weight_epochs", 0)
     if kind not in OBJECTIVES:
         raise ValueError(f"{field}._name: {kind!r}; expected one of {', '.join(sorted(OBJECTIVES))}")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
         raise ValueError(f"{field}.weight: {weight!r}; expected a number of at least 0")
     if not isinstance(adapters, bool):
         raise ValueError(f"{field}.adapters: {adapters!r}; expected true or false")
+    if type(epochs) is not int or epochs < 0:
+        raise ValueError(f"{field}.weight_epochs: {epochs!r}; expected a whole number of epochs, 0 for none")
+    common = {**({} if adapters else {"adapters": False}), **({"weight_epochs": epochs} if epochs else {})}
     try:
-        return kind, float(weight), adapters, OmegaConf.merge(OmegaConf.structured(OBJECTIVES[kind][1]), fields)
+        return kind, float(weight), common, OmegaConf.merge(OmegaConf.structured(OBJECTIVES[kind][1]), fields)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         known = ", ".join(field.name for field in dataclasses.fields(OBJECTIVES[kind][1]))
         raise ValueError(f"{field}: {str(error).splitlines()[0]}; {kind} has the fields {known}") from error

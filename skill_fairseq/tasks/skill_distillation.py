@@ -67,6 +67,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         self.student_config: Optional[EncoderConfig] = None
         self.nested = False  # whether the student's gates only hold an order
         self.num_updates = 0
+        self.epoch = 1
         self.maskings: List[SpanMasking] = []  # of all objectives
         self.losses: List[Tuple[Tensor, List[str]]] = []  # of the current update, with the files of each batch
         self.frames_of_weight_1: Optional[float] = None  # in the current update
@@ -270,6 +271,11 @@ class SkillDistillationTask(AudioPretrainingTask):
                     parameter.param_group = part
                 elif self.cfg.separate_biases and "bias" in name.rpartition(".")[2]:
                     parameter.param_group = "biases"
+
+    def begin_epoch(self, epoch: int, model: Any) -> None:
+        """Remembers the epoch, counted from 1, for weights that change with it."""
+        super().begin_epoch(epoch, model)
+        self.epoch = epoch
 
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
         """Checks that gates and multipliers are still equal on all ranks.
