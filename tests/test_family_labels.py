@@ -41,7 +41,7 @@ def test_published_sizes_of_os_kdft() -> None:
     first = recipe("os_kdft_xlsr_voxceleb2")
     xlsr = student_shape(hubert_large(conv_bias=True), first.model)
     size = count_parameters(xlsr, widths_of(xlsr))
-    mask_embedding = 1024  # which an encoder here does not have
+    mask_embedding = 1024  # which encoders here lack
     published = RELATED["parameter_counts"]["os_kdft first scripts (XLSR-53, 4 layers)"]
     assert size + mask_embedding == published["student_with_adapters"]
     assert f"| `os_kdft_xlsr_voxceleb2` | {size:,} |" in PAGE

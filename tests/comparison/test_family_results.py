@@ -1,4 +1,4 @@
-"""The page's table of related systems follows from the runs that are committed."""
+"""The page's table of related systems matches the committed runs."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_differences_are_paired(runs: list[dict[str, str]], page: str) -> None:
 
 
 def test_labels_that_students_learn_from_are_of_no_test_recording(page: str) -> None:
-    """What the page says of OS-KDFT's and the multi-task student's labels."""
+    """The page's statements on the labels of OS-KDFT and the multi-task student."""
 
     def read(path: Path) -> list[dict[str, str]]:
         with open(path, encoding="utf-8") as stream:
@@ -147,7 +147,7 @@ def test_new_runs_are_added_and_the_others_stay(family: Any, tmp_path: Path, mon
             writer = csv.DictWriter(stream, list(changed))
             writer.writeheader()
             writer.writerows([{**changed, "digit": "0.5"}, {**changed, "seed": "9"}])
-        assert family.read_runs(path) == before  # nothing is lost if it ends here
+        assert family.read_runs(path) == before  # nothing is lost if it stops here
 
     monkeypatch.setattr(family, "write_runs", write)
     family.add_runs(path, [])

@@ -1,4 +1,4 @@
-"""The page's table of methods follows from the runs that are committed."""
+"""The page's table of methods matches the committed runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def runs() -> list[dict[str, str]]:
 
 
 def table() -> dict[str, list[str]]:
-    """What the page says, by method: the cells after the first."""
+    """The page's cells after the first, by method."""
     page = (REPOSITORY / "examples" / "benchmark" / "README.md").read_text()
     section = page.split("## Do groups beat single layers?")[1].split("\n#")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")][2:]
@@ -69,5 +69,5 @@ def test_intervals_are_over_seeds_and_speakers(runs: list[dict[str, str]], cell:
         mine, baseline = (np.stack([values(runs, who, name) for name in columns], 1) for who in (method, "dphubert"))
         shown = [float(number) for number in re.findall(r"[-+]\d+\.\d+", cells[cell])]
         found = [scale * number for number in paired_difference(mine, baseline, columns)]
-        # The runs hold six digits, the table was made from more: rounding may differ.
+        # The runs hold six digits, but the table was made from more, so rounding may differ.
         assert shown == pytest.approx(found, abs=0.51 * 10**-digits), method

@@ -1,4 +1,4 @@
-"""ONNX in fewer bits, with chosen outputs, and in the form that onnxruntime fuses: all held against onnxruntime."""
+"""ONNX with fewer bits, with chosen outputs, and in the form that onnxruntime fuses, checked in onnxruntime."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def accuracy(model, student, speech):
 
 
 def optimised(model, folder):
-    """Operators that onnxruntime runs, by number."""
+    """Counts of the operators that onnxruntime runs."""
     import onnx
     import onnxruntime
 
@@ -58,7 +58,7 @@ def test_onnxruntime_fuses_every_gelu_and_norm(graph, student, tmp_path):
     units = [units for units in student.config.ffn_dims if units]
     assert written["Erf"] == 7 + 1 + len(units)  # convolutions, positions, feed-forward networks
     assert run["Gelu"] + run["BiasGelu"] == written["Erf"] and not run["Erf"]
-    assert run["LayerNormalization"] >= 1 and run["GatherND"] <= 1  # position bias is made once, not in every layer
+    assert run["LayerNormalization"] >= 1 and run["GatherND"] <= 1  # position bias is computed once, not in every layer
 
 
 @pytest.mark.formats("out", "ONNX in int8", "onnxruntime")
@@ -79,7 +79,7 @@ def test_int8_of_speech_stays_about_a_hundredth(graph, student, speech, tmp_path
         kinds = Counter(node.op_type for node in small.graph.node)
         if batches is None:
             assert kinds["MatMulInteger"] == len(linears) and not kinds["QuantizeLinear"]
-        else:  # the second linear layers of feed-forward networks have outliers: their ranges stay free
+        else:  # the second linear layers of feed-forward networks have outliers, so their ranges stay dynamic
             assert kinds["MatMulInteger"] == len([u for u in student.config.ffn_dims if u]) and kinds["QuantizeLinear"]
         matrices = [t for t in small.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 1]
         assert max(math.prod(tensor.dims) for tensor in matrices) < 2000  # no large weight in float32 is left

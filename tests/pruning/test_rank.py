@@ -1,4 +1,4 @@
-"""Ranks of linear maps as prunable units: cut, the encoder computes the same, and is as large as counted."""
+"""Ranks of linear maps as prunable units: the cut encoder computes the same and has the counted size."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KINDS = [["rank"], ["heads", "ffn", "rank"], ALL]
 
 
 def gated_encoder(units: list[str], seed: int = 0, **changes: Any) -> SpeechEncoder:
-    """Random weights, gates scattered; a layer's attention, a layer's FFN, and some ranks are closed."""
+    """Random weights and scattered gates; a layer's attention, a layer's FFN, and some ranks are closed."""
     encoder = random_encoder(**changes)
     pruning.gate(encoder, units)
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +113,7 @@ def test_sampled_zeros_are_exact_too() -> None:
 
 
 def test_the_constraint_closes_ranks_from_the_start() -> None:
-    """Of full rank one component less saves nothing, but all of them together do."""
+    """At full rank, dropping one component saves nothing, but dropping all of them does."""
     gated = gated_encoder(["rank"])
     gated.gates.log_alpha.data.fill_(4.6)
     constraint = CostConstraint(0.5, 0)
@@ -151,7 +151,7 @@ def test_what_was_cut_starts_another_stage() -> None:
     once = shrink(gated_encoder(["heads", "ffn", "rank"], seed=1))
     again = SpeechEncoder(once.config.replace(pruning_units=["ffn", "rank"]))
     ranks = [gate for _, gate in again.named_gates() if gate.unit == "rank"]
-    assert len(ranks) == sum(isinstance(m, LowRankLinear) and m.rank > 0 for m in once.modules())  # thin ones alone
+    assert len(ranks) == sum(isinstance(m, LowRankLinear) and m.rank > 0 for m in once.modules())  # only thin ones
     pruning.gate(once, ["ffn", "rank"])
     once.gates.log_alpha.data.copy_(torch.linspace(-3, 3, len(once.gates.log_alpha)))
     twice = shrink(once)
