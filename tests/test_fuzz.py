@@ -1,6 +1,6 @@
-"""Files of every kind that is read, cut short and with bits flipped: a clean error or a whole result, in bounds.
+"""Truncated and bit-flipped files of every readable kind: a clean error or a complete result, within limits.
 
-A kind is a function that writes sound files into a folder, and one that reads the folder as users do.
+A kind is a function that writes intact files into a folder, and one that reads the folder like a user.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ GROUPS = "criterion:\n  _name: skill_group_kd  # ours\n  groups: [[0], [1, 2], [
 class Kind(NamedTuple):
     write: Callable[[Path], Any]
     read: Callable[[Path], Any]
-    exact: bool = False  # whether what is read despite the change must be what was written
+    exact: bool = False  # whether a result read despite the change must equal the original
 
 
 KINDS = {
