@@ -23,7 +23,7 @@ import torch
 from huggingface_models import huggingface
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDS = {"cluster", "corpus", "gpu", "hours", "memory", "network"}
+NEEDS = {"cluster", "coremltools", "corpus", "gpu", "hours", "memory", "network"}
 """What a block may need that a test machine lacks; memory: more than 4 GB."""
 SHORT = (
     *("common.cpu=true", "distributed_training.distributed_world_size=1", "dataset.num_workers=0"),
