@@ -243,13 +243,22 @@ def write_file(path: PathLike, content: str | bytes | memoryview) -> None:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def write_json(path: PathLike, content: Any) -> None:
-    """In one step.
+def json_text(content: Any) -> str:
+    """JSON as files and commands have it.
 
     Raises:
         ValueError: a number in it is NaN or infinite, which JSON does not know.
     """
-    write_file(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def write_json(path: PathLike, content: Any) -> None:
+    """In one step.
+
+    Raises:
+        ValueError: see :func:`json_text`.
+    """
+    write_file(path, json_text(content))
 
 
 def read_json(path: PathLike) -> Any:

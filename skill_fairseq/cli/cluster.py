@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from skill_fairseq.audio.manifest import check_manifest, read_manifest
 from skill_fairseq.checkpoints import load_encoder
-from skill_fairseq.cli._common import Parser, check_device, in_range, run, seed
+from skill_fairseq.cli._common import Done, Parser, check_device, in_range, run
 from skill_fairseq.clustering import linkage
 from skill_fairseq.clustering.calibration import choose_utterances, layer_similarity
 from skill_fairseq.clustering.config_file import format_groups, merge_groups, read_config
@@ -47,6 +47,20 @@ and OUT/clusters.png (needs matplotlib). With --config the groups go into that t
 comments stay. The same audio gives the same groups, whatever the manifest's order and the batch size.
 Recordings of more than a minute are encoded in pieces of equal length.
 """
+
+PRINTS = {
+    "groups": "layers of each group",
+    "layers": "layers that were clustered, in the order of the matrices",
+    "measure": "measure that the groups are by",
+    "linkage": "the tree, as SciPy has it",
+    "cut": "how the tree was cut",
+    "matrices": "distances between layers by each measure",
+    "teacher": "name and SHA-256; of several teachers a list",
+    "calibration": "utterances, frames and seconds that were heard, and what was skipped",
+    "settings": "options that can change the result",
+    "versions": "packages and their versions",
+    "files": "paths of the files written",
+}
 
 DEFAULT_GROUPS = 4  # as many as DPHuBERT has target layers
 
@@ -103,7 +117,7 @@ def _ranges(layers: Sequence[Layer]) -> str:
 
 
 @run
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Done:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
     args.teacher = [path.absolute() for path in args.teacher]  # a folder may be given as "."
@@ -181,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         written.append(args.config)
     print(f"wrote {', '.join(map(str, written))}")
     print(f"to train with these groups: fairseq-hydra-train ... 'criterion.groups={format_groups(named, ',')}'")
-    return 0
+    return Done({**record, "files": list(map(str, written))})
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -227,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-cluster",
         description="Cluster a teacher's layers by the similarity of their hidden states on a little speech.",
         epilog=EPILOG,
+        prints=PRINTS,
     )
     add = parser.add_argument
     add(
@@ -236,51 +251,72 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="FILE",
-        help="any file or folder that load_encoder reads; may be several",
+        help="files or folders that load_encoder reads",
     )
     parser.add_trust()
-    add("--manifest", required=True, type=Path, metavar="TSV", help="audio to choose the calibration set from")
+    add("--manifest", required=True, type=Path, metavar="MANIFEST", help="audio to choose the calibration set from")
     add("--out", type=Path, default=Path("clusters"), metavar="DIR", help="folder to write (default: clusters)")
-    add("--config", type=Path, metavar="YAML", help="training config to put criterion.groups into")
-    add("--measure", choices=MEASURES, default="cka_minibatch", help="see below (default: cka_minibatch)")
-    add("--linkage", choices=linkage.LINKAGES, default="average", help="ward only with l2 (default: average)")
+    add("--config", type=Path, metavar="YAML", help="training config that gets criterion.groups")
+    add(
+        "--measure",
+        choices=MEASURES,
+        default="cka_minibatch",
+        help="distance between layers, see below (default: cka_minibatch)",
+    )
+    add(
+        "--linkage",
+        choices=linkage.LINKAGES,
+        default="average",
+        help="linkage of the tree; ward only with l2 (default: average)",
+    )
     cut = parser.add_mutually_exclusive_group()
     cut.add_argument(
         "--num-groups",
         type=in_range(int, least=1, most=1000),
         default=DEFAULT_GROUPS,
         metavar="K",
-        help=f"exactly so many (default: {DEFAULT_GROUPS}, the number of DPHuBERT's target layers)",
+        help=f"number of groups (default: {DEFAULT_GROUPS}, as many as DPHuBERT has target layers)",
     )
-    cut.add_argument("--height", type=in_range(float, least=0), metavar="H", help="merge up to this distance")
+    cut.add_argument(
+        "--height",
+        type=in_range(float, least=0),
+        metavar="H",
+        help="largest distance of what is merged, in the measure's unit",
+    )
     cut.add_argument(
         "--silhouette",
         type=in_range(int, least=1, most=1000),
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="as many in this range as have the best silhouette",
+        help="range of the number of groups; the best silhouette decides",
     )
     add(
         "--neighbours-only",
         action="store_true",
-        help="only neighbouring layers may merge: every group is a run of layers",
+        help="groups of neighbouring layers only",
     )
-    add("--no-layer-0", action="store_true", help="leave out layer 0, the features before the Transformer")
+    add("--no-layer-0", action="store_true", help="groups without layer 0, the features before the Transformer")
     add(
         "--max-seconds",
         type=in_range(float, above=0, endless=True),
         default=600.0,
         metavar="S",
-        help="of audio in all; inf: all (default: 600)",
+        help="most audio in all, seconds; inf: all (default: 600)",
     )
-    add("--max-utterances", type=in_range(int, least=1), metavar="N", help="at most so many (default: no limit)")
-    add("--seed", type=seed, default=0, help="of the choice of utterances (default: 0)")
+    add(
+        "--max-utterances",
+        type=in_range(int, least=1),
+        metavar="N",
+        help="largest number of utterances (default: no limit)",
+    )
+    parser.add_seed("the choice of utterances")
     add(
         "--batch-size",
         type=in_range(int, least=1),
         default=1,
-        help="most utterances to encode together; only equal lengths are (default: 1)",
+        metavar="N",
+        help="largest number of utterances encoded together; only equal lengths are (default: 1)",
     )
-    add("--device", default="cpu", help="where the teacher runs (default: cpu)")
-    add("--compare", action="store_true", help="also print as many groups by every measure")
+    parser.add_device()
+    add("--compare", action="store_true", help="as many groups by every other measure as well")
     return parser

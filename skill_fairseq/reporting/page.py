@@ -100,9 +100,16 @@ def code(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
-def command(words: Sequence[str]) -> str:
-    """A command for a shell, its words quoted; long ones are wrapped, between words where that is possible."""
-    return f'<pre class="command">{" ".join(f"<span>{escape(shell_quote(word))}</span>" for word in words)}</pre>'
+def command(words: Sequence[str], into: Optional[str] = None) -> str:
+    """A command for a shell, its words quoted; long ones are wrapped, between words where that is possible.
+
+    Args:
+        words: of the command.
+        into: file that gets what it prints.
+    """
+    shown = [escape(shell_quote(word)) for word in words]
+    shown += [] if into is None else [escape(f"> {shell_quote(into)}")]
+    return f'<pre class="command">{" ".join(f"<span>{word}</span>" for word in shown)}</pre>'
 
 
 def folded(summary: str, html: str) -> str:
