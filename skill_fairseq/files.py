@@ -266,12 +266,25 @@ def read_json(path: PathLike) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no JSON.
+        ValueError: it is no JSON; see :func:`parse_json`.
+    """
+    return parse_json(read_text(path), f"{path}: ")
+
+
+def parse_json(text: str | bytes, where: str, remedy: str = "write it again") -> Any:
+    """JSON, bytes of which are UTF-8.
+
+    Raises:
+        ValueError: it is no JSON, too deep, or has numbers that JSON does not know; begins with ``where``.
     """
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: is no JSON ({error}); write it again") from error
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}is no JSON ({error}); {remedy}") from error
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 @contextlib.contextmanager

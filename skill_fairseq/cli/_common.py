@@ -22,6 +22,7 @@ import torch
 import skill_fairseq
 from skill_fairseq.files import json_text
 from skill_fairseq.messages import meant_for_users, not_utf8, out_of_memory, printable, remedy_for, require_linux
+from skill_fairseq.text_tables import aligned
 
 Main = Callable[..., int]
 MAX_SEED = 2**32 - 1  # numpy's
@@ -214,13 +215,6 @@ class Parser(argparse.ArgumentParser):
         """Adds `--seed`, which numpy and torch take."""
         text = f"seed of {what} (default: {default})"
         self.add_argument("--seed", type=seed, default=default, metavar="N", help=text)
-
-
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A table of plain text: the first ``left`` columns to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [[c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))] for row in rows]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def in_range(

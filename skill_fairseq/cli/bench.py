@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 import skill_fairseq
 from skill_fairseq.benchmarking.setup import ARCHITECTURES, INFERENCE_PRECISIONS, PRECISIONS, Setup
-from skill_fairseq.cli._common import Done, Parser, aligned, check_device, in_range, run
+from skill_fairseq.cli._common import Done, Parser, check_device, in_range, run
 from skill_fairseq.messages import require
 from skill_fairseq.pruning.latency import PARTS
+from skill_fairseq.text_tables import aligned
 
 COUNT, AMOUNT = in_range(int, least=1, most=10**9), in_range(int, least=0, most=10**9)
 LENGTH, LIMIT = in_range(float, least=0.025, most=86_400), in_range(float, above=0, most=10**9)

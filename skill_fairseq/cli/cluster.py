@@ -24,6 +24,7 @@ from skill_fairseq.files import check_output, content_sha256, write_file, write_
 from skill_fairseq.messages import printable, remedy_for
 from skill_fairseq.objectives.groups import Layer, layer_name, layer_of
 from skill_fairseq.objectives.teacher import check_alike
+from skill_fairseq.text_tables import aligned
 from skill_fairseq.versions import versions
 
 EPILOG = """measures (distances between two layers, over all frames of the calibration set):
@@ -82,27 +83,27 @@ def make_groups(distances: np.ndarray, args: argparse.Namespace) -> tuple[np.nda
 
 def format_table(distances: np.ndarray, groups: Sequence[Sequence[int]], layers: Sequence[Layer]) -> str:
     """A line a group: its layers, the mean distance within, and to the nearest other group."""
-    lines = ["group  layers              within  to nearest"]
+    rows = [["group", "layers", "within", "to nearest"]]
     for number, group in enumerate(groups):
         size = len(group)
         within = f"{distances[np.ix_(group, group)].sum() / (size * (size - 1)):.4f}" if size > 1 else "-"
         gaps = [distances[np.ix_(group, other)].mean() for other in groups if other is not group]
         nearest = f"{min(gaps):.4f}" if gaps else "-"
-        lines.append(f"{number:>5}  {_ranges([layers[i] for i in group]):<18}  {within:>6}  {nearest:>10}")
-    return "\n".join(lines)
+        rows.append([str(number), _ranges([layers[i] for i in group]), within, nearest])
+    return aligned(rows, left=2)
 
 
 def format_comparison(
     matrices: dict[str, np.ndarray], number: int, layers: Sequence[Layer], args: argparse.Namespace
 ) -> str:
     """As many groups by each measure, under the same linkage."""
-    lines = [f"{number} groups by each measure:"]
+    rows = []
     for measure, distances in matrices.items():
         if args.linkage != "ward" or measure in linkage.EUCLIDEAN_MEASURES:
             tree = linkage.link(distances, args.linkage, args.neighbours_only)
             groups = linkage.cut_to_number(tree, number)
-            lines.append(f"  {measure:<14} {' | '.join(_ranges([layers[i] for i in group]) for group in groups)}")
-    return "\n".join(lines)
+            rows.append([f"  {measure}", " | ".join(_ranges([layers[i] for i in group]) for group in groups)])
+    return f"{number} groups by each measure:\n{aligned(rows, left=2)}"
 
 
 def _ranges(layers: Sequence[Layer]) -> str:

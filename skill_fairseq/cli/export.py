@@ -16,7 +16,7 @@ from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.own_folders import UPSTREAM
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
 from skill_fairseq.cli import info
-from skill_fairseq.cli._common import Done, Parser, aligned, in_range, layer_numbers, run
+from skill_fairseq.cli._common import Done, Parser, in_range, layer_numbers, run
 from skill_fairseq.exporting.accuracy import LIMIT, Accuracy, Speech, rounded, run_encoder, sources
 from skill_fairseq.exporting.folder import check_folder
 from skill_fairseq.exporting.huggingface_folder import save_huggingface
@@ -32,6 +32,7 @@ from skill_fairseq.messages import printable, require
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.probing.evaluate import require_scikit_learn
 from skill_fairseq.probing.tasks import read_task
+from skill_fairseq.text_tables import aligned
 
 SUFFIXES = {
     "safetensors": ".safetensors",

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from skill_fairseq.cli._common import Done, Parser, run
-from skill_fairseq.exporting.describe import as_dict, as_lines, describe
+from skill_fairseq.exporting.describe import as_dict, as_rows, describe
+from skill_fairseq.text_tables import aligned
 
 EPILOG = """examples:
   skill-info WavLM-Base+.pt
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> Done:
 def show(file: Path, trust: bool) -> Done:
     """Prints what a file or folder is."""
     found = describe(file, trust)
-    print("\n".join(as_lines(found)))
+    print(aligned(list(as_rows(found)), left=2))
     return Done(as_dict(found))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from skill_fairseq.cli._common import Done, Parser, aligned, check_device, run
+from skill_fairseq.cli._common import Done, Parser, check_device, run
 from skill_fairseq.files import check_output
 from skill_fairseq.messages import require
 from skill_fairseq.probing.evaluate import evaluate, require_scikit_learn
@@ -17,6 +17,7 @@ from skill_fairseq.probing.intervals import show_interval
 from skill_fairseq.probing.models import resolve_model
 from skill_fairseq.probing.tasks import Task, read_task
 from skill_fairseq.reporting.pictures import drawing
+from skill_fairseq.text_tables import aligned
 from skill_fairseq.versions import versions
 
 PICTURES = (".png", ".pdf", ".svg")

@@ -12,7 +12,7 @@ from skill_fairseq import __version__
 from skill_fairseq.checkpoints.export import save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
-from skill_fairseq.cli._common import Done, Parser, aligned, in_range, run
+from skill_fairseq.cli._common import Done, Parser, in_range, run
 from skill_fairseq.cli._sizes import add_sizes, asked_sizes, names_of
 from skill_fairseq.files import check_output, sha256
 from skill_fairseq.messages import printable
@@ -25,6 +25,7 @@ from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.selection import check_reachable
 from skill_fairseq.pruning.shrink import kept_tables, shrink
 from skill_fairseq.pruning.targets import Target, saved_targets
+from skill_fairseq.text_tables import aligned
 
 SECONDS = 10.0
 Sizes = Dict[str, Optional[float]]

@@ -200,9 +200,7 @@ def repeat_section(folder: RunFolder, provenance: Mapping[str, Mapping[str, Any]
         models = list(dict.fromkeys(entry["model"] for entry in folder.probes))
         files = {name: str(path.absolute()) if name == "teacher" else path.name for name, path in folder.models.items()}
         words = [f"{model}={files.get(model, 'MODEL')}" if model != "logmel" else model for model in models]
-        commands.append(
-            ["skill-probe", *words, *(w for t in tasks for w in ("--task", f"TASKS/{t}")), "--json"]
-        )
+        commands.append(["skill-probe", *words, *(w for t in tasks for w in ("--task", f"TASKS/{t}")), "--json"])
     commands.append(["skill-report", str(folder.path)])
     if "teacher" in folder.models:
         commands[-1] += ["--teacher", str(folder.models["teacher"].absolute())]

@@ -25,6 +25,7 @@ from runs_table import write_runs  # noqa: E402
 from skill_fairseq.comparison.statistics import Estimate, crossed_mean, paired_difference  # noqa: E402
 from skill_fairseq.files import atomic_write, read_json, write_file  # noqa: E402
 from skill_fairseq.probing.intervals import show_interval  # noqa: E402
+from skill_fairseq.text_tables import markdown  # noqa: E402
 
 Row = Mapping[str, str]
 BASELINE = "shared_projection"
@@ -130,21 +131,21 @@ def tables(runs: Sequence[Row]) -> str:
         methods = list(dict.fromkeys(row["method"] for row in runs if row["sparsity"] == sparsity))
         head = ["method", "seeds", *(f"{TASKS[task]} %" for task in tasks)]
         head += ["1 - CKA", "parameters", "M MACs", "ms", "training, CPU s"]
-        lines = [head, ["---"] * len(head)]
+        lines = [head]
         for name, size in ((TEACHER, "0"), *((method, sparsity) for method in methods)):
             rows = chosen(runs, name, size)
             if rows:
                 seeds = "-" if name == TEACHER else str(len(rows))
                 lines.append([name, seeds, *(_shown(estimate(rows, task)) for task in tasks), *_costs(rows)])
         told = [task for task in tasks if len(by_speaker(runs[:1], task)[1]) > 2]
-        less = [["method", *(f"{TASKS[task]}, points" for task in told)], ["---"] * (len(told) + 1)]
+        less = [["method", *(f"{TASKS[task]}, points" for task in told)]]
         for method in methods:
             found = [difference(chosen(runs, method, sparsity), chosen(runs, BASELINE, sparsity), t) for t in told]
             if method != BASELINE and any(found):
                 less.append([method, *(_shown(e, signed=True) for e in found)])
-        parts.append(f"Sparsity {sparsity}:\n\n{_markdown(lines)}")
-        if len(less) > 2:
-            parts.append(f"Sparsity {sparsity}, less `{BASELINE}`, paired by seed and speaker:\n\n{_markdown(less)}")
+        parts.append(f"Sparsity {sparsity}:\n\n{markdown(lines)}")
+        if len(less) > 1:
+            parts.append(f"Sparsity {sparsity}, less `{BASELINE}`, paired by seed and speaker:\n\n{markdown(less)}")
     return "\n\n".join(parts)
 
 
@@ -165,10 +166,6 @@ def _costs(rows: Sequence[Row]) -> Iterator[str]:
     ):
         values = [float(row[column]) for row in rows if row.get(column)]
         yield f"{scale * float(np.mean(values)):{shown}}" if values else "-"
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def draw(runs: Sequence[Row], path: Path) -> None:
