@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The family's runs as a table and a picture: family.csv, family.png, and the part of ../README.md between its marks.
+"""The family's runs as a table and a picture: family.csv, family_table.csv and family.png.
 
 python examples/benchmark/results/family.py OUT [OUT ...]    adds what these folders of run.py have, then as below
 python examples/benchmark/results/family.py                  draws and tabulates what family.csv has
@@ -11,7 +11,7 @@ import argparse
 import csv
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -20,12 +20,11 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from results_table import Line, draw_dots, ends, read_runs, write_table  # noqa: E402
 from runs_table import write_runs  # noqa: E402
 
 from skill_fairseq.comparison.statistics import Estimate, crossed_mean, paired_difference  # noqa: E402
-from skill_fairseq.files import atomic_write, read_json, write_file  # noqa: E402
-from skill_fairseq.probing.intervals import show_interval  # noqa: E402
-from skill_fairseq.text_tables import markdown  # noqa: E402
+from skill_fairseq.files import atomic_write, read_json  # noqa: E402
 
 Row = Mapping[str, str]
 BASELINE = "shared_projection"
@@ -38,8 +37,9 @@ TASKS = {
     "drinks": "drinks",
     "letters": "letter error",
 }
-"""Columns of rates, and what table and picture call them."""
-MARKS = "<!-- results/family.py -->", "<!-- end -->"
+"""Columns of rates, and what the picture calls them."""
+COSTS = ("cka", "parameters", "macs", "milliseconds", "training cpu seconds")
+"""Columns of distance, size and time, whose means stand in the table too."""
 
 
 def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -83,12 +83,6 @@ def _order(method: str) -> int:
     return first.index(method) if method in first else len(first)
 
 
-def read_runs(path: Path) -> list[dict[str, str]]:
-    """family.csv."""
-    with open(path, encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def chosen(runs: Sequence[Row], method: str, sparsity: str) -> list[Row]:
     """A method's runs of one size, by seed."""
     return sorted((r for r in runs if (r["method"], r["sparsity"]) == (method, sparsity)), key=lambda r: int(r["seed"]))
@@ -123,81 +117,45 @@ def difference(rows: Sequence[Row], baseline: Sequence[Row], column: str) -> Opt
     return paired_difference(values, by_speaker(baseline, column)[0], names)
 
 
-def tables(runs: Sequence[Row]) -> str:
-    """Markdown: of each size what the methods got and cost, and their differences to the baseline."""
+def table(runs: Sequence[Row]) -> list[Line]:
+    """Of each size what the methods got and cost, and their differences to the baseline; the teacher first."""
+    lines = []
     tasks = [task for task in TASKS if any(row.get(task) for row in runs)]
-    parts = []
-    for sparsity in dict.fromkeys(row["sparsity"] for row in runs if row["method"] != TEACHER):
-        methods = list(dict.fromkeys(row["method"] for row in runs if row["sparsity"] == sparsity))
-        head = ["method", "seeds", *(f"{TASKS[task]} %" for task in tasks)]
-        head += ["1 - CKA", "parameters", "M MACs", "ms", "training, CPU s"]
-        lines = [head]
-        for name, size in ((TEACHER, "0"), *((method, sparsity) for method in methods)):
-            rows = chosen(runs, name, size)
-            if rows:
-                seeds = "-" if name == TEACHER else str(len(rows))
-                lines.append([name, seeds, *(_shown(estimate(rows, task)) for task in tasks), *_costs(rows)])
-        told = [task for task in tasks if len(by_speaker(runs[:1], task)[1]) > 2]
-        less = [["method", *(f"{TASKS[task]}, points" for task in told)]]
-        for method in methods:
-            found = [difference(chosen(runs, method, sparsity), chosen(runs, BASELINE, sparsity), t) for t in told]
-            if method != BASELINE and any(found):
-                less.append([method, *(_shown(e, signed=True) for e in found)])
-        parts.append(f"Sparsity {sparsity}:\n\n{markdown(lines)}")
-        if len(less) > 1:
-            parts.append(f"Sparsity {sparsity}, less `{BASELINE}`, paired by seed and speaker:\n\n{markdown(less)}")
-    return "\n\n".join(parts)
-
-
-def _shown(found: Optional[Estimate], signed: bool = False) -> str:
-    if found is None:
-        return "-"
-    bounds = None if found.low is None or found.high is None else (found.low, found.high)
-    return show_interval(found.value, bounds, signed=signed)
-
-
-def _costs(rows: Sequence[Row]) -> Iterator[str]:
-    for column, scale, shown in (
-        ("cka", 1.0, ".3f"),
-        ("parameters", 1.0, ",.0f"),
-        ("macs", 1e-6, ".0f"),
-        ("milliseconds", 1.0, ".1f"),
-        ("training cpu seconds", 1.0, ".0f"),
-    ):
-        values = [float(row[column]) for row in rows if row.get(column)]
-        yield f"{scale * float(np.mean(values)):{shown}}" if values else "-"
+    for method, sparsity in dict.fromkeys((row["method"], row["sparsity"]) for row in runs):
+        rows = chosen(runs, method, sparsity)
+        for task in tasks:
+            found = estimate(rows, task)
+            if found is None:
+                continue
+            same = method in (TEACHER, BASELINE)
+            less = None if same else difference(rows, chosen(runs, BASELINE, sparsity), task)
+            paired = (None, None) if less is None else (less.value, ends(less))
+            lines.append(Line(sparsity, method, len(rows), task, found.value, ends(found), *paired))
+        for measure in COSTS:
+            values = [float(row[measure]) for row in rows if row.get(measure)]
+            if values:
+                lines.append(Line(sparsity, method, len(rows), measure, float(np.mean(values))))
+    return lines
 
 
 def draw(runs: Sequence[Row], path: Path) -> None:
-    """Quality against size, a panel a task, with intervals where there are any; the teacher is a line across."""
-    from skill_fairseq.reporting.pictures import STYLES, drawing
-
-    students = [row for row in runs if row["method"] != TEACHER]
-    tasks = [task for task in TASKS if any(row.get(task) for row in students)]
-    methods = list(dict.fromkeys(row["method"] for row in students))
-    sizes = sorted({row["sparsity"] for row in students}, key=float, reverse=True)
-    counts = [np.median([float(r["parameters"]) for r in students if r["sparsity"] == size]) for size in sizes]
-    with drawing(path, (9.0, 2.9 * -(-len(tasks) // 2) + 1.0)) as figure:
-        panels = figure.subplots(-(-len(tasks) // 2), 2, squeeze=False).flat
-        for panel, task in zip(panels, tasks):
-            for place, (method, (colour, dashes, marker)) in enumerate(zip(methods, STYLES)):
-                found = [(x, estimate(chosen(runs, method, size), task)) for x, size in enumerate(sizes)]
-                points = [(x + 0.7 * ((place + 0.5) / len(methods) - 0.5), e) for x, e in found if e is not None]
-                values = np.array([e.value for _, e in points])
-                ends = [[e.value if end is None else end for end in (e.low, e.high)] for _, e in points]
-                reach = 100 * np.abs(np.array(ends).reshape(-1, 2) - values[:, None]).T
-                style = {"color": colour, "linestyle": dashes, "marker": marker, "linewidth": 0.9, "elinewidth": 1.1}
-                panel.errorbar([x for x, _ in points], 100 * values, reach, markersize=4, label=method, **style)
-            teacher = estimate(chosen(runs, TEACHER, "0"), task)
-            if teacher is not None:
-                panel.axhline(100 * teacher.value, color="#777777", linewidth=1, label=TEACHER)
-            panel.set_xticks(range(len(sizes)), [f"{count / 1000:.0f} k" for count in counts])
-            panel.set(xlabel="parameters", ylabel=f"{TASKS[task]}, %", xlim=(-0.5, len(sizes) - 0.5))
-            panel.spines[["top", "right"]].set_visible(False)
-        for panel in list(figure.axes)[len(tasks) :]:
-            panel.set_visible(False)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    """A row a method and a panel a task, a colour a size; the teacher is a line."""
+    lines = table(runs)
+    tasks = [task for task in TASKS if any(line.measure == task for line in lines)]
+    students = [line for line in lines if line.method != TEACHER]
+    sizes = list(dict.fromkeys(line.sparsity for line in students))
+    counts = [np.median([x.mean for x in students if (x.sparsity, x.measure) == (s, "parameters")]) for s in sizes]
+    panels = {
+        f"{TASKS[task]}, %": [
+            (x.method, sizes.index(x.sparsity), 100 * x.mean, x.interval and (100 * x.interval[0], 100 * x.interval[1]))
+            for x in students
+            if x.measure == task
+        ]
+        for task in tasks
+    }
+    teacher = {f"{TASKS[x.measure]}, %": 100 * x.mean for x in lines if x.method == TEACHER and x.measure in TASKS}
+    labels = [f"{count / 1000:.0f} k parameters" for count in counts]
+    draw_dots(path, panels, labels, teacher, f"{TEACHER}, 1,010 k")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -208,9 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out:
         add_runs(HERE / "family.csv", args.out)
     runs = read_runs(HERE / "family.csv")
-    page = HERE.parent / "README.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    write_file(page, f"{before}{MARKS[0]}\n\n{tables(runs)}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+    write_table(HERE / "family_table.csv", table(runs))
     draw(runs, HERE / "family.png")
     return 0
 
