@@ -243,13 +243,22 @@ def write_file(path: PathLike, content: str | bytes | memoryview) -> None:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def write_json(path: PathLike, content: Any) -> None:
-    """Writes a JSON file atomically.
+def json_text(content: Any) -> str:
+    """JSON text as files and commands have it.
 
     Raises:
         ValueError: a number in it is NaN or infinite, which JSON cannot hold.
     """
-    write_file(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def write_json(path: PathLike, content: Any) -> None:
+    """Writes a JSON file atomically.
+
+    Raises:
+        ValueError: see :func:`json_text`.
+    """
+    write_file(path, json_text(content))
 
 
 def read_json(path: PathLike) -> Any:
@@ -257,12 +266,25 @@ def read_json(path: PathLike) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is not JSON.
+        ValueError: it is not JSON; see :func:`parse_json`.
+    """
+    return parse_json(read_text(path), f"{path}: ")
+
+
+def parse_json(text: str | bytes, where: str, remedy: str = "write it again") -> Any:
+    """JSON, bytes of which are UTF-8.
+
+    Raises:
+        ValueError: it is not JSON, too deep, or has numbers that JSON cannot hold; begins with ``where``.
     """
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON ({error}); write it again") from error
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}is not JSON ({error}); {remedy}") from error
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 @contextlib.contextmanager

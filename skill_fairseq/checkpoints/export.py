@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from skill_fairseq.checkpoints.plain_files import parse_json
+from skill_fairseq.checkpoints.plain_files import parse_fields
 from skill_fairseq.checkpoints.safetensors_file import load_metadata, load_tensors
 from skill_fairseq.checkpoints.source import EncoderSource, State, reading_config
 from skill_fairseq.files import PathLike, write_file
@@ -87,8 +87,8 @@ def read_export(path: Path) -> EncoderSource:
             f"reads {FORMAT_VERSION!r}: upgrade skill_fairseq"
         )
     with reading_config(path):
-        fields = parse_json(metadata["config"], path, "its config")
-        provenance = parse_json(metadata.get("provenance", "{}"), path, "its provenance")
+        fields = parse_fields(metadata["config"], path, "its config")
+        provenance = parse_fields(metadata.get("provenance", "{}"), path, "its provenance")
         config = EncoderConfig.from_dict(fields)
     tensors = load_tensors(path)
     kind = "an exported encoder"

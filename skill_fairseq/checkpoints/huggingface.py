@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from skill_fairseq.checkpoints.plain_files import look_alike, read_json
+from skill_fairseq.checkpoints.plain_files import look_alike, read_fields
 from skill_fairseq.checkpoints.safe_load import load_torch_file
 from skill_fairseq.checkpoints.safetensors_file import load_tensors
 from skill_fairseq.checkpoints.source import (
@@ -78,7 +78,7 @@ def read_huggingface(folder: Path, trust: bool = False) -> EncoderSource:
         ValueError: it is another model, needs a feature that this encoder lacks, or has a damaged file.
         FileNotFoundError: a file is missing.
     """
-    fields = read_json(folder / "config.json")
+    fields = read_fields(folder / "config.json")
     kind = fields.get("model_type")
     audio = _feature_extractor(folder)
     if kind not in MODEL_TYPES:
@@ -147,12 +147,12 @@ def _feature_extractor(folder: Path) -> Mapping[str, Any] | None:
     """The folder's audio settings (transformers 5 writes them into the processor's file); None if there are none."""
     processor, extractor = folder / "processor_config.json", folder / "preprocessor_config.json"
     if processor.exists():
-        found = read_json(processor).get("feature_extractor")
+        found = read_fields(processor).get("feature_extractor")
         if found is not None and not isinstance(found, dict):
             raise ValueError(f"{processor}: feature_extractor is {_short(found)}; expected an object")
         if found:
             return found
-    return read_json(extractor) if extractor.exists() else None
+    return read_fields(extractor) if extractor.exists() else None
 
 
 _CONV_DEFAULTS = {"conv_dim": [512] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2]}
@@ -171,7 +171,7 @@ def _read_weights(folder: Path, trust: bool) -> State:
         if not name.endswith(".index.json"):
             return _read_shard(folder / name, trust)
         state: State = {}
-        shards = read_json(folder / name).get("weight_map")
+        shards = read_fields(folder / name).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise ValueError(f"{folder / name}: weight_map is {_short(shards)}; expected a file name for each weight")
         for shard in sorted(set(shards.values())):

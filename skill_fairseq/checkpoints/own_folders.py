@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from skill_fairseq.checkpoints.export import MASK_EMBEDDING, read_export
-from skill_fairseq.checkpoints.plain_files import look_alike, read_json
+from skill_fairseq.checkpoints.plain_files import look_alike, read_fields
 from skill_fairseq.checkpoints.safetensors_file import load_tensors
 from skill_fairseq.checkpoints.source import EncoderSource, reading_config
 from skill_fairseq.modules.config import EncoderConfig
@@ -20,7 +20,7 @@ UPSTREAM = "skill_student"
 def is_own_folder(folder: Path) -> bool:
     """Whether skill-export wrote this Hugging Face folder."""
     config = folder / "config.json"
-    return config.is_file() and read_json(config).get("model_type") == OWN_TYPE
+    return config.is_file() and read_fields(config).get("model_type") == OWN_TYPE
 
 
 def is_s3prl_folder(folder: Path) -> bool:
@@ -45,7 +45,7 @@ def read_own_folder(folder: Path) -> EncoderSource:
         ValueError: it is another folder, or a file is damaged.
         FileNotFoundError: a file is missing.
     """
-    fields = read_json(folder / "config.json")
+    fields = read_fields(folder / "config.json")
     if fields.get("model_type") != OWN_TYPE:
         raise ValueError(f"{folder}: config.json has model_type {fields.get('model_type')!r}; expected {OWN_TYPE!r}")
     with reading_config(folder / "config.json"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from skill_fairseq.files import parse_json
 
 MAX_JSON = 4_000_000
 """Maximum bytes of a JSON file, which may take a hundred times its size in memory."""
@@ -38,7 +39,7 @@ def look_alike(path: Path, expected: str, but: bytes = b"") -> None:
             raise ValueError(f"{path}: is {kind}; expected {expected}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_fields(path: Path) -> dict[str, Any]:
     """The fields of a JSON file.
 
     Raises:
@@ -47,10 +48,10 @@ def read_json(path: Path) -> dict[str, Any]:
     look_alike(path, "JSON", but=b"{")
     if path.stat().st_size > MAX_JSON:
         raise ValueError(f"{path}: has {path.stat().st_size:,} bytes; expected at most {MAX_JSON:,} of JSON")
-    return parse_json(path.read_bytes(), path)
+    return parse_fields(path.read_bytes(), path)
 
 
-def parse_json(text: str | bytes, path: Path, what: str = "") -> dict[str, Any]:
+def parse_fields(text: str | bytes, path: Path, what: str = "") -> dict[str, Any]:
     """The fields of a JSON object.
 
     Args:
@@ -64,14 +65,7 @@ def parse_json(text: str | bytes, path: Path, what: str = "") -> dict[str, Any]:
     where = f"{path}: {what} " if what else f"{path}: "
     if len(text) > MAX_JSON:
         raise ValueError(f"{where}has {len(text):,} bytes; expected at most {MAX_JSON:,} of JSON")
-    try:
-        fields = json.loads(text if isinstance(text, str) else text.decode("utf-8"), parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}is not JSON ({error}); download it again") from error
+    fields = parse_json(text, where, "download it again")
     if not isinstance(fields, dict):
         raise ValueError(f"{where}holds {type(fields).__name__}; expected an object with named fields")
     return fields
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")

@@ -8,6 +8,7 @@ from typing import Any, Optional
 from skill_fairseq.comparison.layer_distance import SHOWN
 from skill_fairseq.comparison.summary import NO_INTERVAL, NOT_TOLD, OVERALL
 from skill_fairseq.probing.intervals import show_interval
+from skill_fairseq.text_tables import markdown
 
 
 def introduction(summary: Mapping[str, Any]) -> str:
@@ -22,6 +23,10 @@ def introduction(summary: Mapping[str, Any]) -> str:
     )
 
 
+def _markdown(table: tuple[list[str], list[list[str]]]) -> str:
+    return markdown([table[0], *table[1]])
+
+
 def _left_out(summary: Mapping[str, Any]) -> str:
     """Values without an interval, and why."""
     what = {**summary["tasks"], "distances to the teacher": summary["distances"]}
@@ -34,15 +39,15 @@ def write_tables(summary: Mapping[str, Any]) -> str:
     parts = [
         introduction(summary),
         "## Verdict\n\n" + "\n".join(verdicts(summary)),
-        "## Not distilled\n\n" + _markdown(*_reference_table(summary)),
+        "## Not distilled\n\n" + _markdown(_reference_table(summary)),
     ]
     for sparsity in dict.fromkeys(row["sparsity"] for row in summary["rows"]):
         rows = [row for row in summary["rows"] if row["sparsity"] == sparsity]
         found = sparsity_tables(rows, summary)
         title = "Mean over sparsities" if sparsity == OVERALL else f"Sparsity {sparsity:g}"
-        parts += [f"## {title}", _markdown(*found["probes"])]
+        parts += [f"## {title}", _markdown(found["probes"])]
         parts.append("Distance to the teacher, whole valid recordings; L1 of states normalised frame by frame.")
-        parts += [_markdown(*found[name]) for name in ("distance", "costs") if name in found]
+        parts += [_markdown(found[name]) for name in ("distance", "costs") if name in found]
     return "\n\n".join(parts) + "\n"
 
 
@@ -186,8 +191,3 @@ def _judged(found: Mapping[str, Any], scale: float, digits: int, unit: Optional[
 
 def _number(value: Optional[float], digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

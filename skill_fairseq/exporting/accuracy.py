@@ -17,6 +17,7 @@ from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.probing.evaluate import evaluate
 from skill_fairseq.probing.pooling import Features
 from skill_fairseq.probing.tasks import Task
+from skill_fairseq.text_tables import markdown
 
 Run = Callable[[Tensor], Mapping[str, Tensor]]
 """(1, N) samples to (1, T, D) states, by the names of an ONNX graph's outputs."""
@@ -69,10 +70,7 @@ class Accuracy:
     def markdown(self) -> str:
         """A section for a model card."""
         tables = [self.rows(), *filter(None, [self.probe_rows()])]
-        text = "\n\n".join(
-            "\n".join(f"| {' | '.join(row)} |" for row in [table[0], ["---"] * len(table[0]), *table[1:]])
-            for table in tables
-        )
+        text = "\n\n".join(map(markdown, tables))
         return (
             f"## Accuracy\n\nCompared with the float32 encoder, on {self.about()}. Relative L1 is the sum of absolute "
             f"differences divided by the sum of absolute values.\n\n{text}\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skill_fairseq.checkpoints.load import read_source
-from skill_fairseq.checkpoints.plain_files import parse_json
+from skill_fairseq.checkpoints.plain_files import parse_fields
 from skill_fairseq.checkpoints.source import build_encoder, left_out, reading_config, reading_file
 from skill_fairseq.exporting.onnx_graph import read_onnx_info
 from skill_fairseq.exporting.torch_program import read_program_info
@@ -69,7 +69,7 @@ def _describe_graph(path: Path) -> Description | None:
         if found is None:
             return None
         text, format = found[0], f"an ONNX graph of skill-export, opset {found[1]}"
-    info = parse_json(text, path, "its description")
+    info = parse_fields(text, path, "its description")
     with reading_config(path):
         config = EncoderConfig.from_dict(info["config"])
     provenance = info.get("provenance", {})
@@ -109,34 +109,35 @@ def further_units(config: EncoderConfig) -> Iterator[tuple[PrunableUnit, str]]:
             yield unit, (", " if unit.per_row > 1 else " ").join(rows)
 
 
-def as_lines(found: Description) -> Iterator[str]:
-    """The same as readable lines."""
+def as_rows(found: Description) -> Iterator[tuple[str, str]]:
+    """The same as rows of a readable table."""
     config, facts = found.config, as_dict(found)
     assert config.conv_channels is not None and config.heads is not None and config.ffn_dims is not None
-    yield f"format        {found.format}, stored as {', '.join(found.types)}"
+    yield "format", f"{found.format}, stored as {', '.join(found.types)}"
     sparsity = f" of {facts['original_parameters']:,} before pruning" if facts["original_parameters"] else ""
-    yield f"parameters    {facts['parameters']:,}{sparsity}"
+    yield "parameters", f"{facts['parameters']:,}{sparsity}"
     if facts["sparsity"] is not None:
-        yield f"sparsity      {100 * facts['sparsity']:.1f} %"
-    yield f"MACs          {facts['macs_per_second']:,} per second of audio"
-    yield f"convolutions  {format_conv_layers(config.conv_feature_layers)} originally"
-    yield f"channels      {' '.join(map(str, config.conv_channels))}"
+        yield "sparsity", f"{100 * facts['sparsity']:.1f} %"
+    yield "MACs", f"{facts['macs_per_second']:,} per second of audio"
+    yield "convolutions", f"{format_conv_layers(config.conv_feature_layers)} originally"
+    yield "channels", " ".join(map(str, config.conv_channels))
     yield (
-        f"layers        {config.encoder_layers} of width {config.encoder_embed_dim}, originally with "
-        f"{config.encoder_attention_heads} heads and {config.encoder_ffn_embed_dim} FFN units"
+        "layers",
+        f"{config.encoder_layers} of width {config.encoder_embed_dim}, originally with "
+        f"{config.encoder_attention_heads} heads and {config.encoder_ffn_embed_dim} FFN units",
     )
-    yield f"heads         {' '.join('-' if h is None else str(len(h)) for h in config.heads)}"
-    yield f"FFN units     {' '.join('-' if f is None else str(f) for f in config.ffn_dims)}"
-    yield from (f"{unit.name:<14}{cells}" for unit, cells in further_units(config))
+    yield "heads", " ".join("-" if h is None else str(len(h)) for h in config.heads)
+    yield "FFN units", " ".join("-" if f is None else str(f) for f in config.ffn_dims)
+    yield from ((unit.name, cells) for unit, cells in further_units(config))
     if config.adapter_dim:
         how = f"{config.adapter_activation}, {config.adapter_form}"
-        yield f"adapters      {config.adapter_dim} features, {how}, beside each FFN"
-    yield f"LayerNorm     {'before' if config.layer_norm_first else 'after'} each sublayer"
-    yield f"extractor     {config.extractor_mode}"
-    yield f"positions     {'relative and ' if config.relative_position else ''}convolutional"
-    yield f"waveforms     {config.sample_rate} Hz, {'normalised' if config.normalize else 'not normalised'}"
-    yield f"gates         {', '.join(config.pruning_units) or 'none'}"
-    yield f"provenance    {json.dumps(dict(found.provenance))}"
-    yield from (f"assumed       {what}" for what in found.assumed)
+        yield "adapters", f"{config.adapter_dim} features, {how}, beside each FFN"
+    yield "LayerNorm", f"{'before' if config.layer_norm_first else 'after'} each sublayer"
+    yield "extractor", config.extractor_mode
+    yield "positions", f"{'relative and ' if config.relative_position else ''}convolutional"
+    yield "waveforms", f"{config.sample_rate} Hz, {'normalised' if config.normalize else 'not normalised'}"
+    yield "gates", ", ".join(config.pruning_units) or "none"
+    yield "provenance", json.dumps(dict(found.provenance))
+    yield from (("assumed", what) for what in found.assumed)
     if found.left_out:
-        yield f"left out      {', '.join(found.left_out)}"
+        yield "left out", ", ".join(found.left_out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -17,7 +16,7 @@ from skill_fairseq.checkpoints.source import ADDED_HERE, renaming
 from skill_fairseq.exporting.bundle import bundle
 from skill_fairseq.exporting.folder import atomic_folder
 from skill_fairseq.exporting.model_card import model_card
-from skill_fairseq.files import PathLike
+from skill_fairseq.files import PathLike, write_json
 from skill_fairseq.modules.encoder import SpeechEncoder
 
 CLASSES = {
@@ -93,8 +92,8 @@ def save_huggingface(
     usage = USAGE.format(rate=encoder.config.sample_rate, trust=", trust_remote_code=True" if kind is None else "")
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     with atomic_folder(folder) as temporary:
-        _write_json(temporary / "config.json", config)
-        _write_json(temporary / "preprocessor_config.json", _feature_extractor(encoder))
+        write_json(temporary / "config.json", config)
+        write_json(temporary / "preprocessor_config.json", _feature_extractor(encoder))
         (temporary / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
         card = model_card(encoder, provenance, usage, "transformers", () if kind is None else (kind,), notes)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -185,7 +184,3 @@ def _feature_extractor(encoder: SpeechEncoder) -> dict[str, Any]:
         "padding_value": 0.0,
         "return_attention_mask": True,
     }
-
-
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any
 from skill_fairseq.exporting.describe import further_units
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.size import count_parameters, widths_of
+from skill_fairseq.text_tables import markdown
 
 PROVENANCE = {
     "source": "exported from",
@@ -70,9 +71,7 @@ def model_card(
         usage.strip(),
         "```",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {_cell(value)} |" for name, value in facts(encoder, provenance)),
+        markdown([["", ""], *facts(encoder, provenance)]),
         "",
         TERMS,
         "",
@@ -98,7 +97,3 @@ def facts(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> Iterator[tup
         yield "gates", ", ".join(config.pruning_units)
     for name, value in provenance.items():
         yield PROVENANCE.get(name, name), value
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", r"\|").replace("\n", " ")

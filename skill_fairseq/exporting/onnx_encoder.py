@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skill_fairseq.checkpoints.plain_files import parse_json
+from skill_fairseq.checkpoints.plain_files import parse_fields
 from skill_fairseq.exporting.traceable import INFO_NAME
 from skill_fairseq.messages import require
 from skill_fairseq.modules.config import EncoderConfig
@@ -55,7 +55,7 @@ class OnnxEncoder:
         found = self.session.get_modelmeta().custom_metadata_map
         if INFO_NAME not in found:
             raise ValueError(f"{name}: has no {INFO_NAME} among its properties; expected a graph of skill-export")
-        self.info: dict[str, Any] = parse_json(found[INFO_NAME], Path(name), "its description")
+        self.info: dict[str, Any] = parse_fields(found[INFO_NAME], Path(name), "its description")
         self.config = EncoderConfig.from_dict(self.info["config"])
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs() if value.name != "frame_padding_mask"]

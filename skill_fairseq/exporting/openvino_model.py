@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skill_fairseq.checkpoints.plain_files import parse_json
+from skill_fairseq.checkpoints.plain_files import parse_fields
 from skill_fairseq.exporting.traceable import INFO_NAME, describe_graph
 from skill_fairseq.files import PathLike, write_file
 from skill_fairseq.messages import require
@@ -88,7 +88,7 @@ class OpenvinoEncoder:
             name, model = str(model), core.read_model(model)
             if not model.has_rt_info(INFO_NAME):
                 raise ValueError(f"{name}: has no {INFO_NAME}; expected a model of skill-export --to openvino")
-            info: Mapping[str, Any] = parse_json(model.get_rt_info(INFO_NAME).value, Path(name), "its description")
+            info: Mapping[str, Any] = parse_fields(model.get_rt_info(INFO_NAME).value, Path(name), "its description")
             self.config = EncoderConfig.from_dict(info["config"])
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:

@@ -99,9 +99,16 @@ def code(text: str) -> str:
     return f"<pre>{escape(text)}</pre>"
 
 
-def command(words: Sequence[str]) -> str:
-    """A shell command, its words quoted; long ones wrap, between words if possible."""
-    return f'<pre class="command">{" ".join(f"<span>{escape(shell_quote(word))}</span>" for word in words)}</pre>'
+def command(words: Sequence[str], into: Optional[str] = None) -> str:
+    """A shell command, its words quoted; long ones wrap, between words if possible.
+
+    Args:
+        words: words of the command.
+        into: file for its standard output.
+    """
+    shown = [escape(shell_quote(word)) for word in words]
+    shown += [] if into is None else [escape(f"> {shell_quote(into)}")]
+    return f'<pre class="command">{" ".join(f"<span>{word}</span>" for word in shown)}</pre>'
 
 
 def folded(summary: str, html: str) -> str:

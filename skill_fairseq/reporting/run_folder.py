@@ -121,7 +121,7 @@ def read_run_folder(path: Path, teacher: Optional[Path] = None, data: Optional[P
     if valid is None:
         missing.append("valid.tsv of the training data: no distance to the teacher; give --data DIR")
     if not probes:
-        missing.append("probe.json: no probes; skill-probe --json writes it")
+        missing.append("probe.json: no probes; skill-probe --json prints it")
     return RunFolder(path, clusters, stages, models, probes, valid, None, missing)
 
 

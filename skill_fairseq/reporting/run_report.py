@@ -200,9 +200,7 @@ def repeat_section(folder: RunFolder, provenance: Mapping[str, Mapping[str, Any]
         models = list(dict.fromkeys(entry["model"] for entry in folder.probes))
         files = {name: str(path.absolute()) if name == "teacher" else path.name for name, path in folder.models.items()}
         words = [f"{model}={files.get(model, 'MODEL')}" if model != "logmel" else model for model in models]
-        commands.append(
-            ["skill-probe", *words, *(w for t in tasks for w in ("--task", f"TASKS/{t}")), "--json", "probe.json"]
-        )
+        commands.append(["skill-probe", *words, *(w for t in tasks for w in ("--task", f"TASKS/{t}")), "--json"])
     commands.append(["skill-report", str(folder.path)])
     if "teacher" in folder.models:
         commands[-1] += ["--teacher", str(folder.models["teacher"].absolute())]
@@ -215,7 +213,8 @@ def repeat_section(folder: RunFolder, provenance: Mapping[str, Mapping[str, Any]
     unknown = [word for word in ("CONFIG_DIR", "MODEL", "TASKS") if re.search(rf"\b{word}\b", text)]
     if unknown:
         said += f" Words in capitals ({', '.join(unknown)}) stand for values that the folder does not hold."
-    return "".join(page.command(command) for command in commands) + page.paragraph(said)
+    into = {"skill-probe": "probe.json"}
+    return "".join(page.command(command, into.get(command[0])) for command in commands) + page.paragraph(said)
 
 
 def _shrink_options(provenance: Mapping[str, Any]) -> list[str]:
