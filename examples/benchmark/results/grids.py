@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A grid's runs as a table and a picture: NAME.csv, NAME_table.csv and NAME.png, NAME as in grid.yaml.
+"""A grid's runs as tables and a picture: NAME.csv, NAME_table.csv and NAME.png, with NAME as in grid.yaml.
 
 python examples/benchmark/results/grids.py family OUT [OUT ...]    adds the runs of these folders, then as below
 python examples/benchmark/results/grids.py family                  draws and tabulates what family.csv has
@@ -33,7 +33,7 @@ BASELINES = {
     "constraint": "lagrangian",
     "cost": "by_parameters",
 }
-"""By grid: the method that the others are compared with."""
+"""The baseline method of each grid."""
 TEACHER = "teacher"
 TASKS = {
     "digit": "digits",
@@ -43,19 +43,19 @@ TASKS = {
     "drinks": "drinks",
     "letters": "letter error",
 }
-"""Columns of rates, and what the picture calls them."""
+"""Columns of rates, and their labels in the picture."""
 DISTANCES = ("cka", "l1_normalized")
-"""Columns of distance to the teacher, which the table has in the same way."""
+"""Columns of distances to the teacher, treated alike."""
 COSTS = ("parameters", "macs", "milliseconds", "training cpu seconds")
-"""Columns of size and time, of which the table has the means."""
+"""Columns of size and time, of which the table has means."""
 
 
 def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The results of folders that run.py has written, the teacher first; of the same run the last folder's. What was
-    made by changed files, of no commit, is left out."""
+    """Results from folders of run.py, the teacher first; for repeated runs, the last folder's. Omits runs of
+    uncommitted files."""
     found: dict[tuple[str, float, int], dict[str, Any]] = {}
     for folder in folders:
-        if (folder / "references.json").is_file():  # not where single runs were made by --run
+        if (folder / "references.json").is_file():  # missing if single runs were made with --run
             reference = read_json(folder / "references.json")[TEACHER]
             nothing = {"recordings": {}, "speakers": None}
             made = {"sparsity": {"actual": 0.0}, "seconds": {}}
@@ -71,9 +71,9 @@ def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def add_runs(path: Path, folders: Sequence[Path]) -> None:
-    """Writes what folders have into a CSV of runs; rows of other runs stay."""
+    """Writes the runs of folders into a CSV; keeps rows of other runs."""
     before = read_runs(path) if path.is_file() else []
-    with tempfile.TemporaryDirectory() as folder:  # the file itself is replaced once, by all rows
+    with tempfile.TemporaryDirectory() as folder:  # replaces the file once, with all rows
         write_runs(Path(folder) / "new.csv", collect(folders))
         new = read_runs(Path(folder) / "new.csv")
     rows = {(row["method"], row["sparsity"], row["seed"]): row for row in [*before, *new]}
@@ -97,14 +97,14 @@ def chosen(runs: Sequence[Row], method: str, sparsity: str) -> list[Row]:
 
 
 def by_speaker(rows: Sequence[Row], column: str) -> tuple[np.ndarray, list[str]]:
-    """(seeds, speakers) values of a column, and who the speakers are; one value a seed where nobody knows."""
+    """(seeds, speakers) values of a column, and the speakers; one value per seed if speakers are unknown."""
     names = [n for n in rows[0] if n.startswith(f"{column}, ") and all(row[n] for row in rows)]
     names = names or [column]
     return np.array([[float(row[name]) for name in names] for row in rows]), names
 
 
 def estimate(rows: Sequence[Row], column: str) -> Optional[Estimate]:
-    """Mean of a rate or distance over seeds and speakers, and its interval; None where a run lacks it."""
+    """Mean of a rate or distance over seeds and speakers, and its interval; None if a run lacks it."""
     if not rows or not all(row.get(column) for row in rows):
         return None
     found = crossed_mean(*by_speaker(rows, column))
@@ -113,11 +113,11 @@ def estimate(rows: Sequence[Row], column: str) -> Optional[Estimate]:
     found = found._replace(value=float(np.mean([float(row[column]) for row in rows])))
     if found.low is None or found.high is None:
         return found
-    return found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0))  # Student's t knows no bounds
+    return found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0))  # Student's t has no bounds
 
 
 def difference(rows: Sequence[Row], baseline: Sequence[Row], column: str) -> Optional[Estimate]:
-    """Mean difference to the baseline over the seeds that both have, paired; a lone run stands for every seed."""
+    """Paired mean difference to the baseline over common seeds; a single run is used for every seed."""
     common = {row["seed"] for row in rows} & {row["seed"] for row in baseline}
     rows = [row for row in rows if row["seed"] in common]
     baseline = [row for row in baseline if row["seed"] in common]
@@ -128,7 +128,7 @@ def difference(rows: Sequence[Row], baseline: Sequence[Row], column: str) -> Opt
 
 
 def table(runs: Sequence[Row], baseline: str) -> list[Line]:
-    """Of each size what the methods got and cost, and their differences to the baseline; the teacher first."""
+    """Results and costs of the methods at each size, and differences to the baseline; the teacher first."""
     lines = []
     measures = [name for name in (*TASKS, *DISTANCES) if any(row.get(name) for row in runs)]
     for method, sparsity in dict.fromkeys((row["method"], row["sparsity"]) for row in runs):
@@ -149,7 +149,7 @@ def table(runs: Sequence[Row], baseline: str) -> list[Line]:
 
 
 def draw(lines: Sequence[Line], path: Path) -> None:
-    """A row a method and a panel a task, a colour a size; the teacher is a line."""
+    """One row per method, panel per task and colour per size; the teacher is a line."""
     tasks = [task for task in TASKS if any(line.measure == task for line in lines)]
     students = [line for line in lines if line.method != TEACHER]
     sizes = list(dict.fromkeys(line.sparsity for line in students))
@@ -168,9 +168,9 @@ def draw(lines: Sequence[Line], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=BASELINES, help="grid whose runs they are")
+    parser.add_argument("name", choices=BASELINES, help="grid of the runs")
     parser.add_argument("out", nargs="*", type=Path, metavar="OUT", help="folders of run.py")
     args = parser.parse_args(argv)
     if args.out:
