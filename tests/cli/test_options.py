@@ -136,6 +136,44 @@ def test_libraries_and_children_do_not_write_between(capfd: pytest.CaptureFixtur
     assert capfd.readouterr() == ("a library\ntext\n", "")
 
 
+def test_json_may_go_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """The text stays on stdout. A word after --json that neither ends in .json nor is a device is no such file: an
+    encoder that is named there is not overwritten."""
+    seen: list[list[str]] = []
+
+    @_common.run
+    def main(argv: Any = None) -> _common.Done:
+        seen.append(argv)
+        print("text")
+        return _common.Done({"a": 1})
+
+    monkeypatch.chdir(tmp_path)
+    for words in (["--json", "a.json", "student.pt"], ["student.pt", "--json=a.json"]):
+        assert main(words) == 0 and capfd.readouterr() == ("text\n", "")
+        assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+        (tmp_path / "a.json").unlink()
+    assert [sorted(words) for words in seen] == [["--json", "student.pt"]] * 2
+    assert main(["--json", "/dev/null"]) == 0 and capfd.readouterr() == ("text\n", "")
+    (tmp_path / "student.pt").write_text("weights")
+    assert main(["--json", "student.pt"]) == 0 and json.loads(capfd.readouterr().out) == {"a": 1}
+    assert (tmp_path / "student.pt").read_text() == "weights" and seen[-1] == ["--json", "student.pt"]
+
+
+def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    @_common.run
+    def main(argv: Any = None) -> _common.Done:
+        raise AssertionError("it began")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "input.json").write_text("{}")
+    for words in (["--json", "file/a.json"], ["input.json", "--json", "input.json"]):
+        assert main(words) == 2
+        assert re.fullmatch(r"error: --json.*\n", capfd.readouterr().err)
+
+
 VERBS = "also allow decode draw find fix give keep leave make measure only print probe read say show upload warn write"
 UNITS = re.compile("seconds|percent|fraction|samples|Hz|GB|number of|seed of|the measure's unit")
 
