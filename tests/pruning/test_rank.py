@@ -13,7 +13,7 @@ from torch import nn
 
 from skill_fairseq import pruning
 from skill_fairseq.checkpoints import load_encoder, save_encoder
-from skill_fairseq.exporting.describe import as_lines, describe
+from skill_fairseq.exporting.describe import as_rows, describe
 from skill_fairseq.exporting.model_card import model_card
 from skill_fairseq.models.student_init import make_student
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -248,7 +248,7 @@ def test_tables_cards_and_reports_show_them(tmp_path: Path) -> None:
     assert lines[1][-1] == "- - - - - -"  # removed attention, FFN of no units
     save_encoder(small, tmp_path / "small.safetensors")
     assert load_encoder(tmp_path / "small.safetensors").config == small.config
-    (line,) = (line for line in as_lines(describe(tmp_path / "small.safetensors")) if line.startswith("rank "))
+    (line,) = (cells for name, cells in as_rows(describe(tmp_path / "small.safetensors")) if name == "rank")
     assert first in line
     assert f"| ranks (q k v out fc1 fc2) | {first}" in model_card(small, {}, "", "s3prl")
     gated = model_card(gated_encoder(["rank"]), {}, "", "s3prl")
