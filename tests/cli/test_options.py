@@ -1,4 +1,4 @@
-"""What holds for every command: --json, help texts, names of options, errors and progress bars."""
+"""Common to all commands: --json, help texts, names of options, errors and progress bars."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ EVERY = [pytest.param(command, id=" ".join([command.name, *command.words])) for 
 
 @pytest.fixture(scope="module")
 def inputs(teacher_file: Path, speech: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the commands below read."""
+    """A folder with the input of the commands below."""
     folder = tmp_path_factory.mktemp("inputs")
     shutil.copytree(speech, folder, dirs_exist_ok=True)
     shutil.copy(teacher_file, folder / "student.safetensors")
@@ -122,7 +122,7 @@ def test_a_terminal_has_progress_bars(
 
 
 def test_libraries_and_children_do_not_write_between(capfd: pytest.CaptureFixture[str]) -> None:
-    """To descriptor 1, which Python's sys.stdout knows nothing of."""
+    """Writes to descriptor 1, bypassing Python's sys.stdout."""
 
     @_common.run
     def main(argv: Any = None) -> _common.Done:
@@ -192,7 +192,7 @@ def test_help_texts_are_noun_phrases_with_units() -> None:
 
 
 def test_one_name_for_one_thing() -> None:
-    """An option has the same value and unit in every command, and what is explained alike is called alike."""
+    """An option has the same value and unit in every command, and equal explanations have equal names."""
     values: dict[str, set[Any]] = {}
     names: dict[str, set[str]] = {}
     for command in _commands():
@@ -209,7 +209,7 @@ def test_one_name_for_one_thing() -> None:
 def test_errors_are_one_line_on_stderr(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """An option that is not there, one without its value, and input that is not there."""
+    """An unknown option, an option without its value, and missing input."""
     monkeypatch.chdir(tmp_path)
     line = LINES.get(" ".join([command.name, *command.words]), "--device cuda:99").replace("OUT", "out")
     for words in (["--no-such-option"], ["--seed"], ["--jso"], line.split()):

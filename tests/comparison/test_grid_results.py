@@ -1,4 +1,4 @@
-"""The tables of grids follow from the runs that are committed."""
+"""The tables of grids match the committed runs."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_differences_are_paired(name: str, runs: list[dict[str, str]], lines: li
 
 
 def test_labels_that_students_learn_from_are_of_no_test_recording() -> None:
-    """What the protocol says of OS-KDFT's and the multi-task student's labels."""
+    """The protocol's statements on the labels of OS-KDFT and the multi-task student."""
     page = " ".join((BENCHMARK / "protocol.md").read_text(encoding="utf-8").split())
 
     def read(path: Path) -> list[dict[str, str]]:
@@ -152,7 +152,7 @@ def test_new_runs_are_added_and_the_others_stay(grids: Any, tmp_path: Path, monk
             writer = csv.DictWriter(stream, list(changed))
             writer.writeheader()
             writer.writerows([{**changed, "digit": "0.5"}, {**changed, "seed": "9"}])
-        assert grids.read_runs(path) == before  # nothing is lost if it ends here
+        assert grids.read_runs(path) == before  # nothing is lost if it stops here
 
     monkeypatch.setattr(grids, "write_runs", write)
     grids.add_runs(path, [])

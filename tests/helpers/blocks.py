@@ -1,11 +1,11 @@
-"""Blocks of code in the pages: what marks them, and a folder in which they run as written.
+"""Code blocks of the pages: their marks, and a folder in which they run as written.
 
-A comment in the line before a block says how it is tested; without one the block is run. Parts are separated by ``;``:
+A comment in the line before a block defines its test; without one the block is run. Parts are separated by ``;``:
 
-    <!-- needs: network, corpus -->            parsed only: it needs what a test machine may lack, see NEEDS
+    <!-- needs: network, corpus -->            parsed only: it needs something that a test machine may lack, see NEEDS
     <!-- covered by: tests/test_x.py::test_y --> run by that test, or by a script such as .ci/run
     <!-- nightly -->                           takes long: run by the nightly tests
-    <!-- given: model -->                      Python that uses names of the reader's, see GIVEN
+    <!-- given: model -->                      Python that uses the reader's names, see GIVEN
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Block(NamedTuple):
     Attributes:
         page: path of the page.
         line: where the code begins, counted from 1.
-        language: what stands behind the fence.
+        language: the word after the fence.
         code: its lines.
-        marks: name of each mark -> what stands behind its colon, split at commas.
+        marks: name of each mark -> the text after its colon, split at commas.
     """
 
     page: Path
@@ -63,7 +63,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The blocks of a page, in its order."""
+    """The blocks of a page, in order."""
     text = page.read_text(encoding="utf-8")
     for found in re.finditer(r"(?ms)^(?:<!-- ([^\n]*?) -->\n)?```(\w+)\n(.*?)^```$", text):
         comment, language, code = found.groups()
@@ -115,10 +115,10 @@ def stand_ins(folder: Path) -> None:
 
 
 def run_blocks(page: list[Block], folder: Path) -> None:
-    """Runs blocks one after the other, as a reader would in this folder; Python's share their names.
+    """Runs blocks in order, like a reader in this folder; Python blocks share their names.
 
     Raises:
-        AssertionError: one fails; says where it stands and what it printed.
+        AssertionError: a block fails; gives its place and output.
     """
     names: dict[str, Any] = {}
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -243,7 +243,7 @@ def test_a_model_with_a_head_keeps_its_forward_and_its_loss() -> None:
         expected = model(source, attention_mask=mask).logits
         model.wavlm = shrink(model.wavlm)
         assert torch.allclose(model(source, attention_mask=mask).logits, expected, atol=1e-5)
-    model.train()(source, attention_mask=mask, labels=labels).loss.backward()  # fine-tuning goes on
+    model.train()(source, attention_mask=mask, labels=labels).loss.backward()  # fine-tuning continues
     assert all(p.grad is not None for p in model.wavlm.encoder.layers[-1].parameters())
 
 

@@ -130,7 +130,7 @@ def test_in_bf16_an_update_is_skipped_alone(own_speech: Path, teacher_file: Path
 
 @pytest.mark.faults(
     "more than task.max_skipped_updates in a row",
-    "the run ends and says so",
+    "the run ends with an error",
 )
 def test_too_many_skipped_updates_end_the_run(own_speech: Path, teacher_file: Path, tmp_path: Path) -> None:
     for i in range(24):
