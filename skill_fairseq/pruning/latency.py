@@ -3,7 +3,7 @@
 An encoder's time is the time of what gates never close plus that of its parts: each attention sublayer by its heads,
 each feed-forward sublayer by its units, the conv stack by its multiply-accumulates. A table from `skill-bench table`
 has each part at several widths and is linear between them, so that expected widths have a gradient. ZipLM
-(arXiv:2302.04089) introduced such tables.
+(arXiv:2302.04089) uses measured tables for other models.
 """
 
 from __future__ import annotations
