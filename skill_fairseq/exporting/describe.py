@@ -120,6 +120,8 @@ def as_lines(found: Description) -> Iterator[str]:
         yield f"sparsity      {100 * facts['sparsity']:.1f} %"
     yield f"MACs          {facts['macs_per_second']:,} for a second of audio"
     yield f"convolutions  {format_conv_layers(config.conv_feature_layers)} originally"
+    if config.mel_bins:
+        yield f"hearing       {config.mel_bins} log-mel features every 10 ms"
     yield f"channels      {' '.join(map(str, config.conv_channels))}"
     yield (
         f"layers        {config.encoder_layers} of width {config.encoder_embed_dim}, originally with "

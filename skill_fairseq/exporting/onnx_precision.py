@@ -18,6 +18,9 @@ PRECISIONS = ("fp32", "fp16", "int8")
 FRONT = ("feature_extractor", "feature_projection")
 """Names of the modules that hear the audio. Their features of silence are small beside those of speech: 8 bits for both
 would leave nothing of the small ones."""
+EXACT = tuple(f"{FRONT[0]}.{part}" for part in ("layers.0.", "log_mel"))
+"""Names of nodes that compute in float32 under float16 too: they hear the waveform. A spectrum by rounded weights would
+hear its rounding in place of what is quiet."""
 POSITIONS = "transformer.pos_conv"
 SMALL = 1024
 """Weights of fewer numbers stay as they are."""
@@ -85,7 +88,7 @@ def to_int8(model: Any, batches: Optional[Iterable[np.ndarray]] = None) -> Any:
 def to_float16(model: Any) -> Any:
     """Weights and products in float16, for GPUs and accelerators; inputs and outputs stay float32.
 
-    The first convolution and its norm compute in float32, as do all norms and softmax. A CPU computes float16 by way of
+    A spectrum, the first convolution and its norm compute in float32, as do all norms and softmax. A CPU computes float16 by way of
     float32: there it is half the file and no faster.
 
     Args:
@@ -101,7 +104,7 @@ def to_float16(model: Any) -> Any:
 
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
-    first = [node.name for node in copied.graph.node if node.name.startswith(f"{FRONT[0]}.layers.0.")]
+    first = [node.name for node in copied.graph.node if node.name.startswith(EXACT)]
     kept = [*DEFAULT_OP_BLOCK_LIST, "LayerNormalization", "InstanceNormalization", "Softmax"]
     with _quietly():
         converted = convert_float_to_float16(copied, keep_io_types=True, op_block_list=kept, node_block_list=first)
@@ -126,6 +129,7 @@ def _store_small(model: Any) -> None:
     before: list[Any] = []
     for node in model.graph.node:
         large = node.op_type == "Conv" or (node.op_type == "MatMul" and node.name.startswith(FRONT))
+        large = large and not node.name.startswith(EXACT[1])
         tensor = tensors.get(node.input[1]) if large else None
         if tensor is None or np.prod(tensor.dims) < SMALL:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -19,9 +20,10 @@ _NUMBERS = r"\(\s*{0}\s*,\s*{0}\s*,\s*{0}\s*\)"
 _CONV_TUPLE = re.compile(_NUMBERS.format(r"(\d+)"))
 _CONV_TERM = re.compile(r"\[\s*({0}(?:\s*,\s*{0})*)\s*,?\s*\](?:\s*\*\s*(\d+))?".format(_NUMBERS.format(r"\d+")))
 MAX_CONV_LAYERS = 64
-LIMITS = {"encoder_layers": 1000, "encoder_attention_heads": 1024, "pos_conv_depth": 100}
-"""Of numbers that cost time and memory before a weight is looked at; the largest published are 48, 20 and 5."""
-LEAST = {"adapter_dim": 0}
+LIMITS = {"encoder_layers": 1000, "encoder_attention_heads": 1024, "pos_conv_depth": 100, "mel_bins": 80}
+"""Of numbers that cost time and memory before a weight is looked at; the largest published are 48, 20 and 5. Of more mel
+filters the lowest would lie between the bins of a spectrum of 25 ms."""
+LEAST = {"adapter_dim": 0, "mel_bins": 0}
 """Of whole numbers, where it is not 1."""
 UNWRITTEN: Dict[str, Any] = {
     "unit_widths": {},
@@ -30,6 +32,7 @@ UNWRITTEN: Dict[str, Any] = {
     "adapter_dim": 0,
     "adapter_activation": "relu",
     "adapter_form": "plain",
+    "mel_bins": 0,
 }
 """Fields that earlier versions do not know, with the value at which they are not written."""
 
@@ -98,6 +101,9 @@ class EncoderConfig:
     Between convolutions and transformer come a LayerNorm (not with ``feature_layer_norm`` false: DistilHuBERT) and a
     linear map (not with ``feature_linear`` false: the last convolution has the model's width, and keeps it).
 
+    With ``mel_bins`` above 0 the convolutions hear so many log-mel features of 25 ms windows every 10 ms in place of the
+    waveform. There are as many frames as of windows, and silence is heard around the audio, see :class:`LogMel`.
+
     With ``time_reduction`` above 1 a convolution in front of layer 1 makes one frame of so many (FitHuBERT). Layers in
     ``reuse_attention``, counted from 1, have no query and key: they take the attention map of the nearest layer below
     that computes one (ARMHuBERT).
@@ -125,6 +131,7 @@ class EncoderConfig:
     adapter_dim: int = 0
     adapter_activation: str = "relu"
     adapter_form: str = "plain"
+    mel_bins: int = 0
     normalize: bool = False
     padding_rule: str = "chunks"
     sample_rate: int = 16000
@@ -195,6 +202,12 @@ class EncoderConfig:
         require(self.adapter_dim > 0 or self.adapter_form == "plain", "adapter_form", "adapter_dim above 0")
         residual = self.adapter_form == "residual"
         require(not residual or self.adapter_activation == "relu", "adapter_activation", "'relu' in a residual adapter")
+        require(
+            self.mel_bins == 0 or self.conv_downsampling == 2,
+            "conv_feature_layers",
+            "strides whose product is 2, as log-mel features (model.mel_bins) come every 10 ms and frames every 20, such "
+            "as '[(512,3,1), (512,3,2)]'",
+        )
         require(n > 0, "encoder_layers", "a positive number")
         require(
             self.encoder_embed_dim % full_heads == 0,
@@ -271,12 +284,38 @@ class EncoderConfig:
         return self.conv_pos if self.pos_conv_depth == 1 else max(3, self.conv_pos // self.pos_conv_depth)
 
     @property
+    def conv_downsampling(self) -> int:
+        """Inputs of the convolutions a frame: samples, or log-mel frames."""
+        return math.prod(stride for _, _, stride in self.conv_feature_layers)
+
+    @property
+    def conv_receptive_field(self) -> int:
+        """Inputs of the convolutions that their first frame sees."""
+        field = 1
+        for _, kernel, stride in reversed(self.conv_feature_layers):
+            field = (field - 1) * stride + kernel
+        return field
+
+    @property
+    def mel_window(self) -> int:
+        """Samples that a log-mel frame is made of."""
+        return round(0.025 * self.sample_rate)
+
+    @property
+    def mel_hop(self) -> int:
+        """Samples from one log-mel frame to the next."""
+        return round(0.010 * self.sample_rate)
+
+    @property
+    def mel_padding(self) -> Tuple[int, int]:
+        """Zeros before and after the audio, for what the convolutions see around the window of a frame."""
+        around = self.conv_receptive_field - 1
+        return around // 2 * self.mel_hop, (around - around // 2) * self.mel_hop
+
+    @property
     def feature_downsampling(self) -> int:
         """Audio samples a frame of the convolutions (320 for every published model)."""
-        rate = 1
-        for _, _, stride in self.conv_feature_layers:
-            rate *= stride
-        return rate
+        return self.conv_downsampling * (self.mel_hop if self.mel_bins else 1)
 
     @property
     def downsampling(self) -> int:
@@ -285,11 +324,12 @@ class EncoderConfig:
 
     @property
     def feature_receptive_field(self) -> int:
-        """Audio samples that the convolutions' first frame sees (400 for every published model)."""
-        field = 1
-        for _, kernel, stride in reversed(self.conv_feature_layers):
-            field = (field - 1) * stride + kernel
-        return field
+        """Audio samples without which there is no frame (400 for every published model).
+
+        The convolutions' first frame sees just those of a waveform; of log-mel features also silence before them, and
+        what follows (``mel_padding``).
+        """
+        return self.mel_window if self.mel_bins else self.conv_receptive_field
 
     @property
     def receptive_field(self) -> int:
@@ -298,6 +338,8 @@ class EncoderConfig:
 
     def num_frames(self, num_samples: Any) -> Any:
         """Frames that the conv stack makes of ``num_samples`` samples (an int or an integer tensor)."""
+        if self.mel_bins:
+            return _floor_div(num_samples - self.mel_window, self.feature_downsampling) + 1
         for _, kernel, stride in self.conv_feature_layers:
             num_samples = _floor_div(num_samples - kernel, stride) + 1
         return num_samples

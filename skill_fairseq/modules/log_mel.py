@@ -1,0 +1,112 @@
+"""Log-mel features in front of the convolutions, in place of a waveform: most of the conv stack's work falls away.
+
+Level and range are handled as in Whisper (Radford et al., 2022, arXiv:2212.04356): decades of power less than 8 below
+the utterance's peak, brought to [-1, 1]. So the gain of a recording has no effect, and neither has padding by zeros,
+which normalisation over time would hear.
+"""
+
+from __future__ import annotations
+
+from typing import Iterable, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.fp32 import Float32Module
+from skill_fairseq.modules.tf32 import exact_products
+
+LOW_HZ = 20.0
+FLOOR = 1e-10
+"""Of power: what silence has."""
+DECADES = 8.0
+"""Of power below the peak that are told apart."""
+
+
+def mel_filters(n_fft: int, sample_rate: int, n_mels: int) -> Tensor:
+    """Triangular filters of height 1, as (n_fft // 2 + 1, n_mels) weights of the power spectrum's bins.
+
+    Kaldi's: equally spaced in mel = 1127 ln(1 + f / 700) from 20 Hz to half the sample rate.
+    """
+
+    def mel(hertz: Tensor) -> Tensor:
+        return 1127.0 * torch.log1p(hertz / 700.0)
+
+    low, high = mel(torch.tensor([LOW_HZ, sample_rate / 2], dtype=torch.float64)).tolist()
+    edges = torch.linspace(low, high, n_mels + 2, dtype=torch.float64)
+    bins = mel(torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft)[:, None]
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising, falling).clamp_min(0).float()
+
+
+def scaled(levels: Tensor, peak: Optional[Tensor] = None) -> Tensor:
+    """Levels less their peak, cut off :data:`DECADES` below it, in [-1, 1].
+
+    Args:
+        levels: (B, T, M) log10 of power.
+        peak: (B, 1, 1) of the whole utterance; None: theirs.
+    """
+    peak = levels.amax((1, 2), keepdim=True) if peak is None else peak.to(levels)
+    return torch.maximum(levels - peak, levels.new_tensor(-DECADES)) / (DECADES / 2) + 1
+
+
+class LogMel(Float32Module):
+    """Waveform to log-mel frames of 25 ms every 10 ms, as many as the convolutions need for the encoder's frames.
+
+    It has no parameters, stands in no state dict, and computes in float32 (float64 for float64 audio).
+
+    Args:
+        config: shape; uses ``mel_bins``, ``sample_rate`` and the convolutions' kernels.
+    """
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.hop, self.padding = config.mel_hop, config.mel_padding
+        size = config.mel_window
+        self.register_buffer("window", torch.hann_window(size, dtype=torch.float64).float(), persistent=False)
+        self.register_buffer("filters", mel_filters(size, config.sample_rate, config.mel_bins), persistent=False)
+        self.window: Tensor
+        self.filters: Tensor
+
+    def forward(self, source: Tensor, peak: Optional[Tensor] = None) -> Tensor:
+        """(B, N) samples, and their peak where they are a part of more audio, to (B, T, M) features in [-1, 1]."""
+        return scaled(self.levels(F.pad(source, self.padding)), peak)
+
+    def levels(self, source: Tensor) -> Tensor:
+        """(B, N) samples to (B, T, M) log10 of mel-filtered power, without padding."""
+        frames = source.unfold(1, self.window.numel(), self.hop) * self.window.to(source.dtype)
+        spectrum = torch.fft.rfft(frames)
+        power = spectrum.real.square() + spectrum.imag.square()
+        with torch.autocast(source.device.type, enabled=False), exact_products(source.device):
+            return (power @ self.filters.to(power.dtype)).clamp_min(FLOOR).log10()
+
+    def peak(self, blocks: Iterable[Tensor]) -> Optional[Tensor]:
+        """(B, 1, 1) highest level of the whole of the audio; None where there is none.
+
+        Args:
+            blocks: (B, n) samples one after another.
+        """
+        found: Optional[Tensor] = None
+        left: Optional[Tensor] = None
+        for block in _between(blocks, *self.padding):
+            block = block if left is None else torch.cat([left, block], 1)
+            frames = (block.size(1) - self.window.numel()) // self.hop + 1
+            if frames > 0:
+                highest = self.levels(block).amax((1, 2), keepdim=True)
+                found = highest if found is None else torch.maximum(found, highest)
+                block = block[:, frames * self.hop :]
+            left = block
+        return found
+
+
+def _between(blocks: Iterable[Tensor], before: int, after: int) -> Iterable[Tensor]:
+    """The blocks, in float32 at least, with so many zeros before the first and after the last."""
+    first = True
+    for block in blocks:
+        block = block.to(torch.promote_types(block.dtype, torch.float32))
+        yield F.pad(block, (before if first else 0, 0))
+        first, zeros = False, block.new_zeros(block.size(0), after)
+    if not first:
+        yield zeros
