@@ -88,8 +88,8 @@ def to_int8(model: Any, batches: Optional[Iterable[np.ndarray]] = None) -> Any:
 def to_float16(model: Any) -> Any:
     """Weights and products in float16, for GPUs and accelerators; inputs and outputs stay float32.
 
-    A spectrum, the first convolution and its norm compute in float32, as do all norms and softmax. A CPU computes float16 by way of
-    float32: there it is half the file and no faster.
+    A spectrum, the first convolution and its norm compute in float32, as do all norms and softmax. A CPU computes
+    float16 by way of float32: there it is half the file and no faster.
 
     Args:
         model: of :func:`skill_fairseq.exporting.onnx_graph.make_onnx`; left as it is.

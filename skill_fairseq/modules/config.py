@@ -21,8 +21,8 @@ _CONV_TUPLE = re.compile(_NUMBERS.format(r"(\d+)"))
 _CONV_TERM = re.compile(r"\[\s*({0}(?:\s*,\s*{0})*)\s*,?\s*\](?:\s*\*\s*(\d+))?".format(_NUMBERS.format(r"\d+")))
 MAX_CONV_LAYERS = 64
 LIMITS = {"encoder_layers": 1000, "encoder_attention_heads": 1024, "pos_conv_depth": 100, "mel_bins": 80}
-"""Of numbers that cost time and memory before a weight is looked at; the largest published are 48, 20 and 5. Of more mel
-filters the lowest would lie between the bins of a spectrum of 25 ms."""
+"""Of numbers that cost time and memory before a weight is looked at; the largest published are 48, 20 and 5. With more
+mel filters the lowest would fall between the bins of a 25 ms spectrum."""
 LEAST = {"adapter_dim": 0, "mel_bins": 0}
 """Of whole numbers, where it is not 1."""
 UNWRITTEN: Dict[str, Any] = {
@@ -101,8 +101,8 @@ class EncoderConfig:
     Between convolutions and transformer come a LayerNorm (not with ``feature_layer_norm`` false: DistilHuBERT) and a
     linear map (not with ``feature_linear`` false: the last convolution has the model's width, and keeps it).
 
-    With ``mel_bins`` above 0 the convolutions hear so many log-mel features of 25 ms windows every 10 ms in place of the
-    waveform. There are as many frames as of windows, and silence is heard around the audio, see :class:`LogMel`.
+    With ``mel_bins`` above 0 the convolutions read that many log-mel features, of 25 ms windows every 10 ms, in place
+    of the waveform. Zeros around the audio make the frames as many as those of the published conv stack.
 
     With ``time_reduction`` above 1 a convolution in front of layer 1 makes one frame of so many (FitHuBERT). Layers in
     ``reuse_attention``, counted from 1, have no query and key: they take the attention map of the nearest layer below
@@ -205,8 +205,8 @@ class EncoderConfig:
         require(
             self.mel_bins == 0 or self.conv_downsampling == 2,
             "conv_feature_layers",
-            "strides whose product is 2, as log-mel features (model.mel_bins) come every 10 ms and frames every 20, such "
-            "as '[(512,3,1), (512,3,2)]'",
+            "strides whose product is 2, because log-mel features (model.mel_bins) come every 10 ms and frames every "
+            "20 ms, for example '[(512,3,1), (512,3,2)]'",
         )
         require(n > 0, "encoder_layers", "a positive number")
         require(

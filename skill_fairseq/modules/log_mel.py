@@ -7,6 +7,7 @@ which normalisation over time would hear.
 
 from __future__ import annotations
 
+import math
 from typing import Iterable, Optional
 
 import torch
@@ -30,12 +31,10 @@ def mel_filters(n_fft: int, sample_rate: int, n_mels: int) -> Tensor:
     Kaldi's: equally spaced in mel = 1127 ln(1 + f / 700) from 20 Hz to half the sample rate.
     """
 
-    def mel(hertz: Tensor) -> Tensor:
-        return 1127.0 * torch.log1p(hertz / 700.0)
-
-    low, high = mel(torch.tensor([LOW_HZ, sample_rate / 2], dtype=torch.float64)).tolist()
+    low, high = (1127.0 * math.log1p(hertz / 700.0) for hertz in (LOW_HZ, sample_rate / 2))
     edges = torch.linspace(low, high, n_mels + 2, dtype=torch.float64)
-    bins = mel(torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft)[:, None]
+    hertz = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
+    bins = 1127.0 * torch.log1p(hertz / 700.0)[:, None]
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     return torch.minimum(rising, falling).clamp_min(0).float()

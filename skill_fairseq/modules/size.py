@@ -100,8 +100,8 @@ def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Numbe
 
     With T frames and T_i outputs of convolution i, D the Transformer's dimension, d a head's:
 
-    - log-mel features of windows of N samples: ``T_0 (N / 2 + 1) (2 N + bins)``, the spectrum as the matrix product that
-      graphs have; torch computes it faster, by a Fourier transform
+    - log-mel features, T_0 windows of N samples: ``T_0 (N / 2 + 1) (2 N + bins)``, the spectrum counted as the matrix
+      product that exported graphs compute; torch takes a Fourier transform, which is faster
     - convolution i: ``T_i in out kernel``
     - feature projection: ``T in D``
     - positional convolution: ``T D (D / groups) kernel``, as often as there are such layers
