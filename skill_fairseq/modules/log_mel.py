@@ -8,7 +8,7 @@ which normalisation over time would hear.
 from __future__ import annotations
 
 import math
-from typing import Iterable, Optional
+from typing import Any, Iterable, Optional
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.fp32 import Float32Module
 from skill_fairseq.modules.tf32 import exact_products
 
+EXACT: Any = {"dtype": torch.float64, "device": "cpu"}
+"""How constants are made, also where a model is built without memory for its weights, as transformers does."""
 LOW_HZ = 20.0
 FLOOR = 1e-10
 """Of power: what silence has."""
@@ -32,9 +34,8 @@ def mel_filters(n_fft: int, sample_rate: int, n_mels: int) -> Tensor:
     """
 
     low, high = (1127.0 * math.log1p(hertz / 700.0) for hertz in (LOW_HZ, sample_rate / 2))
-    edges = torch.linspace(low, high, n_mels + 2, dtype=torch.float64)
-    hertz = torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft
-    bins = 1127.0 * torch.log1p(hertz / 700.0)[:, None]
+    edges = torch.linspace(low, high, n_mels + 2, **EXACT)
+    bins = 1127.0 * torch.log1p(torch.arange(n_fft // 2 + 1, **EXACT) * sample_rate / n_fft / 700.0)[:, None]
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     return torch.minimum(rising, falling).clamp_min(0).float()
@@ -64,7 +65,7 @@ class LogMel(Float32Module):
         super().__init__()
         self.hop, self.padding = config.mel_hop, config.mel_padding
         size = config.mel_window
-        self.register_buffer("window", torch.hann_window(size, dtype=torch.float64).float(), persistent=False)
+        self.register_buffer("window", torch.hann_window(size, **EXACT).float(), persistent=False)
         self.register_buffer("filters", mel_filters(size, config.sample_rate, config.mel_bins), persistent=False)
         self.window: Tensor
         self.filters: Tensor
@@ -75,11 +76,11 @@ class LogMel(Float32Module):
 
     def levels(self, source: Tensor) -> Tensor:
         """(B, N) samples to (B, T, M) log10 of mel-filtered power, without padding."""
-        frames = source.unfold(1, self.window.numel(), self.hop) * self.window.to(source.dtype)
+        frames = source.unfold(1, self.window.numel(), self.hop) * self.window.to(source)
         spectrum = torch.fft.rfft(frames)
         power = spectrum.real.square() + spectrum.imag.square()
         with torch.autocast(source.device.type, enabled=False), exact_products(source.device):
-            return (power @ self.filters.to(power.dtype)).clamp_min(FLOOR).log10()
+            return (power @ self.filters.to(power)).clamp_min(FLOOR).log10()
 
     def peak(self, blocks: Iterable[Tensor]) -> Optional[Tensor]:
         """(B, 1, 1) highest level of the whole of the audio; None where there is none.
