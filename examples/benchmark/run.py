@@ -55,6 +55,7 @@ from skill_fairseq.probing.evaluate import evaluate, require_scikit_learn
 from skill_fairseq.probing.models import level_free_log_mel
 from skill_fairseq.probing.pooling import EncoderFeatures
 from skill_fairseq.probing.tasks import read_speakers, read_task
+from skill_fairseq.text_tables import aligned
 from skill_fairseq.versions import versions
 
 HERE = Path(__file__).resolve().parent
@@ -326,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         variants = read.variants
         meanings = {**METHODS, **{name: f"variant: {json.dumps(variant)}" for name, variant in variants.items()}}
         meanings.update({name: f"recipe: {' '.join([r.config, *r.overrides])}" for name, r in read.recipes.items()})
-        print("\n".join(f"{name:<20} {meaning}" for name, meaning in meanings.items()))
+        print(aligned(list(meanings.items()), left=2))
         return 0
     if args.jobs < 1:
         raise ValueError(f"--jobs: {args.jobs}; expected at least 1")

@@ -108,8 +108,9 @@ if [ ! -f "$out/probe.json" ]; then
     tool skill-probe "teacher=$teacher" "shrunk=$out/shrunk.safetensors" "student=$out/student.safetensors" \
         "random=random:$out/student.safetensors" logmel \
         --task "$data/tasks/digit" --task "$data/tasks/speaker" \
-        --json "$out/probe.json" --plot "$out/probe.png" | tee "$out/probe.txt.partial"
+        --plot "$out/probe.png" --json 2>&1 > "$out/probe.json.partial" | tee "$out/probe.txt.partial"
     mv "$out/probe.txt.partial" "$out/probe.txt"
+    mv "$out/probe.json.partial" "$out/probe.json"
 else
     cat "$out/probe.txt"
 fi

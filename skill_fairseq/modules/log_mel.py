@@ -1,8 +1,8 @@
-"""Log-mel features in front of the convolutions, in place of a waveform: most of the conv stack's work falls away.
+"""Log-mel features as the convolutions' input in place of the waveform, which saves most of the conv stack's work.
 
-Level and range are handled as in Whisper (Radford et al., 2022, arXiv:2212.04356): decades of power less than 8 below
-the utterance's peak, brought to [-1, 1]. So the gain of a recording has no effect, and neither has padding by zeros,
-which normalisation over time would hear.
+Windows, hop and scaling are Whisper's (Radford et al., 2022, arXiv:2212.04356): the logarithm of power is cut off 8
+decades below the utterance's peak and mapped to [-1, 1]. So the gain of a recording has no effect, and padding with
+zeros has none either, unlike with normalisation over time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from skill_fairseq.modules.fp32 import Float32Module
 from skill_fairseq.modules.tf32 import exact_products
 
 EXACT: Any = {"dtype": torch.float64, "device": "cpu"}
-"""How constants are made, also where a model is built without memory for its weights, as transformers does."""
+"""How constants are made, even if a model is built on the meta device, as transformers does."""
 LOW_HZ = 20.0
 FLOOR = 1e-10
-"""Of power: what silence has."""
+"""Least power, that of digital silence."""
 DECADES = 8.0
-"""Of power below the peak that are told apart."""
+"""Range of power below the peak that is kept."""
 
 
 def mel_filters(n_fft: int, sample_rate: int, n_mels: int) -> Tensor:
@@ -32,7 +32,6 @@ def mel_filters(n_fft: int, sample_rate: int, n_mels: int) -> Tensor:
 
     Kaldi's: equally spaced in mel = 1127 ln(1 + f / 700) from 20 Hz to half the sample rate.
     """
-
     low, high = (1127.0 * math.log1p(hertz / 700.0) for hertz in (LOW_HZ, sample_rate / 2))
     edges = torch.linspace(low, high, n_mels + 2, **EXACT)
     bins = 1127.0 * torch.log1p(torch.arange(n_fft // 2 + 1, **EXACT) * sample_rate / n_fft / 700.0)[:, None]
@@ -42,20 +41,20 @@ def mel_filters(n_fft: int, sample_rate: int, n_mels: int) -> Tensor:
 
 
 def scaled(levels: Tensor, peak: Optional[Tensor] = None) -> Tensor:
-    """Levels less their peak, cut off :data:`DECADES` below it, in [-1, 1].
+    """Levels relative to the peak, cut off :data:`DECADES` below it, mapped to [-1, 1].
 
     Args:
         levels: (B, T, M) log10 of power.
-        peak: (B, 1, 1) of the whole utterance; None: theirs.
+        peak: (B, 1, 1) highest level of the whole utterance; None: that of ``levels``.
     """
     peak = levels.amax((1, 2), keepdim=True) if peak is None else peak.to(levels)
     return torch.maximum(levels - peak, levels.new_tensor(-DECADES)) / (DECADES / 2) + 1
 
 
 class LogMel(Float32Module):
-    """Waveform to log-mel frames of 25 ms every 10 ms, as many as the convolutions need for the encoder's frames.
+    """Waveform to log-mel features of 25 ms windows every 10 ms, with zeros around the audio for the convolutions.
 
-    It has no parameters, stands in no state dict, and computes in float32 (float64 for float64 audio).
+    It has no parameters and no entries in a state dict, and computes in float32 (float64 for float64 audio).
 
     Args:
         config: shape; uses ``mel_bins``, ``sample_rate`` and the convolutions' kernels.
@@ -71,7 +70,7 @@ class LogMel(Float32Module):
         self.filters: Tensor
 
     def forward(self, source: Tensor, peak: Optional[Tensor] = None) -> Tensor:
-        """(B, N) samples, and their peak where they are a part of more audio, to (B, T, M) features in [-1, 1]."""
+        """(B, N) samples to (B, T, M) features in [-1, 1]; for ``peak`` see :func:`scaled`."""
         return scaled(self.levels(F.pad(source, self.padding)), peak)
 
     def levels(self, source: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ class LogMel(Float32Module):
             return (power @ self.filters.to(power)).clamp_min(FLOOR).log10()
 
     def peak(self, blocks: Iterable[Tensor]) -> Optional[Tensor]:
-        """(B, 1, 1) highest level of the whole of the audio; None where there is none.
+        """(B, 1, 1) highest level of the whole audio; None if it is too short for a window.
 
         Args:
             blocks: (B, n) samples one after another.
@@ -102,7 +101,7 @@ class LogMel(Float32Module):
 
 
 def _between(blocks: Iterable[Tensor], before: int, after: int) -> Iterable[Tensor]:
-    """The blocks, in float32 at least, with so many zeros before the first and after the last."""
+    """The blocks in float32 or float64, with zeros before the first and after the last."""
     first = True
     for block in blocks:
         block = block.to(torch.promote_types(block.dtype, torch.float32))

@@ -231,9 +231,7 @@ def test_numbers_within_bounds(
         ("export", ["none.pt", "file/folder", "--to", "s3prl"], "OUT"),
         ("export", ["none.pt", "/proc/none", "--to", "huggingface"], "OUT"),
         ("labels", ["m/train.tsv", "--transcripts", "text.tsv", "--out", "file"], "--out"),
-        ("probe", ["none.pt", "--task", "none", "--json", "file/a.json"], "--json"),
         ("probe", ["none.pt", "--task", "none", "--plot", "/proc/none/a.png"], "--plot"),
-        ("bench", ["infer", "--model", "none.pt", "--json", "folder.safetensors"], "--json"),
         ("report", ["none", "--out", "file"], "--out"),
     ],
 )

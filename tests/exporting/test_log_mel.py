@@ -11,7 +11,7 @@ from messages import says
 
 from skill_fairseq.benchmarking.contestants import huggingface_encoder
 from skill_fairseq.checkpoints import load_encoder, save_encoder
-from skill_fairseq.exporting.describe import as_lines, describe
+from skill_fairseq.exporting.describe import as_rows, describe
 from skill_fairseq.exporting.huggingface_folder import save_huggingface
 from skill_fairseq.exporting.onnx_graph import make_onnx
 from skill_fairseq.exporting.s3prl_expert import UpstreamExpert
@@ -92,7 +92,7 @@ def test_s3prl_and_files(encoder: SpeechEncoder, wave: torch.Tensor, tmp_path: P
     assert again.config == encoder.config and torch.equal(again(wave).x, encoder(wave).x)
     states = UpstreamExpert(str(tmp_path / "a.safetensors"))([wave[0], wave[0, :9000]])["hidden_states"]
     torch.testing.assert_close(states[-1][0], encoder(wave).hidden_states[-1][0], rtol=1e-4, atol=1e-4)
-    assert "40 log-mel features every 10 ms" in "\n".join(as_lines(describe(tmp_path / "a.safetensors")))
+    assert ("input", "40 log-mel features every 10 ms") in list(as_rows(describe(tmp_path / "a.safetensors")))
 
 
 def test_the_conv_share_of_latency_counts_the_features(encoder: SpeechEncoder) -> None:

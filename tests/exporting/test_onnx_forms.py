@@ -104,6 +104,15 @@ def test_no_audio_to_calibrate_with_is_said(graph):
         to_int8(graph, [])
 
 
+def every_value(model):
+    """Inputs, outputs and everything between, with the shapes that ONNX infers."""
+    import onnx.shape_inference
+
+    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+    assert len(graph.value_info) > 20
+    return [*graph.input, *graph.output, *graph.value_info]
+
+
 def test_chosen_layers_and_a_fixed_length(exporting, small, tmp_path):
     from skill_fairseq.exporting.onnx_encoder import OnnxEncoder
 
@@ -111,6 +120,8 @@ def test_chosen_layers_and_a_fixed_length(exporting, small, tmp_path):
     model = make_onnx(encoder, layers=[2, 0], samples=1600)
     assert not any("layers.2" in node.name and node.name.startswith("transformer") for node in model.graph.node)
     describe(model, encoder, {"source": "x"}, layers="2,0")
+    sizes = [d for value in every_value(model) for d in value.type.tensor_type.shape.dim]
+    assert sizes and all(d.HasField("dim_value") for d in sizes)  # as accelerators want it
     graph = OnnxEncoder(model.SerializeToString())
     assert graph.outputs == ["hidden_state_2", "hidden_state_0"] and (graph.samples, graph.normalize) == (1600, True)
     assert graph.info["opset"] == 18 and graph.info["layers"] == "2,0"

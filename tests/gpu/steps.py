@@ -94,17 +94,16 @@ class Steps:
         return {"identical bits": identical, "first difference": where, "ok": identical or self.gpu}
 
     def bench(self, what: str, *arguments: str) -> dict[str, Any]:
-        record = self.out / "bench.json"
         command = [sys.executable, "-c", BENCH, what, *arguments, "--device", self.device]
         if self.gpu:
-            size = ["--seconds", "15.6", "--batch", "10", "--precision", "bf16", "--repeats", "8", "--warmup", "3"]
+            size = ["--seconds", "15.6", "--batch-size", "10", "--precision", "bf16", "--repeats", "8", "--warmup", "3"]
         else:
             model = self.out / "model.safetensors"
             if not model.exists():
                 save_encoder(random_encoder(), model)
             size = ["--model", str(model), "--seconds", "0.5", "--repeats", "1", "--warmup", "1", "--threads", "1"]
-        subprocess.run([*command, *size, "--json", str(record)], check=True, env=ENVIRONMENT)
-        return json.loads(record.read_text())["results"]
+        done = subprocess.run([*command, *size, "--json"], check=True, env=ENVIRONMENT, stdout=subprocess.PIPE)
+        return json.loads(done.stdout)["results"]
 
     def speed(self) -> dict[str, Any]:
         teacher = ["--teacher-dtype", "bf16"] if self.gpu else []

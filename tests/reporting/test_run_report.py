@@ -136,7 +136,8 @@ def test_settings_and_commands_to_repeat(made: tuple, run_folder: Path, teacher_
         "fairseq-hydra-train --config-dir config/distill --config-name tiny common.seed=4711 "
         "'criterion.groups=[[0],[1,2]]' hydra.run.dir=stage1" in repeat
     )
-    assert f"skill-probe teacher={teacher_file} student=student.safetensors logmel --task TASKS/digit" in repeat
+    probing = f"skill-probe teacher={teacher_file} student=student.safetensors logmel --task TASKS/digit"
+    assert f"{probing} --json > probe.json" in repeat
     assert "skill-shrink stage1/checkpoint_last.pt shrunk.safetensors --sparsity 0.4<" in repeat
     assert f"skill-report {run_folder} --teacher {teacher_file} --data {speech}<" in repeat
     assert "(TASKS)" in repeat
