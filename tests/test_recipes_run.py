@@ -46,7 +46,17 @@ def data(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.write_speech(tmp_path_factory.mktemp("speech"), {"train": lengths, "valid": [0.5, 0.7]})
 
 
-def train(kind: str, name: str, folder: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
+SAME_SCHEDULE = (
+    "optimizer.groups.default.lr_scheduler.total_num_update=2",
+    "optimizer.groups.default.lr_scheduler.warmup_updates=1",
+    "optimizer.groups.gates.lr_scheduler.total_num_update=2",
+    "optimizer.groups.multipliers.lr_scheduler.total_num_update=2",
+    "criterion.sparsity_warmup=1",
+)
+"""Of runs of one and of two updates."""
+
+
+def train(kind: str, name: str, folder: Path, *overrides: str, updates: int = 2) -> tuple[dict[str, Any], Path]:
     """The saved config of a run of this recipe, and its checkpoint."""
     hydra_init(name)
     GlobalHydra.instance().clear()
@@ -57,7 +67,7 @@ def train(kind: str, name: str, folder: Path, *overrides: str) -> tuple[dict[str
     fairseq_cli.train.main(cfg)
     last = folder / kind / "checkpoint_last.pt"
     checkpoint = load_torch_file(last)
-    assert checkpoint["optimizer_history"][-1]["num_updates"] == 2
+    assert checkpoint["optimizer_history"][-1]["num_updates"] == updates
     return plain(checkpoint["cfg"]), last
 
 
@@ -149,6 +159,28 @@ def test_gates_on_a_thin_student(data: Path, deep: Path, tmp_path: Path) -> None
     assert half.config.conv_channels[-1] == half.config.encoder_embed_dim == 48
     _, stage2 = train("final", "tiny", tmp_path, *where, f"model.init_from={stage1}")
     assert load_encoder(stage2).config == half.config
+
+
+@pytest.mark.slow
+def test_log_mel_features_in_place_of_the_waveform(data: Path, deep: Path, tmp_path: Path) -> None:
+    """Pruned and distilled once more; a run that goes on after its first update makes the second as one in one go."""
+    where = (f"task.data={data}", f"task.teacher={deep}", DEEP_GROUPS, "criterion.target_sparsity=0.5")
+    found = []
+    for folder in ("whole", "interrupted"):
+        if folder == "interrupted":
+            once = (*where, "optimization.max_update=1", *SAME_SCHEDULE)
+            train("distill", "tiny", tmp_path / folder, "+student=tiny_log_mel", *once, updates=1)
+        saved, stage1 = train("distill", "tiny", tmp_path / folder, "+student=tiny_log_mel", *where, *SAME_SCHEDULE)
+        found.append(load_torch_file(stage1)["model"])
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+    assert (saved["model"]["mel_bins"], saved["model"]["init_parts"]) == (40, ["pos_conv", "layer_norm", "layers"])
+    gated, full = load_encoder(stage1), load_encoder(deep)
+    moved = [(a - b).norm() / b.norm() for a, b in zip(gated.transformer.parameters(), full.transformer.parameters())]
+    assert max(moved) < 0.1 and gated.config.mel_bins == 40
+    _, stage2 = train("final", "tiny", tmp_path, *where[:3], f"model.init_from={stage1}")
+    student = load_encoder(stage2)
+    assert student.num_parameters() == pytest.approx(gated.num_parameters() / 2, rel=0.01)
+    assert student.config.mel_bins == 40 and student.config.num_frames(48000) == full.config.num_frames(48000)
 
 
 @pytest.mark.nightly

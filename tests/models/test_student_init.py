@@ -112,6 +112,24 @@ def test_convolutions_alone_and_another_width(small: Any) -> None:
     assert set(student.state_dict()) - parts_that_differ(student, teacher) >= names
 
 
+LOG_MEL = {
+    "init_parts": ["pos_conv", "layer_norm", "layers"],
+    "mel_bins": 40,
+    "conv_feature_layers": "[(16,3,1), (24,3,2)]",
+    "conv_bias": True,
+}
+
+
+def test_the_teachers_layers_behind_another_front_end(small: Any) -> None:
+    teacher = small.random_encoder()
+    student = make_student(teacher, cfg(**LOG_MEL))
+    assert parts_that_differ(student, teacher) == {n for n in student.state_dict() if n.startswith("feature_")}
+    wanted = {**teacher.config.to_dict(), **LOG_MEL, "conv_channels": [16, 24]}
+    del wanted["init_parts"]
+    assert student.config == EncoderConfig(**wanted)
+    assert student(small.waves()).x.shape == teacher(small.waves()).x.shape
+
+
 def test_random_weights_depend_on_the_seed_alone(small: Any) -> None:
     """So that ranks, and two runs, start equal; later random numbers do not change."""
     teacher = small.random_encoder()
@@ -197,6 +215,9 @@ def test_published_sizes(name: str, teacher: EncoderConfig) -> None:
         ({"init_layers": [True]}, ("model.init_layers", "True")),
         ({"init_layers": []}, ("model.init_layers", "[]", "such as")),
         ({"init_layers": 2}, ("model.init_layers", "2", "such as")),
+        ({"mel_bins": 40, "conv_feature_layers": "[(16,3,2)]"}, ("model.conv_feature_layers", "conv", "init_parts")),
+        ({"mel_bins": 40}, ("model.mel_bins", "40", "conv", "init_parts")),
+        ({"mel_bins": 40, "init_parts": []}, ("model.conv_feature_layers", "strides", "mel_bins")),
         ({"init_layers": [1], "init_parts": ["conv"]}, ("model.init_layers", "model.init_parts", "encoder_layers")),
         ({"init_layers": [1, 2], "encoder_layers": 3}, ("model.encoder_layers: 3", "model.init_layers", "2 layers")),
         ({"init_parts": ["conv", "lstm"]}, ("model.init_parts", "lstm", "pos_conv")),
