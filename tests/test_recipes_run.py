@@ -53,7 +53,7 @@ SAME_SCHEDULE = (
     "optimizer.groups.multipliers.lr_scheduler.total_num_update=2",
     "criterion.sparsity_warmup=1",
 )
-"""Of runs of one and of two updates."""
+"""The same schedule for runs of one and two updates."""
 
 
 def train(kind: str, name: str, folder: Path, *overrides: str, updates: int = 2) -> tuple[dict[str, Any], Path]:
@@ -163,7 +163,8 @@ def test_gates_on_a_thin_student(data: Path, deep: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_log_mel_features_in_place_of_the_waveform(data: Path, deep: Path, tmp_path: Path) -> None:
-    """Pruned and distilled once more; a run that goes on after its first update makes the second as one in one go."""
+    """Prunes and distils again; a run resumed after its first update makes the same second one as an uninterrupted
+    run."""
     where = (f"task.data={data}", f"task.teacher={deep}", DEEP_GROUPS, "criterion.target_sparsity=0.5")
     found = []
     for folder in ("whole", "interrupted"):

@@ -1,8 +1,8 @@
-"""Log-mel features as the convolutions' input in place of the waveform, which saves most of the conv stack's work.
+"""Log-mel features instead of the waveform as the convolutions' input, which saves most of the conv stack's work.
 
 Windows, hop and scaling are Whisper's (Radford et al., 2022, arXiv:2212.04356): the logarithm of power is cut off 8
-decades below the utterance's peak and mapped to [-1, 1]. So the gain of a recording has no effect, and padding with
-zeros has none either, unlike with normalisation over time.
+decades below the utterance's peak and mapped to [-1, 1]. So neither the gain of a recording nor padding with zeros has
+an effect, unlike with normalisation over time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from skill_fairseq.modules.fp32 import Float32Module
 from skill_fairseq.modules.tf32 import exact_products
 
 EXACT: Any = {"dtype": torch.float64, "device": "cpu"}
-"""How constants are made, even if a model is built on the meta device, as transformers does."""
+"""Dtype and device of constants, even if a model is built on the meta device, as in transformers."""
 LOW_HZ = 20.0
 FLOOR = 1e-10
-"""Least power, that of digital silence."""
+"""Least power: digital silence."""
 DECADES = 8.0
-"""Range of power below the peak that is kept."""
+"""Kept range of power below the peak, decades."""
 
 
 def mel_filters(n_fft: int, sample_rate: int, n_mels: int) -> Tensor:
@@ -85,7 +85,7 @@ class LogMel(Float32Module):
         """(B, 1, 1) highest level of the whole audio; None if it is too short for a window.
 
         Args:
-            blocks: (B, n) samples one after another.
+            blocks: consecutive (B, n) samples.
         """
         found: Optional[Tensor] = None
         left: Optional[Tensor] = None

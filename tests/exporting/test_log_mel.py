@@ -1,4 +1,4 @@
-"""Encoders that hear log-mel features, in the hands of those who use encoders."""
+"""Encoders on log-mel features, in everything that uses encoders."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_onnxruntime(encoder: SpeechEncoder, wave: torch.Tensor) -> None:
             out = encoder(wave[:, :n])
             for found, wanted in zip(states(model, wave[:, :n]), [out.x, *out.hidden_states]):
                 torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
-    # The spectrum keeps float32 weights and sums: a quiet part beside a loud one is heard as before.
+    # The spectrum keeps float32 weights and sums, so quiet parts beside loud ones do not change.
     quiet = torch.cat([wave, 1e-3 * wave], 1)
     wanted = encoder(quiet).hidden_states[0]
     for small in (to_float16(model), to_int8(model)):
@@ -70,7 +70,7 @@ def test_onnxruntime(encoder: SpeechEncoder, wave: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_transformers_takes_it_with_our_code(small: Any, wave: torch.Tensor, tmp_path: Path, whole: bool) -> None:
-    """Not as one of its own models, even where nothing is pruned."""
+    """Not as a stock model, even if nothing is pruned."""
     transformers = pytest.importorskip("transformers")
     shape = {} if whole else {"conv_channels": [11, 24]}
     encoder = small.random_encoder(**SHAPE, **shape)

@@ -1,4 +1,4 @@
-"""Log-mel features in front of the convolutions: the formula written out, frames, gain, padding, gates, streams."""
+"""Log-mel features before the convolutions: the explicit formula, frames, gain, padding, gates, streams."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MELS = {"mel_bins": 20, "conv_feature_layers": CONVS, "conv_bias": True}
 
 
 def speech(*lengths: int) -> Tensor:
-    """(B, N) noise whose level and colour change; zeros behind shorter ones."""
+    """(B, N) noise of varying level and colour; zeros after shorter ones."""
     generator = torch.Generator().manual_seed(0)
     waves = [torch.randn(n, generator=generator).cumsum(0).diff(prepend=torch.zeros(1)) for n in lengths]
     waves = [0.05 * w * torch.linspace(0, 9, len(w)).sin() for w in waves]
@@ -32,7 +32,7 @@ def speech(*lengths: int) -> Tensor:
 
 
 def loop_features(wave: np.ndarray, bins: int, before: int, after: int) -> np.ndarray:
-    """(N,) samples to (T, bins) in float64, sums as in the definition of the discrete Fourier transform."""
+    """(N,) samples to (T, bins) in float64, from the definition of the discrete Fourier transform."""
     wave = np.concatenate([np.zeros(before), wave.astype(np.float64), np.zeros(after)])
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WINDOW) / WINDOW)
     angles = -2j * np.pi * np.outer(np.arange(WINDOW // 2 + 1), np.arange(WINDOW)) / WINDOW
@@ -83,7 +83,7 @@ def test_frames_are_textbook_convolutions_of_the_features(style: str) -> None:
 
 @pytest.mark.parametrize("convs", [CONVS, "[(8,1,2)]", "[(8,5,2), (8,1,1)]", "[(8,4,1), (8,2,2), (8,3,1)]"])
 def test_as_many_frames_as_the_published_conv_stack(convs: str) -> None:
-    """And those of the stack's windows: the first of 400 samples, the next 320 later."""
+    """The stack's windows: the first covers 400 samples, the next starts 320 later."""
     config, teacher = EncoderConfig(mel_bins=8, conv_feature_layers=convs), hubert_base()
     lengths = [*range(380, 1100), 16000, 47_999, 160_000, 10**7]
     counted = config.num_frames(torch.tensor(lengths))
@@ -91,7 +91,7 @@ def test_as_many_frames_as_the_published_conv_stack(convs: str) -> None:
     assert (config.downsampling, config.receptive_field) == (teacher.downsampling, teacher.receptive_field)
     encoder = random_encoder(mel_bins=8, conv_feature_layers=convs)
     for n in (400, 401, 559, 560, 719, 720, 1039, 1040, 5000, 90_000):
-        for enabled in (True, False):  # the second goes chunk by chunk
+        for enabled in (True, False):  # the second is processed by chunks
             with torch.set_grad_enabled(enabled):
                 assert encoder.feature_extractor(speech(n))[0].size(1) == teacher.num_frames(n)
     with pytest.raises(ValueError, match=says("399 samples", "400")):
@@ -193,7 +193,7 @@ def test_a_stream_hears_the_level_of_the_whole(monkeypatch: pytest.MonkeyPatch) 
     audio[-50:] *= 40  # a peak in a window that reaches beyond the end
     with torch.no_grad():
         whole = encoder(audio[None]).hidden_states[0]
-    for chunk, context in ((1.0, 0.3), (100.0, 0.0), (0.02, 0.02)):  # one frame of context is all that the ends need
+    for chunk, context in ((1.0, 0.3), (100.0, 0.0), (0.02, 0.02)):  # the ends need only one frame of context
         found = [out.hidden_states[0] for out in encoder.stream(audio, chunk, context, last_layer=0)]
         torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
 
