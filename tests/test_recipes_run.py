@@ -200,7 +200,7 @@ def test_two_teachers_of_two_widths_in_both_stages(small: Any, data: Path, teach
     assert torch.equal(models[0].eval().speech_encoder(wave).hidden_states[-1], half.eval()(wave).hidden_states[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_list_of_one_teacher_is_that_teacher(data: Path, teacher_file: Path, tmp_path: Path) -> None:
     found = []
     for name, teacher in (("plain", f"{teacher_file}"), ("list", f"[{teacher_file}]")):

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 # beside this file
@@ -124,6 +125,12 @@ def common_overrides(run: Run, grid: Grid, teacher: SpeechEncoder) -> list[str]:
     ]
 
 
+def filled(run: Run, folder: Path) -> list[str]:
+    """A variant's overrides of stage 1, with $left (what of the cost is left) and $out (the comparison's folder)."""
+    values = {"left": f"{1 - run.sparsity:.6g}", "out": str(folder.parent.parent)}
+    return [Template(override).safe_substitute(values) for override in run.target.stage1]
+
+
 def make_student(run: Run, grid: Grid, folder: Path, configs: Path) -> dict[str, Any]:
     """student.safetensors in the run's folder: stage 1, shrink, stage 2, export; or pruned at once.
 
@@ -155,7 +162,7 @@ def make_student(run: Run, grid: Grid, folder: Path, configs: Path) -> dict[str,
     stage1 = train(
         folder / "stage1",
         configs / grid.stage1["config"],
-        [*grid.overrides("stage1"), *common, f"criterion.target_sparsity={run.sparsity}", *run.target.stage1],
+        [*grid.overrides("stage1"), *common, f"criterion.target_sparsity={run.sparsity}", *filled(run, folder)],
     )
     checkpoint = folder / "stage1" / "checkpoint_last.pt"
     if not shrunk.is_file():

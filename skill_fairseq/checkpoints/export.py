@@ -1,4 +1,4 @@
-"""Our own file of an encoder: one safetensors file that describes itself."""
+"""Our own encoder format: one self-describing safetensors file."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def save_encoder(
     encoder: SpeechEncoder, path: PathLike, provenance: Mapping[str, Any] | None = None, dtype: str = "float32"
 ) -> None:
-    """Writes the encoder's weights, shape and provenance, in one step.
+    """Writes the encoder's weights, shape and provenance atomically.
 
     Args:
-        encoder: may have gates; they stay float32, so that the same units are kept whatever the type.
+        encoder: may have gates; they stay float32, so that any dtype keeps the same units.
         path: the file to write.
-        provenance: where the encoder comes from; anything that JSON can hold.
+        provenance: the encoder's origin; anything that JSON can hold.
         dtype: type of the weights in the file, "float32", "float16" or "bfloat16"; they load back as float32.
 
     Raises:
-        ValueError: the dtype is unknown, or a weight is beyond its range.
+        ValueError: the dtype is unknown, or a weight is out of its range.
     """
     state = finite_state(encoder, dtype)
     if encoder.mask_embedding is not None:
@@ -46,14 +46,14 @@ def save_encoder(
         "config": json.dumps(encoder.config.to_dict()),
         "provenance": json.dumps(dict(provenance or {})),
     }
-    write_file(path, save(state, metadata))  # save_file would make it readable only by its owner
+    write_file(path, save(state, metadata))  # save_file would make it readable by its owner only
 
 
 def finite_state(encoder: SpeechEncoder, dtype: str = "float32") -> State:
-    """The encoder's weights as they go into a file: on the CPU, in ``dtype`` but for the gates, copied.
+    """Copies of the encoder's weights for a file: on the CPU, in ``dtype`` except for the gates.
 
     Raises:
-        ValueError: the dtype is unknown, or a weight is beyond its range.
+        ValueError: the dtype is unknown, or a weight is out of its range.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r}; expected one of {list(DTYPES)}")
@@ -69,17 +69,17 @@ def finite_state(encoder: SpeechEncoder, dtype: str = "float32") -> State:
 
 
 def read_export(path: Path) -> EncoderSource:
-    """The encoder in a file of :func:`save_encoder`.
+    """Reads an encoder from a file of :func:`save_encoder`.
 
     Raises:
-        ValueError: another safetensors file, or one of a later version.
+        ValueError: it is another safetensors file, or of a later version.
     """
     metadata = load_metadata(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path}: recognised as a safetensors file, but its metadata {dict(list(metadata.items())[:3])} "
             f"is not that of an exported encoder (format = {FORMAT!r}); for a Hugging Face model give its "
-            "folder, which holds config.json too"
+            "folder, which also holds config.json"
         )
     if metadata.get("format_version") != FORMAT_VERSION:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From the results of single runs to means, intervals and differences."""
+"""Summarises results of single runs: means, intervals and differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skill_fairseq.probing.intervals import MIN_SPEAKERS, why_none
 
 Result = Mapping[str, Any]
 OVERALL = "all"
-"""In place of a sparsity: the mean over all of them."""
+"""Stands for the mean over all sparsities."""
 
 NOT_TOLD, NO_INTERVAL = "not distinguishable", "no interval"
 PROBE_VERDICTS = {1: "higher", 0: NOT_TOLD, -1: "lower", None: NO_INTERVAL}
@@ -22,17 +22,17 @@ DISTANCE_VERDICTS = {1: "farther", 0: NOT_TOLD, -1: "nearer", None: NO_INTERVAL}
 
 
 def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline: str) -> dict[str, Any]:
-    """Everything that the tables show.
+    """Computes everything that the tables show.
 
     Args:
-        results: one a method, sparsity and seed.
-        references: name -> probes and perhaps costs, of what is not distilled.
-        baseline: the method that differences are to.
+        results: one per method, sparsity and seed.
+        references: name -> probes and optional costs of models that are not distilled.
+        baseline: the method to subtract for differences.
 
     Returns:
-        ``rows``: one a method and sparsity (the mean over sparsities under "all", where a method has been run
-        with the same seeds at all of them), for JSON. Distances are of the kinds that all of a row's results have:
-        students of another width than the teacher's have CKA alone.
+        ``rows``: one per method and sparsity (under "all" the mean over sparsities, if a method was run with the same
+        seeds at all of them), for JSON. A row has the kinds of distances that all its results have: students of
+        another width than the teacher's have only CKA.
     """
     methods = list(dict.fromkeys(result["method"] for result in results))
     sparsities = sorted({result["sparsity"] for result in results})
@@ -65,7 +65,7 @@ def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline
 
 
 def _about(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of a task: metric, samples, and why nothing of it has an interval, or None."""
+    """A task's metric, samples, and the reason why it has no intervals, or None."""
     why = entries[0]["no_interval"] if all(entry["interval"] is None for entry in entries) else None
     return {"metric": entries[0]["metric"], "samples": entries[0]["samples"], "no_interval": why}
 
@@ -86,7 +86,7 @@ def _reference(found: Mapping[str, Any]) -> dict[str, Any]:
 def _row(
     method: str, sparsity: Any, cells: list[list[Result]], base_cells: list[list[Result]], tasks: Sequence[str]
 ) -> dict[str, Any]:
-    """One method at one sparsity, or over several: a cell each, of results by seed."""
+    """One method at one sparsity or over several; each cell holds results by seed."""
     if not all(cells):
         return {}
     seeds = [result["seed"] for result in cells[0]]
@@ -137,7 +137,7 @@ def _row(
 
 
 def _paired(cells: list[list[Result]], base_cells: list[list[Result]]) -> Optional[tuple[Any, Any]]:
-    """Both sides with the seeds that both have, the same in every cell; one lone row of an untrained side stays."""
+    """Both sides restricted to common seeds of every cell; a single row of an untrained side stays."""
     if not all(base_cells):
         return None
     sides = [cells, base_cells]
@@ -169,8 +169,8 @@ def _kinds(cells: list[list[Result]]) -> list[str]:
 
 
 def _by_part(cells: list[list[Result]]) -> tuple[dict[str, Optional[float]], dict[str, Optional[float]]]:
-    """Mean distance over the layers that are distilled, and over those that are not; nothing of recipes, which may
-    distil other things than states of layers."""
+    """Mean distance over distilled layers, and over the others; empty for recipes, which may distil other things than
+    states of layers."""
     parts: list[dict[str, Optional[float]]] = [{}, {}]
     if any(result.get("recipe") for cell in cells for result in cell):
         return parts[0], parts[1]
@@ -197,7 +197,7 @@ def _plain(estimate: Estimate) -> list[Optional[float]]:
 
 
 def _rate(estimate: Estimate) -> Estimate:
-    """Student's t knows no bounds, rates do."""
+    """Clips to the bounds of a rate, which Student's t ignores."""
     if estimate.low is None or estimate.high is None:
         return estimate
     return Estimate(estimate.value, max(estimate.low, 0.0), min(estimate.high, 1.0))

@@ -1,4 +1,4 @@
-"""Tables and sentences that say what a comparison has found."""
+"""Tables and sentences with the results of a comparison."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from skill_fairseq.probing.intervals import show_interval
 
 
 def introduction(summary: Mapping[str, Any]) -> str:
-    """How many results there are, and how their intervals and differences are meant: plain text."""
+    """The number of results, and how to read intervals and differences; plain text."""
     return (
         f"{summary.get('found')} of {summary.get('wanted')} results are there. Probes: {about_tasks(summary)}. "
-        "Intervals are of 95 %, over seeds and speakers together (two-way random effects; error rates by jackknife); "
-        f"of what is not distilled, over speakers.{_left_out(summary)} "
-        f"A difference to {summary['baseline']} is paired by seed and recording. Where its interval holds 0 the two "
-        "are not distinguishable: the data allow differences up to the bound that is given. "
-        "Each interval stands for itself: of twenty, one misses by chance."
+        "Intervals are 95 %, over seeds and speakers together (two-way random effects; error rates by jackknife); for "
+        f"models that are not distilled, over speakers.{_left_out(summary)} "
+        f"A difference to {summary['baseline']} is paired by seed and recording. If its interval contains 0, the two "
+        "are not distinguishable: the data allow differences up to the given bound. "
+        "Intervals are not corrected for multiple comparisons: one in twenty misses by chance."
     )
 
 
 def _left_out(summary: Mapping[str, Any]) -> str:
-    """What has no interval, and why."""
+    """Values without an interval, and why."""
     what = {**summary["tasks"], "distances to the teacher": summary["distances"]}
     found = [f"{name} ({about['no_interval']})" for name, about in what.items() if about["no_interval"]]
     return f" Without an interval: {'; '.join(found)}." if found else ""
@@ -47,7 +47,7 @@ def write_tables(summary: Mapping[str, Any]) -> str:
 
 
 def sparsity_tables(rows: Sequence[Any], summary: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Head and lines of the tables of rows of one sparsity: probes, distance, costs (not over all sparsities), and
+    """Header and rows of the tables for one sparsity: probes, distance, costs (not over all sparsities), and
     references."""
     baseline = summary["baseline"]
     found = {
@@ -61,7 +61,7 @@ def sparsity_tables(rows: Sequence[Any], summary: Mapping[str, Any]) -> dict[str
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:
-    """One line a method: what its differences to the baseline say, over all sparsities, else at each."""
+    """One line per method: its differences to the baseline, over all sparsities or else at each."""
     lines = []
     keys = [row["sparsity"] for row in summary["rows"]]
     wanted = [OVERALL] if OVERALL in keys else list(dict.fromkeys(keys))
@@ -79,7 +79,7 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
 
 
 def about_tasks(summary: Mapping[str, Any]) -> str:
-    """What each probe task measures on what, in one sentence part."""
+    """Metric and samples of each probe task, as part of a sentence."""
     tasks = summary["tasks"].items()
     return "; ".join(f"{task}, {what['metric']} in per cent, {what['samples']}" for task, what in tasks)
 
@@ -145,7 +145,7 @@ def _cost_table(rows: Sequence[Any], summary: Mapping[str, Any]) -> tuple[list[s
 
 
 def _groups(row: Mapping[str, Any]) -> str:
-    """The groups in one line; where seeds differ, so it says; where another method has the same run, which."""
+    """The groups in one line; notes if seeds differ, and which other methods share the run."""
     if any(groups != row["groups"][0] for groups in row["groups"]):
         return "by seed"
     if row.get("recipe"):
@@ -174,7 +174,7 @@ def _interval(estimate: Sequence[Optional[float]], scale: float, digits: int, si
 
 
 def _judged(found: Mapping[str, Any], scale: float, digits: int, unit: Optional[str] = None) -> str:
-    """A difference, and what it says; in a sentence where there is a unit."""
+    """A difference and its verdict; with a unit, as part of a sentence."""
     said = _interval(found["estimate"], scale, digits, True) + (unit or "")
     if found["verdict"] == NO_INTERVAL:
         return said

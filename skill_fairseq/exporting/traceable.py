@@ -1,4 +1,4 @@
-"""What is common to graphs: the encoder recorded by torch.export, for any batch size and any length."""
+"""Records an encoder with torch.export, for any batch size and length; shared by all graph formats."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from skill_fairseq.modules.positional_conv import PositionalConv
 from skill_fairseq.modules.relative_position import RelativePosition
 
 NEEDED_TORCH = (2, 6)
-"""The oldest torch whose torch.export and torch.onnx take dimensions of unknown size in the form used here."""
+"""The oldest torch whose torch.export and torch.onnx support dynamic dimensions in the form used here."""
 
 INFO_NAME = "skill_fairseq.json"
-"""Name under which a graph keeps the encoder's shape and provenance."""
+"""Key of the encoder's shape and provenance in a graph."""
 
 
 class FoldedPositionalConv(nn.Module):
-    """The positional convolution with its weight norm computed: a constant, as quantisers want it.
+    """The positional convolution with a precomputed weight norm: quantisers need a constant weight.
 
     Args:
-        conv: is left as it is.
+        conv: not modified.
     """
 
     def __init__(self, conv: PositionalConv) -> None:
@@ -42,16 +42,16 @@ class FoldedPositionalConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) frames to (B, T, D) position embeddings."""
         y = self.conv(x.transpose(1, 2))
-        if self.conv.kernel_size[0] % 2 == 0:  # an even kernel makes one frame too many
+        if self.conv.kernel_size[0] % 2 == 0:  # an even kernel gives one frame too many
             y = y[..., :-1]
         return F.gelu(y).transpose(1, 2)
 
 
 class StepwiseConvStack(nn.Module):
-    """The convolutions one after another over whole utterances, as graphs of any length want them.
+    """Runs the convolutions one after another on whole utterances, as graphs of any length need.
 
     Args:
-        stack: without gates; shares its weights.
+        stack: a stack without gates, whose weights are shared.
     """
 
     def __init__(self, stack: ConvStack) -> None:
@@ -61,7 +61,7 @@ class StepwiseConvStack(nn.Module):
         self.scale: Tensor
 
     def forward(self, source: Tensor, draw: None = None, statistics: None = None) -> tuple[Tensor, None]:
-        """(B, N) samples to (B, T, C) frames; and no gates."""
+        """(B, N) samples to (B, T, C) frames, and None for gates."""
         x = source.unsqueeze(1)
         for layer in self.layers:
             x = layer.conv(x)
@@ -74,10 +74,10 @@ class StepwiseConvStack(nn.Module):
 
 
 class PositionMatrix(nn.Module):
-    """Position bias for every pair of frames, made once for all layers: gathering is slow.
+    """Position bias for every pair of frames, computed once for all layers, because gathering is slow.
 
     Args:
-        position: shares its weights.
+        position: a module whose weights are shared.
     """
 
     def __init__(self, position: RelativePosition) -> None:
@@ -85,7 +85,7 @@ class PositionMatrix(nn.Module):
         self.position = position
 
     def forward(self, num_frames: int) -> Tensor:
-        """(H, T, T) bias, [h, i, j] of query i and key j."""
+        """(H, T, T) bias, [h, i, j] for query i and key j."""
         frames = torch.arange(num_frames, device=self.position.weight.device)
         entries = frames[:, None] + (num_frames - 1 - frames)
         return self.position(num_frames).index_select(1, entries.flatten()).unflatten(1, (num_frames, num_frames))
@@ -113,7 +113,7 @@ def attend_by_matrix_with_maps(
     padding_mask: Optional[Tensor],
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """The same, and the (B, h, T, T) maps."""
+    """The same, with the (B, h, T, T) maps."""
     scores = q @ k.transpose(2, 3) * q.size(3) ** -0.5
     if factor is not None and bias is not None:
         scores = scores + factor * bias
@@ -124,12 +124,12 @@ def attend_by_matrix_with_maps(
 
 
 class States(nn.Module):
-    """The encoder with tensors in and a dictionary of tensors out, as graphs want it.
+    """The encoder with tensors as inputs and a dictionary of tensors as output, as graphs need.
 
     Args:
         encoder: without gates.
-        layers: whose states are put out; None: all of them, and the output ``x``. Without ``x`` nothing runs beyond
-            the deepest; an empty list means ``x`` alone.
+        layers: layers whose states to return; None: all of them, and the output ``x``. Without ``x`` nothing beyond the
+            deepest layer runs; an empty list means only ``x``.
     """
 
     def __init__(self, encoder: SpeechEncoder, layers: Optional[Sequence[int]] = None) -> None:
@@ -141,12 +141,12 @@ class States(nn.Module):
         """Encodes a batch.
 
         Args:
-            source: (B, N) samples, normalised where the encoder asks for it.
+            source: (B, N) samples, normalised if the encoder expects it.
             padding_mask: (B, N) bool, True = padding, at the end of each row; or None.
 
         Returns:
-            ``x`` (B, T, D) where it is asked for; ``hidden_states``, a tensor (B, T, D) for each layer asked for; with
-            a mask, ``padding_mask`` (B, T) bool.
+            ``x`` (B, T, D) if requested; ``hidden_states``, a tensor (B, T, D) for each requested layer; with a mask,
+            ``padding_mask`` (B, T) bool.
         """
         out = self.encoder(source, padding_mask, last_layer=max(self.layers) if self.layers else None)
         found: dict[str, Any] = {} if self.layers else {"x": out.x}
@@ -156,7 +156,7 @@ class States(nn.Module):
 
 
 def check_torch() -> None:
-    """Makes sure that torch can record an encoder.
+    """Checks that torch can record an encoder.
 
     Raises:
         ValueError: it is too old.
@@ -165,7 +165,7 @@ def check_torch() -> None:
     if found < NEEDED_TORCH:
         raise ValueError(
             f"torch {torch.__version__} cannot record this encoder; torch >= {'.'.join(map(str, NEEDED_TORCH))} "
-            "is needed: export with a newer one"
+            "is needed: export with a newer torch"
         )
 
 
@@ -178,21 +178,21 @@ def record(
     """Records the encoder with torch.export.
 
     Args:
-        encoder: left as it is.
-        padding_mask: give the graph a second input for the padding.
+        encoder: not modified.
+        padding_mask: add a second input for the padding.
         layers: see :class:`States`.
-        samples: fixes the input to (1, samples); None: batch size and length stay open.
+        samples: fixes the input to (1, samples); None: batch size and length stay free.
 
     Raises:
-        ValueError: torch is too old, the encoder has gates, or the samples are too few for a frame.
+        ValueError: torch is too old, the encoder has gates, or there are too few samples for a frame.
     """
     check_torch()
     if encoder.config.pruning_units:
         raise ValueError(
-            f"the encoder has gates ({', '.join(encoder.config.pruning_units)}), which decide while it runs and have "
-            "no place in a graph; cut them out first: skill-shrink CHECKPOINT shrunk.safetensors"
+            f"the encoder has gates ({', '.join(encoder.config.pruning_units)}), which a graph "
+            "cannot hold; shrink it first: skill-shrink CHECKPOINT shrunk.safetensors"
         )
-    # Nothing about the example stays in the graph, but 0 and 1 of anything would count as special.
+    # The graph keeps nothing of the example, but sizes of 0 and 1 would be specialised.
     shape = (2, encoder.config.receptive_field + 20 * encoder.config.downsampling + 7)
     source = torch.zeros(shape if samples is None else (1, samples))
     inputs: tuple[Tensor, ...] = (source,)
@@ -217,7 +217,7 @@ def record(
 
 
 def _forget_sources(program: torch.export.ExportedProgram) -> None:
-    """Every operation has the lines of code that it comes from, with the paths of this machine: they stay here."""
+    """Removes stack traces, which hold paths of this machine, from all operations."""
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             for name in ("stack_trace", "source_fn_stack", "torch_fn", "from_node"):
@@ -225,5 +225,5 @@ def _forget_sources(program: torch.export.ExportedProgram) -> None:
 
 
 def describe_graph(encoder: SpeechEncoder, provenance: Mapping[str, Any], **facts: Any) -> str:
-    """JSON of what a graph keeps under :data:`INFO_NAME`: the encoder's shape, where it comes from, and facts."""
+    """JSON for a graph's :data:`INFO_NAME`: the encoder's shape, provenance, and facts."""
     return json.dumps({"config": encoder.config.to_dict(), "provenance": dict(provenance), **facts})

@@ -62,7 +62,7 @@ def test_a_repository_that_is_not_there(folder: Path, tmp_path: Path) -> None:
     with hub(folder) as server:
         done = run(server, tmp_path / "home", LOAD, "hf://user/other", tmp_path / "out.pt")
     error = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and error.startswith("ValueError: hf://user/other: cannot be fetched (")
+    assert done.returncode == 1 and error.startswith("ValueError: hf://user/other: cannot be downloaded (")
 
 
 @pytest.mark.parametrize("name", ["hf://repo", "hf://user/repo/file", "hf://user/repo@", "hf://"])

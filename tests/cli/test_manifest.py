@@ -130,7 +130,7 @@ def test_nothing_that_the_decoder_meets_ends_the_scan(tmp_path: Path) -> None:
     reasons = left_out(tmp_path / "out")
     assert set(reasons) == {"unknown.flac", "absurd.flac", "numbers.raw", "pipe.wav"}
     assert all(reason.startswith("unreadable\t") for reason in reasons.values())
-    assert "no length" in reasons["unknown.flac"] and "no regular file" in reasons["pipe.wav"]
+    assert "no length" in reasons["unknown.flac"] and "not a regular file" in reasons["pipe.wav"]
 
 
 def test_split_shares_out_everything_reproducibly(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from grid import (
     STAGES,
+    Run,
     changed_setting,
     composed,
     extended,
@@ -22,6 +23,8 @@ from grid import (
     settings_of,
 )
 from messages import says
+from methods import Target
+from student import filled
 
 from skill_fairseq.clustering.similarity import MEASURES
 
@@ -199,6 +202,16 @@ def test_gated_recipes_take_over_how_gates_move() -> None:
         "criterion.cost=macs",
     ]
     assert gate_overrides([*words, "optimizer.groups.default.lr_float=1"]) == words[1:]
+
+
+def test_overrides_may_name_what_a_run_leaves(tmp_path: Path) -> None:
+    """And the comparison's folder; other words with a $ stay, which OmegaConf reads."""
+    overrides = ("+criterion.target={latency: $left, table: $out/latency.json}", "task.data=${task.teacher}")
+    run = Run("by_time", 0.9, 1, Target([[0]], "all", stage1=overrides))
+    folder = tmp_path / "out" / "runs" / run.name
+    asked, same = filled(run, folder)
+    assert asked == f"+criterion.target={{latency: 0.1, table: {tmp_path}/out/latency.json}}"
+    assert same == overrides[1]
 
 
 def test_budgets_are_parameters_or_macs(tmp_path: Path) -> None:

@@ -81,6 +81,18 @@ def test_objectives_add_up_and_the_teacher_runs_once(build: Any, small: Any) -> 
     assert per_frame["distillation_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_a_weight_that_falls_with_the_epoch(build: Any, small: Any) -> None:
+    """Saved with the objective, and applied from the epoch that fairseq announces."""
+    entry = {**NEW, "weight": 2.0, "weight_epochs": 4}
+    task, model, criterion, cfg = build(objectives={"skill": SKILL, "new": entry})
+    assert plain(cfg.objectives.new)["weight_epochs"] == 4 and "weight_epochs" not in plain(cfg.objectives.skill)
+    for epoch, weight in ((1, 1.5), (3, 0.5), (4, 0.0), (9, 0.0)):
+        task.begin_epoch(epoch, model)
+        loss, _, log = criterion(model, batch(small))
+        skill, new = (float(log[name]) / log["frames"] for name in ("skill_loss", "new_loss"))
+        assert loss.item() == pytest.approx(skill + weight * new, rel=1e-5)
+
+
 def test_a_new_objective_by_hand(build: Any, small: Any) -> None:
     task, model, criterion, _ = build(objectives={"new": NEW})
     _, _, log = criterion(model, batch(small))

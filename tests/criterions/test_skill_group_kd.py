@@ -549,7 +549,7 @@ def test_targets_of_several_costs(build: Any, small: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"target": {"macs": 0.5}, "target_sparsity": 0.5}, ["criterion.target_sparsity: 0.5", "beside", "=null"]),
+        ({"target": {"macs": 0.5}, "target_sparsity": 0.5}, ["criterion.target_sparsity: 0.5", "conflicts", "=null"]),
         ({"target": {"macs": 0.5}, "cost": "macs"}, ["criterion.cost: macs", "=parameters"]),
         ({"target": {"macs": 0.001}}, ["criterion.target", "MACs", "cannot be reached", "gates on"]),
         ({"target": {"latency_ms": 5.0, "table": "nowhere.json"}}, ["criterion.target.table", "nowhere.json"]),

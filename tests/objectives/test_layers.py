@@ -344,7 +344,7 @@ def test_where_no_frame_is_compared_the_loss_is_zero() -> None:
         ({}, {**SPANS, "masked_frames": "clean"}, ["masked_frames", "clean", "whole, masked or null"]),
         ({}, {"layer_weights": {"last": 1.0}}, ["layer_weights", "{'last': 1.0}", "others"]),
         ({}, {"layer_weights": {"last": -1.0, "others": 0.1}}, ["layer_weights", "-1.0", "3 numbers >= 0"]),
-        ({}, {"head": "upsample_linear"}, ["head", "upsample_linear", "1 of the teacher's", "another"]),
+        ({}, {"head": "upsample_linear"}, ["head", "upsample_linear", "1 of the teacher's", "without up-sampling"]),
         ({"time_reduction": 2}, {"head": "linear"}, ["head", "linear", "2 of the teacher's", "upsample_linear"]),
     ],
 )

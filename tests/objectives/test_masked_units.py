@@ -85,7 +85,7 @@ def test_a_file_holds_all_of_a_codebook(tmp_path: Path) -> None:
     assert torch.equal(found.centroids, books.centroids) and torch.equal(found.scale, books.scale)
     assert (found.layer, found.teacher, found.teacher_sha256) == (3, "teacher.pt", "abc")
     save_file({"centroids": books.centroids}, tmp_path / "other.safetensors")
-    for name, said in (("other.safetensors", "is no codebook"), ("none.safetensors", "does not exist")):
+    for name, said in (("other.safetensors", "is not a codebook"), ("none.safetensors", "does not exist")):
         with pytest.raises((ValueError, FileNotFoundError), match=says(FIELD, name, said, "skill-labels")):
             load_codebook(tmp_path / name, FIELD)
 

@@ -125,7 +125,7 @@ def test_hidden_frames_become_the_embedding_in_one_pass() -> None:
     assert with_masks(taps[:1], {}, None) == [Tap((1,))]
     with pytest.raises(ValueError, match="no mask embedding"):
         with_masks(taps, {SPANS: mask}, None)
-    with pytest.raises(ValueError, match=says("masked", "(2, 3)", "(2, 5, 4)", "as many frames")):
+    with pytest.raises(ValueError, match=says("masked", "(2, 3)", "(2, 5, 4)", "equally many frames")):
         HideFrames(mask, embedding)(torch.zeros(2, 5, 4))
 
 

@@ -134,7 +134,7 @@ def test_labels_are_read_beside_the_manifest(labelled: Path, caplog: Any) -> Non
         ({"s": {"colunm": "speaker"}}, ["task.targets.s", "colunm", "column"]),
         ({"s": {"column": 3}}, ["task.targets.s.column: 3"]),
         ({"s": {"classes": "ab"}}, ["task.targets.s.classes: 'ab'"]),
-        ({"s": {"file": "ltr", "column": "x"}}, ["task.targets.s.column", "no table"]),
+        ({"s": {"file": "ltr", "column": "x"}}, ["task.targets.s.column", "not a table"]),
         ({"s": {"column": "age"}}, ["train.labels.tsv", "age"]),
         ({"s": {"classes": ["a", "b"], "column": "speaker"}}, ["task.targets.s.counts"]),
         ({"s": {"file": "phn"}}, ["dict.phn.txt"]),

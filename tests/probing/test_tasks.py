@@ -135,7 +135,7 @@ def test_speakers_of_verification_come_from_a_file(tmp_path: Path) -> None:
     [
         ("2\tid1/x/00001\tid1/x/00002", ["same", "'2'", "0 or 1"]),
         ("1\t00001\tid1/x/00002", ["'00001'", "test.tsv", "path"]),
-        ("0\tid2/y/00001\tid1/x/00002", ["'id2/y/00001.wav'", "'id2/y/00001.flac'", "ending"]),
+        ("0\tid2/y/00001\tid1/x/00002", ["'id2/y/00001.wav'", "'id2/y/00001.flac'", "suffix"]),
         ("1\tid1/x/00001\tid1/x/00001.wav", ["'id1/x/00001'", "itself"]),
         ("0\tid1/x/00001.wav\tid2/y/00001.wav", ["same pair", "line 3"]),
         ("1\tid1/x/00002\tid1/x/00001", ["same pair", "line 2"]),

@@ -200,7 +200,7 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.nightly)])
 def test_runs_are_exact_and_resume_bit_for_bit(
     speech: Path, teacher_file: Path, tmp_path: Path, precision: str
 ) -> None:

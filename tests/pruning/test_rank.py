@@ -193,7 +193,7 @@ def test_a_start_of_a_fixed_rank(small: Any, teacher_file: Path, speech: Path, t
         with pytest.raises(ValueError, match=says("model.unit_widths", *said)):
             task.build_model(small.student_config(teacher_file, unit_widths=widths))
     again = small.student_config(tmp_path / "student.safetensors", unit_widths={"rank": 4})
-    with pytest.raises(ValueError, match=says("model.unit_widths", "{'rank': 4}", "leave the field out")):
+    with pytest.raises(ValueError, match=says("model.unit_widths", "{'rank': 4}", "remove the field")):
         task.build_model(again)
 
 

@@ -244,7 +244,7 @@ def test_a_real_run_that_is_too_short_is_warned_and_does_not_get_there(
     )
     found = re.search(r"\[WARNING\] - criterion\.target_sparsity: 0\.5 cannot (.*)", log)
     assert found and re.search(says("optimizer.groups.gates.lr_float=0.8", "optimization.max_update=12"), found[1])
-    best = float(re.search(r"bring the student to (0\.\d+)", found[1])[1])
+    best = float(re.search(r"would give (0\.\d+)", found[1])[1])
     reached = logged(log, "train_inner")[-1]["expected_sparsity"]
     assert 0.02 < reached < best < 0.3  # from 0.003 at the start
     ended = re.search(r"sparsity of [\d,]+ parameters: (0\.\d+) expected by the gates, .* the target is 0\.5000", log)

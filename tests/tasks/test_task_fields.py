@@ -155,7 +155,7 @@ def test_teachers_are_paths(given: Any, small: Any, speech: Path) -> None:
     [
         ({"sample_rate": 8000}, ["sample_rate", 8000, 16000]),
         ({"normalize": True}, ["normalize", "True", "False"]),
-        ({"conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)]"}, ["samples a frame", 160, 320]),
+        ({"conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)]"}, ["samples per frame", 160, 320]),
         ({"conv_feature_layers": "[(8,12,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2"}, ["first frame", 402, 400]),
     ],
 )

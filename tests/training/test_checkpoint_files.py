@@ -97,7 +97,7 @@ def test_nothing_to_go_on_from(tmp_path: Path) -> None:
     assert newest_whole_checkpoint(last) == last  # a first start
     truncate(write(last))
     for _ in range(2):  # a requeued job tries again: not from the beginning, in silence
-        with pytest.raises(ValueError, match=says("no whole checkpoint", tmp_path / "checkpoint_last.pt.damaged")):
+        with pytest.raises(ValueError, match=says("no undamaged checkpoint", tmp_path / "checkpoint_last.pt.damaged")):
             newest_whole_checkpoint(last)
 
 

@@ -46,7 +46,7 @@ def test_in_a_process_that_fairseq_starts_for_a_gpu(tmp_path: Path, monkeypatch:
     assert where == str(tmp_path) and found == str(began / "data")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_both_stages_by_relative_paths(speech: Path, teacher_file: Path, tmp_path: Path) -> None:
     here = tmp_path / "project"
     here.mkdir()

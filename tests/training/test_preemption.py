@@ -63,7 +63,7 @@ def test_a_signal_while_a_run_starts_up(
     run.signal(number)
     assert run.wait() == [REQUEUE_EXIT_CODE]
     assert (tmp_path / "preempted").read_text() == f"{number.name}\n"
-    assert re.search(f"{number.name}.*not begun|not begun.*{number.name}", run.log())
+    assert re.search(f"{number.name}.*not started|not started.*{number.name}", run.log())
 
 
 def pretraining(speech: Path, folder: Path) -> list[str]:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
     "a process is killed (SIGKILL, a node goes down)",
     "the same command goes on from the last checkpoint; the outcome is the same, bit for bit",
 )
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_three_kills_change_nothing(data: list[str], straight: Any, tmp_path: Path, world_size: int) -> None:
     """40 updates straight, and with SIGKILL at three random moments: the same bits."""
     moments = random.Random(world_size)

@@ -98,7 +98,8 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("processes", [1, 2])
 def test_waits_of_a_step(processes: int, speech: Path, teacher_file: Path, tmp_path: Path) -> None:
     data = [f"task.data={speech}", f"task.teacher={teacher_file}"]
     world = f"distributed_training.distributed_world_size={processes}"
