@@ -104,7 +104,7 @@ def stand_ins(folder: Path) -> None:
         (chapter / f"{name}.flac").symlink_to(file)
         with open(chapter / f"{'-'.join(name.split('-')[:2])}.trans.txt", "a", encoding="utf-8") as stream:
             stream.write(f"{name} {'THE QUICK BROWN FOX JUMPS OVER A LAZY DOG'[number:]}\n")
-    for name in ("WavLM-Base+.pt", "first.safetensors", "second.safetensors"):  # recognised by content
+    for name in ("WavLM-Base+.pt", "hubert_base_ls960.pt", "first.safetensors", "second.safetensors"):  # recognised by content
         shutil.copy(TEACHER, folder / name)
     huggingface("wavlm", "base").save_pretrained(folder / "microsoft" / "wavlm-base-plus")
     program = folder / "bin" / "fairseq-hydra-train"
