@@ -32,6 +32,7 @@ BASELINES = {
     "elastic": "dedicated",
     "constraint": "lagrangian",
     "cost": "by_parameters",
+    "front_end": "shared_projection",
 }
 """By grid: the method that the others are compared with."""
 TEACHER = "teacher"
