@@ -32,6 +32,7 @@ BASELINES = {
     "elastic": "dedicated",
     "constraint": "lagrangian",
     "cost": "by_parameters",
+    "front_end": "shared_projection",
 }
 """The baseline method of each grid."""
 TEACHER = "teacher"
