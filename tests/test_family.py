@@ -28,7 +28,7 @@ REPO = Path(__file__).resolve().parents[1]
 PAGE = (REPO / "examples" / "family" / "README.md").read_text(encoding="utf-8")
 EVERY_COMMAND = {
     name: shlex.split(line.replace("\\\n", " "))
-    for line in re.findall(r"(?m)^    (fairseq-hydra-train (?:.*\\\n)*.*)$", PAGE)
+    for line in re.findall(r"(?m)^(fairseq-hydra-train (?:.*\\\n)*.*)$", PAGE)
     for name in re.findall(r"--config-name tiny_(\S+)", line)
 }
 LABELS = ("os_kdft", "multitask")
@@ -116,7 +116,7 @@ def test_the_pages_command_makes_two_updates(name: str, tmp_path: Path, monkeypa
     teacher = tmp_path / "teacher.safetensors"
     shutil.copy(TINY_TEACHER, teacher)
     here = [f"hydra.run.dir={tmp_path}", f"checkpoint.save_dir={tmp_path}", f"task.teacher={teacher}"]
-    codebook = re.search(rf"(?m)^    (skill-labels (?:.*\\\n)*.*)\n\n    .*--config-name tiny_{name} ", PAGE)
+    codebook = re.search(rf"(?m)^(skill-labels (?:.*\\\n)*.*)\n.*--config-name tiny_{name} ", PAGE)
     if codebook:
         _, *wanted = shlex.split(codebook[1].replace("\\\n", " "))
         monkeypatch.chdir(REPO)
