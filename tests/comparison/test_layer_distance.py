@@ -126,7 +126,7 @@ def test_a_recording_too_short_for_cka_is_named(tmp_path: Path, small: Any) -> N
 
 
 def test_no_recordings_are_refused(small: Any) -> None:
-    with pytest.raises(ValueError, match=says("none", "at least one")):
+    with pytest.raises(ValueError, match=says("empty", "at least one")):
         layer_distances(small.random_encoder(), small.random_encoder(), [])
 
 

@@ -139,5 +139,5 @@ def test_what_is_no_measurement_is_refused(values: np.ndarray) -> None:
 
 def test_what_is_no_pair_is_refused() -> None:
     for shape in ((3, 4), (2, 5)):
-        with pytest.raises(ValueError, match=says((3, 5), shape, "pairs")):
+        with pytest.raises(ValueError, match=says((3, 5), shape, "not paired")):
             paired_difference(np.zeros((3, 5)), np.zeros(shape), list("abcde"))

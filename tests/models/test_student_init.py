@@ -236,7 +236,7 @@ def test_published_sizes(name: str, teacher: EncoderConfig) -> None:
         ),
         ({"init_parts": [], "encoder_embed_dim": 30}, ("model.encoder_attention_heads", "30")),
         ({"init_parts": [], "feature_linear": False}, ("model.feature_linear", "32", "conv_feature_layers")),
-        ({"init_parts": [], "ffn_dims": [1, 2, 3]}, ("model.ffn_dims", "[1, 2, 3]", "leave")),
+        ({"init_parts": [], "ffn_dims": [1, 2, 3]}, ("model.ffn_dims", "[1, 2, 3]", "remove")),
     ],
 )
 def test_what_cannot_be_is_refused(small: Any, fields: dict[str, Any], said: tuple[str, ...]) -> None:
