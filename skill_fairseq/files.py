@@ -42,7 +42,7 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         with naming(path):
-            target = None if _is_stream(path) else Path(os.path.realpath(path))
+            target = None if is_stream(path) else Path(os.path.realpath(path))
             if target is None:
                 temporary = temporary_path(Path(stack.enter_context(tempfile.TemporaryDirectory()), Path(path).name))
             else:
@@ -75,7 +75,7 @@ def check_output(path: PathLike, field: str, inputs: Iterable[PathLike] = ()) ->
         ValueError: it is one of the inputs.
     """
     with named(field), naming(path):
-        if _is_stream(path):
+        if is_stream(path):
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
@@ -183,7 +183,7 @@ def _reserved(target: Path, temporary: Path) -> Iterator[None]:
             temporary.unlink()
 
 
-def _is_stream(path: PathLike) -> bool:
+def is_stream(path: PathLike) -> bool:
     """Whether a path is a device, a FIFO, or this process's own output.
 
     Raises:

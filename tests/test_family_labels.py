@@ -41,7 +41,7 @@ def test_published_sizes_of_os_kdft() -> None:
     first = recipe("os_kdft_xlsr_voxceleb2")
     xlsr = student_shape(hubert_large(conv_bias=True), first.model)
     size = count_parameters(xlsr, widths_of(xlsr))
-    mask_embedding = 1024  # which an encoder here does not have
+    mask_embedding = 1024  # which encoders here lack
     published = RELATED["parameter_counts"]["os_kdft first scripts (XLSR-53, 4 layers)"]
     assert size + mask_embedding == published["student_with_adapters"]
     assert f"| `os_kdft_xlsr_voxceleb2` | {size:,} |" in PAGE
@@ -61,7 +61,7 @@ def test_published_sizes_of_os_kdft() -> None:
 
 
 def command(name: str, folder: Path, updates: int, *more: str, launcher: tuple = ()) -> list[dict[str, float]]:
-    """What the page's command logs of its updates, and of its last validation."""
+    """The updates and the last validation that the page's command logs."""
     program, *arguments = EVERY_COMMAND[name]
     here = [f"hydra.run.dir={folder}", f"checkpoint.save_dir={folder}", f"optimization.max_update={updates}", *FEW]
     first = list(launcher) or [str(Path(sys.executable).with_name(program))]
@@ -77,7 +77,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_os_kdft_of_the_page(tmp_path: Path) -> None:
-    """Two updates; the checkpoint is a student with adapters, whose teacher is gone."""
+    """Two updates; the checkpoint is a student with adapters that loads without its teacher."""
     teacher = tmp_path / "teacher.safetensors"
     shutil.copy(TINY_TEACHER, teacher)
     *entries, valid = command("os_kdft", tmp_path, 2, f"task.teacher={teacher}")
@@ -113,7 +113,7 @@ FIRST_SCRIPTS = [
 
 @pytest.mark.slow
 def test_the_first_scripts_in_miniature(tmp_path: Path) -> None:
-    """Distillation has half its weight in the first of two epochs, and the student's rate is half the cosine's."""
+    """In the first of two epochs distillation has half its weight, and the student's rate is half the cosine's."""
     first, *_ = command("os_kdft", tmp_path, 2, *FIRST_SCRIPTS, "dataset.disable_validation=true")
     assert first["loss"] == pytest.approx(0.5 * first["distil_loss"] + first["speaker_loss"], abs=2e-4)
     assert first["lr_default"] == pytest.approx(0.5 * 0.001)
@@ -123,7 +123,7 @@ def test_the_first_scripts_in_miniature(tmp_path: Path) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("overrides", [[], FIRST_SCRIPTS])
 def test_os_kdft_goes_on_as_if_never_stopped(overrides: list[str], tmp_path: Path) -> None:
-    """To the bit, with its noise, drawn again in each update, and the statistics of batch normalisation."""
+    """Bit for bit, with new noise in each update, and batch normalisation's statistics."""
     for folder, updates in (("whole", 4), ("parts", 2), ("parts", 4)):
         command("os_kdft", tmp_path / folder, updates, "dataset.disable_validation=true", *overrides)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")

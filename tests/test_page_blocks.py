@@ -30,7 +30,7 @@ def name(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with stand-ins, in which the README's commands have been typed: the other pages assume their files."""
+    """A folder with stand-ins in which the README's commands have run, because the other pages assume their files."""
     folder = tmp_path_factory.mktemp("readme")
     stand_ins(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +50,7 @@ def workplace(readme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.slow
 def test_readme(readme: Path) -> None:
-    """What its commands are for is there."""
+    """Checks that the results of its commands exist."""
     import skill_fairseq
 
     teacher = skill_fairseq.load_encoder(readme / "WavLM-Base+.pt")
@@ -102,6 +102,6 @@ def test_what_covers_a_block_is_there(block: Block, place: str) -> None:
 
 
 def test_most_blocks_are_run_or_covered() -> None:
-    """Marks are for what cannot be run: a page that marks all of it away is no longer tested."""
+    """Marks are only for blocks that cannot be run: a page in which all are marked would not be tested."""
     shell = [block for block in ALL if block.language == "bash"]
     assert sum("needs" not in block.marks for block in shell) > 2 * sum("needs" in block.marks for block in shell)

@@ -1,4 +1,4 @@
-"""Text of any system, and finding files."""
+"""Reading text from any system, and finding files."""
 
 from __future__ import annotations
 

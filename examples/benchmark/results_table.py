@@ -1,4 +1,4 @@
-"""Means and 95 % intervals of committed runs as a CSV, and as a picture: what the scripts in results/ share."""
+"""Means and 95 % intervals of committed runs, as a CSV and a picture; shared by the scripts in results/."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Line(NamedTuple):
     """One line of the CSV: a measure of a method at a size.
 
     Attributes:
-        sparsity: the size; several, where the mean is over them.
+        sparsity: the size, or several that the mean is over.
         method: name in grid.yaml.
-        seeds: how many runs at each size.
+        seeds: number of runs at each size.
         measure: column of the runs.
         mean: over seeds and speakers.
-        interval: ends of the 95 % interval of the mean; None where speakers are too few for one.
+        interval: ends of the 95 % interval of the mean; None with too few speakers.
         difference: mean difference to the baseline, paired by seed and speaker; None for the baseline itself.
         difference_interval: the ends of its interval.
     """
@@ -75,15 +75,15 @@ def draw_dots(
     reference: Optional[Mapping[str, float]] = None,
     reference_label: str = "",
 ) -> None:
-    """A row a method and a panel a measure: dots with their intervals.
+    """Dots with intervals, one row per method and one panel per measure.
 
     Args:
         path: PNG file to write.
         panels: label of each panel -> its dots: row, number of the series, value, interval. Rows appear from top to
             bottom in the order of their first dot.
         series: labels of the series, each with its colour.
-        reference: label of a panel -> where its vertical line stands.
-        reference_label: what the line is.
+        reference: label of a panel -> position of its vertical line.
+        reference_label: label of the line.
     """
     from skill_fairseq.reporting.pictures import STYLES, drawing
 

@@ -13,8 +13,9 @@ import torch
 from scipy.fft import dct
 from torch import Tensor
 
+from skill_fairseq.modules.log_mel import mel_filters
+
 PRE_EMPHASIS = 0.97
-LOW_HZ = 20.0
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor under the logarithm
 LIFTER = 22.0
 
@@ -92,20 +93,6 @@ def deltas(features: Tensor, reach: int = 2) -> Tensor:
     slopes = torch.arange(-reach, reach + 1, dtype=features.dtype, device=features.device)
     windows = torch.cat([first, features, last]).unfold(0, 2 * reach + 1, 1)  # (T, D, 2 reach + 1)
     return (windows @ slopes) / slopes.square().sum()
-
-
-def mel_filters(n_fft: int, sample_rate: int, n_mels: int) -> Tensor:
-    """Triangular filters of height 1: (n_fft / 2 + 1, n_mels) weights of the power spectrum's bins."""
-
-    def mel(hertz: Tensor) -> Tensor:
-        return 1127.0 * torch.log1p(hertz / 700.0)
-
-    low, high = mel(torch.tensor([LOW_HZ, sample_rate / 2], dtype=torch.float64)).tolist()
-    edges = torch.linspace(low, high, n_mels + 2, dtype=torch.float64)
-    bins = mel(torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft)[:, None]
-    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    return torch.minimum(rising, falling).clamp_min(0).float()
 
 
 def _povey_window(length: int) -> Tensor:

@@ -298,7 +298,16 @@ CONTESTANTS: Dict[str, Callable[[Setup, str], tuple[Step, Dict[str, Any]]]] = {
 
 
 def huggingface_encoder(config: EncoderConfig, **dropouts: float) -> Any:
-    """Hugging Face's encoder of the same original shape, with random weights and no masking or layerdrop."""
+    """Hugging Face's encoder of the same original shape, with random weights and no masking or layerdrop.
+
+    Raises:
+        ValueError: transformers is missing, or has no such encoder.
+    """
+    if config.mel_bins:
+        raise ValueError(
+            "--against transformers: its encoders read waveforms, this one reads log-mel features (mel_bins="
+            f"{config.mel_bins}); compare with onnxruntime, or use an encoder with mel_bins=0"
+        )
     # PyPI's torchaudio cannot be imported beside a CPU torch, and transformers tries.
     with contextlib.suppress(ImportError, OSError):
         import torchaudio  # noqa: F401

@@ -20,7 +20,7 @@ from typing import Any, Callable, NamedTuple, NoReturn
 import torch
 
 import skill_fairseq
-from skill_fairseq.files import json_text
+from skill_fairseq.files import check_output, is_stream, json_text, write_json
 from skill_fairseq.messages import meant_for_users, not_utf8, out_of_memory, printable, remedy_for, require_linux
 from skill_fairseq.text_tables import aligned
 
@@ -67,21 +67,27 @@ def run(main: Callable[..., int | Done]) -> Main:
     Errors that are meant for users, see :func:`skill_fairseq.messages.meant_for_users`, are reported without a
     traceback unless `--debug` is given; any other exception is a defect of ours and keeps its traceback. What is
     printed appears when the command ends, so that a reader who stops (`| head`) costs no file. With `--json` it goes
-    to stderr, and stdout gets the record of :class:`Done` alone. Ctrl-C, SIGTERM and SIGHUP end the command by way of
-    every clean-up, with exit code 128 + the signal's number as shells expect.
+    to stderr, and stdout gets only the record of :class:`Done`; with `--json FILE` the record goes to the file. Ctrl-C,
+    SIGTERM and SIGHUP end the command by way of every clean-up, with exit code 128 + the signal's number as shells
+    expect.
     """
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
         arguments = list(sys.argv[1:] if argv is None else argv)
-        debug, as_json = "--debug" in arguments, "--json" in arguments
+        debug, file = "--debug" in arguments, _json_file(arguments)
+        as_json = "--json" in arguments and file is None
         document, held = _Held(sys.stdout), _Held(sys.stderr if as_json else sys.stdout)
         try:
             with _signals_raise(), contextlib.redirect_stdout(held), _only_stderr(as_json):
                 require_linux("skill_fairseq's commands")
+                if file is not None:
+                    check_output(file, "--json", [word for word in arguments if os.path.isfile(word)])
                 done = main([word for word in arguments if word != "--debug"])
                 code = done.code if isinstance(done, Done) else done
-                if as_json and isinstance(done, Done):
+                if file is not None and isinstance(done, Done):
+                    write_json(file, done.record)
+                elif as_json and isinstance(done, Done):
                     document.write(json_text(done.record))
         except Exception as error:
             if not meant_for_users(error, main.__module__.partition(".")[0]):
@@ -105,6 +111,19 @@ def run(main: Callable[..., int | Done]) -> Main:
         return _let_through(document) or _let_through(held) or code
 
     return guarded
+
+
+def _json_file(arguments: list[str]) -> str | None:
+    """Takes the FILE of `--json FILE` or `--json=FILE` out of the arguments: a word that ends in .json, or a device."""
+    for index, word in enumerate(arguments):
+        if word.startswith("--json="):
+            arguments[index] = "--json"
+            return word.partition("=")[2]
+        if word == "--json":
+            after = arguments[index + 1 : index + 2]
+            if after and (after[0].endswith(".json") or is_stream(after[0])):
+                return arguments.pop(index + 1)
+    return None
 
 
 def _let_through(held: _Held) -> int:
@@ -193,7 +212,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(epilog="\n\n".join(filter(None, [*parts, EXIT_CODES])), **kwargs)
         self.prints = prints
         if prints is not None:
-            self.add_argument("--json", action="store_true", help="JSON on stdout, the text on stderr; see below")
+            self.add_argument(
+                "--json", action="store_true", help="JSON on stdout, the text on stderr; --json FILE.json: in a file"
+            )
         self.add_argument("--debug", action="store_true", help="the place in the code that an error comes from")
         version = f"%(prog)s of skill_fairseq {skill_fairseq.__version__}"
         self.add_argument("--version", action="version", version=version, help="name and version of this program")

@@ -9,9 +9,9 @@ Tukey 1956):
     var = (MS_seeds + MS_speakers - MS_residual) / (seeds * speakers)
 
 with Satterthwaite's degrees of freedom for Student's t; seeds or speakers whose mean square is no larger than the
-residual's do not count as a source of variation. A few seeds that disagree correctly give a wide interval; resampling
-three seeds would give too narrow a one. With one seed only the speakers count as a sample. With fewer than three
-speakers, or without variation, there is no interval.
+residual's do not count as a source of variation. If a few seeds disagree, the interval is wide, as it must be;
+resampling three seeds would give too narrow a one. With one seed only the speakers count as a sample. With fewer than
+three speakers, or without variation, there is no interval.
 """
 
 from __future__ import annotations

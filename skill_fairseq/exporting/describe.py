@@ -120,6 +120,8 @@ def as_rows(found: Description) -> Iterator[tuple[str, str]]:
         yield "sparsity", f"{100 * facts['sparsity']:.1f} %"
     yield "MACs", f"{facts['macs_per_second']:,} per second of audio"
     yield "convolutions", f"{format_conv_layers(config.conv_feature_layers)} originally"
+    if config.mel_bins:
+        yield "input", f"{config.mel_bins} log-mel features every 10 ms"
     yield "channels", " ".join(map(str, config.conv_channels))
     yield (
         "layers",

@@ -18,6 +18,9 @@ PRECISIONS = ("fp32", "fp16", "int8")
 FRONT = ("feature_extractor", "feature_projection")
 """Modules of the audio front end. Their features of silence are small compared to those of speech, and would vanish in
 8 bits for both."""
+EXACT = tuple(f"{FRONT[0]}.{part}" for part in ("layers.0.", "log_mel"))
+"""Names of nodes that stay float32 under float16 too, because they read the waveform. Rounded weights of a spectrum
+would add noise to its quiet parts."""
 POSITIONS = "transformer.pos_conv"
 SMALL = 1024
 """Smaller weights are not changed."""
@@ -86,8 +89,8 @@ def to_int8(model: Any, batches: Optional[Iterable[np.ndarray]] = None) -> Any:
 def to_float16(model: Any) -> Any:
     """Converts weights and products to float16, for GPUs and accelerators; inputs and outputs stay float32.
 
-    The first convolution, all norms and softmax compute in float32. A CPU computes float16 through float32: there the
-    file is half as large, but not faster.
+    A log-mel spectrum, the first convolution, all norms and softmax compute in float32. A CPU computes float16 through
+    float32: there the file is half as large, but not faster.
 
     Args:
         model: a model from :func:`skill_fairseq.exporting.onnx_graph.make_onnx`; not modified.
@@ -102,7 +105,7 @@ def to_float16(model: Any) -> Any:
 
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
-    first = [node.name for node in copied.graph.node if node.name.startswith(f"{FRONT[0]}.layers.0.")]
+    first = [node.name for node in copied.graph.node if node.name.startswith(EXACT)]
     kept = [*DEFAULT_OP_BLOCK_LIST, "LayerNormalization", "InstanceNormalization", "Softmax"]
     with _quietly():
         converted = convert_float_to_float16(copied, keep_io_types=True, op_block_list=kept, node_block_list=first)
@@ -128,6 +131,7 @@ def _store_small(model: Any) -> None:
     before: list[Any] = []
     for node in model.graph.node:
         large = node.op_type == "Conv" or (node.op_type == "MatMul" and node.name.startswith(FRONT))
+        large = large and not node.name.startswith(EXACT[1])
         tensor = tensors.get(node.input[1]) if large else None
         if tensor is None or np.prod(tensor.dims) < SMALL:
             continue

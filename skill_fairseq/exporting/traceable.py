@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from skill_fairseq.modules.conv_stack import ConvStack
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.log_mel import FLOOR, LogMel, scaled
 from skill_fairseq.modules.positional_conv import PositionalConv
 from skill_fairseq.modules.relative_position import RelativePosition
 
@@ -47,6 +49,32 @@ class FoldedPositionalConv(nn.Module):
         return F.gelu(y).transpose(1, 2)
 
 
+class SpectrumByProducts(nn.Module):
+    """Log-mel features with the spectrum as a convolution with windowed sines and cosines, which every runtime has.
+
+    Args:
+        log_mel: left unchanged.
+    """
+
+    def __init__(self, log_mel: LogMel) -> None:
+        super().__init__()
+        size = log_mel.window.numel()
+        self.padding = log_mel.padding
+        angles = torch.arange(size, dtype=torch.float64) * torch.arange(size // 2 + 1)[:, None] * (2 * math.pi / size)
+        waves = torch.cat([angles.cos(), angles.sin()]) * log_mel.window.double()
+        self.conv = nn.Conv1d(1, len(waves), size, stride=log_mel.hop, bias=False)
+        self.conv.weight = nn.Parameter(waves.float().unsqueeze(1), requires_grad=False)
+        self.register_buffer("filters", log_mel.filters)
+        self.filters: Tensor
+
+    def forward(self, source: Tensor) -> Tensor:
+        """(B, N) samples to (B, M, T) features in [-1, 1]."""
+        waves = self.conv(F.pad(source, self.padding).unsqueeze(1)).transpose(1, 2)
+        real, imaginary = waves.square().chunk(2, 2)
+        levels = ((real + imaginary) @ self.filters).clamp_min(FLOOR).log10()
+        return scaled(levels).transpose(1, 2)
+
+
 class StepwiseConvStack(nn.Module):
     """Runs the convolutions one after another on whole utterances, as graphs of any length need.
 
@@ -56,13 +84,14 @@ class StepwiseConvStack(nn.Module):
 
     def __init__(self, stack: ConvStack) -> None:
         super().__init__()
+        self.log_mel = None if stack.log_mel is None else SpectrumByProducts(stack.log_mel)
         self.layers = stack.layers
         self.register_buffer("scale", stack.scale)
         self.scale: Tensor
 
     def forward(self, source: Tensor, draw: None = None, statistics: None = None) -> tuple[Tensor, None]:
         """(B, N) samples to (B, T, C) frames, and None for gates."""
-        x = source.unsqueeze(1)
+        x = source.unsqueeze(1) if self.log_mel is None else self.log_mel(source)
         for layer in self.layers:
             x = layer.conv(x)
             if isinstance(layer.norm, nn.GroupNorm):

@@ -93,6 +93,7 @@ class SkillStudentConfig(_Hubert):
     seed: int = field(default=II("common.seed"), metadata={"help": "seed of the gate samples and of random weights"})
     extractor_mode: Optional[str] = _shape("default: GroupNorm after the first convolution; layer_norm: after each")
     conv_feature_layers: Optional[str] = _shape("convolutions in fairseq's notation")
+    mel_bins: Optional[int] = _shape("log-mel features that they read in place of the waveform; 0: none")
     conv_bias: Optional[bool] = _shape("whether convolutions have a bias")
     feature_layer_norm: Optional[bool] = _shape("LayerNorm after the convolutions")
     feature_linear: Optional[bool] = _shape("linear map after that; false: the last convolution has the model's width")

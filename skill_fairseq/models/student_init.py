@@ -43,7 +43,8 @@ class Part(NamedTuple):
 
 PARTS = {
     "conv": Part(
-        ("feature_extractor.",), ("extractor_mode", "conv_feature_layers", "conv_bias", "normalize", "sample_rate")
+        ("feature_extractor.",),
+        ("extractor_mode", "conv_feature_layers", "mel_bins", "conv_bias", "normalize", "sample_rate"),
     ),
     "projection": Part(("feature_projection.",), ("conv_feature_layers", "encoder_embed_dim")),
     "pos_conv": Part(

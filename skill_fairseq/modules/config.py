@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -19,9 +20,10 @@ _NUMBERS = r"\(\s*{0}\s*,\s*{0}\s*,\s*{0}\s*\)"
 _CONV_TUPLE = re.compile(_NUMBERS.format(r"(\d+)"))
 _CONV_TERM = re.compile(r"\[\s*({0}(?:\s*,\s*{0})*)\s*,?\s*\](?:\s*\*\s*(\d+))?".format(_NUMBERS.format(r"\d+")))
 MAX_CONV_LAYERS = 64
-LIMITS = {"encoder_layers": 1000, "encoder_attention_heads": 1024, "pos_conv_depth": 100}
-"""Limits of numbers that cost time and memory before any weight is read; the largest published are 48, 20 and 5."""
-LEAST = {"adapter_dim": 0}
+LIMITS = {"encoder_layers": 1000, "encoder_attention_heads": 1024, "pos_conv_depth": 100, "mel_bins": 80}
+"""Limits of numbers that cost time and memory before any weight is read; the largest published are 48, 20 and 5. With
+more than 80 mel filters the lowest would fall between the bins of a 25 ms spectrum."""
+LEAST = {"adapter_dim": 0, "mel_bins": 0}
 """Least values of whole numbers, if not 1."""
 UNWRITTEN: Dict[str, Any] = {
     "unit_widths": {},
@@ -30,6 +32,7 @@ UNWRITTEN: Dict[str, Any] = {
     "adapter_dim": 0,
     "adapter_activation": "relu",
     "adapter_form": "plain",
+    "mel_bins": 0,
 }
 """Fields that earlier versions do not know, with the default at which they are not written."""
 
@@ -98,6 +101,10 @@ class EncoderConfig:
     A LayerNorm (except with ``feature_layer_norm`` false: DistilHuBERT) and a linear map (except with
     ``feature_linear`` false: the last convolution has the model's width, and is not pruned) follow the convolutions.
 
+    With ``mel_bins`` above 0 the convolutions read that many log-mel features, of 25 ms windows every 10 ms, in place
+    of the waveform (:class:`skill_fairseq.modules.log_mel.LogMel`). Zeros are added around the audio, so that there are
+    as many frames as the published conv stack makes.
+
     With ``time_reduction`` above 1 a convolution before layer 1 merges this many frames into one (FitHuBERT). Layers in
     ``reuse_attention``, counted from 1, have no query and key, and use the attention map of the nearest lower layer
     that computes one (ARMHuBERT).
@@ -125,6 +132,7 @@ class EncoderConfig:
     adapter_dim: int = 0
     adapter_activation: str = "relu"
     adapter_form: str = "plain"
+    mel_bins: int = 0
     normalize: bool = False
     padding_rule: str = "chunks"
     sample_rate: int = 16000
@@ -195,6 +203,12 @@ class EncoderConfig:
         require(self.adapter_dim > 0 or self.adapter_form == "plain", "adapter_form", "adapter_dim above 0")
         residual = self.adapter_form == "residual"
         require(not residual or self.adapter_activation == "relu", "adapter_activation", "'relu' in a residual adapter")
+        require(
+            self.mel_bins == 0 or self.conv_downsampling == 2,
+            "conv_feature_layers",
+            "strides whose product is 2, because log-mel features (model.mel_bins) come every 10 ms and frames every "
+            "20 ms, for example '[(512,3,1), (512,3,2)]'",
+        )
         require(n > 0, "encoder_layers", "a positive number")
         require(
             self.encoder_embed_dim % full_heads == 0,
@@ -271,12 +285,38 @@ class EncoderConfig:
         return self.conv_pos if self.pos_conv_depth == 1 else max(3, self.conv_pos // self.pos_conv_depth)
 
     @property
+    def conv_downsampling(self) -> int:
+        """Inputs of the convolutions per frame: samples, or log-mel windows."""
+        return math.prod(stride for _, _, stride in self.conv_feature_layers)
+
+    @property
+    def conv_receptive_field(self) -> int:
+        """Inputs of the convolutions that one of their frames covers."""
+        field = 1
+        for _, kernel, stride in reversed(self.conv_feature_layers):
+            field = (field - 1) * stride + kernel
+        return field
+
+    @property
+    def mel_window(self) -> int:
+        """Samples per log-mel window (25 ms)."""
+        return round(0.025 * self.sample_rate)
+
+    @property
+    def mel_hop(self) -> int:
+        """Samples from one log-mel window to the next (10 ms)."""
+        return round(0.010 * self.sample_rate)
+
+    @property
+    def mel_padding(self) -> Tuple[int, int]:
+        """Zeros added before and after the audio, so that each 25 ms window every 20 ms gives a frame."""
+        around = self.conv_receptive_field - 1
+        return around // 2 * self.mel_hop, (around - around // 2) * self.mel_hop
+
+    @property
     def feature_downsampling(self) -> int:
         """Audio samples per frame of the convolutions (320 for every published model)."""
-        rate = 1
-        for _, _, stride in self.conv_feature_layers:
-            rate *= stride
-        return rate
+        return self.conv_downsampling * (self.mel_hop if self.mel_bins else 1)
 
     @property
     def downsampling(self) -> int:
@@ -285,11 +325,12 @@ class EncoderConfig:
 
     @property
     def feature_receptive_field(self) -> int:
-        """Audio samples that the convolutions' first frame covers (400 for every published model)."""
-        field = 1
-        for _, kernel, stride in reversed(self.conv_feature_layers):
-            field = (field - 1) * stride + kernel
-        return field
+        """Audio samples needed for the first frame of the convolutions (400 for every published model).
+
+        It covers just these. With ``mel_bins`` it also covers the zeros before them and some audio after them, see
+        ``mel_padding``.
+        """
+        return self.mel_window if self.mel_bins else self.conv_receptive_field
 
     @property
     def receptive_field(self) -> int:
@@ -298,6 +339,8 @@ class EncoderConfig:
 
     def num_frames(self, num_samples: Any) -> Any:
         """Frames of the conv stack for ``num_samples`` samples (an int or an integer tensor)."""
+        if self.mel_bins:
+            return _floor_div(num_samples - self.mel_window, self.feature_downsampling) + 1
         for _, kernel, stride in self.conv_feature_layers:
             num_samples = _floor_div(num_samples - kernel, stride) + 1
         return num_samples

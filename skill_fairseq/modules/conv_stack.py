@@ -13,12 +13,15 @@ from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.kernels import Product
+from skill_fairseq.modules.log_mel import LogMel
 from skill_fairseq.modules.low_precision import LowConv
 from skill_fairseq.modules.norms import ChannelLayerNorm, Moments, group_norm_by_moments, moments
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.slicing import take
 from skill_fairseq.modules.tf32 import exact_products
 
+Statistics = Union[Moments, Tensor]
+"""Of the whole audio: moments of the first convolution's input, or the (B, 1, 1) peak of log-mel levels."""
 CHUNK_FRAMES = 256
 """Frames that go through all layers at a time on a CPU without gradients, to stay in its caches."""
 
@@ -75,7 +78,8 @@ class ConvStack(Prepared):
     """Waveform to frames.
 
     Args:
-        config: shape; uses the conv fields and ``extractor_mode``.
+        config: shape; uses the conv fields, ``mel_bins`` and ``extractor_mode``. With log-mel features, which do not
+            depend on the gain, there is no GroupNorm.
 
     Attributes:
         bf16: whether the convolutions after the first multiply in bfloat16, if prepared and without gradients, see
@@ -87,13 +91,14 @@ class ConvStack(Prepared):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         assert config.conv_channels is not None
+        self.log_mel = LogMel(config) if config.mel_bins else None
         layers = []
-        in_channels = 1
+        in_channels = config.mel_bins or 1
         for i, (full, kernel_size, stride) in enumerate(config.conv_feature_layers):
             if config.extractor_mode == "layer_norm":
                 norm: Optional[str] = "layer"
             else:
-                norm = "group" if i == 0 else None
+                norm = "group" if i == 0 and not config.mel_bins else None
             layers.append(
                 ConvLayer(
                     in_channels,
@@ -127,7 +132,7 @@ class ConvStack(Prepared):
         return any(layer.gate is not None for layer in self.layers)
 
     def forward(
-        self, source: Tensor, draw: Optional[Draw] = None, statistics: Optional[Moments] = None
+        self, source: Tensor, draw: Optional[Draw] = None, statistics: Optional[Statistics] = None
     ) -> Tuple[Tensor, Optional[Units]]:
         """Args:
             source: (B, N) samples, float32 for best results at any precision of the weights.
@@ -139,16 +144,19 @@ class ConvStack(Prepared):
         """
         units = [None if draw is None else draw.of(layer.gate) for layer in self.layers]
         kernels = self._kernels(units) if self.gated else self.prepared()
+        num_frames = self.config.num_frames(source.size(1))
+        source = source.to(torch.promote_types(source.dtype, torch.float32))
+        if self.log_mel is not None:
+            source = self.log_mel(source, statistics if isinstance(statistics, Tensor) else None).flatten(1)
         samples = source.size(1)
         first = self.layers[0].conv
-        size, stride = first.kernel_size[0], first.stride[0]
+        size, stride = first.kernel_size[0] * first.in_channels, first.stride[0] * first.in_channels
         # Pads to whole hops, so that every layer strides over whole blocks, plus the excess of the last window. Frames
         # that cover padding are cut off at the end.
-        padding = -samples % self.config.feature_downsampling + (-(-size // stride) - 1) * stride
-        source = source.to(torch.promote_types(source.dtype, torch.float32))
+        hop = self.config.conv_downsampling * first.in_channels
+        padding = -samples % hop + (-(-size // stride) - 1) * stride
         windows = F.pad(source, (0, padding)).unfold(1, size, stride)
         kernel, shift = self._first_kernel(windows, samples, kernels[0], units[0], statistics)
-        num_frames = self.config.num_frames(samples)
         if torch.is_grad_enabled() or source.device.type != "cpu":
             x = self._encode(windows, kernel, shift, kernels, units)[:, :num_frames]
         else:
@@ -157,12 +165,14 @@ class ConvStack(Prepared):
         scale = self.scale if last is None else take(self.scale, 0, last.indices) * last.gate
         return x * scale.to(x.dtype), last
 
-    def statistics(self, blocks: Iterable[Tensor]) -> Optional[Moments]:
-        """Statistics of the whole audio for a GroupNorm over time; None if the extractor has none.
+    def statistics(self, blocks: Iterable[Tensor]) -> Optional[Statistics]:
+        """Statistics of the whole audio for a GroupNorm over time or log-mel features; None if there is neither.
 
         Args:
             blocks: consecutive (B, n) samples.
         """
+        if self.log_mel is not None:
+            return self.log_mel.peak(blocks)
         first = self.layers[0]
         if not isinstance(first.norm, nn.GroupNorm):
             return None
@@ -192,29 +202,29 @@ class ConvStack(Prepared):
         samples: int,
         kernel: Tensor,
         units: Optional[Units],
-        statistics: Optional[Moments],
+        statistics: Optional[Statistics],
     ) -> Tuple[Tensor, Optional[Tensor]]:
-        """Kernel (B, k, C) and bias (B, 1, C) or None of the first layer with its GroupNorm folded in; like
+        """Kernel (B, k C_in, C) and bias (B, 1, C) or None of the first layer with its GroupNorm folded in; like
         ``windows``."""
         layer = self.layers[0]
-        bias = layer.bias(units)
+        bias, kernel = layer.bias(units), kernel.flatten(0, 1)
         if not isinstance(layer.norm, nn.GroupNorm):
             batch = windows.size(0)
             shift = None if bias is None else bias.to(windows.dtype).expand(batch, 1, -1)
-            return kernel[:, 0].to(windows.dtype).expand(batch, -1, -1), shift
-        if statistics is None:
+            return kernel.to(windows.dtype).expand(batch, -1, -1), shift
+        if not isinstance(statistics, Moments):
             valid = (samples - kernel.size(0)) // layer.conv.stride[0] + 1
             statistics = moments(windows[:, :valid])
         index = None if units is None else units.indices
         scale, shift = group_norm_by_moments(
             statistics,
-            kernel[:, 0],
+            kernel,
             bias,
             take(layer.norm.weight, 0, index),
             take(layer.norm.bias, 0, index),
             layer.norm.eps,
         )
-        return (kernel[:, 0] * scale).to(windows.dtype), shift.to(windows.dtype)
+        return (kernel * scale).to(windows.dtype), shift.to(windows.dtype)
 
     def _encode(
         self,
@@ -266,8 +276,8 @@ class ConvStack(Prepared):
         num_frames: int,
     ) -> Tensor:
         """Like :meth:`_encode`, but in pieces that fit into the processor's cache."""
-        hop = self.config.feature_downsampling
-        overlap = -(-self.config.feature_receptive_field // hop) - 1
+        hop = self.config.conv_downsampling
+        overlap = -(-self.config.conv_receptive_field // hop) - 1
         per_frame = hop // self.layers[0].conv.stride[0]
         together = max(1, CHUNK_FRAMES // num_frames)  # short utterances share a chunk
         utterances = []

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skill_fairseq.modules.config import EncoderConfig
-from skill_fairseq.modules.conv_stack import ConvStack
+from skill_fairseq.modules.conv_stack import ConvStack, Statistics
 from skill_fairseq.modules.gate_bank import Draw, GateBank, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.kernels import check_setting, choose_for_linears, linear, setting
-from skill_fairseq.modules.norms import ChannelLayerNorm, Moments
+from skill_fairseq.modules.norms import ChannelLayerNorm
 from skill_fairseq.modules.padding import check_padding_mask, frame_padding_mask, reduce_padding_mask
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.size import count_macs, widths_of
@@ -145,7 +145,7 @@ class SpeechEncoder(nn.Module):
         transform: Optional[FrameTransform],
         last_layer: Optional[int],
         draw: Optional[Draw],
-        statistics: Optional[Moments],
+        statistics: Optional[Statistics],
     ) -> EncoderOutput:
         """Like :meth:`forward`; with ``statistics``, for a part of longer audio."""
         projected, frames = self._project(source, padding_mask, draw, statistics)
@@ -293,7 +293,7 @@ class SpeechEncoder(nn.Module):
         source: Tensor,
         padding_mask: Optional[Tensor],
         draw: Optional[Draw],
-        statistics: Optional[Moments] = None,
+        statistics: Optional[Statistics] = None,
     ) -> Tuple[Tensor, Optional[Tensor]]:
         """(B, N) samples to (B, T, D) projected features, and the frames' padding mask."""
         if source.dim() != 2:

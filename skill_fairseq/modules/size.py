@@ -100,6 +100,8 @@ def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Numbe
 
     With T frames and T_i outputs of convolution i, D the Transformer's dimension, d a head's:
 
+    - log-mel features, T_0 windows of N samples: ``T_0 (N / 2 + 1) (2 N + bins)``, the spectrum counted as the matrix
+      product that exported graphs compute; torch takes a Fourier transform, which is faster
     - convolution i: ``T_i in out kernel``
     - feature projection: ``T in D``
     - positional convolution: ``T D (D / groups) kernel``, for each such layer
@@ -120,8 +122,13 @@ def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Numbe
     dim, head_dim = config.encoder_embed_dim, config.head_dim
 
     macs: Number = 0
-    in_channels: Number = 1
+    in_channels: Number = config.mel_bins or 1
     length = num_samples
+    if config.mel_bins:
+        if length < config.mel_window:
+            raise ValueError(f"num_samples is {num_samples}, too short for one frame; give more audio")
+        length = (length + sum(config.mel_padding) - config.mel_window) // config.mel_hop + 1
+        macs += length * (config.mel_window // 2 + 1) * (2 * config.mel_window + config.mel_bins)
     for out_channels, (_, kernel, stride) in zip(widths["conv"], config.conv_feature_layers):
         if length < kernel:
             raise ValueError(f"num_samples is {num_samples}, too short for one frame; give more audio")
@@ -152,12 +159,12 @@ def _others(config: EncoderConfig) -> list[PrunableUnit]:
 
 def _count_conv_stack(config: EncoderConfig, channels: Column) -> Number:
     total: Number = 0
-    in_channels: Number = 1
+    in_channels: Number = config.mel_bins or 1
     for i, (out_channels, (_, kernel, _)) in enumerate(zip(channels, config.conv_feature_layers)):
         total += in_channels * out_channels * kernel
         if config.conv_bias:
             total += out_channels
-        if i == 0 or config.extractor_mode == "layer_norm":
+        if config.extractor_mode == "layer_norm" or (i == 0 and not config.mel_bins):
             total += 2 * out_channels
         in_channels = out_channels
     return total

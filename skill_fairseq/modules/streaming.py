@@ -51,7 +51,7 @@ def plan(
     """Yields windows over audio, with their samples.
 
     The convolutions turn the samples into exactly the window's frames, which equal those of the whole if the extractor
-    is local.
+    is local. With log-mel features (``mel_bins``) that takes a context of ``mel_padding``, usually one frame.
 
     Args:
         audio: (N,) samples: a tensor, an array, or anything with a length that can be sliced.

@@ -3,7 +3,7 @@
 An encoder's time is the time of what gates never close plus that of its parts: each attention sublayer by its heads,
 each feed-forward sublayer by its units, the conv stack by its multiply-accumulates. A table from `skill-bench table`
 has each part at several widths and is linear between them, so that expected widths have a gradient. ZipLM
-(arXiv:2302.04089) introduced such tables.
+(arXiv:2302.04089) uses measured tables for other models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Dict, List, Tuple
 
 from torch import Tensor
 
-from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.config import UNWRITTEN, EncoderConfig
 from skill_fairseq.modules.size import Number, Widths
 from skill_fairseq.pruning.costs import Cost, register_cost
 
@@ -32,6 +32,7 @@ SHAPE = (
     "extractor_mode",
     "time_reduction",
     "reuse_attention",
+    "mel_bins",
 )
 """Fields of :class:`EncoderConfig` that must equal those of the measured encoder."""
 
@@ -52,7 +53,7 @@ def conv_share(config: EncoderConfig, channels: Any) -> Any:
     """The conv stack's multiply-accumulates for these output channels, relative to those before pruning."""
     found: Any = 0
     full: float = 0
-    frames, before, before_full = 1.0, 1, 1  # frames relative to each other
+    frames, before, before_full = 1.0, config.mel_bins or 1, config.mel_bins or 1  # frames relative to each other
     for out, (most, kernel, stride) in zip(channels, config.conv_feature_layers):
         frames /= stride
         found = found + frames * kernel * before * out
@@ -120,9 +121,10 @@ class LatencyCost(Cost):
         table = read_table(self.table)
         for name in SHAPE:
             mine = json.loads(json.dumps(getattr(config, name)))
-            if mine != table["shape"].get(name):
+            measured = table["shape"].get(name, UNWRITTEN.get(name))
+            if mine != measured:
                 raise ValueError(
-                    f"latency table: measured with {name}={table['shape'].get(name)}, but this encoder has {mine}; "
+                    f"latency table: measured with {name}={measured}, but this encoder has {mine}; "
                     "measure one of this shape with skill-bench table"
                 )
         others = [name for name in config.pruning_units if name not in (*PARTS, "attention_layers", "ffn_layers")]

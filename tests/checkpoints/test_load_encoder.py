@@ -1,4 +1,4 @@
-"""load_encoder: own checkpoints, missing, truncated and foreign files, and life without fairseq."""
+"""load_encoder: own checkpoints, missing, truncated and foreign files, and use without fairseq."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`skill-bench`: what it measures is what it says, on an encoder of a few thousand parameters."""
+"""`skill-bench` measures what it reports, on an encoder of a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_training_step(model: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.slow
 def test_the_peak_grows_by_what_a_larger_batch_holds(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """At least its samples and the 16 channels that the first convolution makes of every 5 of them."""
+    """At least its samples and the first convolution's 16 channels per 5 samples."""
     peaks = []
     for batch in (1, 9):
         arguments = ["infer", "--model", model, "--repeats", "1", "--warmup", "0", "--seconds", "20"]
@@ -90,7 +90,7 @@ def test_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks: list[int] = []
 
     class OfKnownSize:
-        """A contestant that needs 10 bytes an utterance, and fails above 70."""
+        """A contestant that needs 10 bytes per utterance, and fails above 70."""
 
         def __init__(self, name: str, setup: Setup, what: str) -> None:
             if setup.batch > 7:
@@ -119,7 +119,7 @@ def test_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def killer(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sends a signal to the next contestant's process as soon as it is there."""
+    """Sends a signal to the next contestant's process as soon as it exists."""
 
     def arm(number: int) -> None:
         start = multiprocessing.context.SpawnProcess.start
@@ -137,7 +137,7 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_a_crash_or_a_kill_is_no_lack_of_memory(
     number: int, killer: Callable[[int], None], model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Taken for one, the search would end with a smaller batch, or say that nothing fits."""
+    """Otherwise the search would end with a smaller batch, or report that nothing fits."""
     killer(number)
     arguments = ["train", "--model", model, "--find-max-tokens", "--memory", "100", *SMALL]
     assert main(arguments) == 2
@@ -149,7 +149,7 @@ def test_a_crash_or_a_kill_is_no_lack_of_memory(
 def test_a_kill_by_a_system_without_memory_is_one(
     killer: Callable[[int], None], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its count of such kills, which no test can raise, has grown."""
+    """Simulates a rise of the system's count of such kills, which no test can cause."""
     counts = iter(range(100))
     monkeypatch.setattr(turns, "oom_kills", lambda: next(counts))
     killer(signal.SIGKILL)
@@ -165,7 +165,7 @@ def test_memory_that_a_process_cannot_get_is_a_batch_that_does_not_fit(model: st
 
 @pytest.mark.slow
 def test_a_batch_is_really_run(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A process with torch alone takes more than this."""
+    """A process that only imports torch takes more than this."""
     assert main(["train", "--model", model, "--find-max-tokens", "--memory", "0.05", "--seconds", "1"]) == 2
     assert re.search(says("--memory", "0.05 GB", "1 s"), capsys.readouterr().err)
 

@@ -1,4 +1,4 @@
-"""skill-features: the numbers of the encoder, in the hands of fairseq's own k-means scripts."""
+"""skill-features writes the encoder's numbers, and fairseq's own k-means scripts read them."""
 
 from __future__ import annotations
 

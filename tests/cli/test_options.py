@@ -1,4 +1,4 @@
-"""What holds for every command: --json, help texts, names of options, errors and progress bars."""
+"""Common to all commands: --json, help texts, names of options, errors and progress bars."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ EVERY = [pytest.param(command, id=" ".join([command.name, *command.words])) for 
 
 @pytest.fixture(scope="module")
 def inputs(teacher_file: Path, speech: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the commands below read."""
+    """A folder with the input of the commands below."""
     folder = tmp_path_factory.mktemp("inputs")
     shutil.copytree(speech, folder, dirs_exist_ok=True)
     shutil.copy(teacher_file, folder / "student.safetensors")
@@ -126,7 +126,7 @@ def test_a_terminal_has_progress_bars(
 
 
 def test_libraries_and_children_do_not_write_between(capfd: pytest.CaptureFixture[str]) -> None:
-    """To descriptor 1, which Python's sys.stdout knows nothing of."""
+    """Writes to descriptor 1, bypassing Python's sys.stdout."""
 
     @_common.run
     def main(argv: Any = None) -> _common.Done:
@@ -138,6 +138,44 @@ def test_libraries_and_children_do_not_write_between(capfd: pytest.CaptureFixtur
     assert capfd.readouterr() == ('{\n "a": 1\n}\n', "a library\ntext\n")
     assert main([]) == 1
     assert capfd.readouterr() == ("a library\ntext\n", "")
+
+
+def test_json_may_go_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+    """The text stays on stdout. A word after --json that neither ends in .json nor is a device is no such file: an
+    encoder that is named there is not overwritten."""
+    seen: list[list[str]] = []
+
+    @_common.run
+    def main(argv: Any = None) -> _common.Done:
+        seen.append(argv)
+        print("text")
+        return _common.Done({"a": 1})
+
+    monkeypatch.chdir(tmp_path)
+    for words in (["--json", "a.json", "student.pt"], ["student.pt", "--json=a.json"]):
+        assert main(words) == 0 and capfd.readouterr() == ("text\n", "")
+        assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+        (tmp_path / "a.json").unlink()
+    assert [sorted(words) for words in seen] == [["--json", "student.pt"]] * 2
+    assert main(["--json", "/dev/null"]) == 0 and capfd.readouterr() == ("text\n", "")
+    (tmp_path / "student.pt").write_text("weights")
+    assert main(["--json", "student.pt"]) == 0 and json.loads(capfd.readouterr().out) == {"a": 1}
+    assert (tmp_path / "student.pt").read_text() == "weights" and seen[-1] == ["--json", "student.pt"]
+
+
+def test_a_json_file_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    @_common.run
+    def main(argv: Any = None) -> _common.Done:
+        raise AssertionError("it began")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "input.json").write_text("{}")
+    for words in (["--json", "file/a.json"], ["input.json", "--json", "input.json"]):
+        assert main(words) == 2
+        assert re.fullmatch(r"error: --json.*\n", capfd.readouterr().err)
 
 
 VERBS = "also allow decode draw find fix give keep leave make measure only print probe read say show upload warn write"
@@ -158,7 +196,7 @@ def test_help_texts_are_noun_phrases_with_units() -> None:
 
 
 def test_one_name_for_one_thing() -> None:
-    """An option has the same value and unit in every command, and what is explained alike is called alike."""
+    """An option has the same value and unit in every command, and equal explanations have equal names."""
     values: dict[str, set[Any]] = {}
     names: dict[str, set[str]] = {}
     for command in _commands():
@@ -175,7 +213,7 @@ def test_one_name_for_one_thing() -> None:
 def test_errors_are_one_line_on_stderr(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """An option that is not there, one without its value, and input that is not there."""
+    """An unknown option, an option without its value, and missing input."""
     monkeypatch.chdir(tmp_path)
     line = LINES.get(" ".join([command.name, *command.words]), "--device cuda:99").replace("OUT", "out")
     for words in (["--no-such-option"], ["--seed"], ["--jso"], line.split()):

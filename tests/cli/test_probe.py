@@ -157,8 +157,8 @@ def test_the_record_says_what_was_probed_with_what(tmp_path: Path, capsys: pytes
 def test_without_scikit_learn_it_says_so_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)  # what is not installed
-    message = fails(capsys, "gone.pt", "--task", TASKS / "digit")  # not even the model has been looked for
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # not installed
+    message = fails(capsys, "gone.pt", "--task", TASKS / "digit")  # not even the model has been read
     assert "'digit'" in message and "scikit-learn" in message and "'.[probe]'" in message
     assert main(["logmel", "--task", str(verification_task(tmp_path))]) == 0
 

@@ -1,4 +1,4 @@
-"""Reading grids, and the runs that they come to."""
+"""Reading grids, and the runs that they define."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FIELDS: dict[str, Any] = {
     "seeds": [1, 2],
 }
 CLUSTERS = {
-    "groups": [[0], [1], [2], [3]],  # what skill_l1 and single_layers come to as well
+    "groups": [[0], [1], [2], [3]],  # equal to skill_l1 and single_layers
     "layers": [0, 1, 2, 3],
     "matrices": {"l1": [[float(abs(i - j)) for j in range(4)] for i in range(4)]},
     "measure": "l1",
@@ -149,7 +149,7 @@ SHIPPED_OVERRIDES = ["dataset.disable_validation=true"]
 
 
 def settings(hashes: dict[str, Any], package: str = "1.0", stage1: Any = None) -> dict[str, Any]:
-    """As the command compares them: from JSON."""
+    """Compared like the command does, from JSON."""
     grid = read_grid(SHIPPED, "trial")
     configs = {"stage1": stage1 or {"model": {"ffn": 0.5}}, "stage2": {"model": {"ffn": 0.5}}}
     return json.loads(json.dumps(settings_of(grid, hashes, configs, {"skill_fairseq": package})))
@@ -223,7 +223,7 @@ def test_budgets_are_parameters_or_macs(tmp_path: Path) -> None:
 
 
 def test_a_config_is_composed_with_overrides_and_what_it_leaves_to_defaults(tmp_path: Path) -> None:
-    """So that a changed file, a changed override and a changed default are each another recipe."""
+    """A changed file, override or default gives another recipe."""
     shutil.copytree(SHIPPED.parents[2] / "config" / "distill", tmp_path / "distill")
     before = composed(tmp_path, "distill/tiny", SHIPPED_OVERRIDES)
     assert before["dataset"]["disable_validation"] is True and before["optimization"]["max_update"] == 400

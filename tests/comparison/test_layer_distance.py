@@ -1,4 +1,4 @@
-"""Distances of hidden states, layer by layer."""
+"""Distances of hidden states by layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_distances_against_numbers_worked_out_by_hand() -> None:
     student = [torch.tensor([[4.0, 3.0], [0.0, 2.0]] * 2)]
     l1, normalized, cos, _ = state_distances(student, teacher)[:, 0].tolist()
     assert l1 == pytest.approx((1 + 1 + 1 + 2) / 4)
-    assert normalized == pytest.approx(2, abs=1e-3)  # two features in the other order: (1, -1) against (-1, 1)
+    assert normalized == pytest.approx(2, abs=1e-3)  # two features in reverse order: (1, -1) against (-1, 1)
     assert cos == pytest.approx(1 - (24 / 25 + 0) / 2)
 
 

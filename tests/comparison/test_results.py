@@ -1,4 +1,4 @@
-"""The benchmark's tables of methods and of choices follow from what is committed."""
+"""The benchmark's tables of methods and choices match the committed runs."""
 
 from __future__ import annotations
 

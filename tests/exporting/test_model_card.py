@@ -1,4 +1,4 @@
-"""The model card holds what is known of the run, and nothing that is not."""
+"""The model card holds the known facts about the run, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Blocks of code in the pages: what marks them, and a folder in which they run as written.
+"""Code blocks of the pages: their marks, and a folder in which they run as written.
 
-A comment in the line before a block says how it is tested; without one the block is run. Parts are separated by ``;``:
+A comment in the line before a block defines its test; without one the block is run. Parts are separated by ``;``:
 
-    <!-- needs: network, corpus -->            parsed only: it needs what a test machine may lack, see NEEDS
+    <!-- needs: network, corpus -->            parsed only: it needs something that a test machine may lack, see NEEDS
     <!-- covered by: tests/test_x.py::test_y --> run by that test, or by a script such as .ci/run
     <!-- nightly -->                           takes long: run by the nightly tests
-    <!-- given: model -->                      Python that uses names of the reader's, see GIVEN
+    <!-- given: model -->                      Python that uses the reader's names, see GIVEN
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ import torch
 from huggingface_models import huggingface
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDS = {"cluster", "corpus", "gpu", "hours", "memory", "network"}
+NEEDS = {"cluster", "coremltools", "corpus", "gpu", "hours", "memory", "network"}
 """What a block may need that a test machine lacks; memory: more than 4 GB."""
 SHORT = (
-    *("common.cpu=true", "distributed_training.distributed_world_size=1", "dataset.num_workers=0"),
-    *("dataset.max_tokens=48000", "task.max_sample_size=48000", "optimization.max_update=2"),
+    "common.cpu=true common.fp16=false distributed_training.distributed_world_size=1 dataset.num_workers=0"
+    " optimization.max_update=2"
 )
-"""Added to every fairseq-hydra-train of a page: one process on a CPU, two updates of 3 s."""
+"""Added to every fairseq-hydra-train of a page: one process on a CPU, two updates."""
+CROPPED, WHOLE = "dataset.max_tokens=48000 task.max_sample_size=48000", "dataset.max_tokens=250000"
+"""Added too, in samples: crops of 3 s, but whole utterances where labels belong to them."""
 TEACHER = ROOT / "examples" / "tiny" / "teacher" / "teacher.safetensors"
 
 
@@ -39,9 +41,9 @@ class Block(NamedTuple):
     Attributes:
         page: path of the page.
         line: where the code begins, counted from 1.
-        language: what stands behind the fence.
+        language: the word after the fence.
         code: its lines.
-        marks: name of each mark -> what stands behind its colon, split at commas.
+        marks: name of each mark -> the text after its colon, split at commas.
     """
 
     page: Path
@@ -63,7 +65,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The blocks of a page, in its order."""
+    """The blocks of a page, in order."""
     text = page.read_text(encoding="utf-8")
     for found in re.finditer(r"(?ms)^(?:<!-- ([^\n]*?) -->\n)?```(\w+)\n(.*?)^```$", text):
         comment, language, code = found.groups()
@@ -104,21 +106,23 @@ def stand_ins(folder: Path) -> None:
         (chapter / f"{name}.flac").symlink_to(file)
         with open(chapter / f"{'-'.join(name.split('-')[:2])}.trans.txt", "a", encoding="utf-8") as stream:
             stream.write(f"{name} {'THE QUICK BROWN FOX JUMPS OVER A LAZY DOG'[number:]}\n")
-    for name in ("WavLM-Base+.pt", "first.safetensors", "second.safetensors"):  # recognised by content
-        shutil.copy(TEACHER, folder / name)
+    for name in ("WavLM-Base+.pt", "hubert_base_ls960.pt", "first.safetensors", "second.safetensors"):
+        shutil.copy(TEACHER, folder / name)  # files are recognised by content
     huggingface("wavlm", "base").save_pretrained(folder / "microsoft" / "wavlm-base-plus")
     program = folder / "bin" / "fairseq-hydra-train"
     program.parent.mkdir()
     ours = Path(sys.executable).with_name("fairseq-hydra-train")
-    program.write_text(f'#!/bin/sh\nexec "{ours}" "$@" {" ".join(SHORT)}\n', encoding="utf-8")
+    lines = ["#!/bin/sh", f'case "$*" in *config/finetune*) of="{WHOLE}";; *) of="{CROPPED}";; esac']
+    lines.append(f'exec "{ours}" "$@" {SHORT} $of')
+    program.write_text("\n".join(lines) + "\n", encoding="utf-8")
     program.chmod(0o755)
 
 
 def run_blocks(page: list[Block], folder: Path) -> None:
-    """Runs blocks one after the other, as a reader would in this folder; Python's share their names.
+    """Runs blocks in order, like a reader in this folder; Python blocks share their names.
 
     Raises:
-        AssertionError: one fails; says where it stands and what it printed.
+        AssertionError: a block fails; gives its place and output.
     """
     names: dict[str, Any] = {}
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -70,7 +70,7 @@ def test_adam_starts_anew_in_each_epoch_but_not_inside_one() -> None:
     resumed, other = make_scheduler(0.1, fresh_optimizer=True)
     step(other)
     resumed.load_state_dict(saved)
-    resumed.step_begin_epoch(1)  # as fairseq does where a run goes on inside an epoch
+    resumed.step_begin_epoch(1)  # like fairseq when a run resumes inside an epoch
     assert len(other.optimizer.state) == 1
     scheduler.step_begin_epoch(2)
     assert not state

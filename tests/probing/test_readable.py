@@ -1,4 +1,4 @@
-"""Tasks some of whose recordings cannot be read."""
+"""Tasks with unreadable recordings."""
 
 from __future__ import annotations
 

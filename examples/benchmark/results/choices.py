@@ -15,7 +15,7 @@ MEASURES = {"l1 difference": "change in L1 to the teacher", "cka difference": "c
 
 
 def draw(path: Path) -> None:
-    """A row for what was tried, a panel for each distance; what came to the same groups as the base is left out."""
+    """A row per choice and a panel per distance; omits choices with the same groups as the base."""
     rows = [row for row in read_runs(HERE / "choices.csv") if row["l1 difference"]]
     tried = {f"{row['choice']}: {row['tried']}": row for row in rows}
     panels = {

@@ -27,14 +27,14 @@ METHODS = {
     "last_layer": "the last layer",
     "no_distillation": "none: pruned at once",
 }
-"""Methods, and what the picture calls them; the last one is off its scale."""
+"""Methods, and their labels in the picture; the last one is off its scale."""
 MEASURES = {
     "digit": ("digits, change in points", 100.0),
     "speaker": ("6 speakers, change in points", 100.0),
     "verification": ("verification error, points", 100.0),
     "l1_normalized": ("change in L1 to the teacher", 1.0),
 }
-"""Columns, what the picture calls them, and the scale there."""
+"""Columns, their labels in the picture, and their scale."""
 
 
 def means(runs: Sequence[dict[str, str]], method: str, column: str) -> np.ndarray:
@@ -45,7 +45,7 @@ def means(runs: Sequence[dict[str, str]], method: str, column: str) -> np.ndarra
 
 
 def speakers(runs: Sequence[dict[str, str]], measure: str) -> list[str]:
-    """Columns of a measure's speakers: a distance has one a recording, as speakers have unequally many."""
+    """Columns of a measure's speakers; a distance has one per recording, because speakers have different numbers."""
     if measure != "l1_normalized":
         return [name for name in runs[0] if name.startswith(f"{measure}, ")]
     file = HERE.parents[1] / "tiny" / "data" / "valid.speakers.tsv"
@@ -71,7 +71,7 @@ def table(runs: Sequence[dict[str, str]]) -> list[Line]:
 
 
 def draw(runs: Sequence[dict[str, str]], path: Path) -> None:
-    """Differences to DPHuBERT's layers, a panel a measure."""
+    """Differences to DPHuBERT's layers, one panel per measure."""
     lines = [x for x in table(runs) if x.method not in (BASELINE, "no_distillation") and x.difference is not None]
     panels = {
         label: [

@@ -1,4 +1,4 @@
-"""The table of related systems follows from the runs that are committed."""
+"""The tables of grids match the committed runs."""
 
 from __future__ import annotations
 
@@ -15,28 +15,36 @@ from skill_fairseq.comparison.statistics import crossed_mean, paired_difference
 
 BENCHMARK = Path(__file__).resolve().parents[2] / "examples" / "benchmark"
 TASKS = ("digit", "speaker", "speakers_40", "verification", "drinks", "letters")
-COSTS = ("cka", "parameters", "macs", "milliseconds", "training cpu seconds")
+DISTANCES = ("cka", "l1_normalized")
+COSTS = ("parameters", "macs", "milliseconds", "training cpu seconds")
+BASELINES = {"family": "shared_projection"}
 
 
 @pytest.fixture(scope="module")
-def family() -> Any:
-    spec = importlib.util.spec_from_file_location("family", BENCHMARK / "results" / "family.py")
+def grids() -> Any:
+    spec = importlib.util.spec_from_file_location("grids", BENCHMARK / "results" / "grids.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+@pytest.fixture(scope="module", params=BASELINES)
+def name(request: pytest.FixtureRequest) -> str:
+    """Of a grid."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def runs() -> list[dict[str, str]]:
-    with open(BENCHMARK / "results" / "family.csv", encoding="utf-8") as stream:
+def runs(name: str) -> list[dict[str, str]]:
+    with open(BENCHMARK / "results" / f"{name}.csv", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 
 @pytest.fixture(scope="module")
-def lines() -> list[dict[str, str]]:
+def lines(name: str) -> list[dict[str, str]]:
     """The committed table."""
-    with open(BENCHMARK / "results" / "family_table.csv", encoding="utf-8", newline="") as stream:
+    with open(BENCHMARK / "results" / f"{name}_table.csv", encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream))
 
 
@@ -67,26 +75,28 @@ def test_the_table_is_the_runs(runs: list[dict[str, str]], lines: list[dict[str,
     assert len(cells) == len(lines)
     for method, sparsity in {(row["method"], row["sparsity"]) for row in runs}:
         rows = of(runs, method, sparsity)
-        measured = {m for m in (*TASKS, *COSTS) if all(row.get(m) for row in rows)}
+        measured = {m for m in (*TASKS, *DISTANCES, *COSTS) if all(row.get(m) for row in rows)}
         assert {m for who, size, m in cells if (who, size) == (method, sparsity)} == measured
         for measure in measured:
             line = cells[method, sparsity, measure]
-            mean = float(np.mean([float(row[measure]) for row in rows]))
-            assert float(line["mean"]) == pytest.approx(mean, abs=1e-6) and int(line["seeds"]) == len(rows)
-            if measure in TASKS:
+            values = matrix(rows, measure) if measure in DISTANCES else [float(row[measure]) for row in rows]
+            assert float(line["mean"]) == pytest.approx(float(np.mean(values)), abs=1e-6)
+            assert int(line["seeds"]) == len(rows)
+            if measure not in COSTS:
                 values = matrix(rows, measure)
                 interval = crossed_mean(values, [str(i) for i in range(values.shape[1])])
-                bounds = [] if interval.low is None else [max(0, interval.low), min(1, interval.high or 1)]
+                most = 1 if measure in TASKS else np.inf
+                bounds = [] if interval.low is None else [max(0, interval.low), min(most, interval.high or 1)]
                 assert given(line, "low", "high") == pytest.approx(bounds, abs=1e-6)
 
 
-def test_differences_are_paired(runs: list[dict[str, str]], lines: list[dict[str, str]]) -> None:
+def test_differences_are_paired(name: str, runs: list[dict[str, str]], lines: list[dict[str, str]]) -> None:
     told = 0
     for line in lines:
-        if line["measure"] not in TASKS or line["method"] in ("teacher", "shared_projection"):
+        if line["measure"] in COSTS or line["method"] in ("teacher", BASELINES[name]):
             assert not line["difference"]
             continue
-        rows, baseline = (of(runs, who, line["sparsity"]) for who in (line["method"], "shared_projection"))
+        rows, baseline = (of(runs, who, line["sparsity"]) for who in (line["method"], BASELINES[name]))
         seeds = {r["seed"] for r in rows} & {r["seed"] for r in baseline}
         sides = [[r for r in side if r["seed"] in seeds] for side in (rows, baseline)]
         if not seeds:
@@ -97,11 +107,11 @@ def test_differences_are_paired(runs: list[dict[str, str]], lines: list[dict[str
         found = given(line, "difference", "difference low", "difference high")
         assert found == pytest.approx(wanted, abs=1e-6)
         told += 1
-    assert told > 100
+    assert told > 5
 
 
 def test_labels_that_students_learn_from_are_of_no_test_recording() -> None:
-    """What the protocol says of OS-KDFT's and the multi-task student's labels."""
+    """The protocol's statements on the labels of OS-KDFT and the multi-task student."""
     page = " ".join((BENCHMARK / "protocol.md").read_text(encoding="utf-8").split())
 
     def read(path: Path) -> list[dict[str, str]]:
@@ -124,17 +134,17 @@ def test_labels_that_students_learn_from_are_of_no_test_recording() -> None:
     assert shared.pop("speaker") == 4 and set(shared.values()) == {0}
 
 
-def test_the_picture_is_drawn_of_them(family: Any, runs: list[dict[str, str]], tmp_path: Path) -> None:
+def test_the_picture_is_drawn_of_them(grids: Any, name: str, runs: list[dict[str, str]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    family.draw(runs, tmp_path / "family.png")
-    assert (tmp_path / "family.png").read_bytes()[:4] == b"\x89PNG"
-    assert (BENCHMARK / "results" / "family.png").is_file()
+    grids.draw(grids.table(runs, BASELINES[name]), tmp_path / "new.png")
+    assert (tmp_path / "new.png").read_bytes()[:4] == b"\x89PNG"
+    assert (BENCHMARK / "results" / f"{name}.png").is_file()
 
 
-def test_new_runs_are_added_and_the_others_stay(family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_runs_are_added_and_the_others_stay(grids: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "family.csv"
     path.write_bytes((BENCHMARK / "results" / "family.csv").read_bytes())
-    before = family.read_runs(path)
+    before = grids.read_runs(path)
     changed = next(row for row in before if row["method"] == "os_kdft" and row["seed"] == "2")
 
     def write(file: Path, results: Any) -> None:
@@ -142,11 +152,11 @@ def test_new_runs_are_added_and_the_others_stay(family: Any, tmp_path: Path, mon
             writer = csv.DictWriter(stream, list(changed))
             writer.writeheader()
             writer.writerows([{**changed, "digit": "0.5"}, {**changed, "seed": "9"}])
-        assert family.read_runs(path) == before  # nothing is lost if it ends here
+        assert grids.read_runs(path) == before  # nothing is lost if it stops here
 
-    monkeypatch.setattr(family, "write_runs", write)
-    family.add_runs(path, [])
-    after = {(row["method"], row["sparsity"], row["seed"]): row for row in family.read_runs(path)}
+    monkeypatch.setattr(grids, "write_runs", write)
+    grids.add_runs(path, [])
+    after = {(row["method"], row["sparsity"], row["seed"]): row for row in grids.read_runs(path)}
     assert len(after) == len(before) + 1 and after["os_kdft", changed["sparsity"], "9"]["digit"] == changed["digit"]
     assert after["os_kdft", changed["sparsity"], "2"]["digit"] == "0.5"
     assert all(after[r["method"], r["sparsity"], r["seed"]] == r for r in before if r is not changed)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The family's runs as a table and a picture: family.csv, family_table.csv and family.png.
+"""A grid's runs as tables and a picture: NAME.csv, NAME_table.csv and NAME.png, with NAME as in grid.yaml.
 
-python examples/benchmark/results/family.py OUT [OUT ...]    adds what these folders of run.py have, then as below
-python examples/benchmark/results/family.py                  draws and tabulates what family.csv has
+python examples/benchmark/results/grids.py family OUT [OUT ...]    adds the runs of these folders, then as below
+python examples/benchmark/results/grids.py family                  draws and tabulates what family.csv has
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from skill_fairseq.comparison.statistics import Estimate, crossed_mean, paired_d
 from skill_fairseq.files import atomic_write, read_json  # noqa: E402
 
 Row = Mapping[str, str]
-BASELINE = "shared_projection"
+BASELINES = {
+    "family": "shared_projection",
+    "elastic": "dedicated",
+    "constraint": "lagrangian",
+    "cost": "by_parameters",
+}
+"""The baseline method of each grid."""
 TEACHER = "teacher"
 TASKS = {
     "digit": "digits",
@@ -37,17 +43,19 @@ TASKS = {
     "drinks": "drinks",
     "letters": "letter error",
 }
-"""Columns of rates, and what the picture calls them."""
-COSTS = ("cka", "parameters", "macs", "milliseconds", "training cpu seconds")
-"""Columns of distance, size and time, whose means stand in the table too."""
+"""Columns of rates, and their labels in the picture."""
+DISTANCES = ("cka", "l1_normalized")
+"""Columns of distances to the teacher, treated alike."""
+COSTS = ("parameters", "macs", "milliseconds", "training cpu seconds")
+"""Columns of size and time, of which the table has means."""
 
 
 def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The results of folders that run.py has written, the teacher first; of the same run the last folder's. What was
-    made by changed files, of no commit, is left out."""
+    """Results from folders of run.py, the teacher first; for repeated runs, the last folder's. Omits runs of
+    uncommitted files."""
     found: dict[tuple[str, float, int], dict[str, Any]] = {}
     for folder in folders:
-        if (folder / "references.json").is_file():  # not where single runs were made by --run
+        if (folder / "references.json").is_file():  # missing if single runs were made with --run
             reference = read_json(folder / "references.json")[TEACHER]
             nothing = {"recordings": {}, "speakers": None}
             made = {"sparsity": {"actual": 0.0}, "seconds": {}}
@@ -63,9 +71,9 @@ def collect(folders: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def add_runs(path: Path, folders: Sequence[Path]) -> None:
-    """Writes what folders have into family.csv; rows of other runs stay."""
+    """Writes the runs of folders into a CSV; keeps rows of other runs."""
     before = read_runs(path) if path.is_file() else []
-    with tempfile.TemporaryDirectory() as folder:  # the file itself is replaced once, by all rows
+    with tempfile.TemporaryDirectory() as folder:  # replaces the file once, with all rows
         write_runs(Path(folder) / "new.csv", collect(folders))
         new = read_runs(Path(folder) / "new.csv")
     rows = {(row["method"], row["sparsity"], row["seed"]): row for row in [*before, *new]}
@@ -79,7 +87,7 @@ def add_runs(path: Path, folders: Sequence[Path]) -> None:
 
 def _order(method: str) -> int:
     """Ours first, then the others by name."""
-    first = (TEACHER, BASELINE, "dphubert", "last_layer", "no_distillation")
+    first = (TEACHER, *BASELINES.values(), "dphubert", "last_layer", "no_distillation")
     return first.index(method) if method in first else len(first)
 
 
@@ -89,25 +97,27 @@ def chosen(runs: Sequence[Row], method: str, sparsity: str) -> list[Row]:
 
 
 def by_speaker(rows: Sequence[Row], column: str) -> tuple[np.ndarray, list[str]]:
-    """(seeds, speakers) values of a column, and who the speakers are; one value a seed where nobody knows."""
+    """(seeds, speakers) values of a column, and the speakers; one value per seed if speakers are unknown."""
     names = [n for n in rows[0] if n.startswith(f"{column}, ") and all(row[n] for row in rows)]
     names = names or [column]
     return np.array([[float(row[name]) for name in names] for row in rows]), names
 
 
 def estimate(rows: Sequence[Row], column: str) -> Optional[Estimate]:
-    """Mean of a column over seeds and speakers, and its interval; None where a run lacks it."""
+    """Mean of a rate or distance over seeds and speakers, and its interval; None if a run lacks it."""
     if not rows or not all(row.get(column) for row in rows):
         return None
-    mean = float(np.mean([float(row[column]) for row in rows]))
-    found = crossed_mean(*by_speaker(rows, column))._replace(value=mean)
+    found = crossed_mean(*by_speaker(rows, column))
+    if column in DISTANCES:
+        return found
+    found = found._replace(value=float(np.mean([float(row[column]) for row in rows])))
     if found.low is None or found.high is None:
         return found
-    return found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0))  # Student's t knows no bounds
+    return found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0))  # Student's t has no bounds
 
 
 def difference(rows: Sequence[Row], baseline: Sequence[Row], column: str) -> Optional[Estimate]:
-    """Mean difference to the baseline over the seeds that both have, paired; a lone run stands for every seed."""
+    """Paired mean difference to the baseline over common seeds; a single run is used for every seed."""
     common = {row["seed"] for row in rows} & {row["seed"] for row in baseline}
     rows = [row for row in rows if row["seed"] in common]
     baseline = [row for row in baseline if row["seed"] in common]
@@ -117,20 +127,20 @@ def difference(rows: Sequence[Row], baseline: Sequence[Row], column: str) -> Opt
     return paired_difference(values, by_speaker(baseline, column)[0], names)
 
 
-def table(runs: Sequence[Row]) -> list[Line]:
-    """Of each size what the methods got and cost, and their differences to the baseline; the teacher first."""
+def table(runs: Sequence[Row], baseline: str) -> list[Line]:
+    """Results and costs of the methods at each size, and differences to the baseline; the teacher first."""
     lines = []
-    tasks = [task for task in TASKS if any(row.get(task) for row in runs)]
+    measures = [name for name in (*TASKS, *DISTANCES) if any(row.get(name) for row in runs)]
     for method, sparsity in dict.fromkeys((row["method"], row["sparsity"]) for row in runs):
         rows = chosen(runs, method, sparsity)
-        for task in tasks:
-            found = estimate(rows, task)
+        for measure in measures:
+            found = estimate(rows, measure)
             if found is None:
                 continue
-            same = method in (TEACHER, BASELINE)
-            less = None if same else difference(rows, chosen(runs, BASELINE, sparsity), task)
+            same = method in (TEACHER, baseline)
+            less = None if same else difference(rows, chosen(runs, baseline, sparsity), measure)
             paired = (None, None) if less is None else (less.value, ends(less))
-            lines.append(Line(sparsity, method, len(rows), task, found.value, ends(found), *paired))
+            lines.append(Line(sparsity, method, len(rows), measure, found.value, ends(found), *paired))
         for measure in COSTS:
             values = [float(row[measure]) for row in rows if row.get(measure)]
             if values:
@@ -138,9 +148,8 @@ def table(runs: Sequence[Row]) -> list[Line]:
     return lines
 
 
-def draw(runs: Sequence[Row], path: Path) -> None:
-    """A row a method and a panel a task, a colour a size; the teacher is a line."""
-    lines = table(runs)
+def draw(lines: Sequence[Line], path: Path) -> None:
+    """One row per method, panel per task and colour per size; the teacher is a line."""
     tasks = [task for task in TASKS if any(line.measure == task for line in lines)]
     students = [line for line in lines if line.method != TEACHER]
     sizes = list(dict.fromkeys(line.sparsity for line in students))
@@ -159,15 +168,16 @@ def draw(runs: Sequence[Row], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=BASELINES, help="grid of the runs")
     parser.add_argument("out", nargs="*", type=Path, metavar="OUT", help="folders of run.py")
     args = parser.parse_args(argv)
     if args.out:
-        add_runs(HERE / "family.csv", args.out)
-    runs = read_runs(HERE / "family.csv")
-    write_table(HERE / "family_table.csv", table(runs))
-    draw(runs, HERE / "family.png")
+        add_runs(HERE / f"{args.name}.csv", args.out)
+    lines = table(read_runs(HERE / f"{args.name}.csv"), BASELINES[args.name])
+    write_table(HERE / f"{args.name}_table.csv", lines)
+    draw(lines, HERE / f"{args.name}.png")
     return 0
 
 
