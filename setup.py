@@ -66,8 +66,9 @@ OPENVINO = ["openvino", *ONNX]
 SLURM = ["hydra-submitit-launcher==1.1.1", "submitit"]  # the last launcher for hydra 1.0
 # The old torch tested with Python 3.10 lacks torch.export, which the ONNX export needs.
 ONNX_TESTS = [f"{package}; python_version >= '3.11'" for package in OPENVINO]
-COMMANDS = ("manifest", "cluster", "shrink", "export", "info", "probe", "bench", "labels", "features", "report")
-TESTS = ["pytest", "pytest-xdist", "ruff", "mypy", "setuptools>=64", "wheel", *PLOTS, *PROBE, *HF, *ONNX_TESTS, *SLURM]
+COMMANDS = "manifest cluster shrink export info probe compare bench labels features report".split()
+BUILD = ["build", "setuptools>=64", "wheel"]
+TESTS = ["pytest", "pytest-xdist", "ruff", "mypy", *BUILD, *PLOTS, *PROBE, *HF, *ONNX_TESTS, *SLURM]
 
 refuse_pip_without_omegaconf()
 build = build_folder()

@@ -77,7 +77,7 @@ def _about_distances(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reference(found: Mapping[str, Any]) -> dict[str, Any]:
     probes = {
-        task: _plain(Estimate(entry["value"], *(entry["interval"] or (None, None))))
+        task: plain(Estimate(entry["value"], *(entry["interval"] or (None, None))))
         for task, entry in found["probes"].items()
     }
     return {"probes": probes, "costs": found.get("costs")}
@@ -105,17 +105,17 @@ def _row(
     paired = _paired(cells, base_cells)
     for task in tasks:
         speakers = outcomes(cells[0][0]["probes"][task])[1]
-        row["probes"][task] = _plain(_rate(crossed_mean(_outcomes(cells, task), speakers)))
+        row["probes"][task] = plain(within_bounds(crossed_mean(_outcomes(cells, task), speakers)))
         if paired:
             values, baseline = (_outcomes(side, task) for side in paired)
-            row["difference"][task] = _judged(paired_difference(values, baseline, speakers), PROBE_VERDICTS)
+            row["difference"][task] = judged(paired_difference(values, baseline, speakers), PROBE_VERDICTS)
     for kind in _kinds(cells):
         far, said = _far(cells, kind), cells[0][0]["distances"]["speakers"]
         speakers = said or ["unknown"] * far.shape[1]
-        row["distance"][kind] = _plain(crossed_mean(far, speakers))
+        row["distance"][kind] = plain(crossed_mean(far, speakers))
         if paired and kind in _kinds(base_cells):
             values, baseline = (_far(side, kind) for side in paired)
-            row["distance_difference"][kind] = _judged(paired_difference(values, baseline, speakers), DISTANCE_VERDICTS)
+            row["distance_difference"][kind] = judged(paired_difference(values, baseline, speakers), DISTANCE_VERDICTS)
     row["layers"] = {
         kind: np.mean([r["distances"]["layers"][kind] for cell in cells for r in cell], axis=0).round(6).tolist()
         for kind in _kinds(cells)
@@ -192,17 +192,19 @@ def _mean(values: Sequence[float]) -> Optional[float]:
     return float(np.mean(values)) if len(values) else None
 
 
-def _plain(estimate: Estimate) -> list[Optional[float]]:
+def plain(estimate: Estimate) -> list[Optional[float]]:
+    """Value, lower and upper bound, rounded for JSON."""
     return [None if number is None else round(float(number), 6) for number in estimate]
 
 
-def _rate(estimate: Estimate) -> Estimate:
+def within_bounds(estimate: Estimate) -> Estimate:
     """Clips to the bounds of a rate, which Student's t ignores."""
     if estimate.low is None or estimate.high is None:
         return estimate
     return Estimate(estimate.value, max(estimate.low, 0.0), min(estimate.high, 1.0))
 
 
-def _judged(estimate: Estimate, verdicts: Mapping[Optional[int], str]) -> dict[str, Any]:
+def judged(estimate: Estimate, verdicts: Mapping[Optional[int], str]) -> dict[str, Any]:
+    """A difference for JSON, with the word for its verdict."""
     within = None if estimate.within is None else round(estimate.within, 6)
-    return {"estimate": _plain(estimate), "verdict": verdicts[estimate.verdict], "within": within}
+    return {"estimate": plain(estimate), "verdict": verdicts[estimate.verdict], "within": within}

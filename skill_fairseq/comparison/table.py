@@ -73,10 +73,12 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
     for row in summary["rows"]:
         if row["sparsity"] in wanted and row["method"] != summary["baseline"] and row["difference"]:
             where = "over all sparsities" if row["sparsity"] == OVERALL else f"at sparsity {row['sparsity']:g}"
-            said = [f"{task} {_judged(d, 100, 1, ' points')}" for task, d in row["difference"].items()]
+            said = [f"{task} {show_difference(d, 100, 1, ' points')}" for task, d in row["difference"].items()]
             for kind in ("l1_normalized", "cka"):
                 if kind in row["distance_difference"]:
-                    said.append(f"{SHOWN[kind]} to the teacher {_judged(row['distance_difference'][kind], 1, 4, '')}")
+                    said.append(
+                        f"{SHOWN[kind]} to the teacher {show_difference(row['distance_difference'][kind], 1, 4, '')}"
+                    )
             seeds = f"{len(row['seeds'])} seed{'s' * (len(row['seeds']) > 1)}"
             of = f"- **{row['method']}** against {summary['baseline']}, {where}, {seeds}"
             lines.append(f"{of}: {'; '.join(said)}")
@@ -96,7 +98,7 @@ def _in_percent(task: str, summary: Mapping[str, Any]) -> str:
 def _reference_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows, tasks = [], list(summary["tasks"])
     for name, found in summary["references"].items():
-        rows.append([name, *(_interval(found["probes"][task], 100, 1) for task in tasks)])
+        rows.append([name, *(show_estimate(found["probes"][task], 100, 1) for task in tasks)])
         rows[-1] += ["-"] * 3 if found["costs"] is None else _costs(found["costs"])
     return ["model", *(_in_percent(task, summary) for task in tasks), "parameters", "G MACs", "CPU s"], rows
 
@@ -111,7 +113,7 @@ def _probe_table(rows: Sequence[Any], summary: Mapping[str, Any]) -> tuple[list[
     for row in rows:
         line = [row["method"], str(len(row["seeds"]))]
         for task in summary["tasks"]:
-            line.append(_interval(row["probes"][task], 100, 1))
+            line.append(show_estimate(row["probes"][task], 100, 1))
             line.append(_difference(row, row["difference"].get(task), baseline, 100, 1))
         table.append([*line, _groups(row)])
     return head, table
@@ -126,7 +128,7 @@ def _distance_table(rows: Sequence[Any], baseline: str) -> tuple[list[str], list
     for row in rows:
         line = [row["method"]]
         for kind in SHOWN:
-            line.append(_interval(row["distance"][kind], 1, 3) if kind in row["distance"] else "-")
+            line.append(show_estimate(row["distance"][kind], 1, 3) if kind in row["distance"] else "-")
             line.append(_difference(row, row["distance_difference"].get(kind), baseline, 1, 3))
         for kind in SHOWN:
             line += [_number(row[part].get(kind)) for part in ("distilled", "not_distilled")]
@@ -165,22 +167,23 @@ def _groups(row: Mapping[str, Any]) -> str:
 def _difference(row: Mapping[str, Any], found: Any, baseline: str, scale: float, digits: int) -> str:
     if row["method"] == baseline or not found:
         return "-"
-    return _judged(found, scale, digits)
+    return show_difference(found, scale, digits)
 
 
 def _costs(of: Mapping[str, Any]) -> list[str]:
     return [f"{of['parameters']:,.0f}", f"{of['macs'] / 1e9:.3f}", f"{of['cpu_seconds']:.3f}"]
 
 
-def _interval(estimate: Sequence[Optional[float]], scale: float, digits: int, signed: bool = False) -> str:
+def show_estimate(estimate: Sequence[Optional[float]], scale: float, digits: int, signed: bool = False) -> str:
+    """A mean and its interval, see :func:`skill_fairseq.probing.intervals.show_interval`, or that there is none."""
     value, low, high = estimate
     bounds = None if low is None or high is None else (low, high)
     return show_interval(value or 0.0, bounds, scale, digits, signed) + ("" if bounds else f" ({NO_INTERVAL})")
 
 
-def _judged(found: Mapping[str, Any], scale: float, digits: int, unit: Optional[str] = None) -> str:
+def show_difference(found: Mapping[str, Any], scale: float, digits: int, unit: Optional[str] = None) -> str:
     """A difference and its verdict; with a unit, as part of a sentence."""
-    said = _interval(found["estimate"], scale, digits, True) + (unit or "")
+    said = show_estimate(found["estimate"], scale, digits, True) + (unit or "")
     if found["verdict"] == NO_INTERVAL:
         return said
     if unit is not None:

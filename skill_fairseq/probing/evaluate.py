@@ -114,7 +114,7 @@ def outcomes(entry: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
     """
     if "right" in entry:
         return np.array([int(digit) for digit in entry["right"]], dtype=float), list(entry["speakers"])
-    if not entry["by_speaker"]:
+    if not entry.get("by_speaker"):
         return np.array([entry["value"]]), ["unknown"]
     return np.array(entry["by_speaker"], dtype=float), list(entry["speakers"])
 

@@ -69,6 +69,9 @@ def inputs(teacher_file: Path, speech: Path, tmp_path_factory: pytest.TempPathFa
         f"0\t{names[0]}.wav\t{names[2]}.wav",
     ]
     (folder / "pairs" / "trials.tsv").write_text("\n".join(trials) + "\n")
+    entry = {"model": "a", "task": "t", "metric": "accuracy", "value": 0.5, "right": "01", "speakers": ["x", "y"]}
+    for seed in "12":
+        (folder / f"{seed}.json").write_text(json.dumps({"results": [entry]}))
     return folder
 
 
@@ -78,6 +81,7 @@ LINES = {
     "bench load": "--manifest valid.tsv --max-seconds 1 --min-sample-size 0",
     "bench table": f"{SMALL} --points 1 --checks 0",
     "cluster": "--teacher student.safetensors --manifest valid.tsv --num-groups 2 --out OUT",
+    "compare": "1.json 2.json --baseline a",
     "export": "student.safetensors OUT/a.safetensors --accuracy valid.tsv",
     "features": "mfcc valid.tsv OUT",
     "info": "student.safetensors",
