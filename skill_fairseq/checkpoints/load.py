@@ -14,9 +14,8 @@ from skill_fairseq.checkpoints.fairseq_import import S3PRL_KEYS, read_fairseq, r
 from skill_fairseq.checkpoints.hub import local_copy
 from skill_fairseq.checkpoints.huggingface import read_huggingface
 from skill_fairseq.checkpoints.own_folders import is_own_folder, is_s3prl_folder, read_own_folder, read_s3prl_folder
-from skill_fairseq.checkpoints.plain_files import look_alike
+from skill_fairseq.checkpoints.plain_files import look_alike, looks_like_safetensors
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
-from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder, reading_file
 from skill_fairseq.checkpoints.torchaudio_import import is_torchaudio, read_torchaudio
 from skill_fairseq.files import PathLike

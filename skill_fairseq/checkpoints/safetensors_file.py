@@ -11,11 +11,6 @@ PIECE = 1 << 26
 """Bytes to read before the file is reopened."""
 
 
-def looks_like_safetensors(head: bytes) -> bool:
-    """Whether a file that begins with these bytes (at least nine) is a safetensors file."""
-    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
-
-
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Reads every tensor of the file onto the CPU, into its own memory.
 

@@ -53,7 +53,8 @@ def state_distances(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
         student, teacher: (T, D_S) and (T, D_T) per layer, equally many layers; T at least 4, for CKA.
 
     Returns:
-        (kinds, layers) float64, in the order of :data:`KINDS`; only CKA if D_S and D_T differ.
+        (kinds, layers) float64, in the order of :data:`KINDS`; only CKA if D_S and D_T differ. 1 - CKA is 1 if the
+        student's frames vary too little for CKA.
 
     Raises:
         ValueError: numbers of layers or frames differ.
@@ -74,7 +75,9 @@ def state_distances(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
                 (normal_s - normal_t).abs().mean(),
                 1 - F.cosine_similarity(s, t, dim=-1).mean(),
             ]
-        columns.append(torch.stack([*found, cka_distance(unbiased_hsic(s[None], t[None]))[0, 1]]))
+        hsic = unbiased_hsic(s[None], t[None])
+        varies = bool(hsic[0, 0] > 0)  # a layer may be pruned so far that its frames hardly differ
+        columns.append(torch.stack([*found, cka_distance(hsic)[0, 1] if varies else hsic.new_ones(())]))
     return torch.stack(columns, dim=1)
 
 

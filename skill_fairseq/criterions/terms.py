@@ -8,8 +8,8 @@ from typing import Any, Dict, NamedTuple, Sequence, Tuple
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from skill_fairseq.checkpoints.plain_files import looks_like_safetensors
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
-from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
 from skill_fairseq.objectives.objective import OBJECTIVES, Objective
 
 logger = logging.getLogger(__name__)

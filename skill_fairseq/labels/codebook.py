@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from skill_fairseq.checkpoints.safetensors_file import load_metadata, load_tensors, looks_like_safetensors
+from skill_fairseq.checkpoints.plain_files import looks_like_safetensors
+from skill_fairseq.checkpoints.safetensors_file import load_metadata, load_tensors
 from skill_fairseq.files import PathLike, write_file
 from skill_fairseq.modules.tf32 import exact_products
 

@@ -46,6 +46,15 @@ def test_cka_ignores_rotation_and_scale_and_is_that_of_the_clustering() -> None:
     assert 0.2 < expected < 0.8
 
 
+def test_a_student_whose_frames_are_alike_is_as_far_as_can_be_by_cka() -> None:
+    """Of a teacher's layer that does not vary nothing can be said."""
+    states = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    constant = torch.ones(50, 8)
+    assert state_distances([constant], [states])[KINDS.index("cka")].item() == 1
+    with pytest.raises(ValueError, match=says("do not vary")):
+        state_distances([states], [constant])
+
+
 def test_means_over_frames_and_over_recordings(tmp_path: Path, small: Any) -> None:
     files = []
     for number, seconds in enumerate((0.3, 0.9)):
