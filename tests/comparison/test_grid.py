@@ -222,6 +222,22 @@ def test_budgets_are_parameters_or_macs(tmp_path: Path) -> None:
         read_grid(path, "two")
 
 
+@pytest.mark.parametrize("name", ["family_macs", "cost"])
+def test_a_size_of_another_cost_composes(name: str) -> None:
+    """With every override of its variants and its recipes."""
+    grid, config = read_grid(SHIPPED, name), SHIPPED.parents[2] / "config"
+    costs = set()
+    for variant in grid.variants.values():
+        more = ["criterion.target_sparsity=0.75", *variant.get("stage1", [])]
+        found = composed(config, grid.stage1["config"], [*grid.overrides("stage1"), *more])
+        costs.add("target" if found["criterion"].get("target") else found["criterion"]["cost"])
+    assert costs == ({"macs"} if name == "family_macs" else {"parameters", "macs", "target"})
+    for recipe in grid.recipes.values():
+        if "l0_kd" in recipe.config or "lrf_kd" in recipe.config:
+            moves = gate_overrides(grid.overrides("stage1"))
+            assert composed(config, recipe.config, [*moves, *recipe.overrides])["criterion"]["cost"] == "macs"
+
+
 def test_a_config_is_composed_with_overrides_and_what_it_leaves_to_defaults(tmp_path: Path) -> None:
     """A changed file, override or default gives another recipe."""
     shutil.copytree(SHIPPED.parents[2] / "config" / "distill", tmp_path / "distill")
