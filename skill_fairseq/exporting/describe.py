@@ -135,6 +135,8 @@ def as_lines(found: Description) -> Iterator[str]:
     yield f"extractor     {config.extractor_mode}"
     yield f"positions     {'relative and ' if config.relative_position else ''}convolutional"
     yield f"waveforms     {config.sample_rate} Hz, {'normalised' if config.normalize else 'as they are'}"
+    if config.quantize != "none":
+        yield f"trained in    {config.quantize}: linear layers and convolutions round weights and inputs"
     yield f"gates         {', '.join(config.pruning_units) or 'none'}"
     yield f"provenance    {json.dumps(dict(found.provenance))}"
     yield from (f"assumed       {what}" for what in found.assumed)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from skill_fairseq.modules.adapter import ACTIVATIONS, FORMS
+from skill_fairseq.modules.fake_quantize import QUANTIZE
 from skill_fairseq.modules.rank import Rank  # noqa: F401 - registers the kind
 from skill_fairseq.modules.units import UNITS
 
@@ -30,6 +31,7 @@ UNWRITTEN: Dict[str, Any] = {
     "adapter_dim": 0,
     "adapter_activation": "relu",
     "adapter_form": "plain",
+    "quantize": "none",
 }
 """Fields that earlier versions do not know, with the value at which they are not written."""
 
@@ -101,6 +103,9 @@ class EncoderConfig:
     With ``time_reduction`` above 1 a convolution in front of layer 1 makes one frame of so many (FitHuBERT). Layers in
     ``reuse_attention``, counted from 1, have no query and key: they take the attention map of the nearest layer below
     that computes one (ARMHuBERT).
+
+    With ``quantize`` "int8" linear layers and all convolutions but the first compute with rounded weights and inputs,
+    see :mod:`skill_fairseq.modules.fake_quantize`.
     """
 
     extractor_mode: str = "default"
@@ -125,6 +130,7 @@ class EncoderConfig:
     adapter_dim: int = 0
     adapter_activation: str = "relu"
     adapter_form: str = "plain"
+    quantize: str = "none"
     normalize: bool = False
     padding_rule: str = "chunks"
     sample_rate: int = 16000
@@ -195,6 +201,12 @@ class EncoderConfig:
         require(self.adapter_dim > 0 or self.adapter_form == "plain", "adapter_form", "adapter_dim above 0")
         residual = self.adapter_form == "residual"
         require(not residual or self.adapter_activation == "relu", "adapter_activation", "'relu' in a residual adapter")
+        require(self.quantize in QUANTIZE, "quantize", "'none' or 'int8'")
+        require(
+            self.quantize == "none" or not self.pruning_units,
+            "quantize",
+            "'none' beside gates (model.pruning_units): a student is quantised when it has been shrunk, in stage 2",
+        )
         require(n > 0, "encoder_layers", "a positive number")
         require(
             self.encoder_embed_dim % full_heads == 0,
