@@ -234,9 +234,7 @@ def check_ranges(encoder: nn.Module) -> None:
         ValueError: it has none.
     """
     if not any(module.input_range.known for _, module in quantized_modules(encoder)):
-        raise ValueError(
-            "quantize: the encoder has no ranges of its int8 inputs; train it with model.quantize=int8"
-        )
+        raise ValueError("quantize: the encoder has no ranges of its int8 inputs; train it with model.quantize=int8")
 
 
 class Ranges:
