@@ -14,6 +14,7 @@ from skill_fairseq.modules.fake_quantize import (
     check_ranges,
     quantize_weight,
     quantized_modules,
+    range_of,
     steps_of,
     whole_weight,
 )
@@ -22,10 +23,10 @@ PRODUCTS = ("MatMul", "Conv")
 
 
 def to_trained_int8(model: Any, encoder: SpeechEncoder) -> Any:
-    """The graph with the rounding of the encoder's training: int8 weights of one scale an output channel, uint8 inputs.
+    """The graph with the rounding of the encoder's training: int8 weights, a scale an output channel; uint8 inputs.
 
-    Nothing is calibrated. First convolution, norms, softmax, activation functions and position bias are those of the
-    float32 graph.
+    Nothing is calibrated. The extractor's convolutions but the first have int8 weights and float32 inputs; that one,
+    norms, softmax, activation functions and position bias are those of the float32 graph.
 
     Args:
         model: of :func:`skill_fairseq.exporting.onnx_graph.make_onnx`; left as it is.
@@ -60,7 +61,10 @@ def to_trained_int8(model: Any, encoder: SpeechEncoder) -> Any:
         graph.initializer.remove(constants[node.input[1]])
         nodes = before[node.name] = []
         node.input[1] = _dequantized(graph, nodes, name, steps, scale, axis=1 if node.op_type == "MatMul" else 0)
-        key = (node.input[0], *_steps(module.input_range))
+        one = range_of(module)
+        if one is None:
+            continue
+        key = (node.input[0], *_steps(one))
         if key not in rounded:
             rounded[key] = _rounded(graph, nodes, name, *key)
         node.input[0] = rounded[key]

@@ -68,11 +68,10 @@ class StepwiseConvStack(nn.Module):
         """(B, N) samples to (B, T, C) frames; and no gates."""
         x = source.unsqueeze(1)
         for layer in self.layers:
-            if layer.input_range is None:
+            if layer.rounds:
+                x = F.conv1d(x, fake_quantize_weight(layer.conv.weight), layer.conv.bias, layer.conv.stride)
+            else:  # by the module, whose name the node gets
                 x = layer.conv(x)
-            else:
-                weight = fake_quantize_weight(layer.conv.weight)
-                x = F.conv1d(layer.input_range(x), weight, layer.conv.bias, layer.conv.stride)
             if isinstance(layer.norm, nn.GroupNorm):
                 x = layer.norm(x)
             elif layer.norm is not None:

@@ -114,7 +114,7 @@ class SkillStudentConfig(_Hubert):
     adapter_activation: Optional[str] = _shape("their activation, relu or elu")
     adapter_form: Optional[str] = _shape("plain, or residual: x + 0.1 of a network of its LayerNorm (XLSR student)")
     quantize: Optional[str] = _shape(
-        "int8: stage 2 with weights and inputs of linear layers and convolutions rounded, for an int8 encoder; or none"
+        "int8: linear layers and convolutions are trained with rounded weights and inputs, in stage 2; or none"
     )
     normalize: Optional[bool] = _shape("whether waveforms are normalised")
     padding_rule: Optional[str] = _shape("which frames of a padded utterance count")

@@ -22,12 +22,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _activate(x: Tensor, activation: str) -> Tensor:
-    return x if activation == "none" else F.gelu(x) if activation == "gelu" else F.relu(x)
+    return F.gelu(x) if activation == "gelu" else F.relu(x)
 
 
 def _activation_gradient(grad: Tensor, x: Tensor, activation: str) -> Tensor:
-    if activation == "none":
-        return grad
     if activation == "gelu":
         return torch.ops.aten.gelu_backward(grad, x)
     return grad * (x > 0)
@@ -102,7 +100,7 @@ def activated_conv(
         kernel: (k, C, O), contiguous or of k = 1.
         bias: (O,) or None.
         stride: frames.
-        activation: "gelu", "relu" or "none".
+        activation: "gelu" or "relu".
 
     Returns:
         (N / stride, O): row i sees the frames ``i stride`` to ``i stride + k - 1``. The last ``ceil(k / stride) - 1``

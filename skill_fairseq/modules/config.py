@@ -104,8 +104,8 @@ class EncoderConfig:
     ``reuse_attention``, counted from 1, have no query and key: they take the attention map of the nearest layer below
     that computes one (ARMHuBERT).
 
-    With ``quantize`` "int8" linear layers and all convolutions but the first compute with rounded weights and inputs,
-    see :mod:`skill_fairseq.modules.fake_quantize`.
+    With ``quantize`` "int8" linear layers and all convolutions but the first compute with rounded weights, those behind
+    the extractor with rounded inputs too, see :mod:`skill_fairseq.modules.fake_quantize`.
     """
 
     extractor_mode: str = "default"

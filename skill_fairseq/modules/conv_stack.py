@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from skill_fairseq.modules.activated_conv import activated_conv, compute_dtype
 from skill_fairseq.modules.config import EncoderConfig
-from skill_fairseq.modules.fake_quantize import InputRange, fake_quantize_weight
+from skill_fairseq.modules.fake_quantize import fake_quantize_weight
 from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.kernels import Product
@@ -36,7 +36,7 @@ class ConvLayer(nn.Module):
 
     Attributes:
         gate: of the output channels, or None.
-        input_range: rounds what comes in, where the encoder is quantised, as the weights then are; or None.
+        rounds: whether the weights are rounded, where the encoder is quantised; what they hear is not.
     """
 
     gate: Optional[HardConcrete] = None
@@ -52,7 +52,7 @@ class ConvLayer(nn.Module):
         norm: Optional[str],
     ) -> None:
         super().__init__()
-        self.input_range: Optional[InputRange] = None
+        self.rounds = False
         self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride, bias=bias)
         nn.init.kaiming_normal_(self.conv.weight)
         self.norm: Union[None, nn.GroupNorm, ChannelLayerNorm] = None
@@ -64,7 +64,7 @@ class ConvLayer(nn.Module):
     def kernel(self, inputs: Optional[Units], outputs: Optional[Units]) -> Tensor:
         """(k, C_in, C_out) weights of the units that are computed, the input's gates multiplied in."""
         weight: Tensor = self.conv.weight
-        if self.input_range is not None:
+        if self.rounds:
             weight = fake_quantize_weight(weight)
         weight = take(weight, 0, None if outputs is None else outputs.indices)
         if inputs is not None:
@@ -240,11 +240,8 @@ class ConvStack(Prepared):
             if x.dtype == kernels[0].dtype and x.device.type == "cpu":
                 return self._multiply(x, products[1]).unflatten(0, (batch, -1))  # type: ignore[no-any-return]
         for i, layer in enumerate(self.layers):
-            bias, stride = layer.bias(units[i]), layer.conv.stride[0]
-            if layer.input_range is not None:
-                x = activated_conv(layer.input_range(F.gelu(x)), kernels[i], bias, stride, "none")
-            elif i:
-                x = activated_conv(x, kernels[i], bias, stride)
+            if i:
+                x = activated_conv(x, kernels[i], layer.bias(units[i]), layer.conv.stride[0])
             if isinstance(layer.norm, ChannelLayerNorm):
                 x = layer.norm(x, units[i])
         return F.gelu(x).unflatten(0, (batch, -1))  # type: ignore[arg-type]
@@ -262,8 +259,7 @@ class ConvStack(Prepared):
         x = norm(x) if isinstance(norm, ChannelLayerNorm) else x
         y = x if len(x) == rows else x.new_zeros(rows, x.size(1))
         torch.ops.aten.gelu.out(x, out=y[: len(x)])
-        behind = self.layers[i + 1].input_range if i + 1 < len(self.layers) else None
-        return y if behind is None else behind(y)
+        return y
 
     def _encode_in_chunks(
         self,

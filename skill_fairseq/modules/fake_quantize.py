@@ -4,7 +4,9 @@ Jacob et al. 2018 (arXiv:1712.05877): weights are signed, symmetric, of one scal
 the largest weight; inputs are unsigned, of one scale and one zero point for all of a tensor, which follow from moving
 averages of its smallest and largest value. The straight-through gradient passes what lies in the range, and stops the
 rest. Norms, softmax, activation functions, the gates of the position bias and the first convolution, which hears the
-audio, stay in floating point.
+audio, stay in floating point. Of the extractor's other convolutions weights are rounded and inputs are not: silence is
+small there beside speech. With 256 steps for both the first state was 8 % off (a tiny student, speech), and training
+did not mend it.
 """
 
 from __future__ import annotations
@@ -190,9 +192,11 @@ class QuantizedConv(Prepared):
 
 
 def quantize(encoder: Any) -> None:
-    """Puts fake quantisation around the linear layers and convolutions of a :class:`SpeechEncoder`, in place."""
+    """Puts fake quantisation into the linear layers and convolutions of a :class:`SpeechEncoder`, in place."""
     extractor, transformer = encoder.feature_extractor, encoder.transformer
-    for module in (*extractor.layers[1:], *transformer.pos_conv.modules()):
+    for layer in extractor.layers[1:]:
+        layer.rounds = True
+    for module in transformer.pos_conv.modules():
         if "input_range" in vars(module):  # it is None there
             module.input_range = InputRange()
     if transformer.time_reduction is not None:
@@ -204,10 +208,16 @@ def quantize(encoder: Any) -> None:
 
 
 def quantized_modules(encoder: nn.Module) -> Iterator[Tuple[str, Any]]:
-    """Every module with an :class:`InputRange`, ``input_range``, by its name."""
+    """Every module that rounds its weight, by its name."""
     for name, module in encoder.named_modules():
-        if isinstance(getattr(module, "input_range", None), InputRange):
+        if range_of(module) is not None or getattr(module, "rounds", False):
             yield name, module
+
+
+def range_of(module: nn.Module) -> Optional[InputRange]:
+    """The range by which a module rounds its input, None where it does not."""
+    found = getattr(module, "input_range", None)
+    return found if isinstance(found, InputRange) else None
 
 
 def whole_weight(module: Any) -> Tensor:
@@ -233,7 +243,7 @@ def check_ranges(encoder: nn.Module) -> None:
     Raises:
         ValueError: it has none.
     """
-    if not any(module.input_range.known for _, module in quantized_modules(encoder)):
+    if not any(isinstance(module, InputRange) and module.known for module in encoder.modules()):
         raise ValueError("quantize: the encoder has no ranges of its int8 inputs; train it with model.quantize=int8")
 
 

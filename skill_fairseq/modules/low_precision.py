@@ -3,8 +3,7 @@
 The first convolution, norms, softmax, gates of the position bias and sums over layers stay in float32. int8 weights
 have a scale for each output; activations get theirs from the values of the moment. In int8 all convolutions stay in
 float32: what they hear ranges too far, the first state was 16 % off (a tiny teacher, speech). An encoder that was
-trained in int8 (``model.quantize``) keeps its own scales, and its convolutions compute with rounded weights and inputs
-too, as float32 products of these.
+trained in int8 (``model.quantize``) keeps its own scales; float32 multiplies what its convolutions have rounded.
 """
 
 from __future__ import annotations

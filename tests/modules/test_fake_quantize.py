@@ -23,6 +23,7 @@ from skill_fairseq.modules.fake_quantize import (
     fake_quantize_weight,
     quantize_weight,
     quantized_modules,
+    range_of,
     steps_of,
     whole_weight,
     without_quantization,
@@ -142,9 +143,9 @@ def test_what_is_rounded(style: dict[str, Any]) -> None:
     encoder = quantized(**style)
     names = dict(quantized_modules(encoder))
     assert not [n for n, m in encoder.named_modules() if type(m) is nn.Linear and not n.endswith("grep_linear")]
-    assert [n for n in names if n.startswith("feature_extractor")] == [
-        f"feature_extractor.layers.{i}" for i in range(1, 7)
-    ]
+    extractor = [f"feature_extractor.layers.{i}" for i in range(1, 7)]
+    assert [name for name in names if name.startswith("feature_extractor")] == extractor
+    assert [name for name in names if range_of(names[name]) is None] == extractor
     assert sum("pos_conv" in name for name in names) == style.get("pos_conv_depth", 1)
     plain = without_quantization(encoder)
     assert plain.config.quantize == "none" and not list(quantized_modules(plain))
@@ -164,9 +165,7 @@ def test_what_is_rounded(style: dict[str, Any]) -> None:
                 own.weight_g.copy_(weight.norm(dim=(0, 1), keepdim=True))
             else:
                 whole_weight(own).copy_(weight)
-            if name.startswith("feature_extractor"):
-                own.input_range = module.input_range
-            else:
+            if name not in extractor:
                 own.register_forward_pre_hook(lambda _, x, r=module.input_range: (r(x[0]),))
         by_hand = plain(source()).hidden_states
     assert max(difference(b, f) for b, f in zip(by_hand, found)) < 0.005  # a value between two steps may go either way
@@ -195,18 +194,16 @@ def test_kept_activations_or_not_gradients_are_the_same() -> None:
         encoder.transformer.checkpoint_activations = again
         encoder(source()).x.square().mean().backward()
         Ranges(encoder).follow(0)
-        found.append(
-            [*(p.grad for p in encoder.parameters()), *(m.input_range.bounds for _, m in quantized_modules(encoder))]
-        )
+        found.append([*(p.grad for p in encoder.parameters()), *(m.bounds for m in Ranges(encoder).ranges)])
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_ranges_stay_float32_in_half_precision(dtype: torch.dtype) -> None:
     encoder = quantized()
-    bounds = [m.input_range.bounds.clone() for _, m in quantized_modules(encoder)]
+    bounds = [m.bounds.clone() for m in Ranges(encoder).ranges]
     lower = copy.deepcopy(encoder).to(dtype)
-    assert all(torch.equal(m.input_range.bounds, b) for (_, m), b in zip(quantized_modules(lower), bounds))
+    assert all(torch.equal(m.bounds, b) for m, b in zip(Ranges(lower).ranges, bounds))
     if dtype == torch.bfloat16 and hasattr(torch, "get_autocast_dtype"):
         with torch.no_grad():
             wanted, half = encoder(source()).x, lower(source()).x
