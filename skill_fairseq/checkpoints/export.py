@@ -16,10 +16,22 @@ from skill_fairseq.checkpoints.source import EncoderSource, State, reading_confi
 from skill_fairseq.files import PathLike, write_file
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.fake_quantize import (
+    BOUNDS,
+    check_ranges,
+    dequantize_weight,
+    quantize_weight,
+    quantized_modules,
+    whole_weight,
+)
 
 FORMAT = "skill_fairseq.encoder"
 FORMAT_VERSION = "1"
 MASK_EMBEDDING = "mask_embedding"
+INT8 = "int8"
+"""A dtype of encoders that were trained in int8: what training rounds is stored in steps, a byte a weight."""
+SCALE = "_scale"
+"""Ending of the name of the steps' sizes, beside that of the weight."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -32,14 +44,23 @@ def save_encoder(
         encoder: may have gates; they stay float32, so that any dtype keeps the same units.
         path: the file to write.
         provenance: the encoder's origin; anything that JSON can hold.
-        dtype: type of the weights in the file, "float32", "float16" or "bfloat16"; they load back as float32.
+        dtype: type of the weights in the file, "float32", "float16", "bfloat16", or "int8" for an encoder trained in
+            int8; they load back as float32.
 
     Raises:
-        ValueError: the dtype is unknown, or a weight is out of its range.
+        ValueError: the dtype is unknown or not that of the training, or a weight is out of its range.
     """
-    state = finite_state(encoder, dtype)
+    if dtype == INT8 and encoder.config.quantize != INT8:
+        raise ValueError(
+            "dtype: 'int8'; the encoder was not trained in int8 (model.quantize): expected one of "
+            f"{', '.join(DTYPES)}. An ONNX file may be int8 without: skill-export --to onnx --precision int8"
+        )
+    state = finite_state(encoder, "float32") if dtype == INT8 else finite_state(encoder, dtype)
     if encoder.mask_embedding is not None:
-        state[MASK_EMBEDDING] = encoder.mask_embedding.detach().cpu().to(DTYPES[dtype])
+        state[MASK_EMBEDDING] = encoder.mask_embedding.detach().cpu().to(DTYPES.get(dtype, torch.float32))
+    if dtype == INT8:
+        check_ranges(encoder)
+        _put_in_steps(encoder, state)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -50,7 +71,7 @@ def save_encoder(
 
 
 def finite_state(encoder: SpeechEncoder, dtype: str = "float32") -> State:
-    """Copies of the encoder's weights for a file: on the CPU, in ``dtype`` except for the gates.
+    """Copies of the encoder's weights for a file: on the CPU, in ``dtype`` except for gates and ranges.
 
     Raises:
         ValueError: the dtype is unknown, or a weight is out of its range.
@@ -59,13 +80,37 @@ def finite_state(encoder: SpeechEncoder, dtype: str = "float32") -> State:
         raise ValueError(f"dtype: {dtype!r}; expected one of {list(DTYPES)}")
     state: State = {}
     for name, tensor in encoder.state_dict().items():
-        stored = tensor if name.startswith("gates.") else tensor.to(DTYPES[dtype])
+        stored = tensor if name.startswith("gates.") or name.endswith(BOUNDS) else tensor.to(DTYPES[dtype])
         if not torch.isfinite(stored).all():
             whole = bool(torch.isfinite(tensor).all())
             reason = f"values too large for {dtype}; use bfloat16" if whole else "infinite or NaN values"
             raise ValueError(f"the encoder's {name} has {reason}")
         state[name] = stored.detach().cpu().contiguous().clone()
     return state
+
+
+def _put_in_steps(encoder: SpeechEncoder, state: State) -> None:
+    """Changes a state dict to int8 steps and their sizes where the encoder computes in them."""
+    for name, module in quantized_modules(encoder):
+        own = next(f"{name}.{end}" for end in ("conv.weight", "weight_v", "weight") if f"{name}.{end}" in state)
+        state.pop(f"{name}.weight_g", None)  # follows from the kernel
+        state[own], state[own + SCALE] = (part.cpu().contiguous() for part in quantize_weight(whole_weight(module)))
+
+
+def _from_steps(state: State) -> State:
+    """The inverse, in float32."""
+    found = {}
+    for name, tensor in state.items():
+        scale = state.get(name + SCALE)
+        if tensor.dtype == torch.int8:
+            if scale is None or scale.shape != tensor.shape[:1]:
+                raise ValueError(f"{name} is in int8 steps; expected {name + SCALE} of shape {tuple(tensor.shape[:1])}")
+            found[name] = dequantize_weight(tensor, scale)
+            if name.endswith("weight_v"):
+                found[name[:-1] + "g"] = found[name].norm(dim=(0, 1), keepdim=True)
+        elif not (name.endswith(SCALE) and name[: -len(SCALE)] in state):
+            found[name] = tensor
+    return found
 
 
 def read_export(path: Path) -> EncoderSource:
@@ -90,6 +135,6 @@ def read_export(path: Path) -> EncoderSource:
         fields = parse_fields(metadata["config"], path, "its config")
         provenance = parse_fields(metadata.get("provenance", "{}"), path, "its provenance")
         config = EncoderConfig.from_dict(fields)
-    tensors = load_tensors(path)
+    tensors = _from_steps(load_tensors(path))
     kind = "an exported encoder"
     return EncoderSource(kind, config, tensors, lambda name: name, provenance=provenance, mask_embedding=MASK_EMBEDDING)

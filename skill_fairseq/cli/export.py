@@ -10,7 +10,7 @@ from pathlib import Path
 
 from skill_fairseq import __version__
 from skill_fairseq.audio.manifest import Manifest, check_manifest, read_manifest
-from skill_fairseq.checkpoints.export import DTYPES, save_encoder
+from skill_fairseq.checkpoints.export import DTYPES, INT8, save_encoder
 from skill_fairseq.checkpoints.hub import push
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.own_folders import UPSTREAM
@@ -23,6 +23,7 @@ from skill_fairseq.exporting.huggingface_folder import save_huggingface
 from skill_fairseq.exporting.onnx_encoder import OnnxEncoder
 from skill_fairseq.exporting.onnx_graph import NEEDED, OPSET, describe, make_onnx, output_names
 from skill_fairseq.exporting.onnx_precision import PRECISIONS, to_float16, to_int8
+from skill_fairseq.exporting.onnx_trained import to_trained_int8
 from skill_fairseq.exporting.openvino_model import OpenvinoEncoder, save_openvino
 from skill_fairseq.exporting.s3prl_folder import save_s3prl
 from skill_fairseq.exporting.torch_program import run_program, save_torch_program
@@ -77,6 +78,9 @@ the folder's feature extractor does so; s3prl: the upstream does). Frames come e
 whole utterance: these encoders are not causal. Gates go along to safetensors, huggingface and s3prl; skill-shrink
 cuts out what they have closed.
 
+A student that was trained with model.quantize=int8 becomes an int8 graph with the scales of its training, without
+--calibrate; --dtype int8 stores it as safetensors at a byte a weight.
+
 --precision of an onnx file: fp16 is for GPUs and accelerators (openvino: of the weights in the
 file). int8 computes the linear layers in 8 bits; audio front
 end, norms and softmax stay in float. With --calibrate the ranges of activations are fixed from that speech
@@ -126,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> Done:
     print(
         f"{args.out}: {format} of {parameters:,} parameters in {precision}, {size / 1e6:.2f} MB, from {source.format}"
     )
-    _report(args, found)
+    _report(args, found, "the encoder as trained" if encoder.config.quantize == INT8 else "the float32 encoder")
     pushed = push(args.out, args.push, args.private) if args.push else None
     if pushed:
         print(f"pushed: {pushed}")
@@ -178,6 +182,8 @@ def _check(args: argparse.Namespace) -> None:
     if graph and args.dtype != "float32":
         remedy = "use --precision" if args.to in ONNX_MADE else "leave --dtype out"
         raise ValueError(f"--dtype: {args.dtype}; --to {args.to} takes no --dtype, its weights are float32: {remedy}")
+    if args.dtype == INT8 and args.to != "safetensors":
+        raise ValueError(f"--dtype: int8; expected with --to safetensors, not {args.to}: use another, or leave it out")
     if args.padding_mask and not graph:
         raise ValueError(f"--padding-mask: --to {args.to} takes padding anyway; leave it out")
     if suffix:
@@ -234,12 +240,17 @@ def _write_onnx(
     calibration: Manifest | None,
 ) -> tuple[str, Accuracy | None]:
     config = encoder.config
+    trained = config.quantize == INT8
+    if trained:
+        _check_trained(args)
     layers = _layers(args.layers, config.encoder_layers)
     samples = None if args.seconds is None else round(args.seconds * config.sample_rate)
     model = make_onnx(encoder, args.padding_mask, layers, samples)
     facts: dict[str, object] = {"precision": args.precision or "fp32", "layers": args.layers or "all"}
     openvino = args.to == "openvino"
-    if args.precision == "fp16":
+    if trained:
+        model = to_trained_int8(model, encoder)
+    elif args.precision == "fp16":
         model = model if openvino else to_float16(model)
     elif calibration is not None:
         heard = sources(calibration, encoder, args.max_seconds, samples)
@@ -262,6 +273,24 @@ def _write_onnx(
     return f"an ONNX graph (opset {OPSET})", found
 
 
+def _check_trained(args: argparse.Namespace) -> None:
+    """Sets the precision of an encoder that was trained in int8, and refuses what does not go with that.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if args.precision not in (None, INT8):
+        raise ValueError(
+            f"--precision: {args.precision}; {args.checkpoint} was trained in int8 (model.quantize): leave it out"
+        )
+    if args.calibrate is not None:
+        raise ValueError(
+            f"--calibrate: {args.calibrate}; {args.checkpoint} was trained in int8 and has its ranges from there: "
+            "leave it out; --accuracy MANIFEST measures the file"
+        )
+    args.precision = INT8
+
+
 def _layers(text: str | None, depth: int) -> list[int] | None:
     """From --layers to what :func:`make_onnx` takes.
 
@@ -275,12 +304,12 @@ def _layers(text: str | None, depth: int) -> list[int] | None:
     return layer_numbers(text, depth, "all, last")
 
 
-def _report(args: argparse.Namespace, found: Accuracy | None) -> None:
+def _report(args: argparse.Namespace, found: Accuracy | None, reference: str) -> None:
     """Prints how near OUT is, writes it beside OUT, and warns above the limit."""
     if found is None:
         return
     itself = "the calibration's own " if args.accuracy is None else ""
-    print(f"beside the float32 encoder, on {itself}{found.about()}:")
+    print(f"beside {reference}, on {itself}{found.about()}:")
     for rows in filter(None, [found.rows(), found.probe_rows()]):
         print(aligned(rows))
     write_json(_accuracy_file(args), found.as_dict())
@@ -322,7 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     add("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="file or folder to read")
     add("out", type=Path, nargs="?", metavar="OUT", help="file (.safetensors, .onnx, .xml, .pt2) or folder to write")
     add("--to", choices=list(SUFFIXES), help="format to write (default: by OUT's ending)")
-    add("--dtype", choices=list(DTYPES), default="float32", help="number type of the weights (default: float32)")
+    add("--dtype", choices=[*DTYPES, INT8], default="float32", help="number type of the weights (default: float32)")
     add(
         "--padding-mask",
         action="store_true",

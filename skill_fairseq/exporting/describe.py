@@ -138,6 +138,8 @@ def as_rows(found: Description) -> Iterator[tuple[str, str]]:
     yield "extractor", config.extractor_mode
     yield "positions", f"{'relative and ' if config.relative_position else ''}convolutional"
     yield "waveforms", f"{config.sample_rate} Hz, {'normalised' if config.normalize else 'not normalised'}"
+    if config.quantize != "none":
+        yield "trained in", f"{config.quantize}: linear layers and convolutions round weights and inputs"
     yield "gates", ", ".join(config.pruning_units) or "none"
     yield "provenance", json.dumps(dict(found.provenance))
     yield from (("assumed", what) for what in found.assumed)

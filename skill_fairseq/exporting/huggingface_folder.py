@@ -107,7 +107,8 @@ def stock_type(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> str | N
     config = encoder.config
     if not config.is_full() or config.pruning_units or bool((encoder.feature_extractor.scale != 1).any()):
         return None
-    if config.time_reduction > 1 or config.reuse_attention or config.adapter_dim or config.mel_bins:
+    rare = config.time_reduction > 1 or config.reuse_attention or config.adapter_dim or config.mel_bins
+    if rare or config.quantize != "none":
         return None
     if not config.feature_linear or not config.feature_layer_norm:
         plain = config.feature_linear and config.pos_conv_depth == 1 and not config.relative_position

@@ -16,6 +16,7 @@ from skill_fairseq.exporting.traceable import INFO_NAME, describe_graph, record
 from skill_fairseq.files import PathLike, write_file
 from skill_fairseq.messages import require
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.fake_quantize import without_quantization
 
 NEEDED = ("onnx", "onnxscript")
 """Packages needed to write a graph; torch.onnx would only complain about a missing onnxscript late and at length."""
@@ -39,7 +40,8 @@ def make_onnx(
     number of frames are equal. Nodes are named after the encoder's modules.
 
     Args:
-        encoder: without gates.
+        encoder: without gates. Of a quantised one the graph rounds nothing, see
+            :func:`skill_fairseq.exporting.onnx_trained.to_trained_int8`.
         padding_mask: add the input ``padding_mask`` (batch, samples) bool, True = padding, and the output
             ``frame_padding_mask`` (batch, frames) bool.
         layers: return only the ``hidden_state`` of these layers, and compute nothing beyond them; empty: only ``x``;
@@ -53,7 +55,7 @@ def make_onnx(
         ValueError: torch is too old, a package is missing, the encoder has gates or exceeds ONNX's 2 GB, or there are
             too few samples for a frame.
     """
-    program = record(encoder, padding_mask, layers, samples)
+    program = record(without_quantization(encoder), padding_mask, layers, samples)
     onnx = import_onnx()
     size = 4 * sum(parameter.numel() for parameter in encoder.parameters())
     if size > 1.9e9:

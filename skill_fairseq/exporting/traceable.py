@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from skill_fairseq.modules.conv_stack import ConvStack
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.fake_quantize import fake_quantize_weight
 from skill_fairseq.modules.log_mel import FLOOR, LogMel, scaled
 from skill_fairseq.modules.positional_conv import PositionalConv
 from skill_fairseq.modules.relative_position import RelativePosition
@@ -37,12 +38,15 @@ class FoldedPositionalConv(nn.Module):
         super().__init__()
         dim, _, kernel_size = conv.weight_v.shape
         self.conv = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=conv.groups)
+        self.input_range = conv.input_range
         with torch.no_grad():
-            self.conv.weight.copy_(conv.weight())
+            weight = conv.weight()
+            self.conv.weight.copy_(weight if self.input_range is None else fake_quantize_weight(weight))
             self.conv.bias.copy_(conv.bias)  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) frames to (B, T, D) position embeddings."""
+        x = x if self.input_range is None else self.input_range(x)
         y = self.conv(x.transpose(1, 2))
         if self.conv.kernel_size[0] % 2 == 0:  # an even kernel gives one frame too many
             y = y[..., :-1]
@@ -93,7 +97,10 @@ class StepwiseConvStack(nn.Module):
         """(B, N) samples to (B, T, C) frames, and None for gates."""
         x = source.unsqueeze(1) if self.log_mel is None else self.log_mel(source)
         for layer in self.layers:
-            x = layer.conv(x)
+            if layer.rounds:
+                x = F.conv1d(x, fake_quantize_weight(layer.conv.weight), layer.conv.bias, layer.conv.stride)
+            else:  # by the module, whose name the node gets
+                x = layer.conv(x)
             if isinstance(layer.norm, nn.GroupNorm):
                 x = layer.norm(x)
             elif layer.norm is not None:

@@ -114,6 +114,9 @@ class SkillStudentConfig(_Hubert):
     adapter_dim: Optional[int] = _shape("width of an adapter beside each FFN (OS-KDFT: 64); 0: none")
     adapter_activation: Optional[str] = _shape("activation of the adapters, relu or elu")
     adapter_form: Optional[str] = _shape("plain, or residual: x + 0.1 of a network of its LayerNorm (XLSR student)")
+    quantize: Optional[str] = _shape(
+        "int8: linear layers and convolutions are trained with rounded weights and inputs, in stage 2; or none"
+    )
     normalize: Optional[bool] = _shape("whether waveforms are normalised")
     padding_rule: Optional[str] = _shape("which frames of a padded utterance count")
     sample_rate: Optional[int] = _shape("sample rate of the waveforms, Hz")

@@ -17,6 +17,7 @@ from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
 from skill_fairseq.files import named
 from skill_fairseq.modules.config import EncoderConfig, format_conv_layers, parse_conv_layers
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.fake_quantize import BOUNDS
 from skill_fairseq.modules.units import with_units
 from skill_fairseq.pruning.costs import saved_cost
 from skill_fairseq.pruning.elastic import read_sizes
@@ -138,7 +139,7 @@ def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
         value = plain(getattr(cfg, name, None))
         if value is not None and name == "conv_feature_layers":
             value = format_conv_layers(parse_conv_layers(value))
-        if value in (None, found) or name in ("pruning_units", "unit_widths", *PRUNED, *changes):
+        if value in (None, found) or name in ("pruning_units", "unit_widths", "quantize", *PRUNED, *changes):
             continue
         needing = [part for part in parts if name in PARTS[part].needs]
         if not needing and teacher.is_full():
@@ -153,6 +154,8 @@ def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
         )
     shape = teacher.replace(**changes, original_parameters=None) if changes else teacher
     shape = _with_widths(shape, cfg)
+    quantize = plain(getattr(cfg, "quantize", None))
+    shape = shape if quantize is None else shape.replace(quantize=quantize)
     for name in PRUNED:
         value, found = plain(getattr(cfg, name, None)), getattr(shape, name)
         if value is not None and value != found:
@@ -243,7 +246,7 @@ def make_student(teacher: SpeechEncoder, cfg: Any) -> SpeechEncoder:
     student.load_state_dict(copied, strict=False)
     if "projection" in parts:  # its module belongs to that part
         student.mask_embedding = teacher.mask_embedding
-    drawn = sum(v.numel() for k, v in own.items() if k not in copied and not k.startswith("gates."))
+    drawn = sum(v.numel() for k, v in own.items() if not (k in copied or k.startswith("gates.") or k.endswith(BOUNDS)))
     if not whole:
         logger.info(f"the student copies {parts} of {cfg.init_from}; {drawn:,} weights start at random")
     return student.eval()

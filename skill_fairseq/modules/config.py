@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from skill_fairseq.modules.adapter import ACTIVATIONS, FORMS
+from skill_fairseq.modules.fake_quantize import QUANTIZE
 from skill_fairseq.modules.rank import Rank  # noqa: F401 - registers the kind
 from skill_fairseq.modules.units import UNITS
 
@@ -33,6 +34,7 @@ UNWRITTEN: Dict[str, Any] = {
     "adapter_activation": "relu",
     "adapter_form": "plain",
     "mel_bins": 0,
+    "quantize": "none",
 }
 """Fields that earlier versions do not know, with the default at which they are not written."""
 
@@ -108,6 +110,9 @@ class EncoderConfig:
     With ``time_reduction`` above 1 a convolution before layer 1 merges this many frames into one (FitHuBERT). Layers in
     ``reuse_attention``, counted from 1, have no query and key, and use the attention map of the nearest lower layer
     that computes one (ARMHuBERT).
+
+    With ``quantize`` "int8" linear layers and all convolutions but the first compute with rounded weights, those behind
+    the extractor with rounded inputs too, see :mod:`skill_fairseq.modules.fake_quantize`.
     """
 
     extractor_mode: str = "default"
@@ -133,6 +138,7 @@ class EncoderConfig:
     adapter_activation: str = "relu"
     adapter_form: str = "plain"
     mel_bins: int = 0
+    quantize: str = "none"
     normalize: bool = False
     padding_rule: str = "chunks"
     sample_rate: int = 16000
@@ -208,6 +214,12 @@ class EncoderConfig:
             "conv_feature_layers",
             "strides whose product is 2, because log-mel features (model.mel_bins) come every 10 ms and frames every "
             "20 ms, for example '[(512,3,1), (512,3,2)]'",
+        )
+        require(self.quantize in QUANTIZE, "quantize", "'none' or 'int8'")
+        require(
+            self.quantize == "none" or not self.pruning_units,
+            "quantize",
+            "'none' beside gates (model.pruning_units): a student is quantised when it has been shrunk, in stage 2",
         )
         require(n > 0, "encoder_layers", "a positive number")
         require(

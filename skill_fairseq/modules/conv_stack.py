@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from skill_fairseq.modules.activated_conv import activated_conv, compute_dtype
 from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.fake_quantize import fake_quantize_weight
 from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.kernels import Product
@@ -38,6 +39,7 @@ class ConvLayer(nn.Module):
 
     Attributes:
         gate: gate of the output channels, or None.
+        rounds: whether the weights are rounded if the encoder is quantised; the inputs are not.
     """
 
     gate: Optional[HardConcrete] = None
@@ -53,6 +55,7 @@ class ConvLayer(nn.Module):
         norm: Optional[str],
     ) -> None:
         super().__init__()
+        self.rounds = False
         self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride, bias=bias)
         nn.init.kaiming_normal_(self.conv.weight)
         self.norm: Union[None, nn.GroupNorm, ChannelLayerNorm] = None
@@ -63,7 +66,10 @@ class ConvLayer(nn.Module):
 
     def kernel(self, inputs: Optional[Units], outputs: Optional[Units]) -> Tensor:
         """(k, C_in, C_out) weights of the computed units, times the input's gates."""
-        weight = take(self.conv.weight, 0, None if outputs is None else outputs.indices)
+        weight: Tensor = self.conv.weight
+        if self.rounds:
+            weight = fake_quantize_weight(weight)
+        weight = take(weight, 0, None if outputs is None else outputs.indices)
         if inputs is not None:
             weight = take(weight, 1, inputs.indices) * inputs.gate.to(weight.dtype)[:, None]
         return weight.permute(2, 1, 0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.conv_stack import ConvStack, Statistics
+from skill_fairseq.modules.fake_quantize import quantize
 from skill_fairseq.modules.gate_bank import Draw, GateBank, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.kernels import check_setting, choose_for_linears, linear, setting
@@ -100,6 +101,8 @@ class SpeechEncoder(nn.Module):
         self.transformer = Transformer(config, dropouts)
         for unit in units_of(config):
             unit.build(self)
+        if config.quantize == "int8":
+            quantize(self)
         self.gates = GateBank() if config.pruning_units else None
         if self.gates is not None:
             self.gates.place(self)

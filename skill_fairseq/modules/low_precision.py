@@ -2,7 +2,8 @@
 
 The first convolution, norms, softmax, gates of the position bias and sums over layers stay in float32. int8 weights
 have a scale for each output; activations get theirs from the values of the moment. In int8 all convolutions stay in
-float32: what they hear ranges too far, the first state was 16 % off (a tiny teacher, speech).
+float32: what they hear ranges too far, the first state was 16 % off (a tiny teacher, speech). An encoder that was
+trained in int8 (``model.quantize``) keeps its own scales; float32 multiplies what its convolutions have rounded.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skill_fairseq.modules.fake_quantize import (
+    KEPT,
+    QuantizedLinear,
+    check_ranges,
+    dequantize_weight,
+    quantize_weight,
+    steps_of,
+)
 from skill_fairseq.modules.kernels import Product, has_vnni
 
 if TYPE_CHECKING:
     from skill_fairseq.modules.encoder import SpeechEncoder
 
 PRECISIONS = ("fp32", "bf16", "int8")
-KEPT = ("grep_linear",)
-"""Linear layers that stay in float32: a few outputs that gate the position bias."""
-
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -53,6 +59,37 @@ class LowLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shape and precision, for ``print(module)``."""
         return f"{self.in_features}, {self.out_features}, {self.precision}"
+
+
+class TrainedLinear(nn.Module):
+    """A :class:`QuantizedLinear` for inference, with int8 weights: what was trained, float32 in, float32 out.
+
+    The product is of int8 where torch has it for inputs of fixed scale; else float32 multiplies what was rounded.
+    """
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = layer.weight.shape
+        self.input_range = layer.input_range
+        self._steps, self._scale = quantize_weight(layer.weight)
+        self._bias = None if layer.bias is None else layer.bias.detach().float()
+        scale, zero = steps_of(layer.input_range.bounds)
+        self._packed = _pack(self._steps, self._scale, self._bias)
+        self._input = float(scale), int(zero)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        if self._packed is None:
+            return F.linear(self.input_range(x.float()), dequantize_weight(self._steps, self._scale), self._bias)
+        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        return product(x.float().contiguous(), *self._input, self._packed)  # type: ignore[no-any-return]
+
+    def __deepcopy__(self, memo: Any) -> TrainedLinear:
+        return self  # nothing in it changes
+
+    def extra_repr(self) -> str:
+        """Shape, for ``print(module)``."""
+        return f"{self.in_features}, {self.out_features}, int8 as trained"
 
 
 class LowConv(Product):
@@ -92,6 +129,18 @@ def _int8(weight: Tensor, bias: Optional[Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.ops.quantized.linear_dynamic(x.contiguous(), packed, False)  # type: ignore[no-any-return]
 
 
+def _pack(steps: Tensor, scale: Tensor, bias: Optional[Tensor]) -> Any:
+    """Weights as torch's int8 product wants them; None where it has none of inputs in fixed steps."""
+    if not hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32"):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        zero = torch.zeros(len(scale), dtype=torch.long)
+        # Already in steps: nothing is rounded once more.
+        weight = torch._make_per_channel_quantized_tensor(steps, scale.double(), zero, 0)
+        return torch.ops.quantized.linear_prepack(weight, bias)
+
+
 def lower(module: Module, precision: str) -> Module:
     """Turns an encoder, or a linear layer, into one that multiplies in low precision.
 
@@ -120,13 +169,20 @@ def lower(module: Module, precision: str) -> Module:
             f"precision: {precision!r}; the encoder has gates ({', '.join(units)}): cut them out first with "
             "skill-shrink CHECKPOINT shrunk.safetensors"
         )
+    trained = getattr(getattr(module, "config", None), "quantize", "none")
+    if trained != "none":
+        if precision != "int8":
+            raise ValueError(f"precision: {precision!r}; the encoder was trained in int8: expected int8 or fp32")
+        check_ranges(module)
     try:
         if isinstance(module, nn.Linear):
             return LowLinear(module.weight, module.bias, precision)  # type: ignore[return-value]
         ratio = cost(precision)
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
-                if type(child) is nn.Linear and name not in KEPT:
+                if isinstance(child, QuantizedLinear):
+                    setattr(parent, name, TrainedLinear(child))
+                elif type(child) is nn.Linear and name not in KEPT:
                     setattr(parent, name, LowLinear(child.weight, child.bias, precision))
     except (AttributeError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

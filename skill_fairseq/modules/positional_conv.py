@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from skill_fairseq.modules.fake_quantize import InputRange, fake_quantize_weight
 from skill_fairseq.modules.fft_conv import fft_conv, kernel_spectrum
 from skill_fairseq.modules.prepared import Prepared
 
@@ -24,11 +26,15 @@ class PositionalConv(Prepared):
         embed_dim: D, features.
         kernel_size: K, frames.
         groups: convolution groups.
+
+    Attributes:
+        input_range: rounds what comes in, where the encoder is quantised, as the kernel then is; or None.
     """
 
     def __init__(self, embed_dim: int, kernel_size: int, groups: int) -> None:
         super().__init__()
         self.groups = groups
+        self.input_range: Optional[InputRange] = None
         self.weight_v = nn.Parameter(torch.empty(embed_dim, embed_dim // groups, kernel_size))
         self.weight_g = nn.Parameter(torch.empty(1, 1, kernel_size))
         self.bias = nn.Parameter(torch.zeros(embed_dim))
@@ -47,6 +53,7 @@ class PositionalConv(Prepared):
         """The kernel's spectrum where Fourier transforms are used, otherwise the effective kernel."""
         with torch.autocast(self.weight_v.device.type, enabled=False):
             weight = self.weight()
+            weight = weight if self.input_range is None else fake_quantize_weight(weight)
             if self.weight_v.device.type != "cpu":
                 return weight
             return kernel_spectrum(weight.to(torch.promote_types(weight.dtype, torch.float32)), self.groups)
@@ -55,6 +62,7 @@ class PositionalConv(Prepared):
         """(B, T, D) frames to (B, T, D) position embeddings."""
         kernel_size = self.weight_v.size(-1)
         kernel = self.prepared()
+        x = x if self.input_range is None else self.input_range(x)
         if kernel.is_complex():
             with torch.autocast(x.device.type, enabled=False):
                 wide = torch.promote_types(self.bias.dtype, torch.float32)

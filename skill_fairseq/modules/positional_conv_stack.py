@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Optional
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from skill_fairseq.modules.fake_quantize import InputRange, fake_quantize_weight
 
 
 class PositionalConvLayer(nn.Module):
@@ -17,11 +20,15 @@ class PositionalConvLayer(nn.Module):
         embed_dim: D, features.
         kernel_size: K, frames.
         groups: convolution groups.
+
+    Attributes:
+        input_range: rounds what comes in, where the encoder is quantised, as the weight then is; or None.
     """
 
     def __init__(self, embed_dim: int, kernel_size: int, groups: int) -> None:
         super().__init__()
         self.groups = groups
+        self.input_range: Optional[InputRange] = None
         self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim // groups, kernel_size))
         self.bias = nn.Parameter(torch.zeros(embed_dim))
         nn.init.normal_(self.weight, std=math.sqrt(4 / (kernel_size * embed_dim)))
@@ -34,6 +41,8 @@ class PositionalConvLayer(nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32) if on_cpu else self.weight.dtype
         with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
             weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+            if self.input_range is not None:
+                x, weight = self.input_range(x), fake_quantize_weight(weight)
             y = F.conv1d(x.to(dtype), weight, bias, padding=kernel_size // 2, groups=self.groups).to(x.dtype)
         if kernel_size % 2 == 0:  # an even kernel gives one frame too many
             y = y[..., :-1]

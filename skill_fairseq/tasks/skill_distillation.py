@@ -21,6 +21,7 @@ from skill_fairseq.models.student_init import initial_student
 from skill_fairseq.models.wavlm import fairseq_fields
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
+from skill_fairseq.modules.fake_quantize import Ranges
 from skill_fairseq.modules.taps import SpanMasking
 from skill_fairseq.objectives.teacher import FrozenTeacher, check_alike
 from skill_fairseq.pruning.agreement import check_ranks
@@ -73,6 +74,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         self.frames_of_weight_1: Optional[float] = None  # in the current update
         self._constraint: Optional[Constraint] = None
         self._model: Any = None
+        self._ranges: Optional[Ranges] = None
         self._training_data: Optional[SpeechDataset] = None
 
     @property
@@ -230,7 +232,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         if not from_checkpoint:
             update_fields(cfg, dict(OmegaConf.to_container(model.cfg, resolve=True, enum_to_str=True)))  # type: ignore
             update_fields(cfg, fairseq_fields(self.student_config))
-        self._model = model
+        self._model, self._ranges = model, Ranges(model)
         return model
 
     def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
@@ -310,6 +312,8 @@ class SkillDistillationTask(AudioPretrainingTask):
     ) -> Any:
         """Like fairseq's; also records the update for the sparsity target, and each loss with its files."""
         self.num_updates = update_num
+        if self._ranges is not None:
+            self._ranges.watch(False if ignore_grad else None)
         loss, sample_size, log = super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
         if not ignore_grad:
             self.losses.append((log["loss"], sample["files"]))

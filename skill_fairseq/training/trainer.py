@@ -17,6 +17,7 @@ from omegaconf import OmegaConf, open_dict
 from torch import Tensor
 
 from skill_fairseq.messages import printable
+from skill_fairseq.modules.fake_quantize import Ranges
 from skill_fairseq.modules.host import numbers, to_host
 from skill_fairseq.modules.tf32 import allow_tf32
 from skill_fairseq.pruning.elastic import NestedSizes
@@ -79,6 +80,7 @@ class SkillTrainer(Trainer):
         sharded = cfg.distributed_training.ddp_backend == "fully_sharded"  # it keeps float32 weights itself
         cast = (cfg.common.fp16 or cfg.common.bf16) and not lost and not sharded
         self._masters = MasterWeights(model, criterion) if cast else None
+        self._ranges = Ranges(model)
         super().__init__(cfg, task, model, criterion, quantizer)
         if self.cuda and getattr(cfg.task, "tf32", None) is not None:
             allow_tf32(bool(cfg.task.tf32))
@@ -240,6 +242,7 @@ class SkillTrainer(Trainer):
         self.task.frames_of_weight_1 = None
         samples = [self._readable(sample) for sample in samples]
         self._empty = not any(samples)
+        self._ranges.forget()
         samples = [sample for sample in samples if sample] or samples[:1]
         try:
             # The undecorated method, because fairseq's aggregator does not survive an exception.
@@ -261,6 +264,7 @@ class SkillTrainer(Trainer):
             return None
         if output is not None:
             self._skipped_in_a_row = 0
+            self._ranges.follow(self.get_num_updates() - 1, self.data_parallel_process_group)
         self._impose()
         return output
 
