@@ -17,7 +17,7 @@ BENCHMARK = Path(__file__).resolve().parents[2] / "examples" / "benchmark"
 TASKS = ("digit", "speaker", "speakers_40", "verification", "drinks", "letters")
 DISTANCES = ("cka", "l1_normalized")
 COSTS = ("parameters", "macs", "milliseconds", "training cpu seconds")
-BASELINES = {"family": "shared_projection"}
+BASELINES = {"family": "shared_projection", "elastic": "dedicated"}
 
 
 @pytest.fixture(scope="module")
