@@ -107,7 +107,9 @@ def _from_steps(state: State) -> State:
                 raise ValueError(f"{name} is in int8 steps; expected {name + SCALE} of shape {tuple(tensor.shape[:1])}")
             found[name] = dequantize_weight(tensor, scale)
             if name.endswith("weight_v"):
-                found[name[:-1] + "g"] = found[name].norm(dim=(0, 1), keepdim=True)
+                norm = found[name].norm(dim=(0, 1), keepdim=True)
+                found[name[:-1] + "g"] = norm
+                found[name] = torch.where(norm > 0, found[name], torch.ones_like(found[name]))  # 0 / 0 would be NaN
         elif not (name.endswith(SCALE) and name[: -len(SCALE)] in state):
             found[name] = tensor
     return found
@@ -135,6 +137,8 @@ def read_export(path: Path) -> EncoderSource:
         fields = parse_fields(metadata["config"], path, "its config")
         provenance = parse_fields(metadata.get("provenance", "{}"), path, "its provenance")
         config = EncoderConfig.from_dict(fields)
-    tensors = _from_steps(load_tensors(path))
+    tensors = load_tensors(path)
+    if config.quantize == INT8:  # elsewhere a tensor may be int8 for reasons of its own
+        tensors = _from_steps(tensors)
     kind = "an exported encoder"
     return EncoderSource(kind, config, tensors, lambda name: name, provenance=provenance, mask_embedding=MASK_EMBEDDING)

@@ -20,7 +20,7 @@ from typing import Any, Callable, NamedTuple, NoReturn
 import torch
 
 import skill_fairseq
-from skill_fairseq.files import check_output, is_stream, json_text, write_json
+from skill_fairseq.files import check_output, json_text, write_json
 from skill_fairseq.messages import meant_for_users, not_utf8, out_of_memory, printable, remedy_for, require_linux
 from skill_fairseq.text_tables import aligned
 
@@ -61,7 +61,7 @@ class _Held(io.StringIO):
             self._stream.flush()
 
 
-def run(main: Callable[..., int | Done]) -> Main:
+def run(main: Callable[..., int | Done], json_file: bool = True) -> Main:
     """Decorate a command's `main(argv=None)`: what the user can mend becomes one line on stderr and exit code 2.
 
     Errors that are meant for users, see :func:`skill_fairseq.messages.meant_for_users`, are reported without a
@@ -70,17 +70,23 @@ def run(main: Callable[..., int | Done]) -> Main:
     to stderr, and stdout gets only the record of :class:`Done`; with `--json FILE` the record goes to the file. Ctrl-C,
     SIGTERM and SIGHUP end the command by way of every clean-up, with exit code 128 + the signal's number as shells
     expect.
+
+    Args:
+        main: the command.
+        json_file: whether `--json FILE` is understood; not where inputs are JSON too, there only `--json=FILE` is.
     """
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
         arguments = list(sys.argv[1:] if argv is None else argv)
-        debug, file = "--debug" in arguments, _json_file(arguments)
+        debug, file = "--debug" in arguments, _json_file(arguments, json_file)
         as_json = "--json" in arguments and file is None
         document, held = _Held(sys.stdout), _Held(sys.stderr if as_json else sys.stdout)
         try:
             with _signals_raise(), contextlib.redirect_stdout(held), _only_stderr(as_json):
                 require_linux("skill_fairseq's commands")
+                if file == "":
+                    raise ValueError("--json=: no file; expected --json=FILE, or --json for stdout")
                 if file is not None:
                     check_output(file, "--json", [word for word in arguments if os.path.isfile(word)])
                 done = main([word for word in arguments if word != "--debug"])
@@ -113,17 +119,24 @@ def run(main: Callable[..., int | Done]) -> Main:
     return guarded
 
 
-def _json_file(arguments: list[str]) -> str | None:
-    """Takes the FILE of `--json FILE` or `--json=FILE` out of the arguments: a word that ends in .json, or a device."""
+def _json_file(arguments: list[str], may_follow: bool) -> str | None:
+    """Takes the FILE of `--json=FILE` or, if it may follow, `--json FILE` out of the arguments.
+
+    After `--json` a word that ends in .json, or a device, is the file, if it is the last word or an option comes next.
+    """
     for index, word in enumerate(arguments):
         if word.startswith("--json="):
             arguments[index] = "--json"
             return word.partition("=")[2]
-        if word == "--json":
-            after = arguments[index + 1 : index + 2]
-            if after and (after[0].endswith(".json") or is_stream(after[0])):
+        if word == "--json" and may_follow:
+            after, rest = arguments[index + 1 : index + 2], arguments[index + 2 : index + 3]
+            if after and (not rest or rest[0].startswith("-")) and (after[0].endswith(".json") or _is_device(after[0])):
                 return arguments.pop(index + 1)
     return None
+
+
+def _is_device(word: str) -> bool:
+    return os.path.exists(word) and not os.path.isdir(word) and not os.path.isfile(word)
 
 
 def _let_through(held: _Held) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ PRINTS = {
 }
 
 
-@run
+@functools.partial(run, json_file=False)
 def main(argv: Sequence[str] | None = None) -> Done:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)

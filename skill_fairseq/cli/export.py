@@ -220,7 +220,8 @@ def _write(
         return "a torch.export program", found
     notes, found = "", None
     if speech.manifest is not None:
-        found = speech.measure(encoder, names, run_encoder(rounded(encoder, DTYPES[args.dtype]), names))
+        stored = encoder if args.dtype == INT8 else rounded(encoder, DTYPES[args.dtype])  # int8 loads back as trained
+        found = speech.measure(encoder, names, run_encoder(stored, names))
         notes = found.markdown()
     if args.to == "huggingface":
         kind = save_huggingface(encoder, args.out, origin, args.dtype, notes)

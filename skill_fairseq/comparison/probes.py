@@ -28,11 +28,23 @@ def compare_probes(seeds: Mapping[str, Sequence[Entry]], baseline: str) -> list[
     Raises:
         ValueError: there is no such baseline, or seeds differ in their models, tasks or recordings.
     """
+    for name, results in seeds.items():
+        keys = [(entry["model"], entry["task"]) for entry in results]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice:
+            raise ValueError(
+                f"{name}: holds model {twice[0]!r} with task {twice[1]!r} twice; expected one result of each"
+            )
     by_seed = {name: {(entry["model"], entry["task"]): entry for entry in entries} for name, entries in seeds.items()}
     first, wanted = next(iter(by_seed.items()))
     models = list(dict.fromkeys(model for model, _ in wanted))
     if baseline not in models:
         raise ValueError(f"--baseline: {baseline!r} is not in {first}; expected one of {', '.join(models)}")
+    missing = [task for _, task in wanted if (baseline, task) not in wanted]
+    if missing:
+        raise ValueError(
+            f"{first}: has no result of the baseline {baseline!r} in task {missing[0]!r}; probe it there too"
+        )
     values: dict[tuple[str, str], np.ndarray] = {}
     speakers: dict[str, list[str]] = {}
     for model, task in wanted:
@@ -41,7 +53,7 @@ def compare_probes(seeds: Mapping[str, Sequence[Entry]], baseline: str) -> list[
             if set(entries) != set(wanted):
                 raise ValueError(f"{name}: has other models or tasks than {first}; probe the same with every seed")
             numbers, names = outcomes(entries[model, task])
-            if names != speakers.setdefault(task, names):
+            if names != speakers.setdefault(task, names) or len(numbers) != len(names):
                 raise ValueError(
                     f"{name}: {model} was probed in {task!r} on other recordings than {models[0]} in {first}; use the "
                     "same task, and remove recordings that cannot be read"

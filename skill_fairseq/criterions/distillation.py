@@ -269,7 +269,8 @@ class DistillationCriterion(FairseqCriterion):
             asked = term.objective.student_taps, term.objective.teacher_taps
             found = ([side[tap] for tap in taps] for side, taps in zip((student, teacher), asked))
             loss, terms = term.objective(*found, out["padding_mask"], sample)
-            losses.append(term.weight_in(self.task.epoch) * loss)
+            # Validation compares epochs, so its weights do not depend on them.
+            losses.append((term.weight_in(self.task.epoch) if self.training else term.weight) * loss)
             for name, value in terms.items():
                 (ratios if value.dim() else values)[f"{term.prefix}{name}"] = value
             if term.prefix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -98,7 +99,9 @@ class OnnxEncoder:
         """Encodes audio of any length in constant memory.
 
         Like :meth:`skill_fairseq.modules.encoder.SpeechEncoder.stream`, but a GroupNorm over time, as in Base models,
-        uses one window instead of the whole. For a graph of fixed length, windows are padded with zeros at the end.
+        uses one window instead of the whole, and so does the peak that scales log-mel features (with a warning: the
+        states of a quiet passage then depend on the cut). For a graph of fixed length, windows are padded with zeros at
+        the end.
 
         Args:
             audio: (N,) samples, normalised as a whole if ``normalize``; may be memory-mapped.
@@ -112,6 +115,12 @@ class OnnxEncoder:
             ValueError: the audio is not (N,) or too short for a frame, the chunk is shorter than a frame, the context
                 is negative, or a chunk with its context is longer than the graph's input.
         """
+        if self.config.mel_bins:
+            warnings.warn(
+                "stream: an ONNX graph scales log-mel features by the peak of each window, not of the whole audio; use "
+                "SpeechEncoder.stream for audio with quiet passages",
+                stacklevel=2,
+            )
         for window, source in plan(audio, self.config, chunk_seconds, context_seconds):
             if self.samples is not None:
                 if source.size(1) > self.samples:

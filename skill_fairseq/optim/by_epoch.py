@@ -48,6 +48,8 @@ class ByEpoch(FairseqLRScheduler):
             value = getattr(cfg, name)
             if value < first:
                 raise ValueError(f"lr_scheduler.{name}: {value}; expected a whole number of at least {first}")
+        if len(cfg.lr) > 1:
+            raise ValueError(f"lr_scheduler.lr: {list(cfg.lr)}; expected one rate, the schedule's highest")
         self.epoch = 0  # the current one
         self.step_begin_epoch(1)
 
@@ -75,7 +77,7 @@ class ByEpoch(FairseqLRScheduler):
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
         """See :meth:`state_dict`."""
         super().load_state_dict(state_dict)
-        self.epoch = state_dict["epoch"]
+        self.epoch = state_dict.get("epoch", self.epoch)  # another scheduler's has none
 
 
 def epoch_factor(epoch: int, epochs: int, final_share: float, ramp_epochs: int = 0, decay: float = 1.0) -> float:

@@ -76,6 +76,7 @@ def test_means_and_paired_differences(tmp_path: Path, capsys: pytest.CaptureFixt
             ["--baseline", "plain"],
             ["2.json", "plain", "'digit'", "other recordings"],
         ),
+        ({"results": [*entries(2), entries(2)[0]]}, ["--baseline", "plain"], ["2.json", "'plain'", "'digit'", "twice"]),
         ({"results": [{"model": "a"}]}, ["--baseline", "plain"], ["2.json", "results[0]", "'task'"]),
         ({"results": 3}, ["--baseline", "plain"], ["2.json", "results", "3"]),
     ],
@@ -87,6 +88,25 @@ def test_what_does_not_fit_together(
     assert main([*files, *words]) == 2
     error = capsys.readouterr().err
     assert re.search(says(*said), error) and error.count("\n") == 1
+
+
+def test_inputs_are_not_taken_for_the_file_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = write(tmp_path)
+    before = [Path(file).read_text() for file in files]
+    assert main(["--baseline", "plain", "--json", *files]) == 0
+    assert json.loads(capsys.readouterr().out) and [Path(file).read_text() for file in files] == before
+    assert main([*files, "--baseline", "plain", f"--json={tmp_path / 'out.json'}"]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["results"]
+
+
+def test_a_baseline_without_a_task_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = write(tmp_path)
+    for file in files:
+        given = json.loads(Path(file).read_text())
+        given["results"] = [e for e in given["results"] if (e["model"], e["task"]) != ("plain", "pairs")]
+        Path(file).write_text(json.dumps(given))
+    assert main([*files, "--baseline", "plain"]) == 2
+    assert re.search(says("'plain'", "'pairs'"), capsys.readouterr().err)
 
 
 def test_a_file_is_one_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

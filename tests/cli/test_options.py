@@ -152,12 +152,17 @@ def test_json_may_go_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         return _common.Done({"a": 1})
 
     monkeypatch.chdir(tmp_path)
-    for words in (["--json", "a.json", "student.pt"], ["student.pt", "--json=a.json"]):
+    for words in (["student.pt", "--json", "a.json"], ["--json=a.json", "student.pt"]):
         assert main(words) == 0 and capfd.readouterr() == ("text\n", "")
         assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
         (tmp_path / "a.json").unlink()
     assert [sorted(words) for words in seen] == [["--json", "student.pt"]] * 2
     assert main(["--json", "/dev/null"]) == 0 and capfd.readouterr() == ("text\n", "")
+    (tmp_path / "folder").mkdir()
+    for words in (["--json", "folder"], ["--json", "a.json", "b.json"]):  # the second: inputs of a command
+        assert main(words) == 0 and json.loads(capfd.readouterr().out) == {"a": 1}
+        assert seen[-1] == words and not (tmp_path / "a.json").exists()
+    assert main(["--json="]) == 2 and "--json=FILE" in capfd.readouterr().err
     (tmp_path / "student.pt").write_text("weights")
     assert main(["--json", "student.pt"]) == 0 and json.loads(capfd.readouterr().out) == {"a": 1}
     assert (tmp_path / "student.pt").read_text() == "weights" and seen[-1] == ["--json", "student.pt"]

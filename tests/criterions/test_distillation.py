@@ -86,8 +86,9 @@ def test_a_weight_that_falls_with_the_epoch(build: Any, small: Any) -> None:
     entry = {**NEW, "weight": 2.0, "weight_epochs": 4}
     task, model, criterion, cfg = build(objectives={"skill": SKILL, "new": entry})
     assert plain(cfg.objectives.new)["weight_epochs"] == 4 and "weight_epochs" not in plain(cfg.objectives.skill)
-    for epoch, weight in ((1, 1.5), (3, 0.5), (4, 0.0), (9, 0.0)):
+    for epoch, weight in ((1, 1.5), (3, 0.5), (4, 0.0), (9, 0.0), (9, 2.0)):
         task.begin_epoch(epoch, model)
+        criterion.train(weight != 2.0)  # validation has the whole weight in every epoch
         loss, _, log = criterion(model, batch(small))
         skill, new = (float(log[name]) / log["frames"] for name in ("skill_loss", "new_loss"))
         assert loss.item() == pytest.approx(skill + weight * new, rel=1e-5)

@@ -89,6 +89,18 @@ def test_bad_values_are_refused(field: str, value: float) -> None:
         make_scheduler(0.1, **{field: value})
 
 
+def test_several_rates_are_refused() -> None:
+    with pytest.raises(ValueError, match=says("lr", "[0.1, 0.01]", "one rate")):
+        make_scheduler(0.1, lr=[0.1, 0.01])
+
+
+def test_a_run_that_began_with_another_schedule_goes_on() -> None:
+    scheduler, _ = make_scheduler(0.1)
+    scheduler.step_begin_epoch(3)
+    scheduler.load_state_dict({"best": None})
+    assert scheduler.epoch == 3
+
+
 @pytest.mark.parametrize("value", [-1, 1.5, True, "ten"])
 def test_a_bad_number_of_epochs_is_refused(value: Any) -> None:
     given = OmegaConf.create({"_name": "layers", "weight_epochs": value})
