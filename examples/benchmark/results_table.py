@@ -113,4 +113,5 @@ def draw_dots(
         handles, labels = axes[0].get_legend_handles_labels()
         known_labels = [(handle, label) for handle, label in zip(handles, labels) if label]
         if known_labels:
-            figure.legend(*zip(*known_labels), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+            columns = min(5, 1 + len(panels))
+            figure.legend(*zip(*known_labels), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)

@@ -163,6 +163,10 @@ def draw(lines: Sequence[Line], path: Path) -> None:
         ]
         for task in tasks
     }
+    if len(tasks) < 4:  # else the picture is full
+        panels["1 - CKA to the teacher"] = [
+            (x.method, sizes.index(x.sparsity), x.mean, x.interval) for x in students if x.measure == "cka"
+        ]
     teacher = {f"{TASKS[x.measure]}, %": 100 * x.mean for x in lines if x.method == TEACHER and x.measure in TASKS}
     labels = [f"{count / 1000:.0f} k parameters" for count in counts]
     draw_dots(path, panels, labels, teacher, f"{TEACHER}, 1,010 k")
