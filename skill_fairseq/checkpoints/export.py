@@ -135,6 +135,8 @@ def read_export(path: Path) -> EncoderSource:
         fields = parse_json(metadata["config"], path, "its config")
         provenance = parse_json(metadata.get("provenance", "{}"), path, "its provenance")
         config = EncoderConfig.from_dict(fields)
-    tensors = _from_steps(load_tensors(path))
+    tensors = load_tensors(path)
+    if config.quantize == INT8:  # elsewhere gates are int8 for reasons of their own
+        tensors = _from_steps(tensors)
     kind = "an exported encoder"
     return EncoderSource(kind, config, tensors, lambda name: name, provenance=provenance, mask_embedding=MASK_EMBEDDING)

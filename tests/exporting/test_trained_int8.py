@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def test_what_is_refused(student: tuple[SpeechEncoder, Path], tmp_path: Path, ca
         ([student[1], tmp_path / "out", "--to", "huggingface", "--dtype", "int8"], ("--dtype", "safetensors")),
     ):
         assert main([str(argument) for argument in arguments]) == 2
-        assert all(part in capsys.readouterr().err for part in parts[:1])
+        assert re.search(says(*parts), capsys.readouterr().err)
     assert stock_type(trained(), {}) is None  # transformers' own models round nothing
 
 
@@ -129,7 +130,7 @@ def test_a_file_without_the_sizes_of_its_steps_is_refused(student: tuple[SpeechE
 
 @graphs
 @pytest.mark.slow
-@pytest.mark.formats("out", "ONNX in int8, as trained", "onnxruntime")
+@pytest.mark.formats("out", "ONNX in int8", "onnxruntime")
 @pytest.mark.parametrize(
     "kind", ["base", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in list(SHAPES)[1:])]
 )
@@ -169,7 +170,7 @@ def test_skill_export_needs_no_calibration(student: tuple[SpeechEncoder, Path], 
     for option, value in (("--calibrate", str(speech)), ("--precision", "fp16")):
         more = ["--precision", "int8"] if option == "--calibrate" else []
         assert main([str(path), str(out), option, value, *more]) == 2
-        assert all(part in capsys.readouterr().err for part in (option, "trained in int8", "leave it out"))
+        assert re.search(says(option, "trained in int8", "leave it out"), capsys.readouterr().err)
         assert not out.exists()
     assert main([str(path), str(out), "--precision", "int8", "--accuracy", str(speech), "--layers", "1"]) == 0
     printed = capsys.readouterr().out
