@@ -18,7 +18,7 @@ HOOK_LINE = "import _skill_fairseq_hook; _skill_fairseq_hook.install()\n"
 class InstallHookPth(install_headers):
     """Writes the hook's one-line ``.pth`` to the root of site-packages.
 
-    ``headers`` is the one kind of non-module file that setuptools installs both for ``pip install .``
+    ``headers`` is the only kind of non-module file that setuptools installs both for ``pip install .``
     and for ``pip install -e .`` (an editable build runs no ``install_data``). In both, ``install_lib``
     is the root of the wheel being made: the file is in RECORD, and ``pip uninstall`` removes it.
     """
@@ -34,9 +34,9 @@ class InstallHookPth(install_headers):
 def refuse_pip_without_omegaconf():
     """Stops with one line under pip >= 24.1, which rejects the metadata of omegaconf 2.0.6.
 
-    Left alone, that pip answers "ResolutionImpossible" only after downloading everything. pip runs this
-    file through its own copy of pyproject_hooks, so the main module lies inside the pip that is at work;
-    under uv and build it does not. PIP_NO_DEPS=1 installs without the requirements, by any pip.
+    Otherwise pip reports "ResolutionImpossible" only after downloading everything. pip runs this file through its own
+    copy of pyproject_hooks, so the main module is inside the running pip, unlike under uv and build. PIP_NO_DEPS=1
+    installs without the requirements, with any pip.
     """
     main = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
     pip = next((folder for folder in main.parents if folder.name == "pip"), None)
@@ -51,7 +51,7 @@ def refuse_pip_without_omegaconf():
 
 
 def build_folder():
-    """A folder of this process alone: a kept ./build would put deleted modules into the next wheel."""
+    """A folder for this process only: a kept ./build would put deleted modules into the next wheel."""
     folder = tempfile.mkdtemp(prefix="skill_fairseq_build_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -64,10 +64,11 @@ HUB = ["huggingface_hub"]
 ONNX = ["onnx", "onnxscript", "onnxruntime"]
 OPENVINO = ["openvino", *ONNX]
 SLURM = ["hydra-submitit-launcher==1.1.1", "submitit"]  # the last launcher for hydra 1.0
-# torch.export, on which the ONNX export rests, is not in the old torch that Python 3.10 is tested with.
+# The old torch tested with Python 3.10 lacks torch.export, which the ONNX export needs.
 ONNX_TESTS = [f"{package}; python_version >= '3.11'" for package in OPENVINO]
-COMMANDS = ("manifest", "cluster", "shrink", "export", "info", "probe", "bench", "labels", "features", "report")
-TESTS = ["pytest", "pytest-xdist", "ruff", "mypy", "setuptools>=64", "wheel", *PLOTS, *PROBE, *HF, *ONNX_TESTS, *SLURM]
+COMMANDS = "manifest cluster shrink export info probe compare bench labels features report".split()
+BUILD = ["build", "setuptools>=64", "wheel"]
+TESTS = ["pytest", "pytest-xdist", "ruff", "mypy", *BUILD, *PLOTS, *PROBE, *HF, *ONNX_TESTS, *SLURM]
 
 refuse_pip_without_omegaconf()
 build = build_folder()
@@ -92,7 +93,7 @@ setup(
         "safetensors",
         "tqdm",
         "PyYAML",
-        "sentencepiece",  # these three: used by fairseq, not asked for by it
+        "sentencepiece",  # fairseq uses these three without requiring them
         "tensorboardX",
         "editdistance",
     ],
@@ -106,8 +107,8 @@ setup(
         "slurm": SLURM,
         "tests": TESTS,
     },
-    # The hook is a top-level module, so that starting it imports neither torch nor fairseq; the configs
-    # travel inside the package, so that whoever installed a wheel has them.
+    # The hook is a top-level module, so that starting it imports neither torch nor fairseq; the configs are part of the
+    # package, so that wheels include them.
     packages=[*find_packages(include=["skill_fairseq", "skill_fairseq.*"]), "skill_fairseq.config", "hydra_plugins"],
     package_dir={
         "": "skill_fairseq/hook",

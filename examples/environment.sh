@@ -1,4 +1,4 @@
-# Sourced by the examples' run.sh: an environment of their own, in a folder of any name.
+# Sourced by the examples' run.sh: creates their environment, in a folder of any name.
 
 make_environment() {  # folder, extras to install, such as [plots,probe], or ""
     local repo link python=${PYTHON:-python3} constraints=constraints.txt

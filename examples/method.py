@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""The whole method in one file: cluster a teacher's layers, distil the mean of each group, prune by gates, cut.
+"""The whole method in one file: cluster a teacher's layers, distil the mean of each group, prune with gates, cut.
 
-Plain PyTorch on the small teacher of examples/tiny. It uses nothing of the package; where skill_fairseq is installed,
-the package's number stands beside each of this file's. Layer 0 precedes the Transformer, i is the output of layer i.
+Plain PyTorch on the small teacher of examples/tiny, without the package. If skill_fairseq is installed, prints the
+package's numbers beside this file's. Layer 0 precedes the Transformer, i is the output of layer i.
 
     pip install 'torch>=1.13' numpy soundfile safetensors     # before 1.13, GELU's gradient is wrong on CPUs
     python examples/method.py                     # about a minute on one core
-    python examples/method.py --updates 20        # a glance
+    python examples/method.py --updates 20        # a quick look
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 HERE = Path(__file__).resolve().parent / "tiny"
-TARGET = 0.75  # sparsity: the fraction of the teacher's parameters that goes
+TARGET = 0.75  # sparsity: the fraction of the teacher's parameters to remove
 NUM_GROUPS = 4
 BETA, LOW, HIGH = 2 / 3, -0.1, 1.1  # hard concrete: temperature, and the interval that is clamped to [0, 1]
 
@@ -48,7 +48,7 @@ def read_teacher():
 
 
 def read_batches(size=16):
-    """Recordings of like length, cropped to the shortest of their batch: (size, N) each, the longest last."""
+    """Batches of recordings of similar length, cropped to their shortest: (size, N) each, the longest last."""
     with open(HERE / "data" / "train.tsv") as file:
         (root,), *rows = csv.reader(file, delimiter="\t")
     waves = [torch.from_numpy(soundfile.read(HERE / "data" / root / path, dtype="float32")[0]) for path, _ in rows]
@@ -69,12 +69,12 @@ def encode(w, config, wave, z):
             name = "feature_extractor.layers.0.norm"
             x = F.group_norm(x, x.size(1), w[f"{name}.weight"], w[f"{name}.bias"])
         x = F.gelu(x) * z[f"feature_extractor.layers.{i}"][:, None]
-    # Closed channels are zeros and count in the mean and variance; so do those that have been cut out.
+    # Closed channels are zero and count in mean and variance, and so do removed ones.
     x, width = x.transpose(1, 2), config["conv"][-1][0]
     mean = x.sum(-1, keepdim=True) / width
     variance = x.square().sum(-1, keepdim=True) / width - mean.square()
     x = (x - mean) * (variance + 1e-5).rsqrt() * w["feature_projection.norm.weight"] + w["feature_projection.norm.bias"]
-    x = x * (z[f"feature_extractor.layers.{i}"] != 0)  # nor is the norm's bias left of a closed channel
+    x = x * (z[f"feature_extractor.layers.{i}"] != 0)  # removes the norm's bias from closed channels too
     x = F.linear(x, w["feature_projection.linear.weight"], w["feature_projection.linear.bias"])
     states = [x]
     v, g = w["transformer.pos_conv.weight_v"], w["transformer.pos_conv.weight_g"]
@@ -92,7 +92,7 @@ def encode(w, config, wave, z):
 
 
 def attention(w, p, x, bias, heads, z):
-    """WavLM's: (B, T, D) to (B, T, D); ``heads`` says which of the original ones are left."""
+    """WavLM's attention, (B, T, D) to (B, T, D); ``heads`` are the indices of the remaining heads."""
     if not heads:
         return w[f"{p}.out_proj.bias"].expand_as(x)
     q, k, v = (linear(w, f"{p}.{n}_proj", x).unflatten(-1, (len(heads), -1)).transpose(1, 2) for n in "qkv")
@@ -119,7 +119,7 @@ def buckets(frames, num=320, furthest=800):
     return (offset > 0) * (num // 2) + torch.where(distance < exact, distance, far.long().clamp(max=num // 2 - 1))
 
 
-# --- Step 1: which layers are alike ---
+# --- Step 1: find similar layers ---
 
 
 def cka(states):
@@ -131,7 +131,7 @@ def cka(states):
 
 
 def cluster(distance, number):
-    """Average linkage: the two clusters with the smallest mean distance merge until ``number`` are left."""
+    """Average linkage: merges the two clusters with the smallest mean distance until ``number`` are left."""
     groups = [[i] for i in range(len(distance))]
     while len(groups) > number:
         pairs = [(float(distance[a][:, b].mean()), a, b) for i, a in enumerate(groups) for b in groups[i + 1 :]]
@@ -144,7 +144,7 @@ def cluster(distance, number):
 
 
 def group_means(states, groups):
-    """Mean of each group's states, each state normalised frame by frame as suits teachers with LayerNorm first."""
+    """Mean of each group's states, each normalised per frame, as pre-LayerNorm teachers need."""
     return [torch.stack([F.layer_norm(states[i], states[i].shape[-1:]) for i in g]).mean(0) for g in groups]
 
 
@@ -165,7 +165,7 @@ def open_probability(alpha):
 
 
 def decide(alpha):
-    """Gates without noise: as many are 0 as are expected to be, the others keep a soft value."""
+    """Gates without noise: the expected number of gates is 0, the others keep a soft value."""
     closed = round(len(alpha) - float(open_probability(alpha).double().sum()))
     z = (0.8 * alpha / BETA).sigmoid()
     z[alpha.sort(stable=True, descending=True).indices[len(alpha) - closed :]] = 0
@@ -173,7 +173,7 @@ def decide(alpha):
 
 
 def count(config, width):
-    """Parameters, for so many units in each prunable vector: numbers, or expected numbers with a gradient."""
+    """Parameters for these numbers of units per prunable vector, or expected numbers with a gradient."""
     d, head, total, last = config["width"], config["width"] // config["heads"], 0, 1
     for i, (_, kernel, _) in enumerate(config["conv"]):
         channels = width[f"feature_extractor.layers.{i}"]
@@ -191,16 +191,16 @@ def expected_sparsity(config, alphas, size):
 
 
 def size_term(sparsity, target, multipliers):
-    """Augmented Lagrangian: the student descends on it, the two multipliers climb, their gradient being flipped."""
+    """Augmented Lagrangian: the student descends, the two multipliers ascend, with a negated gradient."""
     first, second = 2 * multipliers.detach() - multipliers
     return first * (sparsity - target) + second * (sparsity - target) ** 2
 
 
-# --- Step 3: cut the closed gates out ---
+# --- Step 3: remove units with closed gates ---
 
 
 def cut(w, config, alphas):
-    """Weights and config of the smaller student, which computes what the gated one does, and its gates: all 1."""
+    """Weights and config of the smaller student, which computes what the gated one does, and its gates, all 1."""
     w, z = dict(w), {name: decide(alpha.detach()) for name, alpha in alphas.items()}
     kept = {name: gates.nonzero().flatten() for name, gates in z.items()}
     head = config["width"] // config["heads"]
@@ -215,7 +215,7 @@ def cut(w, config, alphas):
     for part in ("norm.weight", "norm.bias", "linear.weight"):
         w[f"feature_projection.{part}"] = w[f"feature_projection.{part}"][..., kept[name]]
     ones = {other: torch.ones(len(units)) for other, units in kept.items()}
-    ones[name] = z[name][kept[name]]  # a LayerNorm follows, which the last channels' soft gates cannot pass
+    ones[name] = z[name][kept[name]]  # a LayerNorm follows, into which the last channels' soft gates cannot fold
     for i in range(config["layers"]):
         p = f"transformer.layers.{i}.attention"
         rows = (kept[p][:, None] * head + torch.arange(head)).flatten()
@@ -223,7 +223,7 @@ def cut(w, config, alphas):
             for kind in ("weight", "bias"):
                 w[f"{p}.{part}_proj.{kind}"] = w[f"{p}.{part}_proj.{kind}"][rows]
         w[f"{p}.out_proj.weight"] = (w[f"{p}.out_proj.weight"] * z[p].repeat_interleave(head))[:, rows]
-        if not len(rows):  # the small gate of relative position goes with the last head
+        if not len(rows):  # the small gate of relative position is removed with the last head
             w = {name: value for name, value in w.items() if not name.startswith(f"{p}.position_gate")}
         p = f"transformer.layers.{i}.ffn"
         w[f"{p}.fc1.weight"], w[f"{p}.fc1.bias"] = w[f"{p}.fc1.weight"][kept[p]], w[f"{p}.fc1.bias"][kept[p]]
@@ -294,7 +294,7 @@ def _short(value):
 
 
 def by_the_package(calibration, loss_inputs, student, alphas, wave, gated_output):
-    """The same by skill_fairseq, of the same teacher, states, weights and gates; nothing where it is not installed."""
+    """The same with skill_fairseq, for the same teacher, states, weights and gates; empty if it is not installed."""
     try:
         import skill_fairseq
     except ImportError:

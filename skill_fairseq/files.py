@@ -1,4 +1,4 @@
-"""Writing files so that nothing is ever half-written, and naming their content by hash."""
+"""Atomic writes, and hashes of files."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ except ImportError:  # not Linux: encoders load there too
 
 @contextlib.contextmanager
 def atomic_write(path: PathLike) -> Iterator[Path]:
-    """Give a temporary path beside `path`; when the block ends well, it becomes `path` in one step, on the disk.
+    """Yields a temporary path beside `path`; when the block succeeds, it is synced and renamed to `path`.
 
-    The temporary name keeps the suffix, so that writers which look at it (images, safetensors) are not
-    misled. Folders that are missing are made. On any error, Ctrl-C included, the temporary file is removed
-    and an existing `path` stays. A link stays a link: what it points to is replaced. An existing file's permissions
-    stay. A device, a FIFO and this process's own output are written to, not replaced. Temporary files that a killed
-    process has left for the same `path` are removed.
+    The temporary name keeps the suffix, for writers that depend on it (images, safetensors). Missing folders are
+    created. On any error, Ctrl-C included, the temporary file is removed and an existing `path` is unchanged. A link
+    stays a link: its target is replaced. An existing file keeps its permissions. Devices, FIFOs and this process's own
+    output are written to, not replaced. Temporary files that a killed process left for the same `path` are removed.
 
         with atomic_write("groups.yaml") as temporary:
             temporary.write_text("groups: []", encoding="utf-8")
@@ -43,7 +42,7 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
     """
     with contextlib.ExitStack() as stack:
         with naming(path):
-            target = None if _is_stream(path) else Path(os.path.realpath(path))
+            target = None if is_stream(path) else Path(os.path.realpath(path))
             if target is None:
                 temporary = temporary_path(Path(stack.enter_context(tempfile.TemporaryDirectory()), Path(path).name))
             else:
@@ -64,19 +63,19 @@ def atomic_write(path: PathLike) -> Iterator[Path]:
 
 
 def check_output(path: PathLike, field: str, inputs: Iterable[PathLike] = ()) -> None:
-    """Make sure, before any work, that a file can be written; nothing is left behind.
+    """Checks, before any work, that a file can be written; leaves nothing behind.
 
     Args:
-        path: the file to be written.
+        path: the file to write.
         field: option that names it, for messages.
-        inputs: files that are read, none of which it may be.
+        inputs: files that are read; `path` must not be one of them.
 
     Raises:
-        OSError: a folder, a file in place of a folder, no permission, too long a name, ...
+        OSError: it is a folder, a parent is a file, there is no permission, the name is too long, ...
         ValueError: it is one of the inputs.
     """
     with named(field), naming(path):
-        if _is_stream(path):
+        if is_stream(path):
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
@@ -90,7 +89,7 @@ def check_output(path: PathLike, field: str, inputs: Iterable[PathLike] = ()) ->
 
 
 def check_place(target: Path) -> None:
-    """Make sure that something can be made under this absolute path, in the nearest folder that is there.
+    """Checks that something can be created at this absolute path, in the nearest existing folder.
 
     Raises:
         OSError: it cannot.
@@ -103,12 +102,12 @@ def check_place(target: Path) -> None:
 
 
 def temporary_path(target: Path) -> Path:
-    """A hidden name beside `target` with its suffix, whose length is within what file systems take."""
+    """A hidden name beside `target` with its suffix, within the length limit of file systems."""
     return target.with_name(f"{_temporary_stem(target)}{uuid.uuid4().hex[:8]}{_short_suffix(target)}")
 
 
 def remove_orphans(target: Path) -> None:
-    """Remove the temporary files of `target` that killed processes left; a live process holds a lock on its own."""
+    """Removes the temporary files of `target` that killed processes left; live processes hold a lock on theirs."""
     pattern = re.compile(re.escape(_temporary_stem(target)) + "[0-9a-f]{8}" + re.escape(_short_suffix(target)))
     with contextlib.suppress(OSError):
         for name in os.listdir(target.parent):
@@ -118,7 +117,8 @@ def remove_orphans(target: Path) -> None:
 
 
 def lock(path: Path) -> int:
-    """Open and lock a temporary file or folder, so that nobody takes it for an orphan; close the result to end that."""
+    """Opens and locks a temporary file or folder, so that no process removes it as an orphan; close the result to
+    unlock."""
     number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     if fcntl is not None:
         with contextlib.suppress(OSError):  # a file system without locks
@@ -127,7 +127,7 @@ def lock(path: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk, where its file system can."""
+    """Syncs a file, or a folder's entries, to disk, if the file system supports it."""
     with contextlib.suppress(OSError):
         number = os.open(path, os.O_RDONLY)
         try:
@@ -162,17 +162,17 @@ def _is_free(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _reserved(target: Path, temporary: Path) -> Iterator[None]:
-    """An empty, locked file with the permissions of `target`; it is gone afterwards unless it was renamed."""
+    """Creates an empty, locked file with the permissions of `target`; removes it afterwards unless it was renamed."""
     before = os.stat(target) if target.exists() else None
     if before is not None and not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     mode = 0o666 if before is None else stat.S_IMODE(before.st_mode)
     number = None
-    try:  # from before it is there: a signal may come in between
+    try:  # before the file exists, because a signal may come in between
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
         number = lock(temporary)
         if before is not None:
-            with contextlib.suppress(PermissionError):  # another's file in a folder that is ours
+            with contextlib.suppress(PermissionError):  # another user's file in our folder
                 os.chown(temporary, before.st_uid, before.st_gid)
             os.chmod(temporary, mode)
         yield
@@ -183,11 +183,11 @@ def _reserved(target: Path, temporary: Path) -> Iterator[None]:
             temporary.unlink()
 
 
-def _is_stream(path: PathLike) -> bool:
-    """Whether a path is a device, a FIFO, or where this process's own output goes.
+def is_stream(path: PathLike) -> bool:
+    """Whether a path is a device, a FIFO, or this process's own output.
 
     Raises:
-        OSError: it is a folder, or nothing that can be written to.
+        OSError: it is a folder, or cannot be written to.
     """
     try:
         found = os.stat(path)
@@ -211,14 +211,14 @@ def _own_output(found: os.stat_result) -> int | None:
 
 
 def _stream(path: PathLike) -> BinaryIO:
-    """What to write to; a file that is our own output is not opened again, which would empty it."""
+    """A stream to write to; our own output is not reopened, which would truncate it."""
     number = _own_output(os.stat(path))
     return open(path, "wb") if number is None else os.fdopen(os.dup(number), "wb")
 
 
 @contextlib.contextmanager
 def naming(path: PathLike, temporary: Path | None = None) -> Iterator[None]:
-    """Errors of the system name `path`, where they name no file or the temporary one."""
+    """Makes OSErrors name `path` where they name no file or the temporary one."""
     try:
         yield
     except OSError as error:
@@ -234,43 +234,65 @@ def naming(path: PathLike, temporary: Path | None = None) -> Iterator[None]:
 
 def _refused(path: PathLike, error: Exception, reason: str | None) -> OSError:
     kind = type(error) if isinstance(error, OSError) else OSError
-    return kind(f"{path}: cannot be written ({reason}); make room or name a place that can be written to")
+    return kind(f"{path}: cannot be written ({reason}); free some space or name a writable place")
 
 
 def write_file(path: PathLike, content: str | bytes | memoryview) -> None:
-    """Writes a file in one step, see :func:`atomic_write`; text in UTF-8, its line breaks as they are."""
+    """Writes a file atomically, see :func:`atomic_write`; text in UTF-8, with unchanged line breaks."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def write_json(path: PathLike, content: Any) -> None:
-    """In one step.
+def json_text(content: Any) -> str:
+    """JSON text as files and commands have it.
 
     Raises:
-        ValueError: a number in it is NaN or infinite, which JSON does not know.
+        ValueError: a number in it is NaN or infinite, which JSON cannot hold.
     """
-    write_file(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def write_json(path: PathLike, content: Any) -> None:
+    """Writes a JSON file atomically.
+
+    Raises:
+        ValueError: see :func:`json_text`.
+    """
+    write_file(path, json_text(content))
 
 
 def read_json(path: PathLike) -> Any:
-    """The file's content.
+    """Reads a JSON file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no JSON.
+        ValueError: it is not JSON; see :func:`parse_json`.
+    """
+    return parse_json(read_text(path), f"{path}: ")
+
+
+def parse_json(text: str | bytes, where: str, remedy: str = "write it again") -> Any:
+    """JSON, bytes of which are UTF-8.
+
+    Raises:
+        ValueError: it is not JSON, too deep, or has numbers that JSON cannot hold; begins with ``where``.
     """
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: is no JSON ({error}); write it again") from error
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}is not JSON ({error}); {remedy}") from error
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 @contextlib.contextmanager
 def named(field: str) -> Iterator[None]:
-    """Says in errors about files and values which field of the config they come from.
+    """Prefixes errors about files and values with the config field that they come from.
 
     Raises:
-        OSError, ValueError: those of the block, ``field`` put in front.
+        OSError, ValueError: those of the block, prefixed with ``field``.
     """
     try:
         yield
@@ -282,12 +304,12 @@ def named(field: str) -> Iterator[None]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Size in bytes of a file, or of all files in a folder."""
     return sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
 
 
 def sha256(path: PathLike) -> str:
-    """Hexadecimal SHA-256 of a file's bytes, read in pieces of 1 MiB.
+    """Hexadecimal SHA-256 of a file, read in chunks of 1 MiB.
 
     Raises:
         FileNotFoundError: no such file.
@@ -300,7 +322,7 @@ def sha256(path: PathLike) -> str:
 
 
 def content_sha256(path: PathLike) -> str:
-    """SHA-256 of a file; of a folder, that of the lines ``<sha256>  <name>`` of its files, sorted by name.
+    """SHA-256 of a file; for a folder, of the lines ``<sha256>  <name>`` of its files, sorted by name.
 
     Raises:
         FileNotFoundError: no such file or folder.

@@ -1,4 +1,4 @@
-"""What users are told: names that no terminal takes for commands, shell lines, and which errors are theirs to mend."""
+"""Messages for users: safe text for terminals, shell quoting, and which errors are theirs to fix."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ EXTRAS = {
     "openvino": "openvino",
     "submitit": "slurm",
 }
-"""The extra of setup.py that brings a module."""
+"""Module -> the extra of setup.py that installs it."""
 
-# C0 and C1, separators of lines, marks that turn the direction of writing, and bytes that are not UTF-8
+# C0 and C1, line separators, marks of writing direction, and bytes that are not UTF-8
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _NO_MEMORY = ("out of memory", "can't allocate memory", "Cannot allocate memory", "_STATUS_ALLOC_FAILED")
 
 
 def printable(text: object, keep: str = "") -> str:
-    """Text in one line for a terminal: control characters and bytes that are not UTF-8 become escapes like \\x1b.
+    """Text for one line of a terminal: control characters and bytes that are not UTF-8 become escapes like \\x1b.
 
     Args:
-        text: what ``str`` makes a text of.
+        text: anything that ``str`` accepts.
         keep: control characters to leave as they are.
     """
     return _CONTROLS.sub(lambda found: found[0] if found[0] in keep else _escape(found[0]), str(text))
@@ -42,13 +42,13 @@ def printable(text: object, keep: str = "") -> str:
 
 def _escape(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte that it cannot decode
+    if 0xDC80 <= code <= 0xDCFF:  # Python's stand-in for a byte that it cannot decode
         return f"\\x{code - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
 
 
 def shell_quote(word: str | os.PathLike[str]) -> str:
-    """A word as bash reads it back, whatever is in it; in bash's ``$'...'`` if it holds control characters."""
+    """Quotes any word for bash, with ``$'...'`` if it holds control characters."""
     text = os.fspath(word)
     if not _CONTROLS.search(text):
         return shlex.quote(text)
@@ -57,16 +57,16 @@ def shell_quote(word: str | os.PathLike[str]) -> str:
 
 
 def remedy_for(module: str) -> str:
-    """How to get a module that is not installed."""
+    """How to install a missing module."""
     extra = f"[{EXTRAS[module]}]" if module in EXTRAS else ""
     return f"pip install '.{extra}' in a clone of skill_fairseq"
 
 
 def require(field: str, *modules: str) -> None:
-    """Makes sure, before any work, that modules are installed.
+    """Checks, before any work, that modules are installed.
 
     Raises:
-        ValueError: one is not; names ``field``, which needs it, and the remedy.
+        ValueError: one is not; names it, the ``field`` that needs it, and the remedy.
     """
     for module in modules:
         try:
@@ -78,7 +78,7 @@ def require(field: str, *modules: str) -> None:
 
 
 def require_linux(what: str) -> None:
-    """Makes sure that this is Linux.
+    """Checks that this is Linux.
 
     Raises:
         OSError: it is not.
@@ -91,7 +91,7 @@ def require_linux(what: str) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory, of the machine or of a GPU, did not suffice."""
+    """Whether an error means that the machine or a GPU ran out of memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError):
@@ -103,15 +103,14 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def not_utf8(error: BaseException) -> bool:
-    """Whether a library could not take the name of a file or folder, which is not UTF-8."""
+    """Whether a library failed on the name of a file or folder because it is not UTF-8."""
     return isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed"
 
 
 def meant_for_users(error: BaseException, program: str = "skill_fairseq") -> bool:
-    """Whether an error is the user's to mend: the system's refusals, a package that is missing, memory that does not
-    suffice, a name that is not UTF-8, and each ValueError that a ``raise`` of this package or of `program` made; where
-    that is ``__main__``, of the files beside it too. A ValueError that Python or a library raised comes from a defect
-    of ours.
+    """Whether an error is the user's to fix: errors of the operating system, a missing package, too little memory, a
+    name that is not UTF-8, and a ValueError raised by this package or by `program` (for ``__main__``, also by the files
+    beside it). A ValueError from Python or a library is a bug of ours.
     """
     if isinstance(error, ImportError):
         return (error.name or "skill_fairseq").partition(".")[0] not in ("skill_fairseq", program)
@@ -122,7 +121,7 @@ def meant_for_users(error: BaseException, program: str = "skill_fairseq") -> boo
 
 def _raised_by(traceback: TracebackType | None, program: str) -> bool:
     if traceback is None:
-        return True  # it comes from another process, which has decided
+        return True  # it comes from another process, which has decided already
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
     frame = traceback.tb_frame

@@ -1,4 +1,4 @@
-"""Reading text that may come from any system, and finding files below a folder."""
+"""Reading text files from any system, and finding files below a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PathLike = Union[str, "os.PathLike[str]"]
 
 
 def read_text(path: PathLike) -> str:
-    r"""A text file in UTF-8: without a byte order mark, with ``\n`` for every line break.
+    r"""Reads a UTF-8 text file, without a byte order mark and with ``\n`` line breaks.
 
     Raises:
         FileNotFoundError: no such file.
@@ -24,7 +24,7 @@ def read_text(path: PathLike) -> str:
 
 
 def decode(content: bytes, path: PathLike) -> str:
-    """A file's bytes as text; a byte order mark and line breaks stay as they are.
+    """Decodes a file's bytes; a byte order mark and line breaks are kept.
 
     Raises:
         ValueError: they are not UTF-8; names file and line.
@@ -44,7 +44,7 @@ def decode(content: bytes, path: PathLike) -> str:
 
 def _not_utf8(path: PathLike, line: int, found: str, likely: str) -> str:
     return (
-        f"{path}, line {line}: {found}, expected text in UTF-8; convert it, if it is {likely}: "
+        f"{path}, line {line}: {found}, expected text in UTF-8; if it is {likely}, convert it: "
         f"iconv -f {likely} -t UTF-8 {shell_quote(path)} > converted"
     )
 
@@ -55,13 +55,13 @@ def find_files(
     unreadable: Callable[[OSError], object] | None = None,
     seen: set[str] | None = None,
 ) -> Iterator[Path]:
-    """Every file below a folder, folder by folder in the order of their names; links to folders are followed.
+    """Every file below a folder, sorted by name within each folder; links to folders are followed.
 
     Args:
-        folder: where to begin.
+        folder: where to start.
         wanted: a folder for which this is false is not entered.
-        unreadable: called with the error of a folder that cannot be listed, in place of raising it.
-        seen: real paths of folders that are not visited again; new ones are added.
+        unreadable: called with the error of a folder that cannot be listed, instead of raising it.
+        seen: real paths of folders not to visit again; new ones are added.
     """
 
     def fail(error: OSError) -> None:

@@ -1,4 +1,4 @@
-"""What a result was made with."""
+"""Versions that produced a result."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def versions(*packages: str) -> dict[str, str]:
     """Versions to record beside a result.
 
     Args:
-        packages: further installed packages to name, as pip calls them.
+        packages: further installed packages, by their pip names.
 
     Returns:
-        name -> version: of this package, Python, torch (with its build, such as "+cpu"), numpy, and those.
+        name -> version: for this package, Python, torch (with its build, such as "+cpu"), numpy, and `packages`.
 
     Raises:
         importlib.metadata.PackageNotFoundError: one of them is not installed.

@@ -1,6 +1,6 @@
-"""What the pages claim, and what holds each claim: a test, or the command whose output it is.
+"""Claims of the pages, with the evidence for each: a test, or the command that prints it.
 
-``python tests/claims.py`` prints the table; ``tests/test_claims.py`` makes sure that every claim stands in its page and
+``python tests/claims.py`` prints the table; ``tests/test_claims.py`` checks that every claim is in its page and
 that every test exists. A claim that loses its evidence leaves its page.
 """
 
@@ -14,7 +14,7 @@ class Claim(NamedTuple):
 
     Attributes:
         page: path of the page.
-        words: as they stand there, line breaks aside.
+        words: the claim as written there, apart from line breaks.
         evidence: "tests/FILE.py::TEST", or a command.
     """
 
@@ -214,8 +214,8 @@ CLAIMS = [
     ),
     Claim(
         BENCHMARK,
-        "Below are means over sparsities 0.5, 0.75 and 0.875 and 3 seeds",
-        "python examples/benchmark/run.py out --name full",
+        "as means over sparsities 0.5, 0.75 and 0.875 and 3 seeds",
+        "tests/comparison/test_results.py::test_means_are_those_of_the_runs",
     ),
     Claim(
         FORMATS,

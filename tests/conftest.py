@@ -1,4 +1,4 @@
-"""A teacher and speech small enough for real fairseq runs in seconds, and the parts of such a run."""
+"""A teacher and speech small enough for real fairseq runs in seconds, and parts of such a run."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from skill_fairseq.checkpoints import save_encoder
 from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 
-# Models this small gain nothing from threads, and lose much where other processes hold the cores.
+# Such small models gain nothing from threads, and lose much if other processes use the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (1, 13):
-    torch.backends.mkldnn.enabled = False  # its GELU is wrong backwards there, see models/wavlm.py
+    torch.backends.mkldnn.enabled = False  # its GELU has a wrong gradient there, see models/wavlm.py
 
 SHAPE: dict[str, Any] = {
     "conv_feature_layers": "[(16,10,5)] + [(16,3,2)] * 4 + [(16,2,2)] * 2",
@@ -40,7 +40,7 @@ LARGE_STYLE = {"extractor_mode": "layer_norm", "layer_norm_first": True, "conv_b
 
 
 def random_encoder(seed: int = 0, **changes: Any) -> SpeechEncoder:
-    """An encoder whose every parameter matters: no scale is 1, no bias 0; its gates, if any, are open."""
+    """An encoder in which every parameter matters: no scale is 1, no bias 0; gates, if any, are open."""
     generator = torch.Generator().manual_seed(seed)
     encoder = SpeechEncoder(EncoderConfig(**{**SHAPE, **changes}))
     with torch.no_grad():
@@ -66,7 +66,7 @@ def tone(seconds: float, seed: int, rate: int = 16000) -> np.ndarray:
 
 
 def write_speech(folder: Path, splits: dict[str, list[float]]) -> Path:
-    """A data folder of fairseq: audio of these lengths (seconds) and a manifest with root "." for each split."""
+    """A fairseq data folder: audio of these lengths (seconds), and a manifest with root "." for each split."""
     for number, (split, lengths) in enumerate(splits.items()):
         (folder / split).mkdir(parents=True)
         names, sizes = [], []
@@ -80,7 +80,7 @@ def write_speech(folder: Path, splits: dict[str, list[float]]) -> Path:
 
 
 def make_task(data: Path, teacher: Any = None, **changes: Any) -> Any:
-    """The distillation task with a config as hydra would make it."""
+    """The distillation task, with a config like hydra's."""
     from omegaconf import OmegaConf
 
     from skill_fairseq.tasks.skill_distillation import SkillDistillationConfig, SkillDistillationTask
@@ -100,7 +100,7 @@ def student_config(init_from: Any, **changes: Any) -> Any:
 
 
 def make_criterion(task: Any, **fields: Any) -> Any:
-    """The group criterion for a task whose model has been built."""
+    """The group criterion for a task that has built its model."""
     from omegaconf import OmegaConf
 
     return task.build_criterion(OmegaConf.create({"_name": "skill_group_kd", **fields}))
@@ -112,7 +112,7 @@ def waves(samples: int = 4000, batch: int = 2, seed: int = 0) -> Tensor:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the tests marked nightly, unless -m or a test's own name asks for them; puts the longest first, so
+    """Deselects tests marked nightly, unless -m or a test's own name selects them; puts the longest first, so
     that no process is left with them at the end."""
     items.sort(key=lambda item: "training" not in item.path.parts)
     if "nightly" in config.option.markexpr or any("::" in argument for argument in config.args):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Checks which folder of skill_fairseq imports which: the table in skill_fairseq/README.md says what is allowed.
+"""Checks imports between folders of skill_fairseq against the table in skill_fairseq/README.md.
 
-python tests/layers.py          exits with 1 and names file, line and import where the table forbids one
+python tests/layers.py          exits with 1 and names file, line and import if the table forbids one
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROW = re.compile(r"^\| `([\w/.]+)` \| *(.+?) *\| *(.*?) *\|$", re.MULTILINE)
 
 
 def allowed(readme: str) -> dict[str, set[str]]:
-    """Folder or file -> what it may import, itself among it; "all above" are the rows before."""
+    """Folder or file -> what it may import, including itself; "all above" means the rows before."""
     table: dict[str, set[str]] = {}
     for name, _, imports in ROW.findall(readme):
         named = set(re.findall(r"`([\w/.]+)`", imports))
@@ -26,13 +26,13 @@ def allowed(readme: str) -> dict[str, set[str]]:
 
 
 def home(path: Path, package: Path) -> str:
-    """The row of the table that a module belongs to: its folder, or the module itself at the top."""
+    """The table's row of a module: its folder, or the module itself at the top level."""
     parts = path.relative_to(package).parts
     return parts[0]
 
 
 def imports(path: Path, package: Path) -> Iterator[tuple[int, str]]:
-    """(line, row of the table) of everything of the package that a module imports, at whatever depth."""
+    """(line, row of the table) of everything that a module imports from the package, at any depth."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Import):
@@ -46,7 +46,7 @@ def imports(path: Path, package: Path) -> Iterator[tuple[int, str]]:
 
 
 def problems(package: Path = PACKAGE) -> list[str]:
-    """One line for every import that the table forbids, and for every row or folder that the other side lacks."""
+    """One line for every forbidden import, and for every row without a folder or folder without a row."""
     table = allowed((package / "README.md").read_text())
     modules = [path for path in sorted(package.rglob("*.py")) if path.name != "__init__.py" or path.parent != package]
     homes = {home(path, package) for path in modules}

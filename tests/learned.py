@@ -1,6 +1,6 @@
 """Whether the student of examples/tiny/run.sh has learned: ``python tests/learned.py examples/tiny/out``.
 
-Reads logs and results, prints what was found, and ends with 1 unless
+Reads logs and results, prints its findings, and exits with 1 unless
 
 - the gates' expected sparsity and that of the shrunk student are within 0.01 of the target;
 - the last validation's distillation loss is below that of the student's shape with random weights, given the trained
@@ -31,10 +31,10 @@ MOST_APART = 0.01
 
 
 def failures(out: Path) -> list[str]:
-    """A line for each thing that does not hold.
+    """One line for each condition that does not hold.
 
     Raises:
-        FileNotFoundError, KeyError, IndexError: a result is not there.
+        FileNotFoundError, KeyError, IndexError: a result is missing.
     """
     target = _config(out / "stage1")["criterion"]["target_sparsity"]
     expected = read_log(out / "stage1")["train_inner"][-1]["expected_sparsity"]
@@ -57,7 +57,7 @@ def failures(out: Path) -> list[str]:
 
 @torch.no_grad()
 def random_students_loss(out: Path) -> float:
-    """Of the first 20 recordings of valid.tsv, each by itself: the lower one with the trained projections and none."""
+    """The loss on the first 20 recordings of valid.tsv, one at a time: the lower one with trained or no projections."""
     config = _config(out / "stage2")
     groups = yaml.safe_load((out / "clusters" / "groups.yaml").read_text(encoding="utf-8"))["groups"]
     teacher, shape = load_encoder(config["task"]["teacher"]), load_encoder(out / "student.safetensors").config

@@ -2,12 +2,12 @@
 # Runs the quick tests on every supported Python found, each in an environment of its own; prints a table.
 #
 #   bash tests/matrix.sh                        3.10 to 3.13, environments in a temporary folder
-#   bash tests/matrix.sh FOLDER                 environments, logs and table kept there, and used again
+#   bash tests/matrix.sh FOLDER                 environments, logs and table are kept there, and reused
 #   bash tests/matrix.sh FOLDER tests/hook      arguments after the folder go to pytest
-#   PYTHONS="3.10 3.13" bash tests/matrix.sh    these alone
+#   PYTHONS="3.10 3.13" bash tests/matrix.sh    only these
 #
-# 3.10 runs the oldest torch, the others that of tests/constraints.txt (see run.sh). Where pip offers no CPU build of
-# torch, an environment takes about 5 GB. Exit code 77: nothing failed, but a Python is not here.
+# 3.10 uses the oldest torch, the others that of tests/constraints.txt (see run.sh). If pip offers no CPU build of
+# torch, an environment takes about 5 GB. Exit code 77: nothing failed, but a Python is missing.
 set -euo pipefail
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 if [ $# -gt 0 ]; then
@@ -21,7 +21,7 @@ fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 versions=${PYTHONS:-3.10 3.11 3.12 3.13}
 
-# The first python3.X that starts and can make environments: on the PATH, then among pyenv's.
+# The first python3.X that starts and can create environments: on the PATH, then among pyenv's.
 find_python() {
     local python check="import sys, ensurepip; assert '%d.%d' % sys.version_info[:2] == '$1'; print(sys.executable)"
     for python in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do

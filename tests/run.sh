@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Runs every check on a bare machine: makes a virtual environment, installs, then ruff, mypy and pytest.
+# Runs every check on a bare machine: creates a virtual environment, installs, then runs ruff, mypy and pytest.
 #
-#   bash tests/run.sh                      everything but the tests marked nightly
+#   bash tests/run.sh                      everything except tests marked nightly
 #   bash tests/run.sh -m "not slow" -x     arguments go to pytest
 #
 # Needs python3 (3.10-3.13, with venv and, as fairseq has no wheels, a C++ compiler) and PyPI. PYTHON names
-# another Python, VENV another environment folder, LINT=0 leaves out ruff and mypy. WORKERS is the number of
-# processes that pytest uses (one for each processor; 0 keeps it in one). An environment is used again until its
+# another Python, VENV another environment folder, LINT=0 skips ruff and mypy. WORKERS is the number of
+# processes that pytest uses (one for each processor; 0 keeps it in one). An environment is reused until its
 # requirements change.
-# Where pip would fetch torch with CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has it without.
+# If pip would download torch with CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives a CPU build.
 set -euo pipefail
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 cwd=$PWD
@@ -33,7 +33,7 @@ else
     pip() { "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
     pip install 'pip<24.1'
     pip install -c "$constraints" -e '.[tests]'
-    # Its metadata ask for an omegaconf that fairseq cannot use; what the tests import of it needs no more than this.
+    # Its metadata require an omegaconf that fairseq cannot use; the tests need only this much of it.
     pip install --no-deps s3prl==0.4.18
     printf '%s\n' "$stamp" >"$venv/installed"
 fi
@@ -46,5 +46,5 @@ if [ "${LINT:-1}" = 1 ]; then
     mypy skill_fairseq setup.py
 fi
 say pytest
-# The tests of one file share expensive fixtures, and so a process.
+# Tests of a file share expensive fixtures, and therefore a process.
 python -m pytest -n "${WORKERS:-auto}" --dist loadfile --no-loadscope-reorder "$@"

@@ -1,11 +1,11 @@
-"""The pages' tables that are made from the tests: formats and what each is held against; faults and what happens.
+"""Generates the pages' tables from the tests: formats and their references; faults and their handling.
 
     python tests/tables.py           prints them
     python tests/tables.py --write   puts them into their pages, each between <!-- name --> and <!-- /name -->
 
-A test says what it covers by a marker. ``@pytest.mark.formats(direction, what, against)``: direction "in" (we read it)
-or "out" (we write it), the format, and what it is tested against. ``@pytest.mark.faults(fault, outcome)``: what goes
-wrong in a run, and what happens then.
+Markers on tests give the rows. ``@pytest.mark.formats(direction, what, against)``: direction "in" (we read it) or "out"
+(we write it), the format, and the reference. ``@pytest.mark.faults(fault, outcome)``: a fault in a run, and the
+outcome.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Marked = tuple[tuple[str, ...], str]
 
 
 class Collector:
-    """A pytest plugin that keeps the markers of the tests that were collected."""
+    """A pytest plugin that collects the markers of the tests."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[Marked]] = {name: [] for name in FORMS}
@@ -51,10 +51,10 @@ class Collector:
 
 
 def collect(folder: Path = TESTS) -> dict[str, list[Marked]]:
-    """The markers of all tests below a folder, by name; only files that have any are imported.
+    """The markers of all tests below a folder, by name; imports only files that have any.
 
     Raises:
-        RuntimeError: the tests cannot be collected, or a marker is not of the form; shows what pytest said.
+        RuntimeError: the tests cannot be collected, or a marker is malformed; shows pytest's output.
     """
     ours = (file for file in sorted(folder.rglob("test_*.py")) if ".venv" not in file.parts)
     files = [str(file) for file in ours if any(f"mark.{name}(" in file.read_text("utf-8") for name in FORMS)]
@@ -69,7 +69,7 @@ def collect(folder: Path = TESTS) -> dict[str, list[Marked]]:
 
 
 def formats_table(found: Sequence[Marked]) -> str:
-    """Markdown: a row for each format, and in which direction it is tested against what."""
+    """Markdown: a row for each format, with its references by direction."""
     rows: dict[str, dict[str, list[str]]] = {}
     for (direction, what, against), _ in found:
         rows.setdefault(what, {"in": [], "out": []})[direction].append(against)
@@ -81,7 +81,7 @@ def formats_table(found: Sequence[Marked]) -> str:
 
 
 def faults_table(found: Sequence[Marked]) -> str:
-    """Markdown: a row for each fault, in the tests' order: what happens, and the tests that show it."""
+    """Markdown: a row for each fault, in the tests' order, with its outcome and tests."""
     rows: dict[str, tuple[str, list[str]]] = {}
     for (fault, outcome), test in found:
         tests = rows.setdefault(fault, (outcome, []))[1]
@@ -96,10 +96,10 @@ TABLES = {"formats": formats_table, "faults": faults_table}
 
 
 def split(text: str, name: str) -> tuple[str, str, str]:
-    """A page's text before a table, the table, and after it.
+    """A page's text before a table, the table, and the text after it.
 
     Raises:
-        ValueError: the two lines that mark its place are missing.
+        ValueError: the two marker lines are missing.
     """
     first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, begin, rest = text.partition(f"{first}\n")
@@ -110,7 +110,7 @@ def split(text: str, name: str) -> tuple[str, str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(description="Make the pages' tables from the tests' markers.")
     parser.add_argument("--write", action="store_true", help="put them into their pages; otherwise print them")
     parser.add_argument("--page", type=Path, help=argparse.SUPPRESS)

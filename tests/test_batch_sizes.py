@@ -1,6 +1,6 @@
-"""Seconds of audio in the batches that the iterator makes of every recipe, of utterances as long as LibriSpeech's.
+"""Seconds of audio per batch for every recipe, from fairseq's iterator and utterances as long as LibriSpeech's.
 
-The numbers stand in config/README.md and in the comments of the configs.
+config/README.md and the configs' comments quote the numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RATE = 16000
 
 
 class Seconds(NamedTuple):
-    """Seconds of audio in a batch; ``least`` is without the epoch's last batch, which holds what is left over."""
+    """Seconds of audio per batch; ``least`` excludes the epoch's last batch, which holds the rest."""
 
     mean: float
     least: float
@@ -38,9 +38,9 @@ MEASURED = {
 
 
 def librispeech_lengths(utterances: int = 20_000) -> np.ndarray:
-    """Samples of utterances distributed as those of LibriSpeech's 960 hours.
+    """Lengths, in samples, distributed like those of LibriSpeech's 960 hours.
 
-    Its mean is 12.3 s; most last 14 to 16 s, since the corpus was cut there; few are longer than 17 s, none than 35 s.
+    The mean is 12.3 s; most last 14 to 16 s, because the corpus was cut there; few exceed 17 s, none 35 s.
     """
     random = np.random.default_rng(0)
     kind = random.random(utterances)
@@ -53,7 +53,7 @@ def librispeech_lengths(utterances: int = 20_000) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Manifests and labels of fairseq; all name one recording, which nothing here listens to."""
+    """fairseq manifests and labels that all name one recording, which no test reads."""
     folder = tmp_path_factory.mktemp("librispeech")
     (folder / "some.flac").touch()
     lengths = librispeech_lengths()
@@ -65,7 +65,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seconds_of_batches(name: str, data: Path, **dataset: Any) -> np.ndarray:
-    """What fairseq's iterator makes of a config: seconds of every batch, padding and what is cropped off left out."""
+    """Seconds of every batch of fairseq's iterator for a config, without padding and cropped audio."""
     cfg = OmegaConf.load(str(CONFIG / f"{name}.yaml"))
     cfg.task.data = str(data)
     cfg.dataset.update(dataset)
@@ -100,7 +100,7 @@ def test_lengths_are_librispeechs() -> None:
 def test_batches_hold_what_the_recipe_says(name: str, data: Path) -> None:
     seconds, said = seconds_of_batches(name, data), MEASURED[name]
     assert seconds.mean() == pytest.approx(said.mean, abs=0.5)
-    assert sorted(seconds)[4] >= said.least  # one is the rest of the epoch; 3 are halves, for equal shares of 4 ranks
+    assert sorted(seconds)[4] >= said.least  # one is the rest of the epoch; 3 are halves, for equal shares on 4 ranks
     assert seconds.max() <= said.most
     assert seconds.mean() > 0.94 * said.most
 

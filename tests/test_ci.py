@@ -1,4 +1,4 @@
-"""What .ci/run says and does where a part cannot be run, and what tests/learned.py finds in an example's results."""
+""".ci/run's output if a part cannot run, and tests/learned.py on an example's results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_script(path: Path, *lines: str) -> None:
 
 @pytest.fixture
 def ci(tmp_path: Path) -> Any:
-    """.ci/run in a tree whose parts are empty scripts, on a machine that has only what is asked for."""
+    """.ci/run in a tree with empty scripts as parts, on a machine with only the given programs."""
 
     def run(
         *programs: str, slurm: int = 0, matrix: int = 0, user: int = 1000, **env: str
@@ -67,7 +67,7 @@ def test_what_the_machine_cannot_have_is_named_and_is_no_failure(ci: Any, env: d
 
 @pytest.mark.parametrize(("value", "code"), [("1", 1), ("true", 1), ("", 0), ("0", 0)])
 def test_what_it_could_have_run_fails_under_ci(ci: Any, value: str, code: int) -> None:
-    """Root, apt-get, and no browser from it."""
+    """Root with an apt-get that has no browser."""
     done = ci("apt-get=1", user=0, CI=value)
     assert done.returncode == code
     if code:
@@ -125,7 +125,7 @@ def test_each_thing_that_a_student_has_not_learned_is_found(
 
 
 def test_random_weights_are_farther_from_the_teacher_than_a_student(tmp_path: Path) -> None:
-    """The example's own teacher as its student: nothing is nearer to it."""
+    """The example's own teacher as its student, which nothing can be closer to."""
     learned = load_learned()
     tiny = REPO / "examples" / "tiny"
     teacher = tiny / "teacher" / "teacher.safetensors"

@@ -1,4 +1,4 @@
-"""Every claim of ``claims.py`` stands in its page, and what is to hold it exists."""
+"""Every claim of ``claims.py`` is in its page, and its evidence exists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _spec.loader.exec_module(claims)
 @pytest.mark.parametrize("claim", claims.CLAIMS, ids=lambda claim: claim.words[:40])
 def test_claims_have_evidence(claim: claims.Claim) -> None:  # type: ignore[name-defined]
     page = " ".join((ROOT / claim.page).read_text(encoding="utf-8").split())
-    assert claim.words in page, f"{claim.page} does not say so any more"
+    assert claim.words in page, f"{claim.page} no longer says so"
     if "::" not in claim.evidence:
         script = next((word for word in claim.evidence.split() if "/" in word), None)
         assert script is None or (ROOT / script).exists() or script == "examples/tiny/out"

@@ -1,4 +1,4 @@
-"""Every training config composes as fairseq-hydra-train composes it, and says what its recipe says."""
+"""Every training config composes in fairseq-hydra-train, with its recipe's values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BLOCKS += ("lr_scheduler", "model")
 
 
 def read(name: str) -> dict[str, Any]:
-    """As it stands in the file; numbers as omegaconf reads them (1e-08 is one, unlike PyYAML's)."""
+    """As written in the file; numbers as omegaconf reads them (1e-08 is a number, unlike in PyYAML)."""
     return OmegaConf.to_container(OmegaConf.load(str(PATHS[name])), resolve=False)
 
 
@@ -53,7 +53,7 @@ def registered(block: str) -> dict[str, Any]:
 
 @functools.cache
 def composed(name: str, *overrides: str) -> Any:
-    """A config as a run gets it, hydra's own part too, its open fields filled with a 1."""
+    """A config as in a run, including hydra's own part, with open fields set to 1."""
     path = FILES[name]
     filled = [
         f"{block}.{field}=1"
@@ -77,7 +77,7 @@ def test_there_are_configs_of_every_kind() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_composes(name: str) -> None:
-    """Unknown keys and values of a wrong type are errors of omegaconf here; interpolations resolve."""
+    """omegaconf raises errors on unknown keys and wrong types; interpolations resolve."""
     cfg = composed(name)
     values = {
         block: OmegaConf.to_container(fields, resolve=True, enum_to_str=True)
@@ -95,7 +95,7 @@ def test_composes(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_is_complete_and_in_fairseqs_order(name: str) -> None:
     text, fields = FILES[name].read_text(encoding="utf-8"), read(name)
-    assert text.startswith("# @package _group_\n# ")  # what it is for stands on top
+    assert text.startswith("# @package _group_\n# ")  # its purpose is at the top
     assert tuple(fields) == ("hydra", *BLOCKS)
     assert fields["common"]["user_dir"] == "${env:SKILL_FAIRSEQ_USER_DIR,skill_fairseq}"
     for block in ("task", "criterion", "optimizer", "lr_scheduler", "model"):
@@ -108,7 +108,7 @@ def test_is_complete_and_in_fairseqs_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_run_directory_has_the_name_of_the_config_and_no_date(name: str) -> None:
-    """So that the same command goes on where it was; no two configs share one."""
+    """So that the same command resumes; no two configs share one."""
     assert composed(name).hydra.run.dir == "outputs/" + name[: -len(".yaml")]
 
 
@@ -121,7 +121,7 @@ def test_an_older_checkpoint_is_kept(name: str) -> None:
 @pytest.mark.parametrize("launcher", ["basic", "submitit_slurm"])
 @pytest.mark.parametrize("name", RUN_CONFIGS)
 def test_run_configs(name: str, launcher: str) -> None:
-    """One task a GPU, and a port where there is more than one; sweeps in the run's own folder, whatever the time."""
+    """One task per GPU, and a port for more than one; sweeps in the run's own folder, independent of the time."""
     assert RUN_CONFIGS[name].read_text(encoding="utf-8").startswith("# @package _global_\n# ")
     fields = read(name)
     cfg = composed("distill/tiny.yaml", f"+run={Path(name).stem}", f"hydra/launcher={launcher}")
@@ -136,13 +136,13 @@ def test_run_configs(name: str, launcher: str) -> None:
     assert parallel.distributed_world_size == options.nodes * options.tasks_per_node
     assert (parallel.distributed_port > 0) == (parallel.distributed_world_size > 1)
     assert options.gpus_per_node == (0 if name == "run/cpu.yaml" else options.tasks_per_node)
-    assert not parallel.distributed_no_spawn  # fairseq says so itself, where Slurm has made the processes
+    assert not parallel.distributed_no_spawn  # fairseq sets it itself if Slurm created the processes
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_groups_of_the_optimizer(name: str) -> None:
-    """Gated students need the three groups, and each part that is set apart one, with a schedule; others have one
-    optimizer. Biases alone do not decay where they are apart."""
+    """Gated students need the three groups, and one with a schedule for each separate part; others have one optimizer.
+    Separate biases do not decay."""
     fields = read(name)
     gated = bool(fields["model"].get("pruning_units"))
     apart = [part for part in ("biases", "adapters", "heads") if fields["task"].get(f"separate_{part}", False)]
@@ -157,13 +157,13 @@ def test_groups_of_the_optimizer(name: str) -> None:
         for kind, group in groups.items():
             for block in ("optimizer", "lr_scheduler"):
                 assert set(group[block]) <= {"_name", *registered(block)[group[block]["_name"]].__dataclass_fields__}
-            decays = {"biases": 0.01 if kind == "default" else 0.0, "heads": 0.0001}  # whatever is apart with them
+            decays = {"biases": 0.01 if kind == "default" else 0.0, "heads": 0.0001}  # with all their separate parts
             expected = decays["heads" if "heads" in apart else "biases"] if apart else 0.0
             assert group["optimizer"]["weight_decay"] == expected
 
 
 def schedule_of(scheduler: Any) -> tuple[int, int]:
-    """Updates of the warm-up and of the whole, as the scheduler takes its config."""
+    """Updates of the warm-up and in total, as the scheduler reads its config."""
     total = scheduler.total_num_update
     return updates_of(scheduler.warmup_updates, total, "warmup_updates"), total
 
@@ -250,7 +250,7 @@ def test_precision_and_batch_multiple_stand_in_every_config(name: str) -> None:
     assert "required_batch_size_multiple" in fields["dataset"]
     if name.startswith(("distill/", "final/")):
         assert fields["task"]["tf32"] is True
-    if name.startswith("distill/"):  # so that common.bf16=true is all it takes
+    if name.startswith("distill/"):  # so that common.bf16=true is enough
         assert fields["common"]["fp16_no_flatten_grads"] is True
 
 
@@ -263,7 +263,7 @@ def test_validation_goes_by_updates_and_comes_once(name: str) -> None:
 @pytest.mark.parametrize("kind", ["distill", "final"])
 @pytest.mark.parametrize("teacher", ["hubert_base", "hubert_large", "wavlm_large"])
 def test_other_teachers_have_the_same_recipe(kind: str, teacher: str) -> None:
-    """But for the waveforms they expect, and for smaller batches, of which the larger models take two an update."""
+    """Except for the expected waveforms, and smaller batches, of which larger models use two per update."""
     base, other = (read(f"{kind}/{name}_librispeech.yaml") for name in ("wavlm_base_plus", teacher))
     large = teacher.endswith("large")
     for config in (base, other):
@@ -276,12 +276,12 @@ def test_other_teachers_have_the_same_recipe(kind: str, teacher: str) -> None:
 
 
 def test_baseline_is_dphubert_and_nothing_else() -> None:
-    """Layers 0, 4, 8 and 12, the last three with one projection, FFN gates half closed; otherwise the same run."""
+    """Layers 0, 4, 8 and 12, a shared projection for the last three, FFN gates half closed; otherwise the same run."""
     ours, baseline = (read(f"distill/{name}wavlm_base_plus_librispeech.yaml") for name in ("", "dphubert_"))
     expected = copy.deepcopy(ours)
     expected["criterion"]["groups"] = [[0], [4], [8], [12]]
     for config in (baseline, expected):
-        config["criterion"].pop("groups_file", None)  # null or left out is the same
+        config["criterion"].pop("groups_file", None)  # null equals leaving it out
         config.pop("hydra")
     expected["criterion"]["projection_sharing"] = [0, 1, 1, 1]
     expected["model"]["ffn_drop_rate"] = 0.5
@@ -311,5 +311,5 @@ def test_gates_can_get_to_the_target_of_every_stage_1_config(name: str) -> None:
     short.optimization.max_update = cfg.optimization.max_update // 100  # the schedule follows; the target does not here
     warnings = check_reach(short, encoder, criterion)
     assert [warning.split(":")[0] for warning in warnings][-1] == "criterion.sparsity_warmup"
-    if "tiny" in name:  # of Base the gates' rate is high enough even so
+    if "tiny" in name:  # for Base the gates' rate is high enough anyway
         assert len(warnings) == 2 and re.search(says("criterion.target_sparsity: 0.75", "cannot"), warnings[0])

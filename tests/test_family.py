@@ -1,4 +1,4 @@
-"""Related systems: their pages' commands run, and their students and heads have the published sizes."""
+"""Related systems: the commands of their pages run, and students and heads have the published sizes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REPO = Path(__file__).resolve().parents[1]
 PAGE = (REPO / "examples" / "family" / "README.md").read_text(encoding="utf-8")
 EVERY_COMMAND = {
     name: shlex.split(line.replace("\\\n", " "))
-    for line in re.findall(r"(?m)^    (fairseq-hydra-train (?:.*\\\n)*.*)$", PAGE)
+    for line in re.findall(r"(?m)^(fairseq-hydra-train (?:.*\\\n)*.*)$", PAGE)
     for name in re.findall(r"--config-name tiny_(\S+)", line)
 }
 LABELS = ("os_kdft", "multitask")
@@ -57,7 +57,7 @@ TINY_TEACHER = REPO / "examples" / "tiny" / "teacher" / "teacher.safetensors"
 
 
 def recipe(name: str) -> Any:
-    """A config as it stands in its file, what it refers to filled in."""
+    """A config as written in its file, with references resolved."""
     cfg = OmegaConf.load(str(REPO / "config" / "distill" / f"{name}.yaml"))
     cfg.task.teacher, cfg.model.seed, cfg.model.pruning_units = "teacher.pt", 1, []
     return cfg
@@ -91,7 +91,7 @@ def test_published_sizes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_sizes_of_our_own_shapes(name: str) -> None:
-    """As the page has them, of HuBERT Base."""
+    """The page's numbers, for HuBERT Base."""
     shape = student_shape(hubert_base(), recipe(f"{name}_hubert_base_librispeech").model)
     size = count_parameters(shape, widths_of(shape))
     assert re.search(rf"\| `{name}_hubert_base_librispeech` \| {size:,} \|", PAGE)
@@ -111,12 +111,12 @@ def test_the_page_has_a_command_for_each() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*MODELS, *OURS])
 def test_the_pages_command_makes_two_updates(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the checkpoint is a student, whose teacher is gone."""
+    """The checkpoint is a student that loads without its teacher."""
     program, *arguments = COMMANDS[name]
     teacher = tmp_path / "teacher.safetensors"
     shutil.copy(TINY_TEACHER, teacher)
     here = [f"hydra.run.dir={tmp_path}", f"checkpoint.save_dir={tmp_path}", f"task.teacher={teacher}"]
-    codebook = re.search(rf"(?m)^    (skill-labels (?:.*\\\n)*.*)\n\n    .*--config-name tiny_{name} ", PAGE)
+    codebook = re.search(rf"(?m)^(skill-labels (?:.*\\\n)*.*)\n.*--config-name tiny_{name} ", PAGE)
     if codebook:
         _, *wanted = shlex.split(codebook[1].replace("\\\n", " "))
         monkeypatch.chdir(REPO)
@@ -155,7 +155,7 @@ def start(name: str, folder: Path, *overrides: str) -> Path:
     log = run([str(Path(sys.executable).with_name(program)), *arguments, *where, *few, *overrides], REPO)
     assert [entry["num_updates"] for entry in logged(log, "train_inner")] == [1, 2]
     assert all(entry["gnorm"] > 0 for entry in logged(log, "train_inner"))
-    if name in GATED:  # held there in every update after the warm-up, which here is one
+    if name in GATED:  # kept there in every update after the warm-up of one update
         assert logged(log, "train_inner")[-1]["expected_sparsity"] == pytest.approx(0.75, abs=1e-3)
     return folder / "checkpoint_last.pt"
 
@@ -184,7 +184,7 @@ def test_one_rank_for_all_maps_is_a_quarter_of_hubert_base() -> None:
 
 @pytest.mark.slow
 def test_ranks_are_learnt_together_with_ctc(small: Any, tmp_path: Path) -> None:
-    """As the page says: the same command, labels beside the manifests, and one objective more."""
+    """As on the page: the same command, labels beside the manifests, and one more objective."""
     folder = small.write_speech(tmp_path / "speech", {"train": [0.6, 0.7, 0.8, 0.9] * 2, "valid": [0.6, 0.7]})
     (folder / "train.ltr").write_text("x y |\ny |\n" * 4)
     (folder / "valid.ltr").write_text("x |\ny |\n")

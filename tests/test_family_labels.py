@@ -17,7 +17,7 @@ from skill_fairseq.checkpoints import load_encoder
 from skill_fairseq.checkpoints.safe_load import load_torch_file
 from skill_fairseq.labels.targets import Target
 from skill_fairseq.models.student_init import student_shape
-from skill_fairseq.modules.config import hubert_base, wavlm_base
+from skill_fairseq.modules.config import hubert_base, hubert_large, wavlm_base
 from skill_fairseq.modules.size import count_parameters, widths_of
 from skill_fairseq.objectives.objective import OBJECTIVES
 from tests.test_family import EVERY_COMMAND, PAGE, REPO, TINY_TEACHER, recipe
@@ -38,6 +38,13 @@ def test_published_sizes_of_os_kdft() -> None:
     size = count_parameters(shape, widths_of(shape))
     assert size == counts["encoder"] + counts["adapters"]
     assert f"| `os_kdft_hubert_base_voxceleb1` | {size:,} |" in PAGE
+    first = recipe("os_kdft_xlsr_voxceleb2")
+    xlsr = student_shape(hubert_large(conv_bias=True), first.model)
+    size = count_parameters(xlsr, widths_of(xlsr))
+    mask_embedding = 1024  # which encoders here lack
+    published = RELATED["parameter_counts"]["os_kdft first scripts (XLSR-53, 4 layers)"]
+    assert size + mask_embedding == published["student_with_adapters"]
+    assert f"| `os_kdft_xlsr_voxceleb2` | {size:,} |" in PAGE
     cfg.model.adapter_activation = "elu"
     shape = student_shape(wavlm_base(), cfg.model)
     assert count_parameters(shape, widths_of(shape)) == 23_497_128 + 198_272
@@ -54,7 +61,7 @@ def test_published_sizes_of_os_kdft() -> None:
 
 
 def command(name: str, folder: Path, updates: int, *more: str, launcher: tuple = ()) -> list[dict[str, float]]:
-    """What the page's command logs of its updates, and of its last validation."""
+    """The updates and the last validation that the page's command logs."""
     program, *arguments = EVERY_COMMAND[name]
     here = [f"hydra.run.dir={folder}", f"checkpoint.save_dir={folder}", f"optimization.max_update={updates}", *FEW]
     first = list(launcher) or [str(Path(sys.executable).with_name(program))]
@@ -70,7 +77,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_os_kdft_of_the_page(tmp_path: Path) -> None:
-    """Two updates; the checkpoint is a student with adapters, whose teacher is gone."""
+    """Two updates; the checkpoint is a student with adapters that loads without its teacher."""
     teacher = tmp_path / "teacher.safetensors"
     shutil.copy(TINY_TEACHER, teacher)
     *entries, valid = command("os_kdft", tmp_path, 2, f"task.teacher={teacher}")
@@ -91,11 +98,34 @@ def test_os_kdft_of_the_page(tmp_path: Path) -> None:
     assert not [key for key in student.state_dict() if "head" in key or "classes" in key]
 
 
+BY_EPOCH = ["_name=by_epoch", "+epochs=2", "+ramp_epochs=2", "+fresh_optimizer=true"]
+FIRST_SCRIPTS = [
+    "+model.adapter_form=residual",
+    "+criterion.objectives.distil.weight_epochs=2",
+    "criterion.objectives.speaker._name=aam_softmax",
+    *(
+        f"{'+' * field.startswith('+')}optimizer.groups.{group}.lr_scheduler.{field.lstrip('+')}"
+        for group in ("default", "adapters", "heads")
+        for field in BY_EPOCH
+    ),
+]
+
+
+@pytest.mark.slow
+def test_the_first_scripts_in_miniature(tmp_path: Path) -> None:
+    """In the first of two epochs distillation has half its weight, and the student's rate is half the cosine's."""
+    first, *_ = command("os_kdft", tmp_path, 2, *FIRST_SCRIPTS, "dataset.disable_validation=true")
+    assert first["loss"] == pytest.approx(0.5 * first["distil_loss"] + first["speaker_loss"], abs=2e-4)
+    assert first["lr_default"] == pytest.approx(0.5 * 0.001)
+    assert load_encoder(tmp_path / "checkpoint_last.pt").config.adapter_form == "residual"
+
+
 @pytest.mark.nightly
-def test_os_kdft_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
-    """To the bit, with its noise, drawn again in each update, and the statistics of batch normalisation."""
+@pytest.mark.parametrize("overrides", [[], FIRST_SCRIPTS])
+def test_os_kdft_goes_on_as_if_never_stopped(overrides: list[str], tmp_path: Path) -> None:
+    """Bit for bit, with new noise in each update, and batch normalisation's statistics."""
     for folder, updates in (("whole", 4), ("parts", 2), ("parts", 4)):
-        command("os_kdft", tmp_path / folder, updates, "dataset.disable_validation=true")
+        command("os_kdft", tmp_path / folder, updates, "dataset.disable_validation=true", *overrides)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)

@@ -177,14 +177,14 @@ def test_errors_name_the_file_and_never_the_temporary_one(tmp_path: Path) -> Non
         with atomic_write(tmp_path / "a.json") as temporary:
             raise RuntimeError(f"{temporary}: some library's words")
     assert "a.json: some library's words" in str(caught.value) and ".skill-" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="other"):  # an error about another file is left alone
+    with pytest.raises(FileNotFoundError, match="other"):  # an error about another file does not change
         with atomic_write(tmp_path / "a.json"):
             open(tmp_path / "other")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_file_that_may_not_be_written_is_refused(tmp_path: Path) -> None:
-    """The same for root, whom permissions do not bind: a file that nobody may change stands for it."""
+    """The same for root, who can ignore permissions, with an immutable file."""
     with pytest.raises(OSError, match=says("OUT", tmp_path, "folder")):
         check_output(tmp_path, "OUT")
     source = tmp_path / "in.safetensors"

@@ -1,6 +1,6 @@
-"""Files of every kind that is read, cut short and with bits flipped: a clean error or a whole result, in bounds.
+"""Truncated and bit-flipped files of every readable kind: a clean error or a complete result, within limits.
 
-A kind is a function that writes sound files into a folder, and one that reads the folder as users do.
+A kind is a function that writes intact files into a folder, and one that reads the folder like a user.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from damaged import bounds, spoiled
 from skill_fairseq.audio.manifest import read_manifest
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.clustering.config_file import merge_groups, read_config
-from skill_fairseq.exporting.describe import as_lines, describe
+from skill_fairseq.exporting.describe import as_rows, describe
 from skill_fairseq.exporting.huggingface_folder import save_huggingface
 from skill_fairseq.exporting.s3prl_folder import save_s3prl
 from skill_fairseq.files import read_json, write_json
@@ -73,7 +73,7 @@ GROUPS = "criterion:\n  _name: skill_group_kd  # ours\n  groups: [[0], [1, 2], [
 class Kind(NamedTuple):
     write: Callable[[Path], Any]
     read: Callable[[Path], Any]
-    exact: bool = False  # whether what is read despite the change must be what was written
+    exact: bool = False  # whether a result read despite the change must equal the original
 
 
 KINDS = {
@@ -91,8 +91,8 @@ KINDS = {
         lambda d: save_huggingface(random_encoder(ffn_dims=[3, None, 48]), d / "a"), lambda d: load_encoder(d / "a")
     ),
     "s3prl folder": Kind(lambda d: save_s3prl(random_encoder(), d / "a"), lambda d: load_encoder(d / "a")),
-    "torch.export program": Kind(graph, lambda d: list(as_lines(describe(d / "a.pt2")))),
-    "ONNX graph": Kind(onnx_graph, lambda d: list(as_lines(describe(d / "a.onnx")))),
+    "torch.export program": Kind(graph, lambda d: list(as_rows(describe(d / "a.pt2")))),
+    "ONNX graph": Kind(onnx_graph, lambda d: list(as_rows(describe(d / "a.onnx")))),
     "groups": Kind(
         lambda d: (d / "groups.yaml").write_text(GROUPS),
         lambda d: parse_groups(read_groups(None, str(d / "groups.yaml")), [12]),

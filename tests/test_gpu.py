@@ -1,4 +1,4 @@
-"""tests/gpu/run.sh goes through on a CPU, with small shapes, and finds what it should."""
+"""tests/gpu/run.sh runs on a CPU with small shapes, with the expected findings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `import skill_fairseq` brings along: only what registering needs."""
+"""`import skill_fairseq` imports only what registering needs."""
 
 from __future__ import annotations
 

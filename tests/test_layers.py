@@ -1,4 +1,4 @@
-"""Which folder imports which: the table holds, and an import that it forbids is found."""
+"""Imports between folders: the table is right, and a forbidden import is found."""
 
 from __future__ import annotations
 

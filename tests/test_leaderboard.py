@@ -1,4 +1,4 @@
-"""The table of times to a student: what is read from a run, and how rows are added."""
+"""The table of times to a student: reading a run, and adding rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users are told: escapes, shell lines, and whose errors are whose."""
+"""Messages for users: escapes, shell lines, and which errors are the user's."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_another_system_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: str(script.relative_to(REPOSITORY)))
 def test_scripts_say_that_they_need_another_bash(script: Path) -> None:
-    """macOS has 3.2, where an empty array is an error under `set -u`."""
+    """macOS has bash 3.2, where an empty array is an error under `set -u`."""
     guard = [line for line in script.read_text().splitlines() if "BASH_VERSINFO" in line]
     assert len(guard) == 1
     for version, code in (("3 2", 2), ("4 3", 2), ("4 4", 0), ("5 0", 0)):

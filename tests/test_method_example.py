@@ -1,4 +1,4 @@
-"""examples/method.py: its own numbers beside the package's, and without the package."""
+"""examples/method.py: its numbers against the package's, and without the package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WITHOUT = (
 
 
 def table(*command: str) -> dict[str, list[str]]:
-    """What the script prints: the columns of each line of its last table."""
+    """The script's output: the columns of each line of its last table."""
     said = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, timeout=300).stdout
     rows = [re.split(r"  +", line.strip()) for line in said[said.index("this file") :].splitlines()[1:]]
     return {name: columns for name, *columns in rows}

@@ -1,7 +1,7 @@
-"""Training at lower precision: 50 updates of stage 1 in every mode of fairseq, beside the same in float32.
+"""Training at lower precision: 50 updates of stage 1 in every fairseq mode, compared with float32.
 
-On a CPU ``common.amp`` does nothing: its autocast and gradient scaler are CUDA's. Here it gets torch's counterparts
-for the CPU in their place; all else is fairseq's.
+On a CPU ``common.amp`` does nothing, because its autocast and gradient scaler are CUDA's. Here torch's CPU counterparts
+replace them; all else is fairseq's.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ TOLERANCE = {"bf16": 0.02, "fp16": 0.01, "fp16-lean": 0.01, "amp-bfloat16": 0.02
 def runs(
     speech: Path, teacher_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
-    """Folder of each run and what its updates recorded."""
+    """Each run's folder and the records of its updates."""
     folder = tmp_path_factory.mktemp("runs")
     rates = {"default": 0.001, "gates": 0.2, "multipliers": 0.5}
     common = [
@@ -144,7 +144,7 @@ def curve(record: list[dict[str, Any]], name: str) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", list(TOLERANCE))
 def test_fifty_updates_stay_beside_float32(runs: dict, mode: str) -> None:
-    """Single updates may differ more: a gate that opens a little earlier changes that update's student."""
+    """Single updates may differ more, because a gate that opens a little earlier changes that update's student."""
     wanted, found = runs["fp32"][1], runs[mode][1]
     assert len(found) == len(wanted) == UPDATES
     assert all(update["finite"] for update in found)
@@ -177,10 +177,10 @@ def test_gates_and_multipliers_are_float32(runs: dict, mode: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", list(MODES))
 def test_multipliers_ascend_on_unscaled_gradients(runs: dict, mode: str) -> None:
-    """At the step the gradient is the analytic one, (t - s) and its square, whatever the loss scale."""
+    """At the step the gradient is the analytic one, (t - s) and its square, for any loss scale."""
     for update in runs[mode][1]:
         excess = update["logged"]["expected_sparsity"] - update["logged"]["target_sparsity"]
-        assert update["ascent"] == pytest.approx([-excess, -(excess**2)], abs=1e-4)  # logged are four digits
+        assert update["ascent"] == pytest.approx([-excess, -(excess**2)], abs=1e-4)  # the log has four digits
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_every_sublayer_works_at_lower_precision(
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 def test_a_constant_in_the_audio_does_not_cost_precision(dtype: torch.dtype, tolerance: float) -> None:
-    """GroupNorm takes a constant out; at 8 bits what is left would be noise."""
+    """GroupNorm removes a constant; with 8 bits the rest would be noise."""
     source = 0.01 * waves(8000) + 0.05
     with torch.no_grad():
         wanted = random_encoder()(source, last_layer=0).x

@@ -1,4 +1,4 @@
-"""Private names of other libraries: all that are used are listed, and all that are listed are there."""
+"""Private names of other libraries: all used ones are listed, and all listed ones exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import skill_fairseq
 from skill_fairseq.private_names import PRIVATE_NAMES
 
 ROOT = Path(skill_fairseq.__file__).parent
-PUBLIC = {"_replace", "_asdict", "_exit"}  # documented: of named tuples, and of os
+PUBLIC = {"_replace", "_asdict", "_exit"}  # documented, of named tuples and os
 TREES = {file.relative_to(ROOT).as_posix(): ast.parse(file.read_text()) for file in sorted(ROOT.rglob("*.py"))}
 
 
@@ -26,7 +26,7 @@ def is_private(name: str) -> bool:
 
 
 def own_names() -> set[str]:
-    """What the package defines itself: functions, classes, variables and attributes of self."""
+    """Names that the package defines itself: functions, classes, variables and attributes of self."""
     found = set()
     for node in (node for tree in TREES.values() for node in ast.walk(tree)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -85,4 +85,4 @@ def test_every_listed_name_is_there(name: str) -> None:
     else:
         return
     assert inspect.isclass(found) and place == len(words) - 1, f"{'.'.join(words[: place + 1])} is gone"
-    assert f"self.{words[-1]}" in inspect.getsource(found)  # an attribute that objects get when they are made
+    assert f"self.{words[-1]}" in inspect.getsource(found)  # an attribute set on creation of objects

@@ -1,4 +1,4 @@
-"""Text of any system, and finding files."""
+"""Reading text from any system, and finding files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_config_keeps_its_mark_and_its_line_breaks(tmp_path: Path) -> None:
 def test_json_that_is_none_names_the_file(tmp_path: Path) -> None:
     for content in ("{", "[" * 100_000):
         (tmp_path / "a.json").write_text(content)
-        with pytest.raises(ValueError, match=r"a\.json: is no JSON"):
+        with pytest.raises(ValueError, match=r"a\.json: is not JSON"):
             read_json(tmp_path / "a.json")
 
 

@@ -1,5 +1,5 @@
-"""Recipes make two updates: those for other teachers in each stage, with a small random teacher of that architecture;
-and students of other shapes than their teacher's.
+"""Recipes make two updates: those for other teachers, in each stage, with a small random teacher of that architecture;
+and those for students whose shape differs from the teacher's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "hubert_large": {**LARGE, "relative_position": False},
     "wavlm_large": {**LARGE, "relative_position": True},
 }
-# What a machine without GPUs and 13 s of speech ask for; all else is the recipe's.
+# For a machine without GPUs and 13 s of speech; all else is the recipe's.
 HERE = (
     *("common.cpu=true", "distributed_training.distributed_world_size=1", "dataset.num_workers=0"),
     *("common.tensorboard_logdir=null", "dataset.max_tokens=70000", "optimization.max_update=2"),
@@ -46,7 +46,17 @@ def data(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small.write_speech(tmp_path_factory.mktemp("speech"), {"train": lengths, "valid": [0.5, 0.7]})
 
 
-def train(kind: str, name: str, folder: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
+SAME_SCHEDULE = (
+    "optimizer.groups.default.lr_scheduler.total_num_update=2",
+    "optimizer.groups.default.lr_scheduler.warmup_updates=1",
+    "optimizer.groups.gates.lr_scheduler.total_num_update=2",
+    "optimizer.groups.multipliers.lr_scheduler.total_num_update=2",
+    "criterion.sparsity_warmup=1",
+)
+"""The same schedule for runs of one and two updates."""
+
+
+def train(kind: str, name: str, folder: Path, *overrides: str, updates: int = 2) -> tuple[dict[str, Any], Path]:
     """The saved config of a run of this recipe, and its checkpoint."""
     hydra_init(name)
     GlobalHydra.instance().clear()
@@ -57,7 +67,7 @@ def train(kind: str, name: str, folder: Path, *overrides: str) -> tuple[dict[str
     fairseq_cli.train.main(cfg)
     last = folder / kind / "checkpoint_last.pt"
     checkpoint = load_torch_file(last)
-    assert checkpoint["optimizer_history"][-1]["num_updates"] == 2
+    assert checkpoint["optimizer_history"][-1]["num_updates"] == updates
     return plain(checkpoint["cfg"]), last
 
 
@@ -79,7 +89,7 @@ def test_both_stages(name: str, small: Any, data: Path, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def deep(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher of 12 layers, as Base models have."""
+    """A teacher of 12 layers, like Base models."""
     path = tmp_path_factory.mktemp("deep") / "teacher.safetensors"
     save_encoder(small.random_encoder(encoder_layers=12), path)
     return path
@@ -111,14 +121,14 @@ def test_students_of_other_shapes(
         return
     assert found.config.encoder_layers == len(layers)
     assert any(groups[len(layers)] in message for message in caplog.messages)
-    for own, number in enumerate(layers):  # two updates later they are still near where they started
+    for own, number in enumerate(layers):  # after two updates they are still close to their start
         before, after = (x.transformer.layers[i].ffn.fc1.weight for x, i in ((theirs, number - 1), (found, own)))
         assert 0 < (after - before).norm() / before.norm() < 0.05
 
 
 @pytest.mark.slow
 def test_one_layer(data: Path, deep: Path, tmp_path: Path) -> None:
-    """The teacher's ninth layer alone: pruned, shrunk and distilled once more."""
+    """Only the teacher's ninth layer: pruned, shrunk and distilled again."""
     where = (f"task.data={data}", f"task.teacher={deep}", "+student=layer_9", "criterion.groups=[[9]]")
     still = ("optimization.lr=[1e-8]", "optimizer.groups.gates.lr_float=1e-8")
     saved, stage1 = train("distill", "tiny", tmp_path, *where, *still, "criterion.target_sparsity=0.5")
@@ -128,7 +138,7 @@ def test_one_layer(data: Path, deep: Path, tmp_path: Path) -> None:
     full, student = load_encoder(deep), load_encoder(stage2)
     nine = full.num_parameters() - 3 * sum(p.numel() for p in full.transformer.layers[-1].parameters())
     assert student.config.encoder_layers == 9 and student.num_parameters() == pytest.approx(nine / 2, rel=0.01)
-    start = load_encoder(stage1)  # its gates are open: the teacher's first nine layers
+    start = load_encoder(stage1)  # its gates are open, so it equals the teacher's first nine layers
     audio = torch.randn(1, 8000, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         own, theirs = start(audio).hidden_states[-1], full(audio).hidden_states[9]
@@ -151,9 +161,32 @@ def test_gates_on_a_thin_student(data: Path, deep: Path, tmp_path: Path) -> None
     assert load_encoder(stage2).config == half.config
 
 
+@pytest.mark.slow
+def test_log_mel_features_in_place_of_the_waveform(data: Path, deep: Path, tmp_path: Path) -> None:
+    """Prunes and distils again; a run resumed after its first update makes the same second one as an uninterrupted
+    run."""
+    where = (f"task.data={data}", f"task.teacher={deep}", DEEP_GROUPS, "criterion.target_sparsity=0.5")
+    found = []
+    for folder in ("whole", "interrupted"):
+        if folder == "interrupted":
+            once = (*where, "optimization.max_update=1", *SAME_SCHEDULE)
+            train("distill", "tiny", tmp_path / folder, "+student=tiny_log_mel", *once, updates=1)
+        saved, stage1 = train("distill", "tiny", tmp_path / folder, "+student=tiny_log_mel", *where, *SAME_SCHEDULE)
+        found.append(load_torch_file(stage1)["model"])
+    assert all(torch.equal(weight, found[1][name]) for name, weight in found[0].items())
+    assert (saved["model"]["mel_bins"], saved["model"]["init_parts"]) == (40, ["pos_conv", "layer_norm", "layers"])
+    gated, full = load_encoder(stage1), load_encoder(deep)
+    moved = [(a - b).norm() / b.norm() for a, b in zip(gated.transformer.parameters(), full.transformer.parameters())]
+    assert max(moved) < 0.1 and gated.config.mel_bins == 40
+    _, stage2 = train("final", "tiny", tmp_path, *where[:3], f"model.init_from={stage1}")
+    student = load_encoder(stage2)
+    assert student.num_parameters() == pytest.approx(gated.num_parameters() / 2, rel=0.01)
+    assert student.config.mel_bins == 40 and student.config.num_frames(48000) == full.config.num_frames(48000)
+
+
 @pytest.mark.nightly
 def test_two_teachers_of_two_widths_in_both_stages(small: Any, data: Path, teacher_file: Path, tmp_path: Path) -> None:
-    """By fairseq-hydra-train itself, paths as in the shell; stage 2 is interrupted, and goes on."""
+    """With fairseq-hydra-train itself and paths as in the shell; stage 2 is interrupted and resumed."""
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     shutil.copy(teacher_file, first)
     torch.manual_seed(3)
@@ -200,7 +233,7 @@ def test_two_teachers_of_two_widths_in_both_stages(small: Any, data: Path, teach
     assert torch.equal(models[0].eval().speech_encoder(wave).hidden_states[-1], half.eval()(wave).hidden_states[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_list_of_one_teacher_is_that_teacher(data: Path, teacher_file: Path, tmp_path: Path) -> None:
     found = []
     for name, teacher in (("plain", f"{teacher_file}"), ("list", f"[{teacher_file}]")):

@@ -1,4 +1,4 @@
-"""The pages' tables are what the tests' markers give."""
+"""The pages' tables match the tests' markers."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ FAULTS = """| what goes wrong | what happens | shown by |
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
-    """In a process of its own: pytest within pytest would share its plugins and modules."""
+    """In a new process, because pytest within pytest would share plugins and modules."""
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_tables_of_markers(tmp_path):
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['formats: ...', 'faults: ...']\n")
     (tmp_path / "test_some.py").write_text(TEST_FILE)
-    (tmp_path / "test_broken.py").write_text("not python")  # without markers: not even opened by pytest
+    (tmp_path / "test_broken.py").write_text("not python")  # without markers: pytest does not even open it
     done = command("--tests", tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{FORMATS}\n\n{FAULTS}\n"), done.stderr
     readme = tmp_path / "README.md"

@@ -1,4 +1,4 @@
-"""Several threads load and run encoders: each gets what it would get alone."""
+"""Several threads load and run encoders: each gets the same results as alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from skill_fairseq import load_encoder
 
 @pytest.fixture(autouse=True)
 def switching() -> Iterator[None]:
-    """Threads take turns often."""
+    """Makes threads switch often."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     yield
@@ -25,7 +25,7 @@ def switching() -> Iterator[None]:
 
 
 def together(*work: Callable[[], Any]) -> None:
-    """Runs these at once; the first error of any of them is raised."""
+    """Runs functions in parallel; raises the first error."""
     errors: list[BaseException] = []
 
     def guarded(one: Callable[[], Any]) -> None:
@@ -48,7 +48,7 @@ def test_loading_files_with_objects(small: Any, tmp_path: Path) -> None:
     path = tmp_path / "fairseq.pt"
     state = {f"speech_encoder.{name}": value for name, value in encoder.state_dict().items()}
     cfg = {"model": {**encoder.config.to_dict(), "_name": "wavlm"}, "task": {"normalize": False}}
-    # Many objects of a class that has to be allowed: one that is looked up late fails where another thread took it.
+    # Many objects of a class that must be allowed: a late lookup fails if another thread removed the permission.
     extra = [argparse.Namespace(number=i) for i in range(200)]
     torch.save({"model": state, "cfg": cfg, "args": argparse.Namespace(a=1), "extra": extra}, path)
 

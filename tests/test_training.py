@@ -1,4 +1,4 @@
-"""Both stages by fairseq-hydra-train itself: what is logged, what is saved, and what goes on from there."""
+"""Both stages with fairseq-hydra-train itself: logs, checkpoints, and resuming."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ def test_stage_1_logs_what_one_wants_to_see(stage1: tuple) -> None:
         excess = entry["expected_sparsity"] - entry["target_sparsity"]
         size_term = entry["lambda1"] * excess + entry["lambda2"] * excess**2
         assert entry["loss"] - entry["distillation_loss"] == pytest.approx(size_term, abs=1e-3)
-    assert all(entry["audio_s_per_s"] > 0 for entry in entries[1:])  # fairseq starts its watch at the first
+    assert all(entry["audio_s_per_s"] > 0 for entry in entries[1:])  # fairseq starts its clock at the first
 
 
 def test_learning_rates_and_target_follow_their_schedules(stage1: tuple) -> None:
-    """Logged with the n-th update are the rates of the next one."""
+    """The n-th update logs the rates of the next one."""
     for entry in logged(stage1[1], "train_inner"):
         n = int(entry["num_updates"])
         factor = linear_warmup_decay(n, WARMUP, UPDATES)
@@ -131,7 +131,7 @@ def test_stage_2_goes_on_with_the_shrunk_student(stage1: tuple, stage2: tuple, t
         load_torch_file(run / "checkpoint_last.pt")["criterion"]["projections.projections.0.weight"]
         for run in (stage1[0], folder)
     ]
-    # It took over stage 1's: 12 Adam updates of at most 0.001 cannot make the difference to the identity.
+    # It loaded stage 1's: 12 Adam updates of at most 0.001 cannot explain the difference from the identity.
     assert (projections[0] - projections[1]).abs().max() <= 0.001 * UPDATES
     assert (projections[0] - torch.eye(32)).abs().max() > 0.003
 
@@ -139,7 +139,7 @@ def test_stage_2_goes_on_with_the_shrunk_student(stage1: tuple, stage2: tuple, t
 def test_checkpoints_load_elsewhere_without_teacher_and_data(
     small: Any, tmp_path: Path, teacher_file: Path, speech: Path, stage1: tuple, stage2: tuple
 ) -> None:
-    """A run whose teacher and data are deleted; its files are moved; a new process loads them."""
+    """A run whose teacher and data are deleted and whose files are moved; a new process loads them."""
     shutil.copy(teacher_file, tmp_path / "teacher.safetensors")
     shutil.copytree(speech, tmp_path / "speech")
     where = [f"task.data={tmp_path / 'speech'}", f"task.teacher={tmp_path / 'teacher.safetensors'}"]

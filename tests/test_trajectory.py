@@ -1,6 +1,6 @@
-"""The tiny recipe in both stages against a recorded run: a change of the code's structure changes no number.
+"""The tiny recipe in both stages against a recorded run: refactoring changes no number.
 
-``python tests/test_trajectory.py --write`` records again; the commit that does so says why numbers changed.
+``python tests/test_trajectory.py --write`` records it again; the commit must say why numbers changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMON_KERNELS = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "O
 
 
 def machine() -> list[str]:
-    """What decides the last bit of a number."""
+    """Everything that determines the last bit of a number."""
     model = [" ".join(x.split()) for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model")]
     return [torch.__version__, platform.machine(), *model[:2]]
 
@@ -65,7 +65,7 @@ def test_numbers_are_those_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     same = machine() == recorded["machine"]
     for stage in ("distill", "final"):
         for name, value in recorded[stage].items():
-            # A softmax does not see its keys' bias: what moves it is the rounding of a gradient of zero.
+            # A softmax does not depend on its keys' bias: only rounding of a zero gradient moves it.
             noise = 1e-4 if name.endswith("k_proj.bias") else 1e-6
             assert found[stage][name] == (value if same else pytest.approx(value, rel=1e-4, abs=noise)), name
         assert found[f"{stage} loss"] == pytest.approx(recorded[f"{stage} loss"], rel=0 if same else 1e-4)

@@ -1,4 +1,4 @@
-"""Versions that are recorded beside results."""
+"""Versions recorded with results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skill_fairseq.versions import versions
 
 
 def test_what_is_recorded_is_what_is_installed_and_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package of another name than its module's, and one that hides another of its name."""
+    """A package whose name differs from its module's, and one that shadows another of the same name."""
     for folder, number in (("first", "9.8.7"), ("second", "1.2.3")):
         (tmp_path / folder / "made_up-1.dist-info").mkdir(parents=True)
         text = f"Metadata-Version: 2.1\nName: made-up\nVersion: {number}\n"
@@ -20,7 +20,7 @@ def test_what_is_recorded_is_what_is_installed_and_imported(tmp_path: Path, monk
     monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), str(tmp_path / "second"), *sys.path])
     found = versions("made-up", "scikit-learn")
     assert found.pop("made-up") == "9.8.7" and sys.version.startswith(found.pop("python"))
-    # A wheel's metadata may leave out how torch was built: 1.12.1 for 1.12.1+cu102.
+    # A wheel's metadata may omit torch's build: 1.12.1 for 1.12.1+cu102.
     found["torch"] = found["torch"].split("+")[0]
     installed = {name: metadata.version(name) for name in ("skill_fairseq", "torch", "numpy", "scikit-learn")}
     assert found == {**installed, "torch": installed["torch"].split("+")[0]}

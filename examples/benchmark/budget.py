@@ -1,4 +1,4 @@
-"""How large a recipe's student must be: its shape, brought to a number of parameters or MACs. Pure functions."""
+"""Scales a recipe's student to a number of parameters or MACs. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from skill_fairseq.pruning.costs import Cost
 from skill_fairseq.pruning.expected import smallest_widths
 
 TOLERANCE = 0.01
-"""Share of the budget by which a student may miss it."""
+"""Tolerated relative deviation from the budget."""
 CUT = ("conv", "heads", "ffn")
-"""Units of copied parts that go, those of the smallest weights first."""
+"""Units of copied parts to prune, smallest weights first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How a student of the budget's size is made.
+    """How to make a student of the budget's size.
 
     Attributes:
-        shape: of the student before anything is cut.
-        parts: of the teacher that are copied: ``model.init_parts``.
-        layers: of the teacher that the student's start as, from 1: ``model.init_layers``; None as they are.
-        cut: kinds of units that are then cut by magnitude, until the student has the budget's size; () none.
+        shape: the student's shape before cutting.
+        parts: parts of the teacher to copy: ``model.init_parts``.
+        layers: the teacher's layers to copy, from 1: ``model.init_layers``; None: all in order.
+        cut: kinds of units to cut by magnitude afterwards, to the budget's size; (): none.
     """
 
     shape: EncoderConfig
@@ -49,20 +49,20 @@ def plan(
     cost: Cost,
     tolerance: float = TOLERANCE,
 ) -> Plan:
-    """Brings a recipe's student to a budget.
+    """Scales a recipe's student to a budget.
 
-    A shape within the tolerance stays as it is. A student that copies layers of the teacher keeps its width: it copies
-    the teacher's next layers too while it is smaller than the budget, and loses units by magnitude where it is larger.
-    Any other is scaled, see :func:`scaled`; of what it copies only the convolutions are left then, cut to their share.
+    A shape within the tolerance does not change. A student that copies layers of the teacher keeps its width: it also
+    copies the teacher's next layers while it is smaller than the budget, and loses units by magnitude if it is larger.
+    Any other is scaled, see :func:`scaled`; it then copies only the convolutions, cut to its share.
 
     Args:
-        shape: the recipe's.
-        parts: of the teacher that the recipe copies.
-        layers: of the teacher, from 1, that the student's start as; None: all, in their order.
-        depth: layers of the teacher.
-        target: cost that the student is to have.
+        shape: the recipe's shape.
+        parts: parts of the teacher that the recipe copies.
+        layers: the teacher's layers to copy, from 1; None: all in order.
+        depth: the teacher's number of layers.
+        target: the student's cost.
         cost: parameters or MACs.
-        tolerance: share of ``target``.
+        tolerance: tolerance relative to ``target``.
 
     Raises:
         ValueError: no student of this kind has that cost.
@@ -70,7 +70,7 @@ def plan(
     if abs(cost_of(shape, cost) - target) <= tolerance * target:
         return Plan(shape, tuple(parts), None if layers is None else tuple(layers))
     if shape.unit_widths:
-        raise ValueError(f"model.unit_widths: {shape.unit_widths}; expected none: ranks are not scaled, gate them")
+        raise ValueError(f"model.unit_widths: {shape.unit_widths}; expected none: ranks cannot be scaled, gate them")
     if "layers" not in parts:
         keep = "conv" in parts
         found = scaled(shape, target, cost, keep, tolerance)
@@ -93,7 +93,7 @@ def plan(
     least = float(cost(gated, smallest_widths(gated)))  # type: ignore[arg-type]
     if least > target:
         raise ValueError(
-            f"layers {taken} of the teacher cost {least:,.0f} {cost} or more, whatever is cut; the budget is "
+            f"layers {taken} of the teacher cost {least:,.0f} {cost} or more after any cut; the budget is "
             f"{target:,.0f}: give a lower sparsity"
         )
     return Plan(shape, tuple(parts), chosen, cut)
@@ -102,21 +102,22 @@ def plan(
 def scaled(
     shape: EncoderConfig, target: float, cost: Cost, keep_convolutions: bool = False, tolerance: float = TOLERANCE
 ) -> EncoderConfig:
-    """A shape of the same depth and number of heads whose widths are scaled until it has a cost.
+    """Scales the widths of a shape to a cost, keeping depth and number of heads.
 
-    The width is a multiple of heads and of groups of the positional convolution; channels are scaled as the width is;
-    the FFN takes up what is then left. Of the widths that come within the tolerance, the one whose FFN has most nearly
-    the recipe's share of the width is taken.
+    The width is a multiple of heads and of groups of the positional convolution; channels scale with the width; the FFN
+    gets the rest. Of the widths within the tolerance, chooses the one whose FFN-to-width ratio is closest to the
+    recipe's.
 
     Args:
-        shape: to scale.
-        target: cost to reach.
+        shape: the shape to scale.
+        target: the cost to reach.
         cost: parameters or MACs.
-        keep_convolutions: they will be copied, and cut to their share later: they are counted so, but left in full.
-        tolerance: share of ``target``.
+        keep_convolutions: the convolutions will be copied and cut to their share later: count them as cut, but keep
+            them in full.
+        tolerance: tolerance relative to ``target``.
 
     Raises:
-        ValueError: no width comes within the tolerance.
+        ValueError: no width is within the tolerance.
     """
     wanted = shape.encoder_ffn_embed_dim / shape.encoder_embed_dim
     found = []
@@ -142,8 +143,8 @@ def scaled(
             found.append((abs(math.log(units / width / wanted)), kept))
     if not found:
         raise ValueError(
-            f"no width of {shape.encoder_layers} layers comes within {100 * tolerance:g} % of {target:,.0f} {cost}; "
-            "give a lower sparsity, or a recipe of fewer layers"
+            f"no width of {shape.encoder_layers} layers is within {100 * tolerance:g} % of {target:,.0f} {cost}; "
+            "give a lower sparsity, or a recipe with fewer layers"
         )
     return min(found, key=lambda pair: pair[0])[1]
 

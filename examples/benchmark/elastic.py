@@ -1,4 +1,4 @@
-"""Students that one elastic run makes: it is trained once a seed, and each sparsity is cut out of it."""
+"""Students of an elastic run, which is trained once per seed and cut to each sparsity."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from skill_fairseq.cli import shrink
 from skill_fairseq.clustering.config_file import format_groups
 
 FIELD = "criterion.elastic="
-"""Beginning of the override by which a variant is such a run."""
+"""Beginning of the override that marks a variant as elastic."""
 
 
 def is_elastic(run: Run) -> bool:
-    """Whether a run's student is cut out of an elastic one."""
+    """Whether a run's student is cut from an elastic run."""
     return any(word.lstrip("+").startswith(FIELD) for word in run.target.stage1)
 
 
 def make_elastic(run: Run, grid: Grid, folder: Path, configs: Path) -> dict[str, Any]:
-    """student.safetensors in the run's folder, of the elastic run of its seed, which is trained if that is not done.
+    """Cuts student.safetensors in the run's folder from the elastic run of its seed, which is trained if necessary.
 
-    Args, Returns: as :func:`student.make_student`; the processor time is that of the whole elastic run.
+    Args, Returns: see :func:`student.make_student`; the processor time is that of the whole elastic run.
     """
     shared, student = folder.parent.parent / "elastic" / f"{run.method}-{run.seed}", folder / "student.safetensors"
     shared.mkdir(parents=True, exist_ok=True)

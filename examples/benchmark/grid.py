@@ -1,4 +1,4 @@
-"""The grid of a comparison: which methods at which sparsities with which seeds, and how each is trained."""
+"""The grid of a comparison: methods, sparsities, seeds, and training settings."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from skill_fairseq.reading import read_text
 
 STAGES = ("stage1", "stage2")
 UNTRAINED = ("no_distillation",)
-"""Methods that no seed changes: they run once a sparsity."""
+"""Methods that do not depend on the seed: they run once per sparsity."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Everything that a comparison's numbers depend on but the teacher's and the recordings' content.
+    """Everything that a comparison's numbers depend on, except the content of teacher and recordings.
 
     Attributes:
         teacher: file or folder of the teacher.
@@ -30,11 +30,11 @@ class Grid:
         tasks: folders of probe tasks.
         cluster: options of skill-cluster besides teacher, manifest and out.
         stage1, stage2: config (folder/name below config/) and overrides of each stage.
-        updates: in place of the configs' numbers: stage1 and stage2, whose warm-up becomes a tenth of that.
+        updates: replaces the configs' numbers of updates, for stage1 and stage2; their warm-up becomes a tenth.
         methods, sparsities, seeds: the grid itself.
         baseline: the method that the others are compared with.
-        variants: methods of the grid's own, by name: see :data:`methods.Variant`.
-        budget: what sparsities are of, "parameters" or "macs".
+        variants: the grid's own methods, by name: see :data:`methods.Variant`.
+        budget: the cost that sparsities refer to, "parameters" or "macs".
         recipes: related systems among the file's methods, see :func:`methods.read_methods`.
     """
 
@@ -54,7 +54,7 @@ class Grid:
     recipes: dict[str, Recipe] = dataclasses.field(default_factory=dict)
 
     def overrides(self, stage: str) -> list[str]:
-        """Of "stage1" or "stage2", for fairseq-hydra-train."""
+        """Overrides of "stage1" or "stage2", for fairseq-hydra-train."""
         found = list(getattr(self, stage)["overrides"])
         if self.updates:
             updates = self.updates[stage]
@@ -77,17 +77,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.method}-{self.sparsity:g}-{self.seed}"
 
 
 def read_grid(path: PathLike, name: str, **changes: Any) -> Grid:
-    """One of the grids in a YAML file.
+    """Reads a grid from a YAML file.
 
     Args:
-        path: the file: a mapping from names to grids; ``base: other`` takes over the other's fields first.
-        name: which of them.
-        changes: fields to put in place of the file's; None leaves the file's.
+        path: the file: a mapping from names to grids; ``base: other`` copies the other's fields first.
+        name: the grid's name.
+        changes: fields that replace the file's; None keeps the file's.
 
     Raises:
         FileNotFoundError: no such file.
@@ -106,7 +106,9 @@ def read_grid(path: PathLike, name: str, **changes: Any) -> Grid:
         if "base" in fields:
             base = fields.pop("base")
             if not isinstance(grids.get(base), dict):
-                raise ValueError(f"{where}: base {base!r} is no grid of the file; expected one of {', '.join(grids)}")
+                raise ValueError(
+                    f"{where}: base {base!r} is not a grid of the file; expected one of {', '.join(grids)}"
+                )
             fields = {**grids[base], **fields}
     fields["methods"], recipes = read_methods(fields.get("methods"), where)
     fields.update({key: value for key, value in changes.items() if value is not None})
@@ -160,9 +162,9 @@ def _check(grid: Grid, where: str) -> None:
 
 
 def runs_of(grid: Grid, clusters: Mapping[str, Any]) -> list[Run]:
-    """All runs, seed by seed, so that a comparison stopped early has all methods.
+    """All runs, by seed, so that a comparison stopped early has all methods.
 
-    Two methods that come to the same (groups, projections) share the run of the first: see :func:`owner`.
+    Two methods with the same groups and projections share the run of the first: see :func:`owner`.
     """
     runs = []
     for seed in grid.seeds:
@@ -177,17 +179,17 @@ def runs_of(grid: Grid, clusters: Mapping[str, Any]) -> list[Run]:
 
 
 def owner(run: Run, runs: Sequence[Run]) -> Run:
-    """The first run that makes the same student as this one: it itself, or another method's."""
+    """The first run with the same student as this one: itself, or another method's."""
     return next(o for o in runs if (o.sparsity, o.seed, o.target) == (run.sparsity, run.seed, run.target))
 
 
 def composed(folder: Path, config: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """A training config as fairseq-hydra-train composes it: overrides, and what it leaves to defaults, included.
+    """A training config as fairseq-hydra-train composes it, with overrides and defaults.
 
     Args:
-        folder: that ``config`` is relative to.
+        folder: the folder that ``config`` is relative to.
         config: YAML file without its suffix.
-        overrides: of fairseq-hydra-train.
+        overrides: overrides of fairseq-hydra-train.
 
     Raises:
         ValueError: hydra cannot compose it; names the config.
@@ -204,24 +206,24 @@ def composed(folder: Path, config: str, overrides: Sequence[str]) -> dict[str, A
             found = compose(path.name, list(overrides))
     except HydraException as error:
         raise ValueError(
-            f"{path}.yaml with {' '.join(overrides)}: {error}; mend the grid's config or overrides"
+            f"{path}.yaml with {' '.join(overrides)}: {error}; correct the grid's config or overrides"
         ) from error
     add_defaults(found)
-    plain = json.dumps(OmegaConf.to_container(found, resolve=False), default=str)  # fairseq's enumerations are no JSON
+    plain = json.dumps(OmegaConf.to_container(found, resolve=False), default=str)  # fairseq's enumerations are not JSON
     return dict(json.loads(plain))
 
 
 EQUAL = ("dataset.max_tokens", "dataset.batch_size", "optimization.update_freq")
 EQUAL += tuple(f"task.{name}" for name in ("max_sample_size", "min_sample_size", "crop_multiple"))
-"""Fields by which recipes get the audio of stage 1."""
+"""Fields that give recipes the audio of stage 1."""
 
 
 def recipe_overrides(configs: Mapping[str, Any], one_of_two: bool = False) -> list[str]:
-    """What makes a recipe see as much as the two stages together: their updates, the audio of stage 1 in each.
+    """Overrides that give a recipe as much data as both stages: their updates, each with the audio of stage 1.
 
     Args:
-        configs: of both stages, as :func:`composed` gives them.
-        one_of_two: it has a second stage, which gets the updates of stage 2; it gets those of stage 1.
+        configs: configs of both stages, from :func:`composed`.
+        one_of_two: the recipe has a second stage, which gets the updates of stage 2, while it gets those of stage 1.
     """
     updates = sum(configs[stage]["optimization"]["max_update"] for stage in (STAGES[:1] if one_of_two else STAGES))
     found = [f"optimization.max_update={updates}", "dataset.disable_validation=true"]
@@ -233,13 +235,13 @@ def recipe_overrides(configs: Mapping[str, Any], one_of_two: bool = False) -> li
 
 
 def then_overrides(configs: Mapping[str, Any]) -> list[str]:
-    """The same of a recipe's second stage, whose utterances are padded, not cropped: updates and samples of a batch."""
+    """The same for a recipe's second stage, whose utterances are padded, not cropped: updates and samples per batch."""
     most, updates = configs["stage1"]["dataset"]["max_tokens"], configs["stage2"]["optimization"]["max_update"]
     return [f"optimization.max_update={updates}", "dataset.disable_validation=true", f"dataset.max_tokens={most}"]
 
 
 def gate_overrides(overrides: Sequence[str]) -> list[str]:
-    """Those that say how gates reach their sparsity in few updates; gated recipes take them over."""
+    """Overrides that make gates reach their sparsity in few updates, which gated recipes share."""
     prefixes = ("criterion.sparsity_warmup", "optimizer.groups.gates.", "optimizer.groups.multipliers.")
     return [word for word in overrides if word.startswith((*prefixes, "criterion.cost="))]
 
@@ -247,13 +249,13 @@ def gate_overrides(overrides: Sequence[str]) -> list[str]:
 def settings_of(
     grid: Grid, hashes: Mapping[str, Any], configs: Mapping[str, Any], package: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What must stay the same in a folder of results; the grid's own lists may grow.
+    """The settings that must not change in a folder of results; the grid's own lists may grow.
 
     Args:
         grid: the comparison.
         hashes: ``teacher``, ``data`` and ``tasks``: SHA-256 of the teacher and of each file that is read, by name.
-        configs: of each stage and recipe, the whole config that is trained with, but for what the runs differ in.
-        package: name -> version of what trains.
+        configs: the full training config of each stage and recipe, except for the differences between runs.
+        package: name -> version of the training packages.
     """
     return {**hashes, "cluster": grid.cluster, **configs, "package": dict(package)}
 
@@ -262,12 +264,12 @@ MAY_GROW = ("tasks", "recipes")
 
 
 def extended(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, and of tasks and recipes what only the others have: those may be added at any time."""
+    """The settings, plus tasks and recipes that only the others have, as these may be added at any time."""
     return {**settings, **{name: {**others.get(name, {}), **settings.get(name, {})} for name in MAY_GROW}}
 
 
 def changed_setting(before: Any, now: Any, name: str = "") -> Optional[tuple[str, Any, Any]]:
-    """The first setting that differs: its dotted name, its value before and now (None: it is not there)."""
+    """The first setting that differs: its dotted name, its old and new value (None: missing)."""
     if not isinstance(before, Mapping) or not isinstance(now, Mapping):
         return None if before == now else (name, before, now)
     for key in dict.fromkeys([*now, *before]):

@@ -1,6 +1,6 @@
-"""What each method of the comparison distils: groups of teacher layers, by name.
+"""The methods of the comparison: groups of teacher layers to distil, by name.
 
-Layers are numbered as hidden states are: 0 before the positional convolution, i after Transformer layer i.
+Layers are numbered like hidden states: 0 before the positional convolution, i after Transformer layer i.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ METHODS = {
     "equal_runs": "as many groups as skill has, runs of neighbouring layers of equal size",
     "no_distillation": "the teacher pruned at once by the size of its weights, nothing trained",
 }
-"""Names and what they mean."""
+"""Names and descriptions."""
 
 
 class Target(NamedTuple):
-    """What is distilled and how; without groups and recipe nothing is trained.
+    """What to distil and how; without groups and recipe nothing is trained.
 
     Attributes:
-        groups: of layers.
+        groups: groups of layers.
         projection_sharing: value of ``criterion.projection_sharing``.
         stage1, stage2: overrides of fairseq-hydra-train, after all others.
-        recipe: config that says all of this itself, and is trained in one go with the overrides of ``stage1``.
-        then: config that the student is trained by afterwards, with the overrides of ``stage2``.
+        recipe: config that replaces all of this, trained in one stage with the overrides of ``stage1``.
+        then: config to train the student with afterwards, with the overrides of ``stage2``.
     """
 
     groups: Optional[Groups]
@@ -49,7 +49,7 @@ class Target(NamedTuple):
 
     @property
     def trained(self) -> bool:
-        """Whether anything is: if not, no seed changes it."""
+        """Whether anything is trained; if not, it does not depend on the seed."""
         return self.groups is not None or self.recipe is not None
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,8 +63,8 @@ class Recipe(NamedTuple):
 
     Attributes:
         config: folder/name below config/, without its suffix.
-        overrides: of fairseq-hydra-train, after all others.
-        then: config of a second stage, which starts from the first one's student.
+        overrides: overrides of fairseq-hydra-train, after all others.
+        then: config of a second stage, which starts from the first stage's student.
     """
 
     config: str
@@ -74,22 +74,22 @@ class Recipe(NamedTuple):
 
 Recipes = Mapping[str, Recipe]
 Variant = Mapping[str, Any]
-"""A method of a grid's own: as the method ``of`` (skill unless said), but with another ``clustering`` (arguments of
+"""A grid's own method: like the method ``of`` (default skill), but with another ``clustering`` (arguments of
 :func:`cluster_again`) or ``projection_sharing``, or with overrides of ``stage1``, ``stage2`` or ``both``."""
 VARIANT_FIELDS = ("of", "clustering", "projection_sharing", "both", "stage1", "stage2")
 CLUSTERING_FIELDS = ("measure", "linkage", "num_groups", "layer_0", "neighbours_only")
 
 
 def read_methods(entries: Any, where: str) -> tuple[list[str], dict[str, Recipe]]:
-    """A grid's list of methods: names, and recipes by ``name: folder/config``, or, with overrides,
+    """Reads a grid's list of methods: names, and recipes as ``name: folder/config`` or, with overrides,
     ``name: {config: ..., overrides: [...], then: ...}``.
 
     Args:
-        entries: the list, as it was read.
-        where: it was read, for messages.
+        entries: the list from the file.
+        where: its place, for messages.
 
     Returns:
-        all names in their order, and the recipes.
+        all names in order, and the recipes.
 
     Raises:
         ValueError: an entry is neither.
@@ -108,7 +108,7 @@ def read_methods(entries: Any, where: str) -> tuple[list[str], dict[str, Recipe]
                     "distill/tiny_distilhubert, or {config: ..., overrides: [a.b=c, ...], then: finetune/...}"
                 )
             if name in METHODS:
-                raise ValueError(f"{where}: methods.{name} is a method already; give the recipe another name")
+                raise ValueError(f"{where}: methods.{name} is already a method; give the recipe another name")
             names.append(name)
             recipes[name] = Recipe(str(fields["config"]), tuple(map(str, words)), fields.get("then"))
     return (names if isinstance(entries, list) else entries), recipes
@@ -117,10 +117,10 @@ def read_methods(entries: Any, where: str) -> tuple[list[str], dict[str, Recipe]
 def check_methods(
     names: Sequence[str], variants: Mapping[str, Variant] | None = None, recipes: Recipes | None = None
 ) -> None:
-    """Are these methods, each named once, and the variants well-formed?
+    """Checks that methods are known and named once, and that variants are well-formed.
 
     Raises:
-        ValueError: no; names the method or the variant's field.
+        ValueError: they are not; names the method or the variant's field.
     """
     variants = variants or {}
     known = [*METHODS, *variants, *(recipes or ())]
@@ -128,17 +128,17 @@ def check_methods(
         if name not in known:
             raise ValueError(f"methods: {name!r} is unknown; choose from {', '.join(known)}")
         if names.count(name) > 1:
-            raise ValueError(f"methods: {name!r} stands there {names.count(name)} times, expected once; remove one")
+            raise ValueError(f"methods: {name!r} appears {names.count(name)} times, expected once; remove one")
     for name, variant in variants.items():
         where = f"variants.{name}"
         if name in METHODS:
-            raise ValueError(f"{where}: is a method of its own already; give the variant another name")
+            raise ValueError(f"{where}: is already a method; give the variant another name")
         _check_fields(where, variant, VARIANT_FIELDS)
         if variant.get("of", SKILL) not in METHODS:
-            raise ValueError(f"{where}.of: {variant['of']!r} is no method; choose from {', '.join(METHODS)}")
+            raise ValueError(f"{where}.of: {variant['of']!r} is not a method; choose from {', '.join(METHODS)}")
         _check_fields(f"{where}.clustering", variant.get("clustering", {}), CLUSTERING_FIELDS)
         if variant.get("clustering") and variant.get("of", SKILL) != SKILL:
-            raise ValueError(f"{where}.clustering: of {variant['of']!r}, which does not cluster; leave one of both out")
+            raise ValueError(f"{where}.clustering: of {variant['of']!r}, which does not cluster; remove one of the two")
         for field in ("both", "stage1", "stage2"):
             found = variant.get(field, [])
             if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
@@ -157,16 +157,16 @@ def target_of(
     variants: Mapping[str, Variant] | None = None,
     recipes: Recipes | None = None,
 ) -> Target:
-    """What a method distils.
+    """The target of a method.
 
     Args:
         method: a name of :data:`METHODS`, of a variant or of a recipe.
         clusters: the content of clusters.json, as skill-cluster writes it; with ``--compare`` it holds every measure.
-        seed: of the run; only ``random_groups`` looks at it.
+        seed: the run's seed; only ``random_groups`` uses it.
         variants, recipes: the grid's.
 
     Raises:
-        ValueError: unknown method, or the measure is not in ``clusters``.
+        ValueError: the method is unknown, or the measure is not in ``clusters``.
     """
     check_methods([method], variants, recipes)
     if recipes and method in recipes:
@@ -208,14 +208,14 @@ def cluster_again(
     layer_0: bool = True,
     neighbours_only: bool | None = None,
 ) -> Groups:
-    """Groups as skill-cluster finds them with some options changed, from the distances that it wrote.
+    """Groups from skill-cluster's distances, with some options changed.
 
     Args:
-        clusters: the content of clusters.json; its settings stand for what is None.
-        layer_0: False leaves layer 0 out.
+        clusters: the content of clusters.json; its settings replace None.
+        layer_0: False excludes layer 0.
 
     Raises:
-        ValueError: the measure's distances are not there, or an option does not fit.
+        ValueError: the measure's distances are missing, or an option is not usable.
     """
     settings, matrices = clusters["settings"], clusters["matrices"]
     measure = measure or clusters["measure"]
@@ -234,7 +234,7 @@ def cluster_again(
 
 
 def random_groups(sizes: Sequence[int], layers: Sequence[int], seed: int) -> Groups:
-    """Groups of these sizes over all layers, each ascending, drawn by the seed."""
+    """Random groups of these sizes over all layers, each ascending, from the seed."""
     shuffled = list(layers)
     random.Random(seed).shuffle(shuffled)
     ends = np.cumsum([0, *sizes]).tolist()
@@ -242,7 +242,7 @@ def random_groups(sizes: Sequence[int], layers: Sequence[int], seed: int) -> Gro
 
 
 def equal_runs(layers: Sequence[int], number: int) -> Groups:
-    """Runs of neighbouring layers whose sizes differ by at most one, the longer first."""
+    """Runs of neighbouring layers whose sizes differ by at most one, longer ones first."""
     return [part.tolist() for part in np.array_split(np.array(layers), number)]
 
 

@@ -1,4 +1,4 @@
-"""Makes one student of a related system, by its own recipe and of the budget's size."""
+"""Makes a student of a related system, with its own recipe and the budget's size."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from skill_fairseq.pruning.selection import check_reachable
 
 
 def plan_of(recipe: Mapping[str, Any], teacher: EncoderConfig, sparsity: float, cost: Cost) -> Plan | None:
-    """How a recipe's student is brought to the budget; None where gates do it.
+    """How a recipe's student reaches the budget; None if gates do it.
 
     Args:
         recipe: its config.
         teacher: shape.
-        sparsity: of the teacher's cost.
+        sparsity: fraction of the teacher's cost to remove.
         cost: parameters or MACs.
 
     Raises:
@@ -47,7 +47,7 @@ def plan_of(recipe: Mapping[str, Any], teacher: EncoderConfig, sparsity: float, 
 
 
 def why_unreachable(runs: Sequence[Run], grid: Grid, configs: Mapping[str, Any]) -> dict[str, str]:
-    """Name of a run -> why its student cannot have the size that is asked for; the others are not in it."""
+    """Name of a run -> why its student cannot have the requested size, for such runs only."""
     teacher, cost = load_encoder(grid.teacher).config, make_cost(grid.budget)
     found: dict[tuple[str, float], str | None] = {}
     for run in runs:
@@ -69,7 +69,7 @@ def why_unreachable(runs: Sequence[Run], grid: Grid, configs: Mapping[str, Any])
 def initial_student(
     recipe: Mapping[str, Any], teacher: SpeechEncoder, sparsity: float, cost: Cost, seed: int
 ) -> SpeechEncoder | None:
-    """What a recipe's training starts from, of the budget's size; None where gates are to reach it.
+    """The initial student of a recipe, of the budget's size; None if gates reach it.
 
     Raises:
         ValueError: no such student can be made.
@@ -94,8 +94,8 @@ def initial_student(
 
 
 def make_by_recipe(run: Run, grid: Grid, folder: Path, configs: Path, composed: Mapping[str, Any]) -> dict[str, Any]:
-    """student.safetensors of a related system: the recipe's own training of a student of the budget's size, and the
-    second stage where it has one."""
+    """Makes student.safetensors of a related system: trains a student of the budget's size with its recipe, and the
+    second stage if there is one."""
     student, start, log = folder / "student.safetensors", folder / "initial.safetensors", folder / "log"
     teacher, cost, recipe = load_encoder(grid.teacher), make_cost(grid.budget), composed["recipes"][run.method]
     overrides = [*recipe_overrides(composed, one_of_two=run.target.then is not None)]
@@ -104,7 +104,7 @@ def make_by_recipe(run: Run, grid: Grid, folder: Path, configs: Path, composed: 
         made = initial_student(recipe, teacher, run.sparsity, cost, run.seed)
         if made is not None:
             save_encoder(made, start, {"method": run.method, "source": grid.teacher.name})
-    if start.is_file():  # the shape is the file's: what the recipe says of it is what it was made by
+    if start.is_file():  # the shape comes from the file, which was made from the recipe's
         own = {"init_parts", "init_layers", *(f.name for f in dataclasses.fields(EncoderConfig))} - {"pruning_units"}
         said = [name for name, value in recipe["model"].items() if name in own and value is not None]
         overrides += [f"model.init_from={start}", *(f"model.{name}=null" for name in said)]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares ways of choosing what is distilled, by one command that may be interrupted and repeated."""
+"""Compares distillation methods, in one command that can be interrupted and repeated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model this small gains nothing from threads, and waits for them
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # such a small model loses time with threads
 
 # beside this file
 from elastic import is_elastic, make_elastic
@@ -55,49 +55,50 @@ from skill_fairseq.probing.evaluate import evaluate, require_scikit_learn
 from skill_fairseq.probing.models import level_free_log_mel
 from skill_fairseq.probing.pooling import EncoderFeatures
 from skill_fairseq.probing.tasks import read_speakers, read_task
+from skill_fairseq.text_tables import aligned
 from skill_fairseq.versions import versions
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parents[1] / "config"
 STOPPED = 130
-"""Exit code of a command, or of one of its runs, that a signal or Ctrl-C asked to end."""
+"""Exit code of a command, or one of its runs, that a signal or Ctrl-C stopped."""
 EPILOG = """examples:
   python examples/benchmark/run.py                               the reduced grid, two runs at a time
   python examples/benchmark/run.py out --name full               every method, examples/tiny's own numbers of updates
-  python examples/benchmark/run.py out --name trial              does it run? two methods, a few updates
-  python examples/benchmark/run.py choices --name choices        what the defaults were chosen by
+  python examples/benchmark/run.py out --name trial              a test: two methods, a few updates
+  python examples/benchmark/run.py choices --name choices        the comparisons behind the defaults
   python examples/benchmark/run.py family --name family          related systems, at equal size
-  python examples/benchmark/run.py elastic --name elastic        every size from one run, and runs for one size each
+  python examples/benchmark/run.py elastic --name elastic        all sizes from one run, and a run for each size
   python examples/benchmark/run.py out --methods skill dphubert --seeds 1 2 3 4 5
-  python examples/benchmark/run.py out --table                   only tabulate what is there
-  python examples/benchmark/run.py out --run skill-0.75-1        one run: what a job array would do
+  python examples/benchmark/run.py out --table                   only tabulate existing results
+  python examples/benchmark/run.py out --run skill-0.75-1        one run, for job arrays
   python examples/benchmark/run.py out --grid mine.yaml --name wavlm_base_plus --teacher WavLM-Base+.pt --data manifests
 
-What is finished stays: the same command goes on where it stopped, inside a run too. OUT gets clusters/,
+Finished parts are kept: the same command resumes, also inside a run. OUT gets clusters/,
 references.json, runs/METHOD-SPARSITY-SEED/ (logs, student.safetensors, result.json), results.json, runs.csv and
 table.md.
-Needs skill_fairseq with its extra for probes: pip install '.[probe,plots]'.
+Needs skill_fairseq with the extra for probes: pip install '.[probe,plots]'.
 """
 
 
 class Stopped(BaseException):
-    """A signal asked us to end."""
+    """A signal asked the process to stop."""
 
 
 def probe_tasks(encoder_file: Path, folders: Sequence[Path]) -> dict[str, Any]:
-    """What a student gets in each task."""
+    """A student's results in each task."""
     tasks = [read_task(folder) for folder in folders]
     return evaluate(EncoderFeatures(load_encoder(encoder_file)), tasks, encoder_file.stem)
 
 
 def not_probed(file: Path, grid: Grid) -> list[Path]:
-    """Tasks of the grid that a result does not have: all of them where there is no result."""
+    """Tasks of the grid that a result lacks; all of them if there is no result."""
     done = read_json(file)["probes"] if file.is_file() else {}
     return [folder for folder in grid.tasks if folder.name not in done]
 
 
 def measure(encoder_file: Path, grid: Grid) -> dict[str, Any]:
-    """Everything but training: probes, distances to the teacher, costs."""
+    """Everything except training: probes, distances to the teacher, costs."""
     encoder, teacher = load_encoder(encoder_file), load_encoder(grid.teacher)
     manifest = read_manifest(grid.data / "valid.tsv")
     check_manifest(manifest)
@@ -117,7 +118,7 @@ def measure(encoder_file: Path, grid: Grid) -> dict[str, Any]:
 
 
 def do_run(run: Run, grid: Grid, out: Path, configs: dict[str, Any], keep_checkpoints: bool) -> None:
-    """Makes and measures one student, unless that is done. The result is written last; tasks may be added to it."""
+    """Makes and measures a student, unless done already. Writes the result last; tasks may be added to it."""
     folder = out / "runs" / run.name
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder / "lock"):
@@ -173,12 +174,12 @@ def alone(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"{path.parent}: another process is at it; wait for it, or end it") from error
+            raise ValueError(f"{path.parent}: another process is using it; wait for it, or stop it") from error
         yield
 
 
 def cpu_model() -> str:
-    """As /proc/cpuinfo names it."""
+    """The processor's name in /proc/cpuinfo."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -187,7 +188,7 @@ def cpu_model() -> str:
 
 
 def commit() -> str | None:
-    """Of the repository, "+" added where files have been changed since; None outside of git."""
+    """The repository's commit, with "+" if files have changed since; None outside of git."""
     try:
         found = [
             subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True).stdout.strip()
@@ -199,8 +200,8 @@ def commit() -> str | None:
 
 
 def prepare(grid: Grid, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Checks that OUT belongs to these settings, clusters the teacher; returns clusters.json and configs by stage and,
-    under "recipes", by method."""
+    """Checks that OUT belongs to these settings and clusters the teacher; returns clusters.json, and configs by stage
+    and, under "recipes", by method."""
     tasks = [read_task(folder) for folder in grid.tasks]
     require_scikit_learn(tasks)
     names = ["train.tsv", "valid.tsv", "valid.speakers.tsv", "train.labels.tsv"]
@@ -228,7 +229,7 @@ def prepare(grid: Grid, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             name, before, now = changed
             raise ValueError(
                 f"{file}: {name} is {before!r}, now {now!r}; runs with different settings cannot be compared: give "
-                "another OUT, or the former settings"
+                "another OUT, or the previous settings"
             )
         settings = extended(settings, found)
     if settings != found:
@@ -242,7 +243,7 @@ def prepare(grid: Grid, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def check_targets(runs: Sequence[Run], out: Path) -> None:
-    """Raises ValueError if a run has been begun under the same name with another target."""
+    """Raises ValueError if a run was started under the same name with another target."""
     for run in runs:
         file = out / "runs" / run.name / "target.json"
         wanted = json.loads(json.dumps(run.target.to_dict()))
@@ -268,7 +269,7 @@ def measure_references(grid: Grid, out: Path) -> None:
 
 
 def do_all(runs: Sequence[Run], out: Path, jobs: int, own_command: Sequence[str]) -> list[str]:
-    """Each run in a process of its own, so many at a time; returns the names of those that failed."""
+    """Runs each in its own process, several at a time; returns the names of failed runs."""
     children: list[subprocess.Popen[bytes]] = []
     failed: list[str] = []
     began, ended = time.monotonic(), 0
@@ -305,7 +306,7 @@ def do_all(runs: Sequence[Run], out: Path, jobs: int, own_command: Sequence[str]
 
 
 def gather(grid: Grid, runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
-    """The results that are there, one a method, sparsity and seed; a shared run stands under each of its methods."""
+    """The available results, one per method, sparsity and seed; a shared run appears under each of its methods."""
     found = []
     for run in runs:
         made_by = owner(run, runs)
@@ -319,14 +320,14 @@ def gather(grid: Grid, runs: Sequence[Run], out: Path) -> list[dict[str, Any]]:
 
 @reporting_errors
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     args = parser().parse_args(argv)
     if args.list_methods:
         read = read_grid(args.grid, args.name)
         variants = read.variants
         meanings = {**METHODS, **{name: f"variant: {json.dumps(variant)}" for name, variant in variants.items()}}
         meanings.update({name: f"recipe: {' '.join([r.config, *r.overrides])}" for name, r in read.recipes.items()})
-        print("\n".join(f"{name:<20} {meaning}" for name, meaning in meanings.items()))
+        print(aligned(list(meanings.items()), left=2))
         return 0
     if args.jobs < 1:
         raise ValueError(f"--jobs: {args.jobs}; expected at least 1")
@@ -360,12 +361,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.table:
             measure_references(grid, out)
             to_do = [r for r in runs if owner(r, runs) == r and not_probed(out / "runs" / r.name / "result.json", grid)]
-            print("".join(f"{name} is left out: {why}\n" for name, why in whys.items()), end="")
-            print(f"{len(to_do)} of {len(runs)} runs are to be made", flush=True)
+            print("".join(f"{name} is skipped: {why}\n" for name, why in whys.items()), end="")
+            print(f"{len(to_do)} of {len(runs)} runs to make", flush=True)
             rest = sys.argv[1:] if argv is None else list(argv)
             failed = do_all(to_do, out, args.jobs, [sys.executable, str(Path(__file__).resolve()), *rest])
     except (Stopped, KeyboardInterrupt):
-        print("Stopped. What was finished stays; the same command goes on from there.", file=sys.stderr)
+        print("Stopped. Finished parts are kept; run the same command again to resume.", file=sys.stderr)
         return STOPPED
     results = gather(grid, runs, out) if runs else []
     if not results:
@@ -393,18 +394,18 @@ def parser() -> argparse.ArgumentParser:
         help="folder for everything (default: out here)",
     )
     add("--grid", type=Path, default=HERE / "grid.yaml", metavar="YAML", help="file of grids (default: grid.yaml here)")
-    add("--name", default="reduced", help="which grid of the file (default: reduced)")
-    add("--teacher", type=Path, metavar="FILE", help="in place of the grid's")
-    add("--data", type=Path, metavar="DIR", help="folder with train.tsv and valid.tsv, in place of the grid's")
-    add("--task", type=Path, action="append", metavar="DIR", help="probe task, in place of the grid's; may be repeated")
-    add("--methods", nargs="+", metavar="NAME", help="in place of the grid's")
-    add("--sparsities", nargs="+", type=in_range(float, above=0, below=1), metavar="S", help="in place of the grid's")
-    add("--seeds", nargs="+", type=seed, metavar="N", help="in place of the grid's")
+    add("--name", default="reduced", help="grid of the file (default: reduced)")
+    add("--teacher", type=Path, metavar="FILE", help="replaces the grid's")
+    add("--data", type=Path, metavar="DIR", help="folder with train.tsv and valid.tsv; replaces the grid's")
+    add("--task", type=Path, action="append", metavar="DIR", help="probe task; replaces the grid's; may be repeated")
+    add("--methods", nargs="+", metavar="NAME", help="replaces the grid's")
+    add("--sparsities", nargs="+", type=in_range(float, above=0, below=1), metavar="S", help="replaces the grid's")
+    add("--seeds", nargs="+", type=seed, metavar="N", help="replaces the grid's")
     add("--jobs", type=in_range(int, least=1, most=1024), default=2, metavar="N", help="runs at a time (default: 2)")
     add("--run", metavar="NAME", help="only this run, METHOD-SPARSITY-SEED; no table")
-    add("--table", action="store_true", help="train nothing, tabulate what is there")
+    add("--table", action="store_true", help="train nothing, tabulate existing results")
     add("--keep-checkpoints", action="store_true", help="keep both stages' fairseq checkpoints")
-    add("--list-methods", action="store_true", help="say what each method distils")
+    add("--list-methods", action="store_true", help="describe each method")
     return made
 
 

@@ -1,4 +1,4 @@
-"""Single runs as a table: small enough to keep in a repository, complete enough to recompute every interval."""
+"""Single runs as a table, small enough for a repository and complete enough to recompute every interval."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skill_fairseq.probing.evaluate import outcomes
 
 
 def run_row(result: Mapping[str, Any]) -> dict[str, Any]:
-    """One run: what it is, what it got in each task and how far it is from the teacher, also by speaker."""
+    """A run's row: its identity, its results in each task and its distance to the teacher, also by speaker."""
     groups = result["groups"] or ()
     seconds = result["made"]["seconds"]
     row: dict[str, Any] = {
@@ -45,13 +45,13 @@ def run_row(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_speaker(name: str, values: np.ndarray, speakers: Sequence[str]) -> dict[str, float]:
-    """The mean over each speaker's values; nothing where speakers are unknown."""
+    """The mean over each speaker's values; empty if speakers are unknown."""
     who = np.array(speakers)
     return {f"{name}, {s}": float(values[who == s].mean()) for s in sorted(set(speakers))}
 
 
 def write_runs(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """CSV, one run a row, in the order given; a number has six digits after the point."""
+    """CSV with one run per row, in the given order; numbers have six decimals."""
     rows = [run_row(result) for result in results]
     head = list(dict.fromkeys(name for row in rows for name in row))
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:

@@ -1,4 +1,4 @@
-"""Makes one student of the benchmark, by the commands that a user would give."""
+"""Makes a student of the benchmark with the commands that a user would run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 # beside this file
@@ -27,11 +28,11 @@ from skill_fairseq.pruning.costs import make_cost
 from skill_fairseq.pruning.magnitude import prune_by_magnitude
 
 GATED = ["conv", "heads", "ffn"]
-"""What methods by groups of layers prune."""
+"""Units that layer-group methods prune."""
 
 
 def call(command: Sequence[str], log: Path) -> int:
-    """Runs a command, its output appended to a log; ends it gently when we are ended. Returns its exit code."""
+    """Runs a command and appends its output to a log; passes on signals to stop. Returns its exit code."""
     with open(log, "a", encoding="utf-8") as stream:
         child = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
         try:
@@ -43,7 +44,7 @@ def call(command: Sequence[str], log: Path) -> int:
 
 
 def in_log(main: Any, arguments: Sequence[str], log: Path) -> None:
-    """One of our own commands in this process, its output appended to a log.
+    """Runs one of our commands in this process and appends its output to a log.
 
     Raises:
         ValueError: it failed.
@@ -60,15 +61,16 @@ def in_log(main: Any, arguments: Sequence[str], log: Path) -> None:
 
 
 def train(folder: Path, config: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """One stage by fairseq-hydra-train, unless it is done; goes on from its last checkpoint.
+    """Runs a stage with fairseq-hydra-train, unless done already; resumes from its last checkpoint.
 
     Args:
         folder: run directory of the stage.
         config: YAML file without its suffix.
-        overrides: of the config's fields.
+        overrides: overrides of the config's fields.
 
     Returns:
-        ``seconds`` of wall time and ``cpu_seconds`` of all its processes, of all attempts together, and their number.
+        ``seconds`` of wall time and ``cpu_seconds`` of all its processes, over all attempts, and the number of
+        attempts.
 
     Raises:
         ValueError: training failed; names the log.
@@ -80,9 +82,7 @@ def train(folder: Path, config: Path, overrides: Sequence[str]) -> dict[str, Any
     executable = Path(sys.executable).with_name("fairseq-hydra-train")
     command = str(executable) if executable.is_file() else shutil.which("fairseq-hydra-train")
     if command is None:
-        raise ValueError(
-            "fairseq-hydra-train: not found; install skill_fairseq into this Python: pip install '.[probe]'"
-        )
+        raise ValueError("fairseq-hydra-train: not found; install skill_fairseq in this Python: pip install '.[probe]'")
     seconds = read_json(spent) if spent.is_file() else []
     began, used = time.monotonic(), _children_seconds()
     try:
@@ -109,13 +109,13 @@ def train(folder: Path, config: Path, overrides: Sequence[str]) -> dict[str, Any
 
 
 def _children_seconds() -> float:
-    """Processor time of all processes that this one has waited for: wall time says little on a shared machine."""
+    """Processor time of all finished child processes; wall time says little on a shared machine."""
     found = resource.getrusage(resource.RUSAGE_CHILDREN)
     return found.ru_utime + found.ru_stime
 
 
 def common_overrides(run: Run, grid: Grid, teacher: SpeechEncoder) -> list[str]:
-    """Of every training of a run."""
+    """Overrides of every training of a run."""
     return [
         f"task.data={grid.data}",
         f"task.teacher={grid.teacher}",
@@ -124,12 +124,18 @@ def common_overrides(run: Run, grid: Grid, teacher: SpeechEncoder) -> list[str]:
     ]
 
 
+def filled(run: Run, folder: Path) -> list[str]:
+    """A variant's overrides of stage 1, with $left (share of the cost to keep) and $out (the comparison's folder)."""
+    values = {"left": f"{1 - run.sparsity:.6g}", "out": str(folder.parent.parent)}
+    return [Template(override).safe_substitute(values) for override in run.target.stage1]
+
+
 def make_student(run: Run, grid: Grid, folder: Path, configs: Path) -> dict[str, Any]:
-    """student.safetensors in the run's folder: stage 1, shrink, stage 2, export; or pruned at once.
+    """Makes student.safetensors in the run's folder: stage 1, shrink, stage 2, export; or one-shot pruning.
 
     Args:
-        run, grid: what to make.
-        folder: of the run; what is done in it is not done again.
+        run, grid: the student to make.
+        folder: the run's folder; finished steps are not repeated.
         configs: folder that the stages' configs are relative to.
 
     Returns:
@@ -155,7 +161,7 @@ def make_student(run: Run, grid: Grid, folder: Path, configs: Path) -> dict[str,
     stage1 = train(
         folder / "stage1",
         configs / grid.stage1["config"],
-        [*grid.overrides("stage1"), *common, f"criterion.target_sparsity={run.sparsity}", *run.target.stage1],
+        [*grid.overrides("stage1"), *common, f"criterion.target_sparsity={run.sparsity}", *filled(run, folder)],
     )
     checkpoint = folder / "stage1" / "checkpoint_last.pt"
     if not shrunk.is_file():

@@ -1,9 +1,9 @@
 """Decodes with fairseq's own Viterbi decoder and prints the word error rate.
 
-    python examples/ctc/decode.py checkpoint_last.pt labels test            # labels: what skill-labels wrote
+    python examples/ctc/decode.py checkpoint_last.pt labels test            # labels: from skill-labels
     python examples/ctc/decode.py checkpoint_last.pt labels train valid test --out hypotheses
 
-`--out` writes SPLIT.tsv for each split: the recording, what was said, what was recognised.
+`--out` writes SPLIT.tsv for each split: recording, reference, hypothesis.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from skill_fairseq.audio.manifest import read_manifest
 from skill_fairseq.cli._common import Parser, run
 from skill_fairseq.files import atomic_write, check_output
 
-sys.modules["examples"] = fairseq.examples  # the name by which files in there import each other
+sys.modules["examples"] = fairseq.examples  # the name that files in there import each other by
 from examples.speech_recognition.new.decoders.decoder import Decoder  # noqa: E402
 
 
 def decode(model: Any, task: Any, decoder: Any, split: str, symbol: str) -> list[tuple[str, str]]:
-    """What was said and what was recognised, in words, for every recording of a split in its order."""
+    """Reference and hypothesis, in words, for every recording of a split in order."""
     task.load_dataset(split)
     dataset = task.dataset(split)
-    # One at a time: fairseq's hubert_ctc would decode the padding of a batch, too.
+    # One at a time, because fairseq's hubert_ctc would also decode a batch's padding.
     batches = task.get_batch_iterator(dataset, max_sentences=1)
     words = task.target_dictionary.string
     found: dict[int, tuple[str, str]] = {}
@@ -48,12 +48,14 @@ def decode(model: Any, task: Any, decoder: Any, split: str, symbol: str) -> list
 
 @run
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = Parser(description=__doc__)
-    parser.add_argument("checkpoint", help="of hubert_ctc or wav2vec_ctc, fine-tuned with task audio_finetuning")
-    parser.add_argument("data", type=Path, help="folder that skill-labels wrote")
+    parser.add_argument(
+        "checkpoint", help="checkpoint of hubert_ctc or wav2vec_ctc, fine-tuned with task audio_finetuning"
+    )
+    parser.add_argument("data", type=Path, help="folder from skill-labels")
     parser.add_argument("splits", nargs="+", help="train, valid, test, ...")
-    parser.add_argument("--out", type=Path, help="folder for what was recognised")
+    parser.add_argument("--out", type=Path, help="folder for the hypotheses")
     args = parser.parse_args(argv)
     if args.out is not None:
         for split in args.splits:

@@ -5,9 +5,9 @@
 #   bash examples/ctc/run.sh [OUT [STUDENT]]
 #
 # OUT gets the results, by default examples/ctc/out. STUDENT is a checkpoint of task skill_distillation; by default that
-# of examples/tiny/run.sh, which is run first. The words are the spoken digits in examples/tiny/data: two speakers of
-# them are heard in no training. What is done is not done again: delete OUT, or a part of it, to repeat. PYTHON chooses
-# the interpreter for the environment (default python3).
+# of examples/tiny/run.sh, which is run first. The words are the spoken digits in examples/tiny/data: two of their
+# speakers are in no training data. Finished steps are not repeated: delete OUT, or a part of it, to repeat them. PYTHON
+# chooses the interpreter for the environment (default python3).
 set -euo pipefail
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 
@@ -29,7 +29,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # a model this small gains nothing
 began=$SECONDS
 
 step() { printf '\n== %s  (%d s)\n' "$1" $((SECONDS - began)); }
-trap 'printf "\nStopped. What was finished stays; the same command goes on from there.\n" >&2; exit 130' INT TERM
+trap 'printf "\nStopped. Finished parts are kept; run the same command again to resume.\n" >&2; exit 130' INT TERM
 
 environment() {  # that of examples/tiny/run.sh, or one of our own
     venv=$tiny/out/venv

@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# One step of the run that submit.sh submits. Runs outside of Slurm as well, then without srun.
+# One step of a run that submit.sh submits. Also works outside of Slurm, without srun.
 #
 #   job.sh cluster OUT DATA TEACHER [options of skill-cluster ...]            OUT/clusters
 #   job.sh stage1  OUT DATA TEACHER CONFIG RUN_CONFIG GROUPS [overrides ...]  OUT/stage1
 #   job.sh stage2  OUT DATA TEACHER CONFIG RUN_CONFIG GROUPS [overrides ...]  OUT/stage2
 #   job.sh export  OUT                                                        OUT/student.safetensors
 #
-# A step whose result is there does nothing; a result is there whole or not at all: a folder is renamed when it is
-# complete, a stage gets the file "done". A stage that was stopped goes on where it was. Paths are absolute; the start-up
-# hook quotes them for hydra. CONFIG is a name in config/distill (stage1) or config/final (stage2) of this clone, or the
-# path of a config without ".yaml".
+# A step whose result exists does nothing; results are atomic: a folder is renamed when it is complete, a stage gets the
+# file "done". A stopped stage resumes. Paths are absolute; the start-up hook quotes them for hydra. CONFIG is a name
+# in config/distill (stage1) or config/final (stage2) of this clone, or the path of a config without ".yaml".
 set -euo pipefail
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 
@@ -33,7 +32,7 @@ train() {  # folder, config folder, data, teacher, config, run config, groups fi
     if [[ $config != */* ]]; then config=$(cd "$here/../../config/$stage" && pwd)/$config; fi
     if [ -n "$groups" ]; then set -- "criterion.groups_file=$groups" "$@"; fi
     if [ -n "${SLURM_JOB_ID:-}" ]; then
-        # A task that fails ends the others, which would wait for it. Since Slurm 22.05 srun forgets the job's CPUs.
+        # A failing task ends the others, which would wait for it. Since Slurm 22.05 srun forgets the job's CPUs.
         launch=(srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}")
         if [ "${SLURM_NTASKS:-1}" -gt 1 ]; then  # two jobs on one node must not meet
             set -- "distributed_training.distributed_port=$((20000 + SLURM_JOB_ID % 20000))" "$@"
@@ -46,7 +45,7 @@ train() {  # folder, config folder, data, teacher, config, run config, groups fi
         checkpoint.save_dir=checkpoints "$@" || status=$?
     case $status in
         0)
-            # srun answers 0 for a lost node as well.
+            # srun also returns 0 for a lost node.
             if ! tail -n 3 "$run/hydra_train.log" | grep -q 'done training in'; then
                 echo "$run: ended before its training was done" >&2
                 return 1
@@ -54,15 +53,15 @@ train() {  # folder, config folder, data, teacher, config, run config, groups fi
             date >"$run/done.partial" && mv "$run/done.partial" "$run/done"
             ;;
         75 | 138 | 140) go_on_later ;;  # the last two: SIGUSR1 or SIGUSR2 before Python was up
-        # srun's code where one task, done with stopping, had the others ended: told to stop only if rank 0 says so. A
-        # task that fails ends the others in the same way.
+        # srun's code if one task, after stopping, had the others ended: it was a request to stop only if rank 0 says
+        # so. A failing task ends the others in the same way.
         *) if [ -e "$run/preempted" ]; then go_on_later; else return "$status"; fi ;;
     esac
 }
 
 go_on_later() {  # the training was told to stop, has saved its state, and is to be started again
-    # Slurm itself ends a job that is cancelled, requeued or out of time: such a job is COMPLETING, and whether it
-    # comes back is not for us to say. One that is still RUNNING was only warned.
+    # Slurm itself ends a job that is cancelled, requeued or out of time: such a job is COMPLETING, and Slurm decides
+    # whether it comes back. One that is still RUNNING was only warned.
     if [ "$(squeue --noheader --jobs="${SLURM_JOB_ID:-none}" --format=%T 2>/dev/null)" = RUNNING ]; then
         echo "stopped; goes back into the queue"
         scontrol requeue "$SLURM_JOB_ID" && sleep 60  # which this shell does not live to see

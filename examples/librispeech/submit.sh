@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# The whole run as four Slurm jobs, each waiting for the one before: cluster, stage 1, stage 2, export.
+# The whole run as four Slurm jobs, each waiting for the previous one: cluster, stage 1, stage 2, export.
 #
 #   bash submit.sh --data DIR --teacher FILE --out DIR [options]
 #
 #   --data DIR            manifests of skill-manifest: train.tsv, valid.tsv
-#   --teacher FILE        file or folder, as skill-cluster takes it; given again, several teachers: criterion.groups names
-#                         their layers as 1/4, and the student starts from the first
-#   --out DIR             gets clusters/, stage1/, stage2/, student.safetensors and logs/; seen from every node
+#   --teacher FILE        file or folder for skill-cluster; repeat it for several teachers: criterion.groups names their
+#                         layers as 1/4, and the student starts as a copy of the first
+#   --out DIR             gets clusters/, stage1/, stage2/, student.safetensors and logs/; must be visible on every node
 #   --config NAME         of config/distill and config/final (default wavlm_base_plus_librispeech)
-#   --final-config NAME   of config/final, where it has another name
-#   --run-config NAME     of config/run: slurm_1gpu, slurm_1node (default), slurm_multinode, cpu; says what a job asks for
-#   --groups FILE         groups of layers that are there already: no clustering; "none": the config has its own
+#   --final-config NAME   of config/final, if its name differs
+#   --run-config NAME     of config/run: slurm_1gpu, slurm_1node (default), slurm_multinode, cpu; sets job resources
+#   --groups FILE         existing groups of layers, skips clustering; "none": the config has its own
 #   --cluster ARG         for skill-cluster, as in --cluster --max-seconds=600; may be given again
 #   --set KEY=VALUE       hydra override of both stages; may be given again; also --set-stage1, --set-stage2
 #   --sbatch ARG          for sbatch, in every step, as in --sbatch --partition=gpu; may be given again; also
 #                         --sbatch-cluster, --sbatch-stage1, --sbatch-stage2, --sbatch-export
 #   --print               print the sbatch commands, submit nothing
 #
-# Give the same command again whenever something went wrong, or to see how far it is: what is done or in the queue is
-# not submitted again. Jobs take this shell's environment along: fairseq-hydra-train must be on its PATH. A job that
-# is preempted, or comes near its time limit, saves its state, goes back into the queue and goes on from there; one that
-# you cancel stays cancelled, and takes those that wait for it along.
+# Run the same command again after a failure, or to see the progress: steps that are done or in the queue are not
+# submitted again. Jobs inherit this shell's environment: fairseq-hydra-train must be on its PATH. A job that is
+# preempted, or comes close to its time limit, saves its state, returns to the queue and resumes; a cancelled job stays
+# cancelled, with the jobs that wait for it.
 set -euo pipefail
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 

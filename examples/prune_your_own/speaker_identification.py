@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fine-tunes a small speech encoder to tell speakers apart, and prunes it by 70 % by that task's loss alone.
+"""Fine-tunes a small speech encoder to identify speakers, and prunes it by 70 % with only that task's loss.
 
 Plain PyTorch on the speech of examples/tiny; fairseq is not needed.
 
@@ -70,7 +70,7 @@ def report(name, model, data):
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--updates", type=int, default=300, help="of each of the three trainings")
+parser.add_argument("--updates", type=int, default=300, help="updates of each of the three trainings")
 parser.add_argument("--seed", type=int, default=1)
 args = parser.parse_args()
 torch.manual_seed(args.seed)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Time to a student: runs examples/tiny/run.sh of a clone from nothing, and appends a row to leaderboard.csv.
+"""Time to a student: runs examples/tiny/run.sh of a clone from scratch, and appends a row to leaderboard.csv.
 
     python examples/tiny/leaderboard.py --note "attention block by block"
     python examples/tiny/leaderboard.py --clone ../at_an_earlier_commit
 
 The seconds are those from the installed package to the exported student: clustering, both stages, shrinking, export.
-Use an idle machine; rows of different processors do not compare.
+Use an idle machine; rows of different processors are not comparable.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ STEPS = {
     "stage 2": "stage 2: distil the shrunk student",
     "export": "export",
 }
-"""Columns, and what run.sh calls these steps."""
+"""Columns, and run.sh's names of these steps."""
 
 
 def seconds_of(said: str) -> dict[str, int]:
-    """Seconds of each step in what run.sh has printed.
+    """Seconds of each step from run.sh's output.
 
     Raises:
         ValueError: a step is missing.
@@ -42,12 +42,12 @@ def seconds_of(said: str) -> dict[str, int]:
     times = {name: int(took) for name, took in re.findall(r"(?m)^(\S.*?) +(\d+) s$", said)}
     missing = [name for name in STEPS.values() if name not in times]
     if missing:
-        raise ValueError(f"run.sh says nothing of {missing}; expected a line with the seconds of each step")
+        raise ValueError(f"run.sh's output lacks {missing}; expected a line with the seconds of each step")
     return {column: times[name] for column, name in STEPS.items()}
 
 
 def row(clone: Path, out: Path, said: str, note: str) -> dict[str, object]:
-    """A row of the table, of what run.sh has printed and written."""
+    """A row of the table, from run.sh's output and files."""
     seconds = seconds_of(said)
     results = json.loads((out / "probe.json").read_text(encoding="utf-8"))["results"]
     found = {entry["task"]: entry for entry in results if entry["model"] == "student"}
@@ -70,7 +70,7 @@ def row(clone: Path, out: Path, said: str, note: str) -> dict[str, object]:
 
 
 def append(path: Path, found: dict[str, object]) -> None:
-    """Adds a row to the table, which is begun where it is missing."""
+    """Appends a row to the table, which is created if missing."""
     new = not path.exists()
     with open(path, "a", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, list(found), lineterminator="\n")
@@ -80,7 +80,7 @@ def append(path: Path, found: dict[str, object]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clone", type=Path, default=HERE.parents[1], help="repository to run (default: this one)")
     parser.add_argument("--note", default="", help="what changed, and why it is faster")

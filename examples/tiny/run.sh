@@ -4,7 +4,7 @@
 #
 #   bash examples/tiny/run.sh [OUT]        results go to OUT, by default examples/tiny/out
 #
-# What is done is not done again: delete OUT, or a part of it, to repeat. PYTHON chooses the interpreter for the
+# Finished steps are not repeated: delete OUT, or a part of it, to repeat them. PYTHON chooses the interpreter for the
 # environment (default python3; 3.10 to 3.13).
 set -euo pipefail
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
@@ -32,7 +32,7 @@ step() {  # ends the step before, and says how long it took
     printf '\n== %s\n' "$1"
 }
 times=
-trap 'printf "\nStopped. What was finished stays; the same command goes on from there.\n" >&2; exit 130' INT TERM
+trap 'printf "\nStopped. Finished parts are kept; run the same command again to resume.\n" >&2; exit 130' INT TERM
 
 install() {
     local wanted
@@ -108,8 +108,9 @@ if [ ! -f "$out/probe.json" ]; then
     tool skill-probe "teacher=$teacher" "shrunk=$out/shrunk.safetensors" "student=$out/student.safetensors" \
         "random=random:$out/student.safetensors" logmel \
         --task "$data/tasks/digit" --task "$data/tasks/speaker" \
-        --json "$out/probe.json" --plot "$out/probe.png" | tee "$out/probe.txt.partial"
+        --plot "$out/probe.png" --json 2>&1 > "$out/probe.json.partial" | tee "$out/probe.txt.partial"
     mv "$out/probe.txt.partial" "$out/probe.txt"
+    mv "$out/probe.json.partial" "$out/probe.json"
 else
     cat "$out/probe.txt"
 fi

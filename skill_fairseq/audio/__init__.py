@@ -1,1 +1,1 @@
-"""Audio files and manifests, and the classic spectral features."""
+"""Audio files, manifests, and spectral features."""

@@ -1,4 +1,4 @@
-"""Batches of utterances of one length, and batches that share out evenly."""
+"""Batches of equal-length utterances, and even division of batches over ranks."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Sequence
 
 
 def length_exact_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Batches that need no padding: only utterances of equal length share one.
+    """Makes batches that need no padding, because only utterances of equal length share one.
 
-    Padding changes the features of some encoders (:func:`skill_fairseq.load_encoder` says which). Utterances differ
-    in length by single samples, so most batches hold one of them unless audio was cut to few lengths.
+    Padding changes the features of some encoders (:func:`skill_fairseq.load_encoder` says which). Lengths differ by
+    single samples, so most batches hold one utterance unless the audio was cut to a few lengths.
 
     Args:
         lengths: samples of each utterance.
-        max_tokens: most samples of a batch; a longer utterance has a batch of its own.
+        max_tokens: samples per batch at most; a longer utterance gets its own batch.
 
     Returns:
-        indices into ``lengths``, each once; batches in the order of their first utterance, and within a batch the
-        order is kept.
+        indices into ``lengths``, each once; batches are in the order of their first utterance, utterances in a batch
+        keep their order.
 
     Raises:
         ValueError: a length or ``max_tokens`` is not positive.
@@ -30,7 +30,7 @@ def length_exact_batches(lengths: Sequence[int], max_tokens: int) -> list[list[i
     if max_tokens < 1:
         raise ValueError(f"max_tokens: {max_tokens}; expected a positive number of samples")
     batches: list[list[int]] = []
-    open_batch: dict[int, list[int]] = {}  # the one of each length that may still grow
+    open_batch: dict[int, list[int]] = {}  # by length, the batch that can still grow
     for i, length in enumerate(lengths):
         if length < 1:
             raise ValueError(f"lengths: {length} samples at index {i}; expected a positive number")
@@ -43,18 +43,18 @@ def length_exact_batches(lengths: Sequence[int], max_tokens: int) -> list[list[i
 
 
 def split_batches(batches: Sequence[Sequence[int]], multiple: int) -> list[list[int]]:
-    """Halves the largest batches until their number is a multiple, so that every rank has as many as the others.
+    """Halves the largest batches until their number is a multiple, so that every rank gets equally many.
 
     Args:
-        batches: of utterances; left as they are.
+        batches: batches of utterances; not modified.
         multiple: number of ranks.
 
     Returns:
-        batches with the same utterances in the same order; ``multiple - 1`` times at most one is halved. Of batches
-        with equally many utterances the first is halved first, and its first half is never the smaller.
+        batches with the same utterances in the same order, after at most ``multiple - 1`` halvings. Of batches with
+        equally many utterances the first is halved first, and the first half is never the smaller one.
 
     Raises:
-        ValueError: there are not as many utterances as batches needed.
+        ValueError: there are fewer utterances than batches needed.
     """
     if multiple < 1:
         raise ValueError(f"multiple: {multiple}; expected a positive number of ranks")
@@ -62,7 +62,7 @@ def split_batches(batches: Sequence[Sequence[int]], multiple: int) -> list[list[
     wanted = -(-len(batches) // multiple) * multiple
     if utterances < wanted:
         raise ValueError(
-            f"{utterances} utterances in {len(batches)} batches cannot be shared out to {multiple} processes: all need "
+            f"{utterances} utterances in {len(batches)} batches cannot be divided over {multiple} processes: all need "
             f"equally many batches, {wanted} in all. Use fewer processes (distributed_training.distributed_world_size) "
             "or more audio, or put more utterances into a batch (dataset.max_tokens, dataset.batch_size)"
         )

@@ -1,8 +1,8 @@
-"""Log-mel filter banks and MFCCs, after Kaldi's conventions, as HuBERT's first k-means round uses them.
+"""Log-mel filter banks and MFCCs with Kaldi's conventions, as in HuBERT's first k-means iteration.
 
-Frames are cut without padding; each loses its mean, is pre-emphasised by 0.97 and windowed by Povey's window;
-the power spectrum goes through triangular filters, equally spaced in mel = 1127 ln(1 + f / 700) from 20 Hz to
-half the sample rate. No dither, no energy term (Kaldi's `--dither=0 --use-energy=false`).
+Frames are cut without padding; from each the mean is subtracted, then come pre-emphasis of 0.97, Povey's window, and
+the power spectrum through triangular filters, equally spaced in mel = 1127 ln(1 + f / 700) from 20 Hz to half the
+sample rate. There is no dither and no energy term (Kaldi's `--dither=0 --use-energy=false`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from scipy.fft import dct
 from torch import Tensor
 
+from skill_fairseq.modules.log_mel import mel_filters
+
 PRE_EMPHASIS = 0.97
-LOW_HZ = 20.0
 FLOOR = torch.finfo(torch.float32).eps  # Kaldi's floor under the logarithm
 LIFTER = 22.0
 
@@ -40,9 +41,7 @@ def log_mel(
     if wave.dim() != 1:
         raise ValueError(f"wave: shape {tuple(wave.shape)}, expected (N,); pass one recording of one channel")
     if wave.numel() < window:
-        raise ValueError(
-            f"wave: {wave.numel()} samples, expected at least one window of {window}; leave it out or pad it"
-        )
+        raise ValueError(f"wave: {wave.numel()} samples, expected at least one window of {window}; remove it or pad it")
     frames = wave.float().unfold(0, window, hop)
     frames = frames - frames.mean(dim=1, keepdim=True)
     previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
@@ -62,13 +61,13 @@ def mfcc(
 ) -> Tensor:
     """Mel-frequency cepstra with first and second differences.
 
-    The cepstra are the orthonormal DCT-II of the log-mel energies, liftered by 1 + 11 sin(pi n / 22);
-    differences are regressions over two frames each side, the edges repeated.
+    The cepstra are the orthonormal DCT-II of the log-mel energies, liftered by 1 + 11 sin(pi n / 22); differences are
+    regressions over two frames on each side, with repeated edges.
 
     Args:
         wave: (N,) samples.
         sample_rate: Hz.
-        n_cepstra: cepstra kept, the zeroth included.
+        n_cepstra: number of cepstra, including the zeroth.
         n_mels: number of filters.
         window_ms, hop_ms: frame length and step in milliseconds.
 
@@ -76,7 +75,7 @@ def mfcc(
         (T, 3 * n_cepstra) float32: cepstra, differences, differences of differences.
 
     Raises:
-        ValueError: as `log_mel`, or more cepstra than filters.
+        ValueError: see `log_mel`, or there are more cepstra than filters.
     """
     if not 0 < n_cepstra <= n_mels:
         raise ValueError(f"n_cepstra: {n_cepstra}, expected 1 to n_mels = {n_mels}; lower it or raise n_mels")
@@ -89,25 +88,11 @@ def mfcc(
 
 
 def deltas(features: Tensor, reach: int = 2) -> Tensor:
-    """Slope of the regression line through `reach` frames each side; edges are repeated. (T, D) to (T, D)."""
+    """Slope of the regression line through `reach` frames on each side, with repeated edges; (T, D) to (T, D)."""
     first, last = features[:1].expand(reach, -1), features[-1:].expand(reach, -1)
     slopes = torch.arange(-reach, reach + 1, dtype=features.dtype, device=features.device)
     windows = torch.cat([first, features, last]).unfold(0, 2 * reach + 1, 1)  # (T, D, 2 reach + 1)
     return (windows @ slopes) / slopes.square().sum()
-
-
-def mel_filters(n_fft: int, sample_rate: int, n_mels: int) -> Tensor:
-    """Triangular filters of height 1, as (n_fft / 2 + 1, n_mels) weights of the power spectrum's bins."""
-
-    def mel(hertz: Tensor) -> Tensor:
-        return 1127.0 * torch.log1p(hertz / 700.0)
-
-    low, high = mel(torch.tensor([LOW_HZ, sample_rate / 2], dtype=torch.float64)).tolist()
-    edges = torch.linspace(low, high, n_mels + 2, dtype=torch.float64)
-    bins = mel(torch.arange(n_fft // 2 + 1, dtype=torch.float64) * sample_rate / n_fft)[:, None]
-    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    return torch.minimum(rising, falling).clamp_min(0).float()
 
 
 def _povey_window(length: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""fairseq manifests: line 1 a root folder, then one `path TAB number of samples` a line; and reading the
-audio they name, of which any may be damaged.
+"""fairseq manifests (line 1 is a root folder, each further line `path TAB number of samples`), and reading their
+audio, any of which may be damaged.
 
-A relative root is relative to the manifest's own folder, so that a data folder can be moved and a command may
-start anywhere. (Plain fairseq takes it relative to the working directory; with an absolute root both agree.)
+A relative root is relative to the manifest's folder, so a data folder can be moved and commands can start anywhere.
+(Plain fairseq resolves it against the working directory; with an absolute root both agree.)
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from skill_fairseq.reading import read_text
 logger = logging.getLogger(__name__)
 
 MIN_SAMPLES = 400  # receptive field of the usual conv stack: shorter audio gives no frame
-MAX_HOURS = 4  # 0.9 GB at 16 kHz; no encoder takes more at once
-BLOCK = 1 << 22  # samples decoded at a time: a length that a header invents costs no more memory
-UNKNOWN = 2**63 - 1  # libsndfile's number of samples where the header gives none
+MAX_HOURS = 4  # 0.9 GB at 16 kHz; no encoder can take more at once
+BLOCK = 1 << 22  # samples decoded at a time, so a wrong length in a header costs no memory
+UNKNOWN = 2**63 - 1  # libsndfile's number of samples if the header has none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Manifest:
 
     Attributes:
         root: absolute folder that `paths` are relative to.
-        paths: one path a recording, as written in the manifest.
+        paths: one path per recording, as written in the manifest.
         sizes: number of samples of each recording.
         source: the manifest file itself, for messages.
     """
@@ -54,12 +54,12 @@ class Manifest:
 
     @property
     def files(self) -> Files:
-        """Absolute path of every recording, in order; each is made when it is asked for."""
+        """Absolute paths of the recordings, in order, created on demand."""
         return Files(self.root, self.paths)
 
 
 class Files(Sequence[Path]):
-    """Paths below a folder. A list of them would take 300 bytes a recording, and a millisecond for every thousand.
+    """Lazy paths below a folder; a list would take 300 bytes per recording, and a millisecond per thousand.
 
     Args:
         root: the folder.
@@ -84,12 +84,12 @@ class Files(Sequence[Path]):
 
 
 def read_manifest(path: PathLike) -> Manifest:
-    """Read a manifest. The audio files themselves are not looked at, see `check_manifest`.
+    """Reads a manifest, without checking the audio files; see `check_manifest`.
 
     Raises:
         FileNotFoundError: no such manifest.
-        ValueError: not UTF-8, a line is not `path TAB samples`, a path or the root begins with a blank, which fairseq
-            would leave out, or the manifest lists no audio.
+        ValueError: it is not UTF-8, a line is not `path TAB samples`, a path or the root begins with a blank, which
+            fairseq would strip, or the manifest lists no audio.
     """
     source = Path(path)
     if not source.is_file():
@@ -97,7 +97,7 @@ def read_manifest(path: PathLike) -> Manifest:
     root, *lines = read_text(source).removesuffix("\n").split("\n")
     if root != root.strip() and "\t" not in root:
         raise ValueError(
-            f"{source}, line 1: the root {root!r} begins or ends with a blank, which fairseq leaves out; remove it, or "
+            f"{source}, line 1: the root {root!r} begins or ends with a blank, which fairseq strips; remove it, or "
             "rename the folder"
         )
     if "\t" in root:
@@ -113,8 +113,7 @@ def read_manifest(path: PathLike) -> Manifest:
             )
         if name[0].isspace():
             raise ValueError(
-                f"{source}, line {number}: the path {name!r} begins with a blank, which fairseq leaves out; rename the "
-                "file"
+                f"{source}, line {number}: the path {name!r} begins with a blank, which fairseq strips; rename the file"
             )
         paths.append(name)
         sizes.append(int(size))
@@ -124,21 +123,21 @@ def read_manifest(path: PathLike) -> Manifest:
 
 
 def check_manifest(manifest: Manifest, chosen: Sequence[int] | None = None, show: int = 3) -> None:
-    """Make sure that the files of a manifest exist, before any work starts.
+    """Checks, before any work, that the files of a manifest exist.
 
     Args:
-        manifest: what lists them.
-        chosen: indices of those to look for; None: all.
-        show: how many a message names.
+        manifest: the manifest.
+        chosen: indices to check; None: all.
+        show: number of missing files that the message names.
 
     Raises:
-        FileNotFoundError: files are missing; the message has their number, the first of them, and a remedy.
+        FileNotFoundError: files are missing; gives their number, the first ones, and a remedy.
     """
     indices = range(len(manifest)) if chosen is None else chosen
     missing = [index for index in indices if not os.path.isfile(manifest.files[index])]
     if missing:
         first = ", ".join(str(manifest.files[index]) for index in missing[:show])
-        looked = "" if len(indices) == len(manifest) else f" that were looked for, of {len(manifest)} in all,"
+        looked = "" if len(indices) == len(manifest) else f" checked, of {len(manifest)} in all,"
         raise FileNotFoundError(
             f"{manifest.source}: {len(missing)} of {len(indices)} files{looked} are missing, the first: {first}; "
             f"correct the root in line 1 (now {manifest.root}; a relative root is relative to the "
@@ -147,20 +146,20 @@ def check_manifest(manifest: Manifest, chosen: Sequence[int] | None = None, show
 
 
 def write_manifest(path: PathLike, root: PathLike, paths: Sequence[str], sizes: Sequence[int]) -> None:
-    """Write a manifest in one step.
+    """Writes a manifest atomically.
 
     Args:
         path: the file to write.
         root: line 1, written as given.
         paths: relative to the root.
-        sizes: number of samples, one a path.
+        sizes: number of samples of each path.
 
     Raises:
-        ValueError: `paths` and `sizes` differ in length, or the root or a path cannot stand in a manifest, see
+        ValueError: `paths` and `sizes` differ in length, or a manifest cannot hold the root or a path, see
             :func:`skill_fairseq.audio.names.unstorable`.
     """
     if len(paths) != len(sizes):
-        raise ValueError(f"{path}: {len(paths)} paths but {len(sizes)} sizes; give one size a path")
+        raise ValueError(f"{path}: {len(paths)} paths but {len(sizes)} sizes; give one size per path")
     check_root(root)
     for name in paths:
         reason = unstorable(name)
@@ -172,25 +171,24 @@ def write_manifest(path: PathLike, root: PathLike, paths: Sequence[str], sizes: 
 
 @contextlib.contextmanager
 def open_audio(path: PathLike) -> Iterator[soundfile.SoundFile]:
-    """Open a recording for the length of a block.
+    """Opens a recording for the duration of a block.
 
     Args:
         path: any file that libsndfile decodes (FLAC, WAV, OGG, MP3, ...).
 
     Raises:
-        FileNotFoundError: no such file, or none to read from: a folder, a pipe (which would wait for a writer).
-        ValueError: the decoder fails, with whatever exception, when it opens the file or within the block; or the
-            header gives no length.
+        FileNotFoundError: no such file, or not a regular one: a folder, or a pipe (which would wait for a writer).
+        ValueError: the decoder raises any exception, on opening or in the block; or the header has no length.
     """
     file = Path(path)
     if not file.is_file():
-        what = "is no regular file" if file.exists() else "no such audio file"
+        what = "is not a regular file" if file.exists() else "no such audio file"
         raise FileNotFoundError(f"{file}: {what}; correct the manifest or its root")
     try:
         with soundfile.SoundFile(str(file)) as audio:
             if audio.frames == UNKNOWN:
                 raise _Unfit(
-                    f"{file}: its header gives no length, as when a program writes into a pipe; write it again: "
+                    f"{file}: its header has no length, as when a program writes to a pipe; write it again: "
                     f"ffmpeg -i {shell_quote(file.absolute())} {shell_quote(f'./{file.stem}.new.flac')}"
                 )
             yield audio
@@ -199,17 +197,17 @@ def open_audio(path: PathLike) -> Iterator[soundfile.SoundFile]:
     except Exception as error:  # soundfile raises TypeError for .raw, ValueError and MemoryError for odd headers
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{file}: cannot be decoded ({reason}), expected audio such as FLAC or WAV; replace it or leave "
-            "it out of the manifest"
+            f"{file}: cannot be decoded ({reason}), expected audio such as FLAC or WAV; replace it or remove "
+            "it from the manifest"
         ) from error
 
 
 def load_audio(path: PathLike, sample_rate: int = 16000, min_samples: int = MIN_SAMPLES) -> Tensor:
-    """Read one mono recording.
+    """Reads one mono recording.
 
     Args:
         path: any file that libsndfile decodes (FLAC, WAV, OGG, ...).
-        sample_rate: Hz that the file must have; nothing is resampled.
+        sample_rate: required sample rate, Hz; nothing is resampled.
         min_samples: least number of samples.
 
     Returns:
@@ -217,8 +215,8 @@ def load_audio(path: PathLike, sample_rate: int = 16000, min_samples: int = MIN_
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not decodable, another sample rate, more than one channel, too short, longer than `MAX_HOURS`, of
-            another length than its header says, or samples not finite.
+        ValueError: it cannot be decoded, has another sample rate or several channels, is too short or longer than
+            `MAX_HOURS`, differs in length from its header, or has samples that are not finite.
     """
     file = Path(path)
     with open_audio(file) as audio:
@@ -229,7 +227,7 @@ def load_audio(path: PathLike, sample_rate: int = 16000, min_samples: int = MIN_
         bad = int(np.argmin(finite))
         raise ValueError(
             f"{file}: {int((~finite).sum())} samples are NaN or infinite, the first at {bad}, expected "
-            "finite numbers; repair the file or leave it out of the manifest"
+            "finite numbers; repair the file or remove it from the manifest"
         )
     return torch.from_numpy(samples)
 
@@ -237,18 +235,18 @@ def load_audio(path: PathLike, sample_rate: int = 16000, min_samples: int = MIN_
 def readable(
     files: Iterable[PathLike], skipped: list[Path], sample_rate: int = 16000, min_samples: int = MIN_SAMPLES
 ) -> Iterator[tuple[Path, Tensor]]:
-    """The recordings of a list that can be read, one by one.
+    """Yields the readable recordings of a list.
 
     Args:
         files: audio.
-        skipped: gets every file that cannot be read; the log says why.
+        skipped: collects unreadable files; the log says why.
         sample_rate, min_samples: as in `load_audio`.
 
     Yields:
         file and (N,) float32 samples.
 
     Raises:
-        ValueError: none of them can be read; says why the first cannot.
+        ValueError: none can be read; says why the first cannot.
     """
     first, found = "", False
     for file in map(Path, files):
@@ -266,13 +264,13 @@ def readable(
 
 
 def conversion(file: Path, sample_rate: int = 16000) -> str:
-    """The remedy for another sample rate or stereo: a command line that converts the file."""
+    """The remedy for a wrong sample rate or stereo: a command that converts the file."""
     converted = shell_quote(f"./{file.stem}.{sample_rate // 1000}k.flac")
     return f"convert it: ffmpeg -i {shell_quote(file.absolute())} -ar {sample_rate} -ac 1 {converted}"
 
 
 def _check_header(audio: soundfile.SoundFile, file: Path, sample_rate: int, min_samples: int) -> None:
-    """What can be refused before a sample is decoded."""
+    """Refuses what the header shows to be unfit."""
     rate, channels, samples = audio.samplerate, audio.channels, audio.frames
     if rate != sample_rate:
         raise _Unfit(f"{file}: sample rate {rate} Hz, expected {sample_rate} Hz; {conversion(file, sample_rate)}")
@@ -281,7 +279,7 @@ def _check_header(audio: soundfile.SoundFile, file: Path, sample_rate: int, min_
     if samples < min_samples:
         raise _Unfit(
             f"{file}: {samples} samples, expected at least {min_samples} "
-            f"({min_samples / sample_rate:g} s); leave it out of the manifest"
+            f"({min_samples / sample_rate:g} s); remove it from the manifest"
         )
     if samples > MAX_HOURS * 3600 * sample_rate:
         raise _Unfit(
@@ -291,7 +289,7 @@ def _check_header(audio: soundfile.SoundFile, file: Path, sample_rate: int, min_
 
 
 def _decode(audio: soundfile.SoundFile, file: Path) -> np.ndarray:
-    """All (N,) samples."""
+    """Decodes all (N,) samples."""
     blocks = []
     left = audio.frames
     while left > 0:
@@ -303,13 +301,13 @@ def _decode(audio: soundfile.SoundFile, file: Path) -> np.ndarray:
         what = f"has {audio.frames - left}" if left else "has more than"
         raise _Unfit(
             f"{file}: {what} of the {audio.frames} samples that its header gives; replace it if it is damaged; an MP3 "
-            f"of variable bit rate may lack the header: {conversion(file, audio.samplerate)}"
+            f"with variable bit rate may lack the header: {conversion(file, audio.samplerate)}"
         )
     return np.ascontiguousarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks))
 
 
 def _unread(file: Path) -> float:
-    """Which part of an MP3 the decoder leaves: it guesses the length by the first frame's bit rate, and stops there."""
+    """The samples of an MP3 that the decoder skips: it guesses the length from the first frame's bit rate."""
     with open(file, "rb") as stream, soundfile.SoundFile(stream) as audio:
         while len(audio.read(BLOCK)) == BLOCK:
             pass
@@ -317,4 +315,4 @@ def _unread(file: Path) -> float:
 
 
 class _Unfit(Exception):
-    """What is wrong has been said."""
+    """An error whose message already names file and remedy."""

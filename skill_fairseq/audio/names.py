@@ -1,4 +1,4 @@
-"""Which names of files and folders a manifest can hold."""
+"""Names of files and folders that a manifest can hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def unstorable(name: str) -> str:
 
 
 def check_root(root: PathLike) -> None:
-    """Makes sure that a folder can stand in a manifest's first line.
+    """Checks that a manifest's first line can hold a folder's name.
 
     Raises:
         ValueError: it cannot.

@@ -1,21 +1,21 @@
-"""Recordings too long for an encoder, in pieces."""
+"""Splits recordings that are too long for an encoder."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 PIECE_SECONDS = 60
-"""Longest audio that statistics over frames encode at a time. Attention takes time by the square of the length, and no
-encoder was trained on more; 60 s is longer than nearly every utterance of the usual corpora."""
+"""Longest audio to encode at once for statistics over frames. The time of attention grows with the square of the
+length, and no encoder was trained on more; 60 s is longer than almost every utterance of the usual corpora."""
 
 
 def pieces(source: Tensor, sample_rate: int, seconds: float = PIECE_SECONDS) -> tuple[Tensor, ...]:
-    """Cuts audio into as few pieces of like length as are short enough; short audio stays whole.
+    """Cuts audio into as few pieces as possible of about equal length; short audio stays whole.
 
     Args:
         source: (B, N) or (N,) samples.
         sample_rate: Hz.
-        seconds: longest piece.
+        seconds: length of a piece at most.
 
     Returns:
         views (B, N_i) or (N_i,), whose lengths differ by one sample at most.

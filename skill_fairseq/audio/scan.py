@@ -1,4 +1,4 @@
-"""Looking at every audio file of a corpus: several at a time, on from where an earlier scan was ended."""
+"""Scans the audio files of a corpus in parallel; an interrupted scan can resume."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from skill_fairseq.reading import find_files
 
 @dataclasses.dataclass(frozen=True)
 class Sought:
-    """Which files of a corpus are taken; paths are relative to its root.
+    """Selects files of a corpus; paths are relative to its root.
 
     Attributes:
-        extensions: endings of files, in any case.
-        include: if there are any patterns, only what one of them matches.
-        exclude: what none of these patterns matches.
+        extensions: file suffixes, in any case.
+        include: patterns, of which at least one must match; empty: no restriction.
+        exclude: patterns, of which none may match.
 
-    A pattern matches a path, or any folder in it, with shell wildcards of which `*` takes `/` too.
+    A pattern matches a path, or any folder in it, with shell wildcards; `*` also matches `/`.
     """
 
     extensions: Sequence[str]
@@ -38,7 +38,7 @@ class Sought:
     exclude: Sequence[str] = ()
 
     def takes(self, path: str) -> bool:
-        """Whether a file is taken."""
+        """Whether a file is selected."""
         suffixes = {"." + extension.lower().lstrip(".") for extension in self.extensions}
         included = not self.include or _matches(path, self.include)
         return os.path.splitext(path)[1].lower() in suffixes and included and not _matches(path, self.exclude)
@@ -51,7 +51,7 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 
 
 def find_audio(root: Path, folders: Sequence[Path], sought: Sought, unreadable: list[tuple[str, str]]) -> Iterator[str]:
-    """Paths below `root` of the files in some folders below it that are sought, sorted folder by folder.
+    """Paths below `root` of the selected files in some of its folders, sorted within each folder.
 
     Links to folders are followed, and every folder is visited once. Folders that cannot be listed are added to
     `unreadable`, with the reason.
@@ -74,11 +74,11 @@ def _below(path: Path, root: Path) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a file is.
+    """Facts about a file.
 
     Attributes:
-        samples, rate, channels: of the audio; 0 if it cannot be read.
-        problem: why it cannot be used, empty if it can.
+        samples, rate, channels: properties of the audio; 0 if it cannot be read.
+        problem: why it cannot be used; empty if it can.
     """
 
     samples: int = 0
@@ -88,28 +88,28 @@ class Facts:
 
 
 def look(file: Path, decode: bool = False) -> Facts:
-    """Open a file, read its header and its last samples; with `decode` all of it. Nothing that is in it is raised."""
+    """Reads a file's header and last samples, or with `decode` all of it. Damaged content raises nothing."""
     try:
-        with open_audio(file) as audio:  # which waits for no FIFO
+        with open_audio(file) as audio:  # refuses FIFOs instead of waiting
             facts = Facts(audio.frames, audio.samplerate, audio.channels)
             tail = min(facts.samples, MIN_SAMPLES)
-            audio.seek(facts.samples - tail)  # a file that was cut short often still has a good header
+            audio.seek(facts.samples - tail)  # a truncated file often still has a good header
             if len(audio.read(tail)) < tail:
                 return Facts(problem="ends before the length that its header gives")
         if decode and facts.channels == 1 and facts.samples >= MIN_SAMPLES:
             load_audio(file, facts.rate)
-    except Exception as error:  # whatever a decoder makes of what is in a file
+    except Exception as error:  # decoders raise anything on damaged files
         return Facts(problem=str(error).strip() or type(error).__name__)
     return facts
 
 
 class Progress:
-    """The facts of an unfinished scan, in a file from which the next one goes on.
+    """A file with the facts of an unfinished scan, from which the next scan resumes.
 
-    A file that has changed since, by its size or its time, is looked at again.
+    An audio file whose size or time has changed is read again.
 
     Args:
-        path: the file; one JSON list a line.
+        path: the file; one JSON list per line.
         decode: whether files are decoded.
     """
 
@@ -119,13 +119,13 @@ class Progress:
         self.known: dict[str, tuple[list[int], Facts]] = {}
         with contextlib.suppress(FileNotFoundError):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError):  # a line that was being written when the scan ended
+                with contextlib.suppress(ValueError, TypeError):  # a line that was not written completely
                     decoded, name, stamp, facts = json.loads(line)
                     if decoded or not decode:
                         self.known[name] = (stamp, Facts(*facts))
 
     def look(self, file: Path) -> tuple[list[int], Facts]:
-        """Size and time of a file, and its facts, known ones if it has not changed."""
+        """Size and time of a file, and its facts: the known ones if it has not changed."""
         try:
             found = os.stat(file)
         except (OSError, ValueError) as error:
@@ -136,8 +136,8 @@ class Progress:
 
 
 def scan(files: Sequence[Path], progress: Progress, jobs: int) -> Iterator[Facts]:
-    """The facts of every file, in order, `jobs` of them looked at together."""
-    quiet = not sys.stderr.isatty()  # a line every half minute is enough for a log
+    """The facts of every file, in order; reads `jobs` files in parallel."""
+    quiet = not sys.stderr.isatty()  # one line per half minute is enough for a log
     bar = functools.partial(tqdm, delay=30 if quiet else 0, mininterval=30 if quiet else 0.1)
     progress.path.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPool(jobs) as pool, open(progress.path, "a", encoding="utf-8") as stream:

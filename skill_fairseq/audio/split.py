@@ -1,4 +1,4 @@
-"""Sharing recordings out to training, validation and test."""
+"""Divides recordings into training, validation and test."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SPEAKER = r"([^/]+)/[^/]+/[^/]+$"
 
 
 def keys_of(paths: Sequence[str], split_by: str, speaker: str = SPEAKER) -> list[str]:
-    """What must not be divided between splits, for each recording.
+    """A key for each recording; recordings with the same key stay in the same split.
 
     Args:
         paths: relative paths.
-        split_by: "file", "folder" (the one that a file lies in), or "speaker".
-        speaker: regular expression that finds the speaker in a path; its first group is the name, or all of it.
+        split_by: "file", "folder" (the file's folder), or "speaker".
+        speaker: regular expression that finds the speaker in a path: its first group, or else the whole match.
 
     Raises:
         ValueError: a path has no speaker.
@@ -31,7 +31,7 @@ def keys_of(paths: Sequence[str], split_by: str, speaker: str = SPEAKER) -> list
         found = pattern.search(path)
         if found is None:
             raise ValueError(
-                f"--split-by speaker: {path!r} has no speaker by the pattern {speaker!r}; give another --speaker, or "
+                f"--split-by speaker: {path!r} has no speaker for the pattern {speaker!r}; give another --speaker, or "
                 "--split-by folder"
             )
         keys.append((pattern.groups and found[1]) or found[0])
@@ -39,12 +39,12 @@ def keys_of(paths: Sequence[str], split_by: str, speaker: str = SPEAKER) -> list
 
 
 def split(keys: Sequence[str], percents: dict[str, float], seed: int) -> dict[str, list[int]]:
-    """Share recordings out by the rank of a seeded hash of their key; those of one key stay together.
+    """Divides recordings by the rank of a seeded hash of their key, so that equal keys stay together.
 
     Args:
-        keys: of each recording, for example its relative path.
-        percents: per cent of the recordings in each split but `train`, which gets the rest; as near as whole keys
-            come, and at least one key.
+        keys: key of each recording, for example its relative path.
+        percents: per cent of the recordings in each split but `train`, which gets the rest; as close as whole keys
+            allow, and at least one key.
         seed: another seed, another split.
 
     Returns:
@@ -67,8 +67,9 @@ def split(keys: Sequence[str], percents: dict[str, float], seed: int) -> dict[st
         shares[name] = sorted(share)
     if not order:
         raise ValueError(
-            f"--valid-percent, --test-percent: {len(keys)} usable recordings ({len(members)} that may be parted) leave "
-            "none for train.tsv, expected at least one; lower the percentages, add audio, or split by something smaller"
+            f"--valid-percent, --test-percent: {len(keys)} usable recordings ({len(members)} that may be separated) "
+            "leave none for train.tsv, expected at least one; lower the percentages, add audio, or split by something "
+            "smaller"
         )
     shares["train"] = sorted(index for key in order for index in members[key])
     return shares

@@ -1,1 +1,1 @@
-"""What `skill-bench` measures: training steps, inference, clustering, data loading."""
+"""Measurements of `skill-bench`: training steps, inference, clustering, data loading."""

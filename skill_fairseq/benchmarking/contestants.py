@@ -28,7 +28,7 @@ Step = Callable[[], Times]
 
 
 class Stopwatch:
-    """Seconds by phase; waits for the GPU where there is one."""
+    """Seconds per phase; synchronises the GPU if there is one."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device.startswith("cuda")
@@ -48,10 +48,10 @@ class Stopwatch:
 
 
 def ours(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
-    """This package.
+    """This package's encoder.
 
     Returns:
-        one measured step, and what it works on: parameters and MACs.
+        a step to measure, and the size of its model: parameters and MACs.
     """
     full = setup.full_encoder()
     audio = setup.audio()
@@ -105,7 +105,7 @@ def ours(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
 
 
 def transformers(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
-    """Hugging Face's implementation: the full encoder, and in training an ungated student of the same shape.
+    """Hugging Face's implementation: the full encoder, and in training also an ungated student of the same shape.
 
     Raises:
         ValueError: transformers is not installed, or has no such encoder.
@@ -162,7 +162,7 @@ def onnxruntime(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
 
 
 def openvino(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
-    """The same as ``skill-export --to openvino`` writes it, in OpenVINO."""
+    """The same encoder as ``skill-export --to openvino`` writes it, in OpenVINO."""
     require("--against openvino", "openvino", "onnx", "onnxscript")
     from skill_fairseq.exporting.openvino_model import OpenvinoEncoder, convert
 
@@ -173,7 +173,7 @@ def openvino(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
 
 
 def products(setup: Setup, what: str) -> tuple[Step, Dict[str, Any]]:
-    """A large matrix product by every kernel that there is; the fastest is this machine's rate."""
+    """A large matrix product with every available kernel; the fastest gives this machine's rate."""
     inputs, outputs, frames, rounds = 1024, 1024, 1024, 3
     precision = setup.precision if setup.precision in PRECISIONS else "fp32"
     dtype = PRECISIONS[precision]
@@ -265,7 +265,7 @@ def _training(
     size_term: Callable[[], Tensor | float],
     modules: List[nn.Module],
 ) -> Step:
-    """The step that both sides make: same loss, same projections, same optimizer. It learns nothing (rate 0)."""
+    """The training step of both sides: same loss, projections and optimizer. It learns nothing (rate 0)."""
     objective = objective.to(setup.device)
     parameters = [p for module in [*modules, objective] for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
@@ -298,7 +298,16 @@ CONTESTANTS: Dict[str, Callable[[Setup, str], tuple[Step, Dict[str, Any]]]] = {
 
 
 def huggingface_encoder(config: EncoderConfig, **dropouts: float) -> Any:
-    """Hugging Face's encoder of the same original shape, with random weights and no masking or layerdrop."""
+    """Hugging Face's encoder of the same original shape, with random weights and no masking or layerdrop.
+
+    Raises:
+        ValueError: transformers is missing, or has no such encoder.
+    """
+    if config.mel_bins:
+        raise ValueError(
+            "--against transformers: its encoders read waveforms, this one reads log-mel features (mel_bins="
+            f"{config.mel_bins}); compare with onnxruntime, or use an encoder with mel_bins=0"
+        )
     # PyPI's torchaudio cannot be imported beside a CPU torch, and transformers tries.
     with contextlib.suppress(ImportError, OSError):
         import torchaudio  # noqa: F401

@@ -1,4 +1,4 @@
-"""A latency table: whole students timed on this machine, one part at a time made narrower, and a check on others."""
+"""Latency tables: times of whole students on this machine, with one part at a time made narrower, and a check."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from skill_fairseq.pruning.latency import PARTS, LatencyCost, conv_share, fit
 
 RUNTIMES = ("torch", "onnxruntime")
 Shares = Dict[str, float]
-"""Share of its units that each part keeps."""
+"""Share of units that each part keeps."""
 
 
 def student_config(full: EncoderConfig, shares: Shares) -> EncoderConfig:
@@ -37,7 +37,7 @@ def _most(full: EncoderConfig) -> Dict[str, int]:
 
 
 def width_of(config: EncoderConfig, part: str) -> float:
-    """What a table has a part's times by."""
+    """The key of a part's times in the table."""
     column = widths_of(config)[part]
     return float(conv_share(config, column) if part == "conv" else column[0])
 
@@ -66,7 +66,7 @@ def forward(encoder: SpeechEncoder, audio: torch.Tensor, runtime: str, threads: 
 
 
 def milliseconds(config: EncoderConfig, setup: Setup, runtime: str, repeats: int) -> float:
-    """The least time of some forwards over one utterance, after two that do not count."""
+    """The minimum time of several forwards over one utterance, after two warm-up forwards."""
     torch.manual_seed(setup.seed)
     encoder, audio = SpeechEncoder(config).to(setup.device), setup.audio()
     found = float("inf")
@@ -84,14 +84,14 @@ def milliseconds(config: EncoderConfig, setup: Setup, runtime: str, repeats: int
 def measure_table(
     setup: Setup, runtime: str, points: int, checks: int, repeats: int, progress: Callable[[], object]
 ) -> Dict[str, Any]:
-    """Times whole students: each part at some widths with the others at their least, and some mixed ones as a check.
+    """Times whole students: each part at several widths with the others at their least, and mixed ones as a check.
 
     Args:
         setup: architecture, audio, device, threads.
-        runtime: of :data:`RUNTIMES`.
-        points: widths of each part beside the least, evenly spaced up to the full one.
-        checks: mixed students, drawn at random, whose measured time is put beside the table's.
-        repeats: measured forwards of each student, of which the least counts.
+        runtime: a key of :data:`RUNTIMES`.
+        points: widths of each part besides the least, evenly spaced up to the full one.
+        checks: number of random mixed students whose measured time is compared with the table's.
+        repeats: measured forwards of each student; the minimum counts.
         progress: called after every student.
 
     Returns:
@@ -101,7 +101,7 @@ def measure_table(
         require("--runtime onnxruntime", "onnxruntime")
     full = setup.full_encoder().config
     if not full.is_full():
-        raise ValueError("--model: the encoder has been pruned; give one that has not, whose students are to be timed")
+        raise ValueError("--model: the encoder is pruned; give an unpruned one, whose students to time")
 
     def timed(shares: Shares) -> Tuple[EncoderConfig, float]:
         config = student_config(full, shares)

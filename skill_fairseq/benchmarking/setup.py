@@ -1,4 +1,4 @@
-"""What is measured: an architecture, a sparsity, a batch, a device."""
+"""Setup of a measurement: architecture, sparsity, batch, device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ARCHITECTURES = {
     "hubert_base": shapes.hubert_base,
     "hubert_large": shapes.hubert_large,
 }
-"""Shapes by name, filled with random weights: speed does not depend on their values."""
+"""Shapes by name, used with random weights, since speed does not depend on their values."""
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INFERENCE_PRECISIONS = (*PRECISIONS, "int8")
@@ -33,20 +33,20 @@ class Setup:
     """One measurement.
 
     Attributes:
-        arch: key of :data:`ARCHITECTURES`, not used where ``model`` is given.
+        arch: key of :data:`ARCHITECTURES`, not used if ``model`` is given.
         model: file or folder to load instead.
         stage: 1 (gates at ``sparsity``) or 2 (the student shrunk to ``sparsity``).
-        sparsity: fraction of the parameters that is gone.
-        keep_conv: fraction of the conv channels that is kept; None: the same as of heads and FFN units.
-        seconds: audio an utterance.
-        batch: utterances.
+        sparsity: fraction of the parameters to remove.
+        keep_conv: fraction of the conv channels to keep; None: the same as for heads and FFN units.
+        seconds: length of an utterance.
+        batch: utterances per batch.
         device: torch device.
         precision: key of :data:`PRECISIONS`, in inference also int8; below fp32 by autocast: gates and sizes
             stay float32.
         teacher_dtype: precision of the teacher.
         compile: run through ``torch.compile``: the teacher's layers in training, the encoder's in inference.
         threads: CPU threads; None: torch's default.
-        seed: of weights, audio and gates.
+        seed: seed of weights, audio and gates.
     """
 
     arch: str = "wavlm_base_plus"
@@ -77,13 +77,13 @@ class Setup:
 
 
 def gated_student(teacher: SpeechEncoder, sparsity: float, keep_conv: Optional[float], seed: int) -> SpeechEncoder:
-    """A copy with gates on conv channels, heads and FFN units, opened and closed at random to a sparsity.
+    """A copy with gates on conv channels, heads and FFN units, set randomly to a sparsity.
 
     Args:
         teacher: the full encoder.
-        sparsity: expected fraction of the parameters that is gone; 0: gates as training starts them.
-        keep_conv: fraction of the conv channels that stays open; None: the same fraction as of everything else.
-        seed: of the choice.
+        sparsity: expected fraction of removed parameters; 0: gates as at the start of training.
+        keep_conv: fraction of the conv channels that stays open; None: the same fraction as for everything else.
+        seed: seed of the choice.
 
     Raises:
         ValueError: the sparsity cannot be reached.
@@ -130,6 +130,6 @@ def student_of(setup: Setup, teacher: SpeechEncoder) -> SpeechEncoder:
 
 
 def equal_groups(num_layers: int, number: int = 4) -> List[List[int]]:
-    """Layers 0 to ``num_layers`` in runs of like length: a stand-in for what skill-cluster finds."""
+    """Layers 0 to ``num_layers`` in runs of about equal length, in place of skill-cluster's groups."""
     bounds = [round(i * (num_layers + 1) / number) for i in range(number + 1)]
     return [list(range(a, b)) for a, b in zip(bounds, bounds[1:])]

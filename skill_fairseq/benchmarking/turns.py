@@ -1,4 +1,4 @@
-"""Contestants in processes of their own, taking turns: A B A B, so that a noisy machine treats them alike."""
+"""Runs contestants in separate processes that take turns, A B A B, so that a noisy machine affects both equally."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from skill_fairseq.messages import meant_for_users, out_of_memory
 
 
 def reset_peak(device: str) -> None:
-    """Begins to look for the peak of memory again."""
+    """Resets the peak of memory."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
     elif Path("/proc/self/clear_refs").exists():
@@ -29,7 +29,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: on a GPU what torch had allocated at most, on a CPU the process's largest resident size."""
+    """Bytes: torch's peak allocation on a GPU, the process's peak resident size on a CPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
@@ -43,7 +43,7 @@ def peak_memory(device: str) -> int:
 
 
 def _serve(name: str, setup: Setup, what: str, pipe: Connection) -> None:
-    """One contestant: builds itself, then makes a step whenever it is asked to."""
+    """A contestant's process: builds the model, then makes a step on each request."""
     if setup.threads:
         torch.set_num_threads(setup.threads)
     try:
@@ -57,7 +57,7 @@ def _serve(name: str, setup: Setup, what: str, pipe: Connection) -> None:
             pipe.send((times, peak_memory(setup.device)))
     except EOFError:
         pass
-    except Exception as error:  # told by the one who asked
+    except Exception as error:  # the parent reports it
         if out_of_memory(error):
             pipe.send(DoesNotFit(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}"))
         elif meant_for_users(error):
@@ -67,12 +67,11 @@ def _serve(name: str, setup: Setup, what: str, pipe: Connection) -> None:
 
 
 class DoesNotFit(MemoryError):
-    """A step takes more memory than there is."""
+    """A step needs more memory than there is."""
 
 
 def oom_kills() -> int:
-    """How many processes this system has killed for want of memory, in all and in this one's group; -1 if it does
-    not tell."""
+    """Numbers of processes killed for lack of memory, on the system and in this process's group; -1 if unknown."""
     counts = []
     for path in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
         with contextlib.suppress(OSError):
@@ -92,7 +91,7 @@ class Contestant:
     Raises:
         ValueError, OSError, RuntimeError: it could not be built.
         DoesNotFit: out of memory.
-        ChildProcessError: its process was ended, by a crash or from outside.
+        ChildProcessError: its process crashed or was killed.
     """
 
     def __init__(self, name: str, setup: Setup, what: str) -> None:
@@ -117,11 +116,11 @@ class Contestant:
         return answer
 
     def _ended(self) -> Exception:
-        """Why the process has ended unasked."""
+        """Why the process ended by itself."""
         self._process.join()
         code = self._process.exitcode or 0
         if code == -signal.SIGKILL and oom_kills() > self._oom_kills:
-            return DoesNotFit(f"{self.name}: the system killed its process for want of memory")
+            return DoesNotFit(f"{self.name}: the system killed its process for lack of memory")
         how = f"ended with code {code}"
         if code < 0:
             how = f"was ended by {signal.Signals(-code).name}"
@@ -130,7 +129,7 @@ class Contestant:
         return ChildProcessError(f"{self.name}: its process {how}; see what it printed above, if anything")
 
     def step(self, keep: bool = True) -> None:
-        """Makes one step and keeps its times."""
+        """Makes one step and records its times."""
         try:
             self._pipe.send("step")
         except ConnectionError:
@@ -148,7 +147,7 @@ class Contestant:
             self._process.terminate()
 
     def result(self, setup: Setup) -> Dict[str, Any]:
-        """Minimum and median seconds by phase, audio seconds a second, peak bytes, parameters, MACs."""
+        """Minimum and median seconds per phase, audio seconds per second, peak bytes, parameters, MACs."""
         seconds = {
             phase: {
                 "min": float(np.min([times[phase] for times in self.times])),
@@ -170,10 +169,10 @@ def take_turns(
     """Measures contestants in turn.
 
     Args:
-        setups: name and setup of each.
+        setups: name and setup of each contestant.
         what: "train" or "infer".
         repeats: measured steps of each.
-        warmup: steps before that are not kept.
+        warmup: unmeasured steps before.
         progress: called after every step.
 
     Returns:
@@ -194,19 +193,19 @@ def take_turns(
 
 
 def largest_batch(setup: Setup, limit: int, progress: Callable[[], object]) -> tuple[int, int]:
-    """The largest batch whose training step stays within the memory.
+    """The largest batch whose training step fits into memory.
 
     Args:
         setup: what to train; its ``batch`` is not used.
         limit: bytes.
-        progress: called after every try.
+        progress: called after every attempt.
 
     Returns:
-        utterances, and the peak of their step in bytes.
+        utterances, and the peak memory of their step in bytes.
 
     Raises:
         ValueError: not even one utterance fits.
-        ChildProcessError: a process was ended by something else than a lack of memory.
+        ChildProcessError: a process ended for another reason than lack of memory.
     """
 
     def peak_of(batch: int) -> int:
@@ -214,7 +213,7 @@ def largest_batch(setup: Setup, limit: int, progress: Callable[[], object]) -> t
         try:
             contestant = Contestant("skill_fairseq", dataclasses.replace(setup, batch=batch), "train")
             contestant.step()
-            contestant.step()  # only the second has the optimizer's moments
+            contestant.step()  # the optimizer's moments exist from the second step
             return contestant.peak
         except DoesNotFit:
             return limit + 1
@@ -235,7 +234,7 @@ def largest_batch(setup: Setup, limit: int, progress: Callable[[], object]) -> t
             grown, high = True, tried
     if not low:
         raise ValueError(
-            f"--memory: {limit / 1e9:.2f} GB do not hold one training step of {setup.seconds:g} s; give more, or fewer "
-            "--seconds"
+            f"--memory: {limit / 1e9:.2f} GB is not enough for a training step of {setup.seconds:g} s; give more, or "
+            "fewer --seconds"
         )
     return low, peak

@@ -1,4 +1,4 @@
-"""Reading encoders from the files of others and our own, and writing them."""
+"""Reads encoders from foreign and own files, and writes them."""
 
 from skill_fairseq.checkpoints.export import save_encoder
 from skill_fairseq.checkpoints.load import load_encoder

@@ -1,4 +1,4 @@
-"""Our own file of an encoder: one safetensors file that describes itself."""
+"""Our own encoder format: one self-describing safetensors file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from skill_fairseq.checkpoints.plain_files import parse_json
+from skill_fairseq.checkpoints.plain_files import parse_fields
 from skill_fairseq.checkpoints.safetensors_file import load_metadata, load_tensors
 from skill_fairseq.checkpoints.source import EncoderSource, State, reading_config
 from skill_fairseq.files import PathLike, write_file
@@ -38,17 +38,17 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def save_encoder(
     encoder: SpeechEncoder, path: PathLike, provenance: Mapping[str, Any] | None = None, dtype: str = "float32"
 ) -> None:
-    """Writes the encoder's weights, shape and provenance, in one step.
+    """Writes the encoder's weights, shape and provenance atomically.
 
     Args:
-        encoder: may have gates; they stay float32, so that the same units are kept whatever the type.
+        encoder: may have gates; they stay float32, so that any dtype keeps the same units.
         path: the file to write.
-        provenance: where the encoder comes from; anything that JSON can hold.
-        dtype: type of the weights in the file, "float32", "float16", "bfloat16", or "int8" of an encoder that was
-            trained so; they load back as float32.
+        provenance: the encoder's origin; anything that JSON can hold.
+        dtype: type of the weights in the file, "float32", "float16", "bfloat16", or "int8" for an encoder trained in
+            int8; they load back as float32.
 
     Raises:
-        ValueError: the dtype is unknown or not that of the training, or a weight is beyond its range.
+        ValueError: the dtype is unknown or not that of the training, or a weight is out of its range.
     """
     if dtype == INT8 and encoder.config.quantize != INT8:
         raise ValueError(
@@ -67,14 +67,14 @@ def save_encoder(
         "config": json.dumps(encoder.config.to_dict()),
         "provenance": json.dumps(dict(provenance or {})),
     }
-    write_file(path, save(state, metadata))  # save_file would make it readable only by its owner
+    write_file(path, save(state, metadata))  # save_file would make it readable by its owner only
 
 
 def finite_state(encoder: SpeechEncoder, dtype: str = "float32") -> State:
-    """The encoder's weights as they go into a file: on the CPU, in ``dtype`` but for gates and ranges, copied.
+    """Copies of the encoder's weights for a file: on the CPU, in ``dtype`` except for gates and ranges.
 
     Raises:
-        ValueError: the dtype is unknown, or a weight is beyond its range.
+        ValueError: the dtype is unknown, or a weight is out of its range.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r}; expected one of {list(DTYPES)}")
@@ -107,24 +107,26 @@ def _from_steps(state: State) -> State:
                 raise ValueError(f"{name} is in int8 steps; expected {name + SCALE} of shape {tuple(tensor.shape[:1])}")
             found[name] = dequantize_weight(tensor, scale)
             if name.endswith("weight_v"):
-                found[name[:-1] + "g"] = found[name].norm(dim=(0, 1), keepdim=True)
+                norm = found[name].norm(dim=(0, 1), keepdim=True)
+                found[name[:-1] + "g"] = norm
+                found[name] = torch.where(norm > 0, found[name], torch.ones_like(found[name]))  # 0 / 0 would be NaN
         elif not (name.endswith(SCALE) and name[: -len(SCALE)] in state):
             found[name] = tensor
     return found
 
 
 def read_export(path: Path) -> EncoderSource:
-    """The encoder in a file of :func:`save_encoder`.
+    """Reads an encoder from a file of :func:`save_encoder`.
 
     Raises:
-        ValueError: another safetensors file, or one of a later version.
+        ValueError: it is another safetensors file, or of a later version.
     """
     metadata = load_metadata(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path}: recognised as a safetensors file, but its metadata {dict(list(metadata.items())[:3])} "
             f"is not that of an exported encoder (format = {FORMAT!r}); for a Hugging Face model give its "
-            "folder, which holds config.json too"
+            "folder, which also holds config.json"
         )
     if metadata.get("format_version") != FORMAT_VERSION:
         raise ValueError(
@@ -132,11 +134,11 @@ def read_export(path: Path) -> EncoderSource:
             f"reads {FORMAT_VERSION!r}: upgrade skill_fairseq"
         )
     with reading_config(path):
-        fields = parse_json(metadata["config"], path, "its config")
-        provenance = parse_json(metadata.get("provenance", "{}"), path, "its provenance")
+        fields = parse_fields(metadata["config"], path, "its config")
+        provenance = parse_fields(metadata.get("provenance", "{}"), path, "its provenance")
         config = EncoderConfig.from_dict(fields)
     tensors = load_tensors(path)
-    if config.quantize == INT8:  # elsewhere gates are int8 for reasons of their own
+    if config.quantize == INT8:  # elsewhere a tensor may be int8 for reasons of its own
         tensors = _from_steps(tensors)
     kind = "an exported encoder"
     return EncoderSource(kind, config, tensors, lambda name: name, provenance=provenance, mask_embedding=MASK_EMBEDDING)

@@ -1,5 +1,5 @@
-"""fairseq checkpoints of HuBERT, wav2vec 2.0, data2vec-audio, of this package's models, and of these fine-tuned; and
-files that keep fairseq's names: Microsoft's WavLM, and s3prl's conversions."""
+"""fairseq checkpoints of HuBERT, wav2vec 2.0, data2vec-audio and this package's models, also fine-tuned; and files that
+keep fairseq's names: Microsoft's WavLM and s3prl's conversions."""
 
 from __future__ import annotations
 
@@ -43,32 +43,32 @@ ENCODER_NAMES: Rules = (
 """From our names to those of fairseq and of Microsoft's WavLM."""
 
 LAYER_NORM_EXTRACTOR: Rules = ((r"feature_extractor\.layers\.(\d+)\.norm\.", r"feature_extractor.conv_layers.\1.2.1."),)
-"""Goes first where the extractor normalises every layer: there the norm sits between two transpositions."""
+"""Applied first if the extractor normalises every layer, where the norm is between two transpositions."""
 
 MASK_EMBEDDING = "mask_emb"
 
 PRETRAINING = (
-    MASK_EMBEDDING,  # an own student's that was never trained
+    MASK_EMBEDDING,  # our students have one even if it was never trained
     r"final_proj\..*",
     r"label_embs_concat",
     r"target_glu\..*",
     r"quantizer\..*",
     r"project_q\..*",
 )
-"""Prediction heads, which only pre-training uses."""
+"""Prediction heads that only pre-training uses."""
 
 MODELS = ("hubert", "wav2vec2", "data2vec_audio")
 
 FINE_TUNED = "w2v_encoder.w2v_model."
-"""Where ``hubert_ctc`` and ``wav2vec_ctc`` keep the pre-trained model."""
+"""Prefix of the pre-trained model in ``hubert_ctc`` and ``wav2vec_ctc``."""
 
 CTC_HEAD = (r"w2v_encoder\.proj\..*",)
 
 OWN = "speech_encoder."
-"""Where our fairseq models keep the encoder."""
+"""Prefix of the encoder in our fairseq models."""
 
 S3PRL_KEYS = ("task_cfg", "model_cfg", "model_weight")
-"""Of s3prl's conversions; HuBERT's have ``dictionaries_symbols`` too."""
+"""Keys of s3prl's conversions; HuBERT's also have ``dictionaries_symbols``."""
 
 SUPPORTED = {
     "layer_type": "transformer",
@@ -79,10 +79,10 @@ SUPPORTED = {
 
 
 def split_config(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's and the task's config of a fairseq checkpoint, in both of its styles.
+    """The model's and the task's config of a fairseq checkpoint, old or new style.
 
     Returns:
-        plain dictionaries; both are the same one where the checkpoint has ``args`` (fairseq before 0.10).
+        plain dictionaries; the same one twice if the checkpoint has ``args`` (fairseq before 0.10).
     """
     cfg = plain(checkpoint.get("cfg")) or {}
     if cfg.get("model") is not None:
@@ -92,15 +92,15 @@ def split_config(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
 
 
 def model_name(fields: Mapping[str, Any]) -> str:
-    """Name under which fairseq registered the model, or "" where the config does not say."""
+    """The model's registered name in fairseq, or "" if the config does not give it."""
     return str(fields.get("_name") or fields.get("arch") or "")
 
 
 def read_fairseq(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
-    """The encoder in a fairseq checkpoint, pre-trained or fine-tuned by ``hubert_ctc`` or ``wav2vec_ctc``.
+    """Reads a fairseq checkpoint, pre-trained or fine-tuned by ``hubert_ctc`` or ``wav2vec_ctc``.
 
     Raises:
-        ValueError: another model, or a feature that this encoder does not have.
+        ValueError: it is another model, or needs a feature that this encoder lacks.
     """
     fields, task = split_config(checkpoint)
     state = model_state(checkpoint["model"], path)
@@ -117,7 +117,7 @@ def read_fairseq(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
 
 
 def _has_masked(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a student's mask embedding was trained: by an objective that masks, or in fine-tuning."""
+    """Whether a student's mask embedding was trained, by an objective that masks or in fine-tuning."""
     cfg = plain(checkpoint.get("cfg")) or {}
     model = cfg.get("model") or {}
     runs = [cfg, model.get("w2v_args") or {}]
@@ -126,7 +126,7 @@ def _has_masked(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def _pretraining_config(fields: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Model's and task's config of the model that was fine-tuned."""
+    """The model's and the task's config of the model that was fine-tuned."""
     inner = fields.get("w2v_args")
     if not inner:
         raise ValueError(
@@ -138,10 +138,10 @@ def _pretraining_config(fields: Mapping[str, Any], path: Path) -> tuple[dict[str
 
 
 def model_state(state: Any, path: Path) -> State:
-    """A fairseq model's weights, without the moving average that data2vec keeps of itself (``_ema``).
+    """A fairseq model's weights, without data2vec's moving average of itself (``_ema``).
 
     Raises:
-        ValueError: it is no state dict.
+        ValueError: it is not a state dict.
     """
     if isinstance(state, Mapping):
         state = {name: tensor for name, tensor in state.items() if name != "_ema"}
@@ -156,10 +156,10 @@ def encoder_source(
     path: Path,
     provenance: Mapping[str, Any],
 ) -> EncoderSource:
-    """The encoder of one of fairseq's or of this package's pre-trained models.
+    """The encoder of a pre-trained model of fairseq or this package.
 
     Args:
-        format: what the file is, in words.
+        format: the file's kind, in words.
         fields: the model's config, plain values.
         task: the task's config.
         state: the model's weights.
@@ -167,12 +167,12 @@ def encoder_source(
         provenance: see :class:`EncoderSource`.
 
     Raises:
-        ValueError: another model, or a feature that this encoder does not have.
+        ValueError: it is another model, or needs a feature that this encoder lacks.
     """
     name = model_name(fields)
     said = [value for value in (fields.get("normalize"), task.get("normalize")) if isinstance(value, bool)]
     rate = fields.get("sample_rate") or task.get("sample_rate")
-    unsaid = {"waveforms as they are, not normalised": not said, "waveforms at 16000 Hz": not rate}
+    unsaid = {"waveforms not normalised": not said, "waveforms at 16000 Hz": not rate}
     assumed = tuple(f"{what}: assumed; the file's config does not say" for what, is_so in unsaid.items() if is_so)
     fields = {**fields, "normalize": _flag(*said), "sample_rate": rate}
     if any(key.startswith(OWN) for key in state):
@@ -195,7 +195,7 @@ def encoder_source(
             f"begin with {list(state)[:3]}"
         )
     refuse(path, fields, SUPPORTED)
-    # fairseq's HuBERT cuts the samples into chunks, the others count frames as the convolutions do.
+    # fairseq's HuBERT cuts the samples into chunks; the others count frames like the convolutions.
     fields["padding_rule"] = "chunks" if name == "hubert" else "convolution"
     with reading_config(path):
         config = EncoderConfig.from_fairseq(fields)
@@ -213,16 +213,16 @@ def encoder_source(
 
 
 def read_microsoft(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
-    """The encoder in a file such as ``WavLM-Base+.pt``.
+    """Reads Microsoft's WavLM files, such as ``WavLM-Base+.pt``.
 
     Raises:
-        ValueError: a feature that this encoder does not have.
+        ValueError: it needs a feature that this encoder lacks.
     """
     fields = plain(checkpoint["cfg"])
     relative = bool(fields.get("relative_position_embedding", False))
-    refuse(path, fields, {"gru_rel_pos": relative})  # their bias comes gated, or not at all
-    # 1280 is their default for files that do not say; those published say 800.
-    assumed = ("relative positions up to 1280 frames: assumed, as in Microsoft's code; the file does not say",)
+    refuse(path, fields, {"gru_rel_pos": relative})  # their bias is gated, or absent
+    # 1280 is their default for files without the field; published files have 800.
+    assumed = ("relative positions up to 1280 frames: assumed, as in Microsoft's code; not in the file",)
     known = not relative or "max_distance" in fields
     fields = {"max_distance": 1280, **fields, "relative_position": relative, "padding_rule": "chunks"}
     with reading_config(path):
@@ -240,12 +240,12 @@ def read_microsoft(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
 
 
 def read_s3prl(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
-    """The encoder in a file of s3prl's (``s3prl/upstream/*/convert.py``): HuBERT, wav2vec 2.0 or data2vec.
+    """Reads s3prl's conversions (``s3prl/upstream/*/convert.py``) of HuBERT, wav2vec 2.0 or data2vec.
 
     Config fields and weights keep fairseq's names. Its WavLM files are Microsoft's own.
 
     Raises:
-        ValueError: another model, or a feature that this encoder does not have.
+        ValueError: it is another model, or needs a feature that this encoder lacks.
     """
     fields, task = plain(checkpoint["model_cfg"]), plain(checkpoint["task_cfg"])
     name = model_name(fields) or _guess(checkpoint, fields)
@@ -253,46 +253,46 @@ def read_s3prl(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
     source = encoder_source(f"s3prl's conversion of {name!r}", {**fields, "_name": name}, task, state, path, {})
     if model_name(fields):
         return source
-    guess = f"a model of kind {name!r}: assumed from the file's other parts; its config does not say"
+    guess = f"a model of kind {name!r}: assumed from the file's other parts; not in its config"
     return source._replace(assumed=(guess, *source.assumed))
 
 
 def _guess(checkpoint: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
-    """The model, where its config does not name it: HuBERT has dictionaries, data2vec several convolutions."""
+    """Guesses a model that the config does not name: HuBERT has dictionaries, data2vec several convolutions."""
     if "dictionaries_symbols" in checkpoint:
         return "hubert"
     return "data2vec_audio" if fields.get("pos_conv_depth", 1) > 1 else "wav2vec2"
 
 
 def encoder_names(config: EncoderConfig) -> Callable[[str], str]:
-    """The function from our names to fairseq's for an encoder of this shape."""
+    """A function from our names to fairseq's, for an encoder of this shape."""
     return renaming((LAYER_NORM_EXTRACTOR if config.extractor_mode == "layer_norm" else ()) + ENCODER_NAMES)
 
 
 def with_projection(state: State, config: EncoderConfig) -> State:
-    """fairseq leaves the projection out where the conv features have the model's width: the identity."""
+    """Adds an identity projection, which fairseq omits if the conv features have the model's width."""
     width = config.conv_feature_layers[-1][0]
     absent = width == config.encoder_embed_dim and not any(key.startswith("post_extract_proj.") for key in state)
-    if absent and width**2 < sum(tensor.numel() for tensor in state.values()):  # else far more is missing
+    if absent and width**2 < sum(tensor.numel() for tensor in state.values()):  # otherwise much more is missing
         state["post_extract_proj.weight"] = torch.eye(width)
         state["post_extract_proj.bias"] = torch.zeros(width)
     return state
 
 
 def _flag(*candidates: Any) -> bool:
-    """The first that is a bool; others are unset or an unresolved interpolation."""
+    """The first value that is a bool; others are unset or unresolved interpolations."""
     return next((value for value in candidates if isinstance(value, bool)), False)
 
 
 def _without_folders(value: Any) -> Any:
-    """Settings, with files by name and without their folders."""
+    """Settings, with file names instead of paths."""
     if isinstance(value, Mapping):
         return {name: _without_folders(part) for name, part in value.items()}
     return Path(value).name if isinstance(value, str) else value
 
 
 def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """How far training went, and what a distilled student aimed at."""
+    """The state of training, and a distilled student's target."""
     history = checkpoint.get("optimizer_history")
     last = history[-1] if isinstance(history, (list, tuple)) and history else {}
     updates = last.get("num_updates") if isinstance(last, Mapping) else None
@@ -303,7 +303,7 @@ def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     kept["objectives"] = _without_folders(criterion.get("objectives"))
     if criterion.get("cost") != "parameters" and not kept["target"]:
         kept.update({name: value for name, value in criterion.items() if name == "cost" or name.startswith("cost_")})
-    # Without folders: they are private, and true on one machine only.
+    # Without folders: they are private, and valid on one machine only.
     for name in ("teacher", "data"):
         paths = task.get(name) or []
         files = [Path(str(path)).name for path in (paths if isinstance(paths, list) else [paths])]

@@ -1,4 +1,4 @@
-"""Hugging Face folders of WavLM, HuBERT, wav2vec 2.0 and data2vec-audio: config and weights in all their forms."""
+"""Hugging Face folders of WavLM, HuBERT, wav2vec 2.0 and data2vec-audio: config and weights, in any layout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from skill_fairseq.checkpoints.plain_files import look_alike, read_json
+from skill_fairseq.checkpoints.plain_files import look_alike, read_fields
 from skill_fairseq.checkpoints.safe_load import load_torch_file
 from skill_fairseq.checkpoints.safetensors_file import load_tensors
 from skill_fairseq.checkpoints.source import (
@@ -57,10 +57,10 @@ TASK_HEADS = (
     r"quantizer\..*",
     r"project_(q|hid)\..*",
     r"(lm_head|projector|classifier|tdnn|objective)\..*",
-    r"feature_extractor\.(weight|bias)",  # a linear layer of the speaker verification head
+    r"feature_extractor\.(weight|bias)",  # a linear layer of the speaker-verification head
     r"layer_weights",
 )
-"""Quantiser, and the heads of transformers' fine-tuned models."""
+"""Quantisers, and heads of transformers' fine-tuned models."""
 
 SUPPORTED = {
     "add_adapter": False,
@@ -72,13 +72,13 @@ SUPPORTED = {
 
 
 def read_huggingface(folder: Path, trust: bool = False) -> EncoderSource:
-    """The encoder in a folder that ``save_pretrained`` wrote or the Hugging Face hub serves.
+    """Reads a folder from ``save_pretrained`` or the Hugging Face hub.
 
     Raises:
-        ValueError: another model, a feature that this encoder does not have, or a damaged file.
+        ValueError: it is another model, needs a feature that this encoder lacks, or has a damaged file.
         FileNotFoundError: a file is missing.
     """
-    fields = read_json(folder / "config.json")
+    fields = read_fields(folder / "config.json")
     kind = fields.get("model_type")
     audio = _feature_extractor(folder)
     if kind not in MODEL_TYPES:
@@ -91,8 +91,8 @@ def read_huggingface(folder: Path, trust: bool = False) -> EncoderSource:
         config = config_of_fields(fields, audio)
     state = {_spelling(name, kind): tensor for name, tensor in _read_weights(folder, trust).items()}
     assumed = (
-        f"waveforms at {config.sample_rate} Hz, {'normalised' if config.normalize else 'as they are'}: assumed, as the "
-        "folder has no preprocessor_config.json",
+        f"waveforms at {config.sample_rate} Hz, {'normalised' if config.normalize else 'not normalised'}: assumed, as "
+        "the folder has no preprocessor_config.json",
     )
     return EncoderSource(
         f"a Hugging Face folder of {kind}",
@@ -107,11 +107,11 @@ def read_huggingface(folder: Path, trust: bool = False) -> EncoderSource:
 
 
 def config_of_fields(fields: Mapping[str, Any], audio: Mapping[str, Any] | None = None) -> EncoderConfig:
-    """The shape; absent fields have the defaults of transformers, which are those of the Base models."""
+    """The shape; absent fields have transformers' defaults, those of the Base models."""
     conv = [fields.get(name, default) for name, default in _CONV_DEFAULTS.items()]
     if len({len(numbers) for numbers in conv}) != 1:
         raise ValueError(f"{', '.join(_CONV_DEFAULTS)} must have the same length; found {conv}")
-    data2vec = fields["model_type"] == "data2vec-audio"  # its code normalises all convolutions, whatever is written
+    data2vec = fields["model_type"] == "data2vec-audio"  # its code normalises all convolutions, whatever the config has
     norm = "layer" if data2vec else fields.get("feat_extract_norm", "group")
     depth = fields.get("num_conv_pos_embeddings", 5) if data2vec else 1
     kernel = fields.get("conv_pos_kernel_size", 19) if data2vec else fields.get("num_conv_pos_embeddings", 128)
@@ -144,22 +144,22 @@ def config_of_fields(fields: Mapping[str, Any], audio: Mapping[str, Any] | None 
 
 
 def _feature_extractor(folder: Path) -> Mapping[str, Any] | None:
-    """What a folder says of the audio; transformers 5 writes it into the processor's file. None: it says nothing."""
+    """The folder's audio settings (transformers 5 writes them into the processor's file); None if there are none."""
     processor, extractor = folder / "processor_config.json", folder / "preprocessor_config.json"
     if processor.exists():
-        found = read_json(processor).get("feature_extractor")
+        found = read_fields(processor).get("feature_extractor")
         if found is not None and not isinstance(found, dict):
             raise ValueError(f"{processor}: feature_extractor is {_short(found)}; expected an object")
         if found:
             return found
-    return read_json(extractor) if extractor.exists() else None
+    return read_fields(extractor) if extractor.exists() else None
 
 
 _CONV_DEFAULTS = {"conv_dim": [512] * 7, "conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2]}
 
 
 def _spelling(name: str, kind: str) -> str:
-    """The name without the prefix that a model with a head puts before its encoder."""
+    """Removes the prefix of the encoder in a model with a head."""
     prefix = kind.replace("-", "_") + "."
     return weight_norm_spelling(name[len(prefix) :] if name.startswith(prefix) else name)
 
@@ -171,12 +171,12 @@ def _read_weights(folder: Path, trust: bool) -> State:
         if not name.endswith(".index.json"):
             return _read_shard(folder / name, trust)
         state: State = {}
-        shards = read_json(folder / name).get("weight_map")
+        shards = read_fields(folder / name).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise ValueError(f"{folder / name}: weight_map is {_short(shards)}; expected a file for each weight")
+            raise ValueError(f"{folder / name}: weight_map is {_short(shards)}; expected a file name for each weight")
         for shard in sorted(set(shards.values())):
             if Path(shard).name != shard:
-                raise ValueError(f"{folder / name}: names the shard {_short(shard)}; expected one beside it")
+                raise ValueError(f"{folder / name}: names the shard {_short(shard)}; expected one in this folder")
             state.update(_read_shard(folder / shard, trust))
         return state
     raise FileNotFoundError(
@@ -187,7 +187,7 @@ def _read_weights(folder: Path, trust: bool) -> State:
 
 def _read_shard(path: Path, trust: bool) -> State:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: this piece of the weights is missing; fetch the folder again")
+        raise FileNotFoundError(f"{path}: this shard of the weights is missing; download the folder again")
     look_alike(path, "weights")
     if path.suffix == ".safetensors":
         return load_tensors(path)

@@ -1,4 +1,4 @@
-"""From any file that holds an encoder to the encoder: recognised by content, never by name."""
+"""Loads an encoder from any supported file, recognised by content, never by name."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from skill_fairseq.checkpoints.fairseq_import import S3PRL_KEYS, read_fairseq, r
 from skill_fairseq.checkpoints.hub import local_copy
 from skill_fairseq.checkpoints.huggingface import read_huggingface
 from skill_fairseq.checkpoints.own_folders import is_own_folder, is_s3prl_folder, read_own_folder, read_s3prl_folder
-from skill_fairseq.checkpoints.plain_files import look_alike
+from skill_fairseq.checkpoints.plain_files import look_alike, looks_like_safetensors
 from skill_fairseq.checkpoints.safe_load import load_torch_file, plain
-from skill_fairseq.checkpoints.safetensors_file import looks_like_safetensors
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder, reading_file
 from skill_fairseq.checkpoints.torchaudio_import import is_torchaudio, read_torchaudio
 from skill_fairseq.files import PathLike
@@ -33,36 +32,36 @@ EXPECTED = (
 def load_encoder(
     path: PathLike, device: str | torch.device = "cpu", trust: bool = False, precision: str = "fp32"
 ) -> SpeechEncoder:
-    """Loads an encoder from any file that the importers know.
+    """Loads an encoder from any supported file.
 
-    Whatever the format, every weight is accounted for, and the encoder computes what the original computes, batch by
-    batch. That includes how padding touches the features of a padded utterance. Where all of the following hold they
-    are those of the utterance alone, to 1e-4; where one does not, batch utterances of one length
+    For every format, every weight is accounted for, and the encoder computes what the original computes for each batch,
+    including the effect of padding. If all of the following hold, a padded utterance has the features of the
+    unpadded one, to 1e-4; otherwise batch utterances of equal length
     (:func:`skill_fairseq.audio.batching.length_exact_batches`) to keep features independent of the batch:
 
     - ``config.extractor_mode`` is "layer_norm" (Large): "default" (Base) normalises over time, padding included;
     - ``config.padding_rule`` is "convolution" (transformers, TorchAudio, wav2vec 2.0, data2vec): "chunks" (Microsoft,
-      fairseq's HuBERT) may count one frame more than the utterance alone has;
-    - ``config.pos_conv_depth`` is 1: in data2vec's stack of convolutions, padding reaches the last frames.
+      fairseq's HuBERT) may count one frame more than the unpadded utterance has;
+    - ``config.pos_conv_depth`` is 1: in data2vec's stack of convolutions, padding affects the last frames.
 
     Args:
         path: Microsoft's WavLM ``.pt``; a Hugging Face folder of WavLM, HuBERT, wav2vec 2.0 or data2vec-audio; a
-            fairseq checkpoint of HuBERT, wav2vec 2.0, data2vec-audio or of this package's models, also fine-tuned by
+            fairseq checkpoint of HuBERT, wav2vec 2.0, data2vec-audio or this package's models, also fine-tuned by
             ``hubert_ctc`` or ``wav2vec_ctc``; a conversion by s3prl; a TorchAudio state dict; DPHuBERT's
             ``{"state_dict", "config"}``; a file of ``skill-export``; or ``hf://user/repo[@revision]``, see
             :mod:`skill_fairseq.checkpoints.hub`.
-        device: where to put it.
-        trust: also read files with pickled classes that are not known to be harmless, which runs their code.
-        precision: of linear maps and convolutions on a CPU: "fp32"; "bf16" or "int8", for inference only. A warning
-            says where the processor does not gain by it; all else stays in float32.
+        device: the encoder's device.
+        trust: also read files with pickled classes that are not known to be harmless; this runs their code.
+        precision: precision of linear maps and convolutions on a CPU: "fp32", or for inference only "bf16" or "int8";
+            all else stays float32. Warns if the processor gains no speed from it.
 
     Returns:
-        the encoder in float32 and eval mode, its parameters trainable.
+        the encoder in float32 and eval mode, with trainable parameters.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: the file is truncated, foreign or unsupported; says what was recognised and expected. Or the
-            precision is not to be had: on a GPU, with gates, or in this torch.
+        ValueError: the file is truncated, unknown or unsupported; says what was recognised and expected. Or the
+            precision is not available: on a GPU, with gates, or in this torch.
     """
     path = local_copy(path)
     source = read_source(path, trust)
@@ -73,7 +72,7 @@ def read_source(path: PathLike, trust: bool = False) -> EncoderSource:
     """Recognises a file or folder and reads shape and weights, without building the encoder.
 
     Raises:
-        as :func:`load_encoder`.
+        see :func:`load_encoder`.
     """
     path = local_copy(path)
     with reading_file(path):
@@ -104,18 +103,18 @@ def _read_source(path: Path, trust: bool) -> EncoderSource:
         return read_export(path)
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return _read_checkpoint(load_torch_file(path, trust), path)
-    raise ValueError(f"{path}: is no checkpoint (it begins with {head[:8]!r}); expected {EXPECTED}")
+    raise ValueError(f"{path}: is not a checkpoint (it begins with {head[:8]!r}); expected {EXPECTED}")
 
 
 def _check_provenance(provenance: Any) -> None:
-    """Raises an error unless it can be handed on in every kind of file."""
+    """Raises an error unless every file format can hold the provenance."""
     if not isinstance(provenance, Mapping):
-        raise ValueError(f"what it says of its origin is {type(provenance).__name__}; expected named fields")
+        raise ValueError(f"its provenance is {type(provenance).__name__}; expected named fields")
     json.dumps(dict(provenance), allow_nan=False)
 
 
 def _read_checkpoint(checkpoint: Any, path: Path) -> EncoderSource:
-    """Tells the kinds of torch files apart by their keys."""
+    """Distinguishes kinds of torch files by their keys."""
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: holds an object of type {type(checkpoint).__name__}; expected {EXPECTED}")
     if "model" in checkpoint:
@@ -135,7 +134,7 @@ def _read_checkpoint(checkpoint: Any, path: Path) -> EncoderSource:
 
 
 def _hint(checkpoint: Any) -> str:
-    """What a foreign dictionary probably is."""
+    """A guess at what an unknown dictionary is."""
     if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         return ", a bare state dict without a config (for a Hugging Face model give its folder)"
     return ""

@@ -1,11 +1,11 @@
-"""Folders that skill-export writes: for transformers with their own code, and for s3prl."""
+"""Folders that skill-export writes: for transformers, with code, and for s3prl."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from skill_fairseq.checkpoints.export import MASK_EMBEDDING, read_export
-from skill_fairseq.checkpoints.plain_files import look_alike, read_json
+from skill_fairseq.checkpoints.plain_files import look_alike, read_fields
 from skill_fairseq.checkpoints.safetensors_file import load_tensors
 from skill_fairseq.checkpoints.source import EncoderSource, reading_config
 from skill_fairseq.modules.config import EncoderConfig
@@ -14,38 +14,38 @@ OWN_TYPE = "skill_student"
 OWN_PREFIX = "encoder."
 PROVENANCE_FIELD = "skill_fairseq_provenance"
 UPSTREAM = "skill_student"
-"""Name of the s3prl upstream, and of the folder that its code lies in."""
+"""Name of the s3prl upstream, and of the folder with its code."""
 
 
 def is_own_folder(folder: Path) -> bool:
-    """Whether skill-export has written this Hugging Face folder."""
+    """Whether skill-export wrote this Hugging Face folder."""
     config = folder / "config.json"
-    return config.is_file() and read_json(config).get("model_type") == OWN_TYPE
+    return config.is_file() and read_fields(config).get("model_type") == OWN_TYPE
 
 
 def is_s3prl_folder(folder: Path) -> bool:
-    """Whether skill-export has written this s3prl upstream."""
+    """Whether skill-export wrote this s3prl upstream."""
     return (folder / UPSTREAM).is_dir() and (folder / "model.safetensors").is_file()
 
 
 def read_s3prl_folder(folder: Path) -> EncoderSource:
-    """The encoder in an s3prl upstream.
+    """Reads an s3prl upstream of skill-export.
 
     Raises:
-        ValueError: a damaged file.
+        ValueError: a file is damaged.
     """
     look_alike(folder / "model.safetensors", "weights")
     return read_export(folder / "model.safetensors")._replace(format="an s3prl upstream of skill-export")
 
 
 def read_own_folder(folder: Path) -> EncoderSource:
-    """The encoder in a folder with its own code.
+    """Reads a Hugging Face folder of skill-export.
 
     Raises:
-        ValueError: another folder, or a damaged file.
+        ValueError: it is another folder, or a file is damaged.
         FileNotFoundError: a file is missing.
     """
-    fields = read_json(folder / "config.json")
+    fields = read_fields(folder / "config.json")
     if fields.get("model_type") != OWN_TYPE:
         raise ValueError(f"{folder}: config.json has model_type {fields.get('model_type')!r}; expected {OWN_TYPE!r}")
     with reading_config(folder / "config.json"):

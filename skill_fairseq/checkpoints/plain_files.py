@@ -1,17 +1,18 @@
-"""Files as they lie in a folder of weights: JSON of a bounded size, and what only looks like a checkpoint."""
+"""JSON files of bounded size, and files that are mistaken for checkpoints."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from skill_fairseq.files import parse_json
+
 MAX_JSON = 4_000_000
-"""Bytes of JSON that are read; it may take a hundred times its size in memory."""
+"""Maximum bytes of a JSON file, which may take a hundred times its size in memory."""
 
 _LOOKALIKES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; run git lfs pull"),
-    (b"<", "an HTML or XML page, perhaps a download that failed"),
+    (b"<", "an HTML or XML page, perhaps a failed download"),
     (b"fLaC", "FLAC audio"),
     (b"RIFF", "WAV audio"),
     (b"{", "JSON text"),
@@ -19,59 +20,59 @@ _LOOKALIKES = (
 )
 
 
+def looks_like_safetensors(head: bytes) -> bool:
+    """Whether a file that begins with these bytes (at least nine) is a safetensors file."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
+
+
 def look_alike(path: Path, expected: str, but: bytes = b"") -> None:
-    """Raises ValueError where a file is no regular one, is empty, or begins as files of other kinds do.
+    """Raises ValueError if a file is not regular, is empty, or begins like another kind of file.
 
     Args:
         path: the file.
-        expected: what it should be, in words.
-        but: the beginning of a kind that is right here.
+        expected: the expected kind, in words.
+        but: the beginning of a kind to accept.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: is no regular file; expected {expected}")
+        raise ValueError(f"{path}: is not a regular file; expected {expected}")
     with open(path, "rb") as file:
         head = file.read(64)
+    if looks_like_safetensors(head):  # it begins with a length, any bytes of which may look like another kind
+        return
     if not head.strip():
-        raise ValueError(f"{path}: is empty; fetch it again")
+        raise ValueError(f"{path}: is empty; download it again")
     for start, kind in _LOOKALIKES:
         if head.lstrip().startswith(start) and start != but:
             raise ValueError(f"{path}: is {kind}; expected {expected}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_fields(path: Path) -> dict[str, Any]:
     """The fields of a JSON file.
 
     Raises:
-        ValueError: it is no JSON, or no object; names the file.
+        ValueError: it is not JSON, or not an object; names the file.
     """
     look_alike(path, "JSON", but=b"{")
     if path.stat().st_size > MAX_JSON:
         raise ValueError(f"{path}: has {path.stat().st_size:,} bytes; expected at most {MAX_JSON:,} of JSON")
-    return parse_json(path.read_bytes(), path)
+    return parse_fields(path.read_bytes(), path)
 
 
-def parse_json(text: str | bytes, path: Path, what: str = "") -> dict[str, Any]:
+def parse_fields(text: str | bytes, path: Path, what: str = "") -> dict[str, Any]:
     """The fields of a JSON object.
 
     Args:
         text: JSON; bytes are UTF-8.
-        path: the file that it is from, for errors.
+        path: its file, for errors.
         what: the part of the file.
 
     Raises:
-        ValueError: it is no JSON, no object, too long, too deep, or has numbers that JSON does not know.
+        ValueError: it is not JSON, not an object, too long, too deep, or has numbers that JSON cannot hold.
     """
     where = f"{path}: {what} " if what else f"{path}: "
     if len(text) > MAX_JSON:
         raise ValueError(f"{where}has {len(text):,} bytes; expected at most {MAX_JSON:,} of JSON")
-    try:
-        fields = json.loads(text if isinstance(text, str) else text.decode("utf-8"), parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}is no JSON ({error}); fetch it again") from error
+    fields = parse_json(text, where, "download it again")
     if not isinstance(fields, dict):
         raise ValueError(f"{where}holds {type(fields).__name__}; expected an object with named fields")
     return fields
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")

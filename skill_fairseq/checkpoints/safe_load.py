@@ -1,4 +1,4 @@
-"""Reading torch files of strangers: the errors that a user sees, and configurations as plain values."""
+"""Reads untrusted torch files: error messages, and configurations as plain values."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ TRUST = (
     "allow it with --trust (skill-export, skill-info, skill-shrink, skill-cluster) or trust=True (load_encoder); for "
     "everything else, training too, skill-export --trust FILE encoder.safetensors writes a file without such objects"
 )
-"""How to read a file whose maker is trusted, wherever it is to be used."""
+"""How to read a file from a trusted source, in commands, in Python and in training."""
 
 MAX_VALUES = 200_000
 MAX_DEPTH = 50
-"""Values and letters in a configuration, and how deep it is nested."""
+"""Limits of a configuration: values and characters, and depth of nesting."""
 
 
 def load_torch_file(path: Path, trust: bool = False) -> Any:
-    """Reads what ``torch.save`` wrote, onto the CPU.
+    """Reads a file of ``torch.save`` onto the CPU.
 
     Args:
         path: the file.
-        trust: read any pickled class, which can run code that their author put there.
+        trust: read any pickled class, which can run its author's code.
 
     Returns:
-        what was saved; objects of harmless classes as :class:`Placeholder` (see :func:`plain`).
+        the saved object; instances of harmless classes become :class:`Placeholder` (see :func:`plain`).
 
     Raises:
-        ValueError: the file is truncated, damaged or no torch file, or holds an object of an unknown class.
+        ValueError: the file is truncated, damaged or not a torch file, or holds an object of an unknown class.
     """
     kind = None
     try:
@@ -52,26 +52,26 @@ def load_torch_file(path: Path, trust: bool = False) -> Any:
     except Refused as error:
         raise ValueError(
             f"{path}: holds an object of class {error.name}, which is not read from an untrusted file because it could "
-            f"run code; if you trust where the file comes from, {TRUST}"
+            f"run code; if you trust its source, {TRUST}"
         ) from error
-    except Exception as error:  # damaged pickles raise nearly anything
+    except Exception as error:  # damaged pickles raise almost anything
         if trust and isinstance(error, (ImportError, AttributeError)):
             raise ValueError(f"{path}: a class in it cannot be imported ({error}); install it") from error
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"{path}: is truncated, damaged or no torch checkpoint ({reason}); expected what torch.save "
-            "writes: compare its size or checksum with the original and fetch it again"
+            f"{path}: is truncated, damaged or not a torch checkpoint ({reason}); expected a file of "
+            "torch.save: compare its size or checksum with the original and download it again"
         ) from error
     raise ValueError(f"{path}: is {kind}; expected a checkpoint written by torch.save")
 
 
 def _everything() -> dict[str, bool]:
-    """The argument that makes torch.load read any pickle; torch < 1.13 always does, and knows no argument."""
+    """The argument that makes torch.load read any pickle; torch < 1.13 always does, and has no argument."""
     return {"weights_only": False} if "weights_only" in inspect.signature(torch.load).parameters else {}
 
 
 def _other_archive(path: Path) -> str | None:
-    """What a zip file is that is not torch's, in words; None for torch's and for all other files.
+    """The kind of a zip file that is not torch's, in words; None for torch's and for all other files.
 
     Raises:
         ValueError, zipfile.BadZipFile: it is damaged.
@@ -90,12 +90,12 @@ def _other_archive(path: Path) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """Configurations of every kind as dictionaries, lists and plain values.
+    """Converts configurations of any kind to dictionaries, lists and plain values.
 
-    Takes mappings, sequences, namespaces, omegaconf containers and the placeholders of these.
+    Takes mappings, sequences, namespaces, omegaconf containers and their placeholders.
 
     Raises:
-        ValueError: more than :data:`MAX_VALUES` or deeper than :data:`MAX_DEPTH`, as when lists hold one another.
+        ValueError: it has more than :data:`MAX_VALUES` or is deeper than :data:`MAX_DEPTH`, like lists in a cycle.
     """
     left = MAX_VALUES
 

@@ -1,4 +1,4 @@
-"""safetensors files: tensors and a few strings, nothing that could run."""
+"""safetensors files: tensors and strings, without code."""
 
 from __future__ import annotations
 
@@ -8,22 +8,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 PIECE = 1 << 26
-"""Bytes that are read between an opening and a closing of the file."""
-
-
-def looks_like_safetensors(head: bytes) -> bool:
-    """Whether a file that begins with these bytes (nine or more) is meant as safetensors."""
-    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 100_000_000
+"""Bytes to read before the file is reopened."""
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of the file, on the CPU, in memory of its own.
+    """Reads every tensor of the file onto the CPU, into its own memory.
 
-    The file is mapped, and what has been read of it counts as memory until it is closed: it is opened again and
-    again, so that the peak is the file's size.
+    The file is mapped, and the pages read count as memory until it is closed; reopening it regularly keeps the peak at
+    the file's size.
 
     Raises:
-        ValueError: the file is truncated, damaged or something else.
+        ValueError: the file is truncated, damaged or not safetensors.
     """
     found: dict[str, Tensor] = {}
     try:
@@ -46,7 +41,7 @@ def load_metadata(path: Path) -> dict[str, str]:
     """The strings in the file's header.
 
     Raises:
-        ValueError: the file is truncated, damaged or something else.
+        ValueError: the file is truncated, damaged or not safetensors.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -57,6 +52,6 @@ def load_metadata(path: Path) -> dict[str, str]:
 
 def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"{path}: is truncated, damaged or no safetensors file ({error}); its size is "
-        f"{path.stat().st_size:,} bytes: compare with the original and fetch it again"
+        f"{path}: is truncated, damaged or not a safetensors file ({error}); its size is "
+        f"{path.stat().st_size:,} bytes: compare with the original and download it again"
     )

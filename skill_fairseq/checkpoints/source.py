@@ -1,4 +1,4 @@
-"""What an importer hands over, and how it becomes an encoder: every weight in the file is accounted for."""
+"""The result of an importer, and the encoder built from it, which accounts for every weight of the file."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ Rules = tuple[tuple[str, str], ...]
 State = dict[str, Tensor]
 
 ADDED_HERE = ("feature_extractor.scale",)
-"""Names of our encoder that no foreign file has; their initial value is the right one."""
+"""Our names that no foreign file has; their initial values are right."""
 
 
 class EncoderSource(NamedTuple):
-    """An encoder as it was found in a file.
+    """An encoder as found in a file.
 
     Attributes:
-        format: what the file was recognised as, in words.
+        format: the recognised kind of file, in words.
         config: the shape.
-        state: tensors under the file's own names.
-        foreign_name: turns a name of our encoder into the file's.
-        ignorable: regular expressions of names that are known not to belong to the encoder.
-        optional: names of our encoder that the file may lack.
-        provenance: what the file says about where it comes from.
-        assumed: what the file leaves open and was decided here, in words.
-        mask_embedding: the file's name of what stood in place of masked frames; empty: it has none that was trained.
+        state: tensors by the file's names.
+        foreign_name: maps our name to the file's.
+        ignorable: regular expressions of names that do not belong to the encoder.
+        optional: our names that the file may lack.
+        provenance: the file's own record of its origin.
+        assumed: choices made here because the file leaves them open, in words.
+        mask_embedding: the file's name of the mask embedding; empty if it has no trained one.
     """
 
     format: str
@@ -54,7 +54,7 @@ class EncoderSource(NamedTuple):
 
 
 def renaming(rules: Rules) -> Callable[[str], str]:
-    """A function that rewrites a name by the first rule (pattern of its beginning, replacement) that fits."""
+    """A function that rewrites names by the first matching rule (pattern of the beginning, replacement)."""
 
     def rename(name: str) -> str:
         for pattern, replacement in rules:
@@ -66,19 +66,19 @@ def renaming(rules: Rules) -> Callable[[str], str]:
 
 
 def weight_norm_spelling(name: str) -> str:
-    """One spelling of the positional convolution's weights, whether saved before or after torch renamed them."""
+    """Unifies the names of the positional convolution's weights, which torch has renamed."""
     return name.replace("parametrizations.weight.original0", "weight_g").replace(
         "parametrizations.weight.original1", "weight_v"
     )
 
 
 def build_encoder(source: EncoderSource, path: Path) -> SpeechEncoder:
-    """Makes the encoder in float32 and fills it. Where torch can, its weights are those of the source, not copies.
+    """Builds the encoder in float32 with the source's weights, without copying them if torch can.
 
-    Weights of other parts of a model (heads, quantisers) are left out; see :func:`left_out`.
+    Weights of other parts of a model (heads, quantisers) are ignored; see :func:`left_out`.
 
     Raises:
-        ValueError: a weight is missing, left over, not finite, or of another shape than the config says; lists them.
+        ValueError: weights are missing, left over, not finite, or their shapes differ from the config; lists them.
     """
     with reading_file(path):
         return _build(source, path)
@@ -109,7 +109,7 @@ def _build(source: EncoderSource, path: Path) -> SpeechEncoder:
         for kind, names in (
             ("missing", missing),
             ("left over", _left_over(source, used, of_the_encoder=True)),
-            ("of another shape", misshapen),
+            ("with another shape", misshapen),
             ("with NaN or infinite values", not_finite),
         )
         if names
@@ -126,18 +126,18 @@ def _build(source: EncoderSource, path: Path) -> SpeechEncoder:
         logger.warning(f"{path}: {assumption}")
     unused = _left_over(source, used, of_the_encoder=False)
     if unused:
-        logger.info(f"{path}: left out, as the encoder has no use for them: {_shorten(unused)}")
+        logger.info(f"{path}: ignored, as the encoder does not need them: {_shorten(unused)}")
     return encoder
 
 
 def _mask_embedding(source: EncoderSource, path: Path) -> Tensor | None:
-    """(D,) float32; None, and a warning, where that of the file is not usable: most encoders are used without."""
+    """(D,) float32, or None and a warning if the file's is not usable, since most encoders do not need it."""
     found = source.state.get(source.mask_embedding)
     if found is None:
         return None
     if found.numel() != source.config.encoder_embed_dim or not torch.isfinite(found).all():
         logger.warning(
-            f"{path}: its mask embedding {source.mask_embedding} {_shape(found)} is left out; expected "
+            f"{path}: its mask embedding {source.mask_embedding} {_shape(found)} is ignored; expected "
             f"{source.config.encoder_embed_dim} finite numbers"
         )
         return None
@@ -145,13 +145,13 @@ def _mask_embedding(source: EncoderSource, path: Path) -> Tensor | None:
 
 
 def left_out(source: EncoderSource, encoder: SpeechEncoder) -> list[str]:
-    """Names of weights of other parts of the model: heads that the encoder does not need, and that nobody knew."""
+    """Names of weights of other parts of the model, such as unknown heads, which the encoder does not need."""
     used = {source.foreign_name(name) for name in encoder.state_dict()} | {source.mask_embedding}
     return _left_over(source, used, of_the_encoder=False)
 
 
 def _left_over(source: EncoderSource, used: set[str], of_the_encoder: bool) -> list[str]:
-    """Weights that were not used, of the encoder's own parts (the first word of a name) or of others."""
+    """Unused weights, of the encoder's own parts (by the first word of a name) or of others."""
     ignorable = re.compile("|".join(source.ignorable) or r"(?!)")
     parts = {name.partition(".")[0] for name in used}
     return [
@@ -162,13 +162,13 @@ def _left_over(source: EncoderSource, used: set[str], of_the_encoder: bool) -> l
 
 
 def _check_size(source: EncoderSource, path: Path) -> None:
-    """Raises ValueError where a config asks for far more numbers than the file holds: no memory is taken for it."""
+    """Raises ValueError, before allocating memory, if a config needs far more numbers than the file holds."""
     wanted = int(count_parameters(source.config, widths_of(source.config)))
     storages = {_storage(tensor).data_ptr(): tensor for tensor in source.state.values()}
     held = sum(_storage(tensor).nbytes() // tensor.element_size() for tensor in storages.values())
     if wanted > 2 * held + 1_000_000:
         raise ValueError(
-            f"{path}: recognised as {source.format}, but its weights do not fit its config, which asks for {wanted:,} "
+            f"{path}: recognised as {source.format}, but its weights do not fit its config, which needs {wanted:,} "
             f"parameters; the file holds {held:,} numbers"
         )
 
@@ -181,13 +181,13 @@ _ASSIGNS = "assign" in inspect.signature(nn.Module.load_state_dict).parameters  
 
 
 def _hollow(config: EncoderConfig) -> SpeechEncoder:
-    """The encoder to be filled: its weights are not drawn, so that the system need not give memory for them."""
+    """An encoder to fill, with uninitialised weights, which take no memory yet."""
     with _NoDraws() if _ASSIGNS else contextlib.nullcontext():
         return SpeechEncoder(config)
 
 
 class _NoDraws(*((torch.overrides.TorchFunctionMode,) if _ASSIGNS else ())):  # type: ignore[misc]
-    """Inside, nothing is drawn at random; weights are what memory holds."""
+    """Skips random initialisation inside the block."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.randn:
@@ -198,7 +198,7 @@ class _NoDraws(*((torch.overrides.TorchFunctionMode,) if _ASSIGNS else ())):  # 
 
 
 def _fill(encoder: SpeechEncoder, state: State) -> None:
-    """The encoder takes the tensors over, each with memory of its own; gates are copied, as they may share theirs."""
+    """Assigns the tensors to the encoder, each with its own memory; gates are copied, as they may share memory."""
     if not _ASSIGNS or encoder.config.pruning_units:
         encoder.load_state_dict(state)
         return
@@ -235,23 +235,23 @@ def tensors_of(state: Any, path: Path) -> State:
 
 @contextlib.contextmanager
 def reading_config(path: Path) -> Iterator[None]:
-    """Names the file in the error of whatever makes a shape of its config.
+    """Names the file in errors from converting its config to a shape.
 
     Raises:
-        ValueError: the block found a field that is missing or not usable.
+        ValueError: a field is missing or not usable.
     """
     try:
         yield
-    except Exception as error:  # fields of any other type raise nearly anything
+    except Exception as error:  # fields of other types raise almost anything
         raise ValueError(f"{path}: its config cannot be used: {_short(error)}") from error
 
 
 @contextlib.contextmanager
 def reading_file(path: Path) -> Iterator[None]:
-    """Whatever a broken file makes of the block, there is one error, and it names the file.
+    """Turns any error from a broken file into one that names the file.
 
     Raises:
-        ValueError, OSError: the file is broken, foreign, missing or cannot be read.
+        ValueError, OSError: the file is broken, unknown, missing or unreadable.
     """
     try:
         yield
@@ -270,11 +270,11 @@ def _short(error: Exception) -> str:
 
 
 def refuse(path: Path, config: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
-    """Raises ValueError where a field of a foreign config asks for something that this encoder does not have.
+    """Raises ValueError if a foreign config needs a feature that this encoder lacks.
 
     Args:
         config: the foreign config.
-        supported: the only value of each field that is supported; absent fields are fine.
+        supported: the only supported value of each field; absent fields are fine.
     """
     for field, value in supported.items():
         if config.get(field, value) != value:

@@ -1,16 +1,16 @@
-"""TorchAudio's models, and the pruned ones of DPHuBERT and its followers, which keep TorchAudio's layout.
+"""TorchAudio's models, and the pruned models of DPHuBERT and its followers, which keep TorchAudio's layout.
 
-Three files share the layout: a bare state dict of ``torchaudio.models.Wav2Vec2Model`` or ``HuBERTPretrainModel``;
-DPHuBERT's published ``{"state_dict", "config"}``, whose config holds the keyword arguments of its
-``wav2vec2_model`` (a number a layer where layers differ); and a TorchAudio state dict saved like that by hand.
+Three kinds of files share the layout: a bare state dict of ``torchaudio.models.Wav2Vec2Model`` or
+``HuBERTPretrainModel``; DPHuBERT's published ``{"state_dict", "config"}``, whose config holds the keyword arguments of
+its ``wav2vec2_model`` (one number per layer if layers differ); and a TorchAudio state dict saved like that by hand.
 
-A bare state dict does not say everything. What the tensors leave open follows TorchAudio's own factory functions
-(``hubert_base`` ... ``wavlm_large``, ``wav2vec2_xlsr_2b``), which agree on it:
+A bare state dict is incomplete. The rest follows TorchAudio's own factory functions (``hubert_base`` ...
+``wavlm_large``, ``wav2vec2_xlsr_2b``), which agree on it:
 
-- LayerNorm comes first in the layers, and waveforms are normalised, where every convolution has a LayerNorm;
-- the strides are 5,2,2,2,2,2,2 where the kernels are 10,3,3,3,3,2,2;
+- layers are pre-LayerNorm and waveforms are normalised if every convolution has a LayerNorm;
+- the strides are 5,2,2,2,2,2,2 if the kernels are 10,3,3,3,3,2,2;
 - WavLM's relative positions share a bucket from 800 frames on;
-- widths of 768, 1024, 1280 and 1920 have 12, 16, 16 and 16 heads (WavLM's weights tell the number themselves).
+- widths of 768, 1024, 1280 and 1920 have 12, 16, 16 and 16 heads (WavLM's weights give the number themselves).
 
 Anything else needs the config.
 """
@@ -56,7 +56,7 @@ SUPPORTED = dict.fromkeys(
     ),
     False,
 )
-"""DPHuBERT's gates: its ``prune.py`` cuts them out."""
+"""DPHuBERT's gates, which its ``prune.py`` removes."""
 
 _transformers_name = renaming(ENCODER_NAMES)
 _from_transformers = renaming(
@@ -69,19 +69,19 @@ _from_transformers = renaming(
 
 
 def is_torchaudio(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint has TorchAudio's layout, with or without a config beside it."""
+    """Whether a checkpoint has TorchAudio's layout, with or without a config."""
     state = checkpoint.get("state_dict", checkpoint)
     return isinstance(state, Mapping) and any(_MARK.fullmatch(str(name)) for name in state)
 
 
 def read_torchaudio(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
-    """The encoder in one of the files that the module describes.
+    """Reads one of the files that the module describes.
 
-    LayerNorms run over as many channels as are there: DPHuBERT's pruned models normalise over the channels that are
-    left, so these count as the original ones here, and the encoder computes what theirs does.
+    DPHuBERT's pruned models normalise over the remaining channels only, so these count as the original channels here,
+    and the encoder computes what theirs does.
 
     Raises:
-        ValueError: several models, one that still has gates, or a shape that the file leaves open.
+        ValueError: it holds several models, a model that still has gates, or an incomplete shape.
     """
     fields = plain(checkpoint.get("config")) or {}
     if not isinstance(fields, dict):
@@ -94,7 +94,7 @@ def read_torchaudio(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
     format = "TorchAudio's state dict" + (" with its config" if fields else "")
     if "encoder_use_attention" in fields:
         format = "DPHuBERT's model"
-    # Without attention in layer 0 their model has no position bias, yet keeps the bias's gates in other layers.
+    # Without attention in layer 0 their model has no position bias, but keeps the bias's gates in other layers.
     unused = () if config.relative_position else (RELATIVE_GATES,)
     return EncoderSource(
         format,
@@ -104,17 +104,17 @@ def read_torchaudio(checkpoint: Mapping[str, Any], path: Path) -> EncoderSource:
         HEADS_AND_MASKING + unused,
         ADDED_HERE,
         mask_embedding="mask_generator.mask_embedding",
-        assumed=tuple(f"{what}: assumed, as in TorchAudio's own models; the file does not say" for what in assumed),
+        assumed=tuple(f"{what}: assumed, as in TorchAudio's own models; not in the file" for what in assumed),
     )
 
 
 def _own_names(state: State, path: Path) -> State:
-    """Names as in a bare Wav2Vec2Model, query, key and value apart."""
+    """Names as in a bare Wav2Vec2Model, with query, key and value separate."""
     prefixes = sorted({match.group(1) for match in map(_MARK.fullmatch, state) if match})
     if len(prefixes) > 1:
         raise ValueError(
-            f"{path}: holds several models in TorchAudio's layout, named {prefixes}; expected one: of a DPHuBERT "
-            "training checkpoint, take what its prune.py or save_final_ckpt.py writes"
+            f"{path}: holds several models in TorchAudio's layout, named {prefixes}; expected one: for a DPHuBERT "
+            "training checkpoint, use the file that its prune.py or save_final_ckpt.py writes"
         )
     found: State = {}
     for name, tensor in state.items():
@@ -122,7 +122,7 @@ def _own_names(state: State, path: Path) -> State:
         if ".attention.attention." not in name:
             found[name] = tensor
             continue
-        name = name.replace(".attention.attention.", ".attention.")  # WavLM's, around a torch.nn.MultiheadAttention
+        name = name.replace(".attention.attention.", ".attention.")  # WavLM's, a wrapper of torch.nn.MultiheadAttention
         whole, _, kind = name.partition("in_proj_")
         parts = zip("qkv", tensor.chunk(3)) if kind else ()
         found.update({f"{whole}{part}_proj.{kind}": rows for part, rows in parts} or {name: tensor})
@@ -130,9 +130,9 @@ def _own_names(state: State, path: Path) -> State:
 
 
 def _config(state: State, fields: Mapping[str, Any], assumed: list[str]) -> EncoderConfig:
-    """The shape: what the config says, otherwise what the tensors tell, otherwise the module's rules.
+    """The shape: from the config, else from the tensors, else by the module's rules.
 
-    What comes of the rules is added to ``assumed``, in words.
+    Adds values from the rules to ``assumed``, in words.
     """
 
     def given(name: str, otherwise: Any) -> Any:
@@ -162,7 +162,7 @@ def _config(state: State, fields: Mapping[str, Any], assumed: list[str]) -> Enco
     for name, what in (
         ("extractor_conv_layer_config", f"convolution strides {','.join(str(stride) for _, _, stride in conv)}"),
         ("encoder_layer_norm_first", f"LayerNorm {'before' if large else 'after'} each sublayer"),
-        ("normalize_waveform", f"waveforms {'normalised' if large else 'as they are'}"),
+        ("normalize_waveform", f"waveforms {'normalised' if large else 'not normalised'}"),
         ("encoder_max_distance", f"relative positions up to {MAX_DISTANCE} frames" if table is not None else None),
     ):
         if what and fields.get(name) is None:
@@ -212,33 +212,34 @@ def _heads(
         full = HEADS.get(dim) if gate is None else gate.size(1)
         if full is None:
             raise ValueError(
-                f"a bare state dict of width {dim} leaves the number of attention heads open; save "
+                f"a bare state dict of width {dim} does not determine the number of attention heads; save "
                 "{'state_dict': model.state_dict(), 'config': {'encoder_num_heads': ...}} instead, config holding "
                 "keyword arguments of torchaudio.models.wav2vec2_model"
             )
         left = [list(range(full))] * count
         if gate is None:
-            assumed.append(f"{full} attention heads, from the width {dim} alone")
+            assumed.append(f"{full} attention heads, from the width {dim}")
     return full, [heads if attention else None for heads, attention in zip(_each(left, count), used)]
 
 
 def _conv_layers(state: State) -> list[tuple[int, int, int]]:
-    """Channels and kernels as the weights have them, strides as the kernels go with."""
+    """Channels and kernels from the weights, and the strides that belong to the kernels."""
     name = "feature_extractor.conv_layers.{}.conv.weight"
     count = sum(bool(re.fullmatch(name.format(r"\d+"), key)) for key in state)
     weights = [state[name.format(i)] for i in range(count)]
     kernels = tuple(weight.size(2) for weight in weights)
     if kernels not in STRIDES:
         raise ValueError(
-            f"a bare state dict with convolution kernels {kernels} leaves their strides open; save {{'state_dict': "
-            "model.state_dict(), 'config': {'extractor_conv_layer_config': [(channels, kernel, stride), ...]}} instead"
+            f"a bare state dict with convolution kernels {kernels} does not determine their strides; save "
+            "{'state_dict': model.state_dict(), 'config': {'extractor_conv_layer_config': [(channels, kernel, stride), "
+            "...]}} instead"
         )
     return [(weight.size(0), kernel, stride) for weight, kernel, stride in zip(weights, kernels, STRIDES[kernels])]
 
 
 def _each(value: Any, count: int) -> list[Any]:
-    """A value for every layer, where one may stand for all."""
+    """A value for every layer; a single value applies to all."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count:
-        raise ValueError(f"{values} has {len(values)} entries; expected {count}, one a layer")
+        raise ValueError(f"{values} has {len(values)} entries; expected {count}, one per layer")
     return values

@@ -1,11 +1,11 @@
-"""Reading what ``torch.save`` wrote, running none of a file's code, in memory and time bounded by the file's size.
+"""Reads files of ``torch.save`` without running their code, in memory and time bounded by the file's size.
 
-``torch.load`` is not used: its safe mode reads pickle protocol 2 alone, and both modes believe what a file says of
-itself (a storage's length, deflated members, references to references). Here a class is read only if its name is known
-to be harmless, every checksum is compared, and nothing is allocated that the file does not hold.
+It does not use ``torch.load``, whose safe mode reads only pickle protocol 2, and both of whose modes trust the file's
+claims (a storage's length, deflated members, references to references). Here a class is read only if its name is known
+to be harmless, every checksum is verified, and no more is allocated than the file holds.
 
-The start-up hook runs this file by itself, so that fairseq reads checkpoints through it too: it imports nothing of the
-package.
+The start-up hook runs this file standalone, so that fairseq reads checkpoints through it too; it imports nothing from
+the package.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ HARMLESS = (
     "typing.Any",
     *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),
 )
-"""Classes of which configurations and vocabularies are made."""
+"""Classes in configurations and vocabularies."""
 
 MAX_PICKLE = 4_000_000
-"""Bytes of a file that may be pickle rather than numbers; an object takes up to a hundred times its pickle's bytes."""
+"""Maximum bytes of a file's pickle; an object takes up to a hundred times its pickle's bytes."""
 
 MAX_REAL_PICKLE = 250_000_000
-"""The same where objects are made as what they are: by programs whose vocabularies may be large."""
+"""The same limit with ``real_classes``: programs may have large vocabularies."""
 
 _CHUNK = 1 << 24
 _STORAGES = {
@@ -54,11 +54,11 @@ _STORAGES = {
     **{"ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128},
 }
 _LEGACY = (0x1950A86A20F9469CFC6C, 1001)
-"""What a file of torch before 1.6 begins with: a number, and the version of the format."""
+"""Beginning of files of torch before 1.6: a magic number, and the format's version."""
 
 
 class Refused(pickle.UnpicklingError):
-    """The file holds an object of a class that is not known to be harmless.
+    """The file holds an object of a class not known to be harmless.
 
     Attributes:
         name: the class.
@@ -70,7 +70,7 @@ class Refused(pickle.UnpicklingError):
 
 
 class Placeholder:
-    """Stands for an object of a harmless class: keeps its attributes and runs none of its code."""
+    """Replaces an object of a harmless class: keeps its attributes and runs none of its code."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
         return object.__new__(cls)
@@ -88,22 +88,22 @@ PLACEHOLDERS = {path: _placeholder(path) for path in HARMLESS}
 
 
 def real_class(path: str) -> Any:
-    """The harmless class itself, for programs that need more of it than its attributes."""
+    """The harmless class itself, for programs that need more than its attributes."""
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
 def read(file: BinaryIO, real_classes: bool = False, tensors: bool = True) -> Any:
-    """What ``torch.save`` wrote into an open file, on the CPU.
+    """Reads an open file of ``torch.save`` onto the CPU.
 
     Args:
-        file: at its beginning; of torch's zip format, or that of torch before 1.6.
-        real_classes: make objects of harmless classes as what they are, not as :class:`Placeholder`.
-        tensors: read their numbers; without, tensors of the zip format are on torch's device "meta".
+        file: at its beginning; in torch's zip format, or that of torch before 1.6.
+        real_classes: create real objects of harmless classes instead of :class:`Placeholder`.
+        tensors: read their numbers; otherwise tensors of the zip format are on torch's device "meta".
 
     Raises:
         Refused: it holds an object of another class.
-        Exception: nearly any, where the file is damaged or of another format.
+        Exception: almost any, if the file is damaged or has another format.
     """
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -113,7 +113,7 @@ def read(file: BinaryIO, real_classes: bool = False, tensors: bool = True) -> An
 
 
 def _open_archive(file: Any) -> zipfile.ZipFile:
-    """A zip file that holds no more than its own size.
+    """Opens a zip file whose content is no larger than the file.
 
     Raises:
         zipfile.BadZipFile: it is damaged, compressed, or names the same bytes or the same member twice.
@@ -129,10 +129,10 @@ def _open_archive(file: Any) -> zipfile.ZipFile:
 
 
 def _read_pickle(archive: zipfile.ZipFile, most: int) -> tuple[bytes, str]:
-    """The pickle in an archive of torch, and the name of the folder that it lies in, with a slash.
+    """The pickle in a torch archive, and the name of its folder, with a slash.
 
     Raises:
-        zipfile.BadZipFile, ValueError: it is not there, damaged or too long.
+        zipfile.BadZipFile, ValueError: it is missing, damaged or too long.
     """
     names = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
     if len(names) != 1:
@@ -152,12 +152,12 @@ def _read_zip(file: BinaryIO, size: int, real_classes: bool, tensors: bool) -> A
         text, folder = _read_pickle(archive, _most(real_classes))
         order = folder + "byteorder"
         if order in archive.namelist() and archive.read(order).decode() != sys.byteorder:
-            raise ValueError("its numbers are in the byte order of another kind of processor")
+            raise ValueError("its numbers have the byte order of another kind of processor")
 
         def fill(buffer: bytearray, key: str) -> None:
             if archive.getinfo(f"{folder}data/{key}").file_size != len(buffer):
                 raise ValueError(f"its storage {key} is not as long as its pickle says")
-            with archive.open(f"{folder}data/{key}") as member:  # compares the checksum when it comes to the end
+            with archive.open(f"{folder}data/{key}") as member:  # verifies the checksum at the end
                 _fill(buffer, member)
                 member.read(1)
 
@@ -165,12 +165,12 @@ def _read_zip(file: BinaryIO, size: int, real_classes: bool, tensors: bool) -> A
 
 
 def _read_legacy(file: BinaryIO, size: int, real_classes: bool) -> Any:
-    """The format of torch before 1.6: pickles, then every storage behind its length."""
+    """The format of torch before 1.6: pickles, then every storage after its length."""
     text = Whole(file, _most(real_classes))
     storages = Storages(size)
     start = tuple(Unpickler(text, real_classes, storages).load() for _ in _LEGACY)
     if start != _LEGACY:
-        raise ValueError("it does not begin as torch's files do")
+        raise ValueError("it does not begin like a torch file")
     _, found, keys = (Unpickler(text, real_classes, storages).load() for _ in range(3))
     if sorted(keys) != sorted(storages.buffers):
         raise ValueError("its storages are not those that its pickle names")
@@ -197,12 +197,12 @@ def _width(dtype: torch.dtype) -> int:
 
 
 class Storages:
-    """The numbers behind the tensors: memory is given out as long as the file may hold as much.
+    """Storages of the tensors; allocates no more memory than the file can hold.
 
     Args:
         size: bytes of the file.
-        fill: reads the storage of a key into a buffer; None: the caller will.
-        real: False: no memory at all, tensors are on the device "meta".
+        fill: reads the storage of a key into a buffer; None: the caller does.
+        real: False: allocate nothing, tensors are on the device "meta".
     """
 
     def __init__(self, size: int, fill: Callable[[bytearray, str], None] | None = None, real: bool = True) -> None:
@@ -213,7 +213,7 @@ class Storages:
         self.made: dict[str, Tensor] = {}
 
     def get(self, kind: Any, key: Any, count: Any) -> Tensor:
-        """(count,) tensor of a kind of storage, the same one for the same key."""
+        """The (count,) tensor of a storage, the same one for the same key."""
         if not (isinstance(key, str) and type(count) is int and count >= 0 and isinstance(kind, torch.dtype)):
             raise pickle.UnpicklingError("a storage is described wrongly")
         if key not in self.made:
@@ -238,7 +238,7 @@ class Storages:
 
 
 class Whole:
-    """Reads from bytes or a file what is asked for, or nothing: pickle takes what is cut short for the whole."""
+    """Reads exactly the requested bytes or raises, because pickle accepts truncated reads."""
 
     def __init__(self, source: Any, most: int) -> None:
         self.source = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -265,11 +265,11 @@ class Whole:
         return data
 
 
-_Python: Any = pickle._Unpickler  # written in Python: its single steps can be replaced
+_Python: Any = pickle._Unpickler  # written in Python, so its steps can be replaced
 
 
 def _checking_keys(step: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
-    """A step of the unpickler that first looks at the keys, which lie on its stack."""
+    """Wraps a step of the unpickler to check the keys on its stack first."""
 
     def checked(unpickler: Unpickler) -> None:
         unpickler.check_keys(unpickler.stack[keys])
@@ -279,7 +279,7 @@ def _checking_keys(step: Callable[[Any], None], keys: slice) -> Callable[[Any], 
 
 
 def _checking_class(step: Callable[[Any], None], place: int) -> Callable[[Any], None]:
-    """A step that makes an object, if the class, which lies at a place of the stack, is known."""
+    """Wraps a step that creates an object to check its class, at a position of the stack, first."""
 
     def checked(unpickler: Unpickler) -> None:
         if not unpickler.known(unpickler.stack[place]):
@@ -290,15 +290,15 @@ def _checking_class(step: Callable[[Any], None], place: int) -> Callable[[Any], 
 
 
 class Unpickler(_Python):
-    """Makes containers, texts, numbers, tensors, and objects of :data:`HARMLESS` classes.
+    """Creates containers, strings, numbers, tensors, and objects of :data:`HARMLESS` classes.
 
-    Keys are texts and numbers, so that no hash walks through a container; a container is copied only as often as the
-    pickle's length pays for. Protocols 2 to 5 are read, without bytearrays.
+    Keys are strings and numbers, so that no hash walks a container. The pickle's length limits how often containers are
+    copied. Reads protocols 2 to 5, without bytearrays.
 
     Args:
         file: the pickle.
         real_classes: see :func:`read`.
-        storages: the tensors' numbers.
+        storages: storages of the tensors.
     """
 
     def __init__(self, file: Whole, real_classes: bool, storages: Storages) -> None:
@@ -325,7 +325,7 @@ class Unpickler(_Python):
         self.classes: set[type] = {OrderedDict}
 
     def copied(self, items: Iterable[Any] = ()) -> list[Any]:
-        """The items as a list, if there are not too many over the whole file."""
+        """The items as a list, within a limit over the whole file."""
         found = list(items) if hasattr(items, "__len__") else []
         self.copies_left -= 50 + len(found)
         if self.copies_left < 0:
@@ -333,19 +333,19 @@ class Unpickler(_Python):
         return found
 
     def check_keys(self, keys: Iterable[Any]) -> None:
-        """Raises UnpicklingError where a key is no text, number, or short tuple of these."""
+        """Raises UnpicklingError if a key is not a string, a number, or a short tuple of these."""
         for key in keys:
             for part in key if type(key) is tuple and len(key) < 10 else (key,):
                 if part is not None and not isinstance(part, (str, bytes, int, float, torch.dtype)):
                     raise pickle.UnpicklingError(f"a {type(part).__name__} serves as a key")
 
     def known(self, kind: Any) -> bool:
-        """Whether objects may be made of this, and their attributes set."""
+        """Whether objects of this class may be created, and their attributes set."""
         return isinstance(kind, type) and (kind in self.classes or issubclass(kind, np.dtype))
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}".replace("__builtin__.long", "builtins.int")
-        path = path.replace("__builtin__.", "builtins.")  # names of Python 2, which pickle protocol 2 uses
+        path = path.replace("__builtin__.", "builtins.")  # Python 2 names, used by pickle protocol 2
         if path in self.functions:
             return self.functions[path]
         if path in PLACEHOLDERS:
@@ -361,7 +361,7 @@ class Unpickler(_Python):
         raise Refused(path)
 
     def persistent_load(self, pid: Any) -> Tensor:
-        """A storage: (what, type, key, device, count), in the old format with a part of it that is meant."""
+        """A storage, from (kind, type, key, device, count); the old format adds a view of it."""
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] not in ("storage", b"storage"):
             raise pickle.UnpicklingError("a storage is described wrongly")
         found = self.storages.get(pid[1], pid[2], pid[4])
@@ -377,19 +377,19 @@ class Unpickler(_Python):
         super().load_reduce()
 
     def load_build(self) -> None:
-        """Sets the state of an object; a state for a class or a function would change the running program."""
+        """Sets an object's state; setting that of a class or function would change the running program."""
         state, made = self.stack.pop(), self.stack[-1]
         if not self.known(type(made)) or not isinstance(state, (dict, tuple)):
             raise pickle.UnpicklingError(f"sets attributes of a {type(made).__name__}")
         if isinstance(made, np.dtype):
-            return  # made whole
+            return  # complete already
         if not isinstance(state, dict):
             raise pickle.UnpicklingError(f"sets a {type(made).__name__} to a {type(state).__name__}")
         self.copied(state)
         made.__dict__.update(state)
 
     def load_empty_set(self) -> None:
-        self.copied()  # which counts it: an empty set takes 200 times its byte
+        self.copied()  # counts it: an empty set takes 200 times its byte
         super().load_empty_set()
 
     def load_frozenset(self) -> None:
@@ -424,7 +424,7 @@ class Unpickler(_Python):
 
 
 def _tensor(storage: Tensor, offset: int, size: Any, stride: Any, requires_grad: bool = False, *hooks: Any) -> Tensor:
-    """The view of a storage that a pickle describes; it repeats no number."""
+    """The view of a storage that a pickle describes; no number may repeat."""
     last = sum((n - 1) * step for n, step in zip(size, stride)) if min(size, default=1) > 0 else -1
     count = int(np.prod([int(n) for n in size], dtype=object)) if size else 1
     if len(size) != len(stride) or min((offset, *size, *stride)) < 0 or len(size) > 8:

@@ -13,17 +13,31 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, Callable, NoReturn
+from typing import Any, Callable, NamedTuple, NoReturn
 
 import torch
 
 import skill_fairseq
+from skill_fairseq.files import check_output, json_text, write_json
 from skill_fairseq.messages import meant_for_users, not_utf8, out_of_memory, printable, remedy_for, require_linux
+from skill_fairseq.text_tables import aligned
 
 Main = Callable[..., int]
 MAX_SEED = 2**32 - 1  # numpy's
+
+
+class Done(NamedTuple):
+    """What a command has done.
+
+    Attributes:
+        record: what `--json` prints; its names are those that the parser's `prints` explains.
+        code: exit code.
+    """
+
+    record: Mapping[str, Any]
+    code: int = 0
 
 
 class Ended(BaseException):
@@ -47,25 +61,40 @@ class _Held(io.StringIO):
             self._stream.flush()
 
 
-def run(main: Callable[..., int]) -> Main:
-    """Decorate a command's `main(argv=None) -> int`: what the user can mend becomes one line on stderr and
-    exit code 2.
+def run(main: Callable[..., int | Done], json_file: bool = True) -> Main:
+    """Decorate a command's `main(argv=None)`: what the user can mend becomes one line on stderr and exit code 2.
 
     Errors that are meant for users, see :func:`skill_fairseq.messages.meant_for_users`, are reported without a
     traceback unless `--debug` is given; any other exception is a defect of ours and keeps its traceback. What is
-    printed appears when the command ends, so that a reader who stops (`| head`) costs no file. Ctrl-C, SIGTERM and
-    SIGHUP end the command by way of every clean-up, with exit code 128 + the signal's number as shells expect.
+    printed appears when the command ends, so that a reader who stops (`| head`) costs no file. With `--json` it goes
+    to stderr, and stdout gets only the record of :class:`Done`; with `--json FILE` the record goes to the file. Ctrl-C,
+    SIGTERM and SIGHUP end the command by way of every clean-up, with exit code 128 + the signal's number as shells
+    expect.
+
+    Args:
+        main: the command.
+        json_file: whether `--json FILE` is understood; not where inputs are JSON too, there only `--json=FILE` is.
     """
 
     @functools.wraps(main)
     def guarded(argv: Sequence[str] | None = None) -> int:
         arguments = list(sys.argv[1:] if argv is None else argv)
-        debug = "--debug" in arguments
-        held = _Held(sys.stdout)
+        debug, file = "--debug" in arguments, _json_file(arguments, json_file)
+        as_json = "--json" in arguments and file is None
+        document, held = _Held(sys.stdout), _Held(sys.stderr if as_json else sys.stdout)
         try:
-            with _signals_raise(), contextlib.redirect_stdout(held):
+            with _signals_raise(), contextlib.redirect_stdout(held), _only_stderr(as_json):
                 require_linux("skill_fairseq's commands")
-                code = main([word for word in arguments if word != "--debug"])
+                if file == "":
+                    raise ValueError("--json=: no file; expected --json=FILE, or --json for stdout")
+                if file is not None:
+                    check_output(file, "--json", [word for word in arguments if os.path.isfile(word)])
+                done = main([word for word in arguments if word != "--debug"])
+                code = done.code if isinstance(done, Done) else done
+                if file is not None and isinstance(done, Done):
+                    write_json(file, done.record)
+                elif as_json and isinstance(done, Done):
+                    document.write(json_text(done.record))
         except Exception as error:
             if not meant_for_users(error, main.__module__.partition(".")[0]):
                 _let_through(held)
@@ -85,9 +114,29 @@ def run(main: Callable[..., int]) -> Main:
         except SystemExit:  # of --help
             held.flush()
             raise
-        return _let_through(held) or code
+        return _let_through(document) or _let_through(held) or code
 
     return guarded
+
+
+def _json_file(arguments: list[str], may_follow: bool) -> str | None:
+    """Takes the FILE of `--json=FILE` or, if it may follow, `--json FILE` out of the arguments.
+
+    After `--json` a word that ends in .json, or a device, is the file, if it is the last word or an option comes next.
+    """
+    for index, word in enumerate(arguments):
+        if word.startswith("--json="):
+            arguments[index] = "--json"
+            return word.partition("=")[2]
+        if word == "--json" and may_follow:
+            after, rest = arguments[index + 1 : index + 2], arguments[index + 2 : index + 3]
+            if after and (not rest or rest[0].startswith("-")) and (after[0].endswith(".json") or _is_device(after[0])):
+                return arguments.pop(index + 1)
+    return None
+
+
+def _is_device(word: str) -> bool:
+    return os.path.exists(word) and not os.path.isdir(word) and not os.path.isfile(word)
 
 
 def _let_through(held: _Held) -> int:
@@ -101,6 +150,21 @@ def _let_through(held: _Held) -> int:
         _say(f"error: the output cannot be printed: {_describe(error)}")
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _only_stderr(wanted: bool) -> Iterator[None]:
+    """What libraries and child processes write to descriptor 1, past ``sys.stdout``, goes to stderr."""
+    if not wanted:
+        yield
+        return
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _say(message: str) -> None:
@@ -145,15 +209,28 @@ EXIT_CODES = """exit codes: 0 done; 1 done in part, stderr says what is missing;
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, with `--debug`, `--version` and an epilog as it is written, whose errors are one line that names the
-    option."""
+    """argparse's, with `--debug`, `--version`, an epilog as it is written, and errors of one line that name the option.
 
-    def __init__(self, epilog: str = "", **kwargs: Any) -> None:
-        epilog = f"{epilog.strip()}\n\n{EXIT_CODES}".lstrip()
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, epilog=epilog, **kwargs)
-        self.add_argument("--debug", action="store_true", help="show where in the code an error comes from")
+    Args:
+        epilog: examples and the like.
+        prints: what the object that `--json` prints holds: name -> meaning; without, there is no `--json`.
+    """
+
+    def __init__(self, epilog: str = "", prints: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        parts = [epilog.strip()]
+        if prints is not None:
+            rows = aligned([[f"  {name}", meaning] for name, meaning in prints.items()], left=2)
+            parts.append(f"--json prints one object, with all of these names:\n{rows}")
+        kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **kwargs}
+        super().__init__(epilog="\n\n".join(filter(None, [*parts, EXIT_CODES])), **kwargs)
+        self.prints = prints
+        if prints is not None:
+            self.add_argument(
+                "--json", action="store_true", help="JSON on stdout, the text on stderr; --json FILE.json: in a file"
+            )
+        self.add_argument("--debug", action="store_true", help="the place in the code that an error comes from")
         version = f"%(prog)s of skill_fairseq {skill_fairseq.__version__}"
-        self.add_argument("--version", action="version", version=version)
+        self.add_argument("--version", action="version", version=version, help="name and version of this program")
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError."""
@@ -161,17 +238,17 @@ class Parser(argparse.ArgumentParser):
 
     def add_trust(self) -> None:
         """Adds `--trust`."""
-        what = "read checkpoints with unknown pickled classes, which can run code that their author put there"
+        what = "leave to read checkpoints with unknown pickled classes, which can run code that their author put there"
         self.add_argument("--trust", action="store_true", help=what)
 
+    def add_device(self) -> None:
+        """Adds `--device`, for :func:`check_device`."""
+        self.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table of plain text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip()
-        for row in rows
-    )
+    def add_seed(self, what: str, default: int = 0) -> None:
+        """Adds `--seed`, which numpy and torch take."""
+        text = f"seed of {what} (default: {default})"
+        self.add_argument("--seed", type=seed, default=default, metavar="N", help=text)
 
 
 def in_range(

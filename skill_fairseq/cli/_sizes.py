@@ -26,11 +26,15 @@ def add_sizes(parser: argparse.ArgumentParser, group: Any) -> None:
         "--size",
         action="append",
         type=in_range(float, above=0, below=1),
-        metavar="SHARE",
-        help="share that is left, of a checkpoint trained with criterion.elastic; may be given several times",
+        metavar="F",
+        help="fraction left, of a checkpoint trained with criterion.elastic; may be given several times",
     )
-    group.add_argument("--all", action="store_true", help="every 5 %% from the smallest to the largest size trained")
-    parser.add_argument("--beyond", action="store_true", help="allow sizes outside of those trained, with a warning")
+    group.add_argument(
+        "--all", action="store_true", help="all sizes from the smallest to the largest trained, in steps of 0.05"
+    )
+    parser.add_argument(
+        "--beyond", action="store_true", help="leave to cut sizes outside of those trained, with a warning"
+    )
 
 
 def asked_sizes(

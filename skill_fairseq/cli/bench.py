@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import platform
 import sys
 import time
@@ -17,9 +15,10 @@ from tqdm import tqdm
 
 import skill_fairseq
 from skill_fairseq.benchmarking.setup import ARCHITECTURES, INFERENCE_PRECISIONS, PRECISIONS, Setup
-from skill_fairseq.cli._common import Parser, aligned, check_device, in_range, run, seed
-from skill_fairseq.files import check_output, write_json
+from skill_fairseq.cli._common import Done, Parser, check_device, in_range, run
 from skill_fairseq.messages import require
+from skill_fairseq.pruning.latency import PARTS
+from skill_fairseq.text_tables import aligned
 
 COUNT, AMOUNT = in_range(int, least=1, most=10**9), in_range(int, least=0, most=10**9)
 LENGTH, LIMIT = in_range(float, least=0.025, most=86_400), in_range(float, above=0, most=10**9)
@@ -48,10 +47,10 @@ examples:
   skill-bench train --stage 2 --sparsity 0.75 --seconds 30
   skill-bench infer --seconds 10 --sparsity 0.75 --against full         the shrunk student beside the full encoder
   skill-bench infer --seconds 10 --precision int8 --against transformers,onnxruntime,openvino
-  skill-bench infer --model student.safetensors --seconds 10 --json student.json
+  skill-bench infer --model student.safetensors --seconds 10 --json > student.json
   skill-bench train --device cuda --precision bf16 --seconds 15.6 --find-max-tokens
   skill-bench load --manifest manifests/train.tsv --workers 2
-  skill-bench table --model teacher.safetensors --seconds 10 --runtime onnxruntime --json latency.json
+  skill-bench table --model teacher.safetensors --seconds 10 --runtime onnxruntime --json > latency.json
 
 Contestants run in processes of their own and take turns (A B A B), so that a busy machine treats them alike; compare
 minima. Weights and audio are random where no --model is given: speed does not depend on them. With gates, so many
@@ -59,14 +58,49 @@ units are opened at random that the expected sparsity is the one asked for: --ke
 channels, whose share of the work is far larger than their share of the parameters.
 """
 
+ABOUT = {"what": "what was measured", "machine": "device, threads and versions", "setup": "options and shape"}
+PRINTS = {
+    "train": {
+        **ABOUT,
+        "results": "of each contestant: seconds by phase, peak bytes, parameters; null with --find-max-tokens",
+        "largest batch": "by --find-max-tokens: utterances, peak bytes, dataset.max_tokens; else null",
+    },
+    "infer": {
+        **ABOUT,
+        "results": "of each contestant: seconds, peak bytes, parameters, multiply-accumulates",
+        "products": "rate of matrix products on this CPU; null on a GPU",
+    },
+    "cluster": {
+        **ABOUT,
+        "forward s": "seconds of each forward",
+        "similarity s": "seconds of each measurement of similarity",
+        "overhead": "the second as a fraction of the first",
+    },
+    "table": {
+        **ABOUT,
+        "runtime": "what ran the students",
+        "seconds": "length of the utterance",
+        "shape": "fields of the encoder that the table is for",
+        "rest_ms": "milliseconds of what no gate can close",
+        **dict.fromkeys(PARTS, "widths, and milliseconds of one part at each"),
+        "check": "mixed students: multiply-accumulates, milliseconds measured and by the table",
+    },
+    "load": {
+        "what": "what was measured",
+        "machine": "device, threads and versions",
+        "batches": "number of batches",
+        "audio seconds": "seconds of audio",
+        "seconds": "seconds that loading took",
+        "audio seconds per second": "the one by the other",
+    },
+}
+
 
 @run
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Done:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
     check_device(args.device)
-    if args.json is not None:
-        check_output(args.json, "--json", [args.model] if getattr(args, "model", None) else [])
     for name in getattr(args, "against", None) or []:
         require(f"--against {name}", *CONSUMERS.get(name, ()))
     if args.what == "load":
@@ -75,14 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.cuda.set_device(torch.device(args.device).index or 0)
     if args.threads:
         torch.set_num_threads(args.threads)
-    # The table makes room for JSON that another program may be waiting for.
-    with contextlib.redirect_stdout(sys.stderr) if args.json is None else contextlib.nullcontext():
-        record = {"what": args.what, **args.measure(args), "machine": _machine(args)}
-    if args.json is None:
-        print(json.dumps(record))
-    else:
-        write_json(args.json, record)
-    return 0
+    return Done({"what": args.what, **args.measure(args), "machine": _machine(args)})
 
 
 def _setup(args: argparse.Namespace, **changes: Any) -> Setup:
@@ -107,7 +134,8 @@ def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
             f"largest batch within {limit / 1e9:.1f} GB: {batch} x {setup.seconds:g} s, peak {peak / 1e9:.2f} GB\n"
             f"dataset.max_tokens={tokens}"
         )
-        return {"setup": setup.__dict__, "limit bytes": limit, "batch": batch, "peak bytes": peak, "max_tokens": tokens}
+        largest = {"limit bytes": limit, "batch": batch, "peak bytes": peak, "max_tokens": tokens}
+        return {"setup": setup.__dict__, "results": None, "largest batch": largest}
 
     names = ["skill_fairseq", *(args.against or [])]
     limited = args.what == "infer" and not args.device.startswith("cuda")
@@ -116,6 +144,7 @@ def measure_steps(args: argparse.Namespace) -> dict[str, Any]:
         results = take_turns(setups, args.what, args.repeats, args.warmup, bar.update)
     found = dict(zip(names, results))
     record: dict[str, Any] = {"setup": setup.__dict__, "results": found}
+    record["largest batch" if args.what == "train" else "products"] = None
     if limited:
         product = results[-1]
         rate = product["macs"] / product["seconds"]["total"]["min"]
@@ -228,12 +257,12 @@ def measure_loading(args: argparse.Namespace) -> dict[str, Any]:
     ).next_epoch_itr(shuffle=True)
     samples = batches = 0
     began = time.perf_counter()
-    with tqdm(total=round(args.limit), desc="loading", unit="s audio", disable=None) as bar:
+    with tqdm(total=round(args.max_seconds), desc="loading", unit="s audio", disable=None) as bar:
         for batch in epoch:
             new = batch["net_input"]["source"].numel()
             samples, batches = samples + new, batches + 1
             bar.update(round(new / 16000))
-            if samples >= args.limit * 16000:
+            if samples >= args.max_seconds * 16000:
                 break
     elapsed = time.perf_counter() - began
     speed = samples / 16000 / elapsed
@@ -243,7 +272,7 @@ def measure_loading(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_latencies(args: argparse.Namespace) -> dict[str, Any]:
     """`table`."""
-    from skill_fairseq.benchmarking.latency_table import PARTS, measure_table
+    from skill_fairseq.benchmarking.latency_table import measure_table
 
     setup = _setup(args)
     total = 1 + len(PARTS) * args.points + 1 + args.checks
@@ -287,7 +316,7 @@ def _machine(args: argparse.Namespace) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="skill-bench",
-        description="Measure training steps, inference, clustering or data loading: a table, and JSON.",
+        description="Measure training steps, inference, clustering or data loading.",
         epilog=EPILOG,
     )
     commands = parser.add_subparsers(dest="what", required=True, metavar="{train,infer,cluster,table,load}")
@@ -297,60 +326,95 @@ def _parser() -> argparse.ArgumentParser:
         ("cluster", "similarity of layers on top of the teacher's forward", measure_cluster),
         ("table", "times of whole students by the widths of their parts", measure_latencies),
     ):
-        command = commands.add_parser(what, help=help)
+        command = commands.add_parser(what, help=help, prints=PRINTS[what])
         command.set_defaults(measure=measure)
         _add_common(command)
         if what == "table":
             _add_table(command)
         elif what != "cluster":
             _add_steps(command, what)
-    load = commands.add_parser("load", help="the data loader by itself")
+    load = commands.add_parser("load", help="the data loader by itself", prints=PRINTS["load"])
     load.set_defaults(measure=measure_loading, device="cpu", threads=None)
     add = load.add_argument
-    add("--manifest", type=Path, required=True, metavar="TSV", help="named train.tsv: read as in training")
+    add("--manifest", type=Path, required=True, metavar="MANIFEST", help="manifest SPLIT.tsv, read as in training")
     workers = in_range(int, least=0, most=1024)
-    add("--workers", type=workers, default=0, help="processes that load (default: 0, none beside the trainer's)")
-    add("--max-tokens", type=COUNT, default=2_560_000, help="samples a batch (default: 160 s)")
-    add("--max-sample-size", type=COUNT, default=250_000, help="samples an utterance is cropped to (default: 15.6 s)")
-    add("--min-sample-size", type=AMOUNT, default=32_000, help="samples below which it is left out (default: 2 s)")
-    add("--limit", type=LIMIT, default=1000.0, metavar="S", help="seconds of audio to load (default: 1000)")
-    add("--json", type=Path, metavar="FILE", help="write the JSON there instead of printing it")
+    add(
+        "--workers", type=workers, default=0, metavar="N", help="number of loading processes (default: 0, the main one)"
+    )
+    add("--max-tokens", type=COUNT, default=2_560_000, metavar="N", help="batch size, samples (default: 160 s of them)")
+    add(
+        "--max-sample-size",
+        type=COUNT,
+        default=250_000,
+        metavar="N",
+        help="most of an utterance, samples (default: 15.6 s)",
+    )
+    add(
+        "--min-sample-size", type=AMOUNT, default=32_000, metavar="N", help="shortest utterance, samples (default: 2 s)"
+    )
+    add("--max-seconds", type=LIMIT, default=1000.0, metavar="S", help="most audio to load, seconds (default: 1000)")
     return parser
 
 
-def _add_common(command: argparse.ArgumentParser) -> None:
+def _add_common(command: Parser) -> None:
     add = command.add_argument
-    add("--arch", choices=ARCHITECTURES, default="wavlm_base_plus", help="(default: wavlm_base_plus)")
-    add("--model", metavar="FILE", help="any file or folder that load_encoder reads, instead of --arch")
-    add("--seconds", type=LENGTH, default=15.0, help="audio an utterance (default: 15)")
-    add("--batch", type=COUNT, default=1, help="utterances (default: 1)")
-    add("--device", default="cpu", help="(default: cpu)")
-    add("--threads", type=in_range(int, least=1, most=1024), help="CPU threads (default: torch's)")
-    add("--repeats", type=COUNT, default=5, help="measured steps of each contestant (default: 5)")
-    add("--warmup", type=AMOUNT, default=2, help="steps before them (default: 2)")
-    add("--seed", type=seed, default=0, help="of weights, audio and gates (default: 0)")
-    add("--json", type=Path, metavar="FILE", help="write the JSON there instead of printing it")
+    add(
+        "--arch",
+        choices=ARCHITECTURES,
+        default="wavlm_base_plus",
+        help="shape of the encoder (default: wavlm_base_plus)",
+    )
+    add("--model", metavar="FILE", help="file or folder that load_encoder reads, instead of --arch")
+    add("--seconds", type=LENGTH, default=15.0, metavar="S", help="length of each utterance, seconds (default: 15)")
+    add(
+        "--batch-size",
+        type=COUNT,
+        default=1,
+        dest="batch",
+        metavar="N",
+        help="number of utterances in a batch (default: 1)",
+    )
+    command.add_device()
+    add(
+        "--threads",
+        type=in_range(int, least=1, most=1024),
+        metavar="N",
+        help="number of CPU threads (default: torch's)",
+    )
+    add(
+        "--repeats", type=COUNT, default=5, metavar="N", help="number of measured steps of each contestant (default: 5)"
+    )
+    add("--warmup", type=AMOUNT, default=2, metavar="N", help="number of steps before them (default: 2)")
+    command.add_seed("weights, audio and gates")
 
 
 def _add_table(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--runtime", choices=("torch", "onnxruntime"), default="torch", help="what runs the student (default: torch)")
-    add("--points", type=in_range(int, least=1, most=100), default=4, help="widths of each part (default: 4)")
-    add("--checks", type=in_range(int, least=0, most=100), default=3, help="mixed students to check by (default: 3)")
+    add(
+        "--runtime",
+        choices=("torch", "onnxruntime"),
+        default="torch",
+        help="program that runs the students (default: torch)",
+    )
+    points, checks = in_range(int, least=1, most=100), in_range(int, least=0, most=100)
+    add("--points", type=points, default=4, metavar="N", help="number of widths of each part (default: 4)")
+    add("--checks", type=checks, default=3, metavar="N", help="number of mixed students to check by (default: 3)")
 
 
 def _add_steps(command: argparse.ArgumentParser, what: str) -> None:
     add = command.add_argument
-    add("--sparsity", type=SPARSITY, default=0.0, help="of the student: fraction of the parameters gone (default: 0)")
+    add("--sparsity", type=SPARSITY, default=0.0, metavar="S", help="fraction of the parameters removed (default: 0)")
     add("--keep-conv", type=SHARE, metavar="F", help="fraction of conv channels kept (default: as of all units)")
     precisions = INFERENCE_PRECISIONS if what == "infer" else PRECISIONS
-    add("--precision", choices=precisions, default="fp32", help="(default: fp32)")
-    add("--compile", action="store_true", help="torch.compile the layers of the teacher (train) or encoder (infer)")
+    add("--precision", choices=precisions, default="fp32", help="precision of weights and products (default: fp32)")
+    add("--compile", action="store_true", help="torch.compile for the layers of the teacher (train) or encoder (infer)")
     against = [*CONSUMERS, "full"] if what == "infer" else ["transformers"]
     several = f"{{{','.join(against)}}}" + (", several by commas" if what == "infer" else "")
-    add("--against", type=_against(against), metavar="NAMES", help=f"measure too, in turn, with the ratio: {several}")
+    add("--against", type=_against(against), metavar="NAMES", help=f"contestants that take turns with it: {several}")
     if what == "train":
-        add("--stage", type=int, choices=(1, 2), default=1, help="1: gates; 2: shrunk (default: 1)")
-        add("--teacher-dtype", choices=PRECISIONS, default="fp32", help="(default: fp32)")
-        add("--find-max-tokens", action="store_true", help="find the largest batch that fits instead")
-        add("--memory", type=LIMIT, metavar="GB", help="for --find-max-tokens (default: all of the GPU's)")
+        add(
+            "--stage", type=int, choices=(1, 2), default=1, help="number of the stage; 1: gates, 2: shrunk (default: 1)"
+        )
+        add("--teacher-dtype", choices=PRECISIONS, default="fp32", help="precision of the teacher (default: fp32)")
+        add("--find-max-tokens", action="store_true", help="the largest batch that fits, in place of times")
+        add("--memory", type=LIMIT, metavar="GB", help="memory for --find-max-tokens, GB (default: all of the GPU's)")

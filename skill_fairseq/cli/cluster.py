@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from skill_fairseq.audio.manifest import check_manifest, read_manifest
 from skill_fairseq.checkpoints import load_encoder
-from skill_fairseq.cli._common import Parser, check_device, in_range, run, seed
+from skill_fairseq.cli._common import Done, Parser, check_device, in_range, run
 from skill_fairseq.clustering import linkage
 from skill_fairseq.clustering.calibration import choose_utterances, layer_similarity
 from skill_fairseq.clustering.config_file import format_groups, merge_groups, read_config
@@ -24,6 +24,7 @@ from skill_fairseq.files import check_output, content_sha256, write_file, write_
 from skill_fairseq.messages import printable, remedy_for
 from skill_fairseq.objectives.groups import Layer, layer_name, layer_of
 from skill_fairseq.objectives.teacher import check_alike
+from skill_fairseq.text_tables import aligned
 from skill_fairseq.versions import versions
 
 EPILOG = """measures (distances between two layers, over all frames of the calibration set):
@@ -48,6 +49,20 @@ comments stay. The same audio gives the same groups, whatever the manifest's ord
 Recordings of more than a minute are encoded in pieces of equal length.
 """
 
+PRINTS = {
+    "groups": "layers of each group",
+    "layers": "layers that were clustered, in the order of the matrices",
+    "measure": "measure that the groups are by",
+    "linkage": "the tree, as SciPy has it",
+    "cut": "how the tree was cut",
+    "matrices": "distances between layers by each measure",
+    "teacher": "name and SHA-256; of several teachers a list",
+    "calibration": "utterances, frames and seconds that were heard, and what was skipped",
+    "settings": "options that can change the result",
+    "versions": "packages and their versions",
+    "files": "paths of the files written",
+}
+
 DEFAULT_GROUPS = 4  # as many as DPHuBERT has target layers
 
 
@@ -68,27 +83,27 @@ def make_groups(distances: np.ndarray, args: argparse.Namespace) -> tuple[np.nda
 
 def format_table(distances: np.ndarray, groups: Sequence[Sequence[int]], layers: Sequence[Layer]) -> str:
     """A line a group: its layers, the mean distance within, and to the nearest other group."""
-    lines = ["group  layers              within  to nearest"]
+    rows = [["group", "layers", "within", "to nearest"]]
     for number, group in enumerate(groups):
         size = len(group)
         within = f"{distances[np.ix_(group, group)].sum() / (size * (size - 1)):.4f}" if size > 1 else "-"
         gaps = [distances[np.ix_(group, other)].mean() for other in groups if other is not group]
         nearest = f"{min(gaps):.4f}" if gaps else "-"
-        lines.append(f"{number:>5}  {_ranges([layers[i] for i in group]):<18}  {within:>6}  {nearest:>10}")
-    return "\n".join(lines)
+        rows.append([str(number), _ranges([layers[i] for i in group]), within, nearest])
+    return aligned(rows, left=2)
 
 
 def format_comparison(
     matrices: dict[str, np.ndarray], number: int, layers: Sequence[Layer], args: argparse.Namespace
 ) -> str:
     """As many groups by each measure, under the same linkage."""
-    lines = [f"{number} groups by each measure:"]
+    rows = []
     for measure, distances in matrices.items():
         if args.linkage != "ward" or measure in linkage.EUCLIDEAN_MEASURES:
             tree = linkage.link(distances, args.linkage, args.neighbours_only)
             groups = linkage.cut_to_number(tree, number)
-            lines.append(f"  {measure:<14} {' | '.join(_ranges([layers[i] for i in group]) for group in groups)}")
-    return "\n".join(lines)
+            rows.append([f"  {measure}", " | ".join(_ranges([layers[i] for i in group]) for group in groups)])
+    return f"{number} groups by each measure:\n{aligned(rows, left=2)}"
 
 
 def _ranges(layers: Sequence[Layer]) -> str:
@@ -103,7 +118,7 @@ def _ranges(layers: Sequence[Layer]) -> str:
 
 
 @run
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Done:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
     args.teacher = [path.absolute() for path in args.teacher]  # a folder may be given as "."
@@ -181,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         written.append(args.config)
     print(f"wrote {', '.join(map(str, written))}")
     print(f"to train with these groups: fairseq-hydra-train ... 'criterion.groups={format_groups(named, ',')}'")
-    return 0
+    return Done({**record, "files": list(map(str, written))})
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -227,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-cluster",
         description="Cluster a teacher's layers by the similarity of their hidden states on a little speech.",
         epilog=EPILOG,
+        prints=PRINTS,
     )
     add = parser.add_argument
     add(
@@ -236,51 +252,72 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="FILE",
-        help="any file or folder that load_encoder reads; may be several",
+        help="files or folders that load_encoder reads",
     )
     parser.add_trust()
-    add("--manifest", required=True, type=Path, metavar="TSV", help="audio to choose the calibration set from")
+    add("--manifest", required=True, type=Path, metavar="MANIFEST", help="audio to choose the calibration set from")
     add("--out", type=Path, default=Path("clusters"), metavar="DIR", help="folder to write (default: clusters)")
-    add("--config", type=Path, metavar="YAML", help="training config to put criterion.groups into")
-    add("--measure", choices=MEASURES, default="cka_minibatch", help="see below (default: cka_minibatch)")
-    add("--linkage", choices=linkage.LINKAGES, default="average", help="ward only with l2 (default: average)")
+    add("--config", type=Path, metavar="YAML", help="training config that gets criterion.groups")
+    add(
+        "--measure",
+        choices=MEASURES,
+        default="cka_minibatch",
+        help="distance between layers, see below (default: cka_minibatch)",
+    )
+    add(
+        "--linkage",
+        choices=linkage.LINKAGES,
+        default="average",
+        help="linkage of the tree; ward only with l2 (default: average)",
+    )
     cut = parser.add_mutually_exclusive_group()
     cut.add_argument(
         "--num-groups",
         type=in_range(int, least=1, most=1000),
         default=DEFAULT_GROUPS,
         metavar="K",
-        help=f"exactly so many (default: {DEFAULT_GROUPS}, the number of DPHuBERT's target layers)",
+        help=f"number of groups (default: {DEFAULT_GROUPS}, as many as DPHuBERT has target layers)",
     )
-    cut.add_argument("--height", type=in_range(float, least=0), metavar="H", help="merge up to this distance")
+    cut.add_argument(
+        "--height",
+        type=in_range(float, least=0),
+        metavar="H",
+        help="largest distance of what is merged, in the measure's unit",
+    )
     cut.add_argument(
         "--silhouette",
         type=in_range(int, least=1, most=1000),
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="as many in this range as have the best silhouette",
+        help="range of the number of groups; the best silhouette decides",
     )
     add(
         "--neighbours-only",
         action="store_true",
-        help="only neighbouring layers may merge: every group is a run of layers",
+        help="groups of neighbouring layers only",
     )
-    add("--no-layer-0", action="store_true", help="leave out layer 0, the features before the Transformer")
+    add("--no-layer-0", action="store_true", help="groups without layer 0, the features before the Transformer")
     add(
         "--max-seconds",
         type=in_range(float, above=0, endless=True),
         default=600.0,
         metavar="S",
-        help="of audio in all; inf: all (default: 600)",
+        help="most audio in all, seconds; inf: all (default: 600)",
     )
-    add("--max-utterances", type=in_range(int, least=1), metavar="N", help="at most so many (default: no limit)")
-    add("--seed", type=seed, default=0, help="of the choice of utterances (default: 0)")
+    add(
+        "--max-utterances",
+        type=in_range(int, least=1),
+        metavar="N",
+        help="largest number of utterances (default: no limit)",
+    )
+    parser.add_seed("the choice of utterances")
     add(
         "--batch-size",
         type=in_range(int, least=1),
         default=1,
-        help="most utterances to encode together; only equal lengths are (default: 1)",
+        metavar="N",
+        help="largest number of utterances encoded together; only equal lengths are (default: 1)",
     )
-    add("--device", default="cpu", help="where the teacher runs (default: cpu)")
-    add("--compare", action="store_true", help="also print as many groups by every measure")
+    parser.add_device()
+    add("--compare", action="store_true", help="as many groups by every other measure as well")
     return parser

@@ -16,7 +16,7 @@ from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.own_folders import UPSTREAM
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
 from skill_fairseq.cli import info
-from skill_fairseq.cli._common import Parser, aligned, in_range, layer_numbers, run
+from skill_fairseq.cli._common import Done, Parser, in_range, layer_numbers, run
 from skill_fairseq.exporting.accuracy import LIMIT, Accuracy, Speech, rounded, run_encoder, sources
 from skill_fairseq.exporting.folder import check_folder
 from skill_fairseq.exporting.huggingface_folder import save_huggingface
@@ -33,6 +33,7 @@ from skill_fairseq.messages import printable, require
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.probing.evaluate import require_scikit_learn
 from skill_fairseq.probing.tasks import read_task
+from skill_fairseq.text_tables import aligned
 
 SUFFIXES = {
     "safetensors": ".safetensors",
@@ -90,14 +91,26 @@ in OUT's model card where it has one, and in OUT.accuracy.json (accuracy.json in
 safetensors, what rounding the weights does is measured.
 """
 
+PRINTS = {
+    "file": "path of the file or folder written",
+    "format": "what it is",
+    "source": "format of the checkpoint",
+    "parameters": "number of parameters",
+    "precision": "of weights and products",
+    "bytes": "size of all files",
+    "gates": "kinds of units whose gates went along",
+    "accuracy": "distances to the float32 encoder, or null",
+    "pushed": "address on the hub, or null",
+}
+
 
 @run
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Done:
     """Run the command; returns the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.info is not None:
-        return info.main([str(args.info), *["--json"] * args.json, *["--trust"] * args.trust])
+        return info.show(args.info, args.trust)
     if args.out is None:
         parser.error("CHECKPOINT and OUT are needed")
     _check(args)
@@ -113,16 +126,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder = build_encoder(source, args.checkpoint).eval()
     origin = provenance(source, args.checkpoint)
     format, found = _write(args, encoder, origin, Speech(manifest or calibration, tasks, args.max_seconds), calibration)
+    parameters, precision, size = encoder.num_parameters(), args.precision or args.dtype, size_of(args.out)
     print(
-        f"{args.out}: {format} of {encoder.num_parameters():,} parameters in {args.precision or args.dtype}, "
-        f"{size_of(args.out) / 1e6:.2f} MB, from {source.format}"
+        f"{args.out}: {format} of {parameters:,} parameters in {precision}, {size / 1e6:.2f} MB, from {source.format}"
     )
     _report(args, found, "the encoder as trained" if encoder.config.quantize == INT8 else "the float32 encoder")
-    if args.push:
-        print(f"pushed: {push(args.out, args.push, args.private)}")
-    if encoder.config.pruning_units:
-        print(f"its gates ({', '.join(encoder.config.pruning_units)}) went along; skill-shrink cuts them out")
-    return 0
+    pushed = push(args.out, args.push, args.private) if args.push else None
+    if pushed:
+        print(f"pushed: {pushed}")
+    gates = encoder.config.pruning_units
+    if gates:
+        print(f"its gates ({', '.join(gates)}) went along; skill-shrink cuts them out")
+    return Done(
+        {
+            "file": str(args.out),
+            "format": format,
+            "source": source.format,
+            "parameters": parameters,
+            "precision": precision,
+            "bytes": size,
+            "gates": gates,
+            "accuracy": found.as_dict() if found else None,
+            "pushed": pushed,
+        }
+    )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -193,7 +220,8 @@ def _write(
         return "a torch.export program", found
     notes, found = "", None
     if speech.manifest is not None:
-        found = speech.measure(encoder, names, run_encoder(rounded(encoder, DTYPES[args.dtype]), names))
+        stored = encoder if args.dtype == INT8 else rounded(encoder, DTYPES[args.dtype])  # int8 loads back as trained
+        found = speech.measure(encoder, names, run_encoder(stored, names))
         notes = found.markdown()
     if args.to == "huggingface":
         kind = save_huggingface(encoder, args.out, origin, args.dtype, notes)
@@ -315,35 +343,62 @@ def provenance(source: EncoderSource, path: Path) -> dict[str, object]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="skill-export", description="Write the encoder of a checkpoint for other programs.", epilog=EPILOG
+        prog="skill-export",
+        description="Write the encoder of a checkpoint for other programs.",
+        epilog=EPILOG,
+        prints=PRINTS,
     )
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", metavar="CHECKPOINT", help="file or folder to read")
     add("out", type=Path, nargs="?", metavar="OUT", help="file (.safetensors, .onnx, .xml, .pt2) or folder to write")
-    add("--to", choices=list(SUFFIXES), help="what to write (default: what OUT's ending says)")
-    add("--dtype", choices=[*DTYPES, INT8], default="float32", help="of the weights (default: float32)")
+    add("--to", choices=list(SUFFIXES), help="format to write (default: by OUT's ending)")
+    add("--dtype", choices=[*DTYPES, INT8], default="float32", help="number type of the weights (default: float32)")
     add(
         "--padding-mask",
         action="store_true",
-        help="give a graph (onnx, torch) a second input: (batch, samples) bool, true = padding, at each row's end",
+        help="second input of a graph (onnx, torch): (batch, samples) bool, true = padding, at each row's end",
     )
     onnx = parser.add_argument_group("only for onnx and openvino")
-    onnx.add_argument("--precision", choices=PRECISIONS, help="of weights and products (default: fp32)")
-    onnx.add_argument("--calibrate", type=Path, metavar="MANIFEST", help="int8: fix ranges from this speech")
-    onnx.add_argument("--layers", metavar="L", help="outputs: all, last, or numbers as in 9,12 (default: all)")
+    onnx.add_argument("--precision", choices=PRECISIONS, help="precision of weights and products (default: fp32)")
+    onnx.add_argument(
+        "--calibrate", type=Path, metavar="MANIFEST", help="int8: speech that the ranges of activations are from"
+    )
+    onnx.add_argument("--layers", metavar="L", help="numbers of layers as in 9,12, or all, or last (default: all)")
     length = in_range(float, least=0.025, most=3600)
-    onnx.add_argument("--seconds", type=length, metavar="S", help="fix the input to one utterance of this length")
+    onnx.add_argument(
+        "--seconds", type=length, metavar="S", help="fixed length of the only utterance, seconds (default: any)"
+    )
     group = parser.add_argument_group("accuracy")
-    group.add_argument("--accuracy", type=Path, metavar="MANIFEST", help="measure OUT beside float32 on this speech")
-    group.add_argument("--task", type=Path, action="append", default=[], metavar="DIR", help="probe both in this task")
+    group.add_argument("--accuracy", type=Path, metavar="MANIFEST", help="speech to measure OUT on, beside float32")
+    group.add_argument(
+        "--task",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder of a task to probe both in; may be given several times",
+    )
     seconds = in_range(float, above=0, most=10**6)
-    group.add_argument("--max-seconds", type=seconds, default=120.0, metavar="S", help="of a manifest (default: 120)")
+    group.add_argument(
+        "--max-seconds",
+        type=seconds,
+        default=120.0,
+        metavar="S",
+        help="most audio of a manifest, seconds (default: 120)",
+    )
     limit = in_range(float, above=0, most=10)
-    group.add_argument("--limit", type=limit, default=LIMIT, metavar="F", help="warn above it (default: %(default)s)")
+    group.add_argument(
+        "--limit",
+        type=limit,
+        default=LIMIT,
+        metavar="F",
+        help="relative L1 distance that is warned of, as a fraction (default: %(default)s)",
+    )
     hub = parser.add_argument_group("only for huggingface")
-    hub.add_argument("--push", metavar="USER/REPO", help="upload OUT to the Hugging Face hub, which asks for a token")
-    hub.add_argument("--private", action="store_true", help="a repository that the push makes is private")
+    hub.add_argument(
+        "--push", metavar="USER/REPO", help="repository of the Hugging Face hub that gets OUT; needs a token"
+    )
+    hub.add_argument("--private", action="store_true", help="a private repository, where the push makes one")
     add("--info", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # skill-info, by its older name
-    add("--json", action="store_true", help=argparse.SUPPRESS)
     parser.add_trust()
     return parser

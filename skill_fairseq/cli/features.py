@@ -12,10 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from skill_fairseq.audio.manifest import Manifest, check_manifest, load_audio, logger, read_manifest
-from skill_fairseq.cli._common import Parser, check_device, in_range, layer_numbers, run
+from skill_fairseq.cli._common import Done, Parser, check_device, in_range, layer_numbers, run
 from skill_fairseq.features.extract import FIXED, FixedFeatures, StateFeatures
 from skill_fairseq.features.shards import ShardWriter, shard_range
-from skill_fairseq.files import check_output, content_sha256, sha256, write_json
+from skill_fairseq.files import content_sha256, sha256
 from skill_fairseq.versions import versions
 
 EPILOG = """examples:
@@ -34,14 +34,22 @@ stay those of the manifest. Recordings longer than --chunk-seconds are encoded i
 --context-seconds on either side; the convolutions' features are those of the whole recording.
 """
 
+PRINTS = {
+    "files": "paths of the .npy files; each has a .len beside it",
+    "recordings": "number of recordings of this shard",
+    "frames": "number of frames in a layer",
+    "width": "features in a frame",
+    "unreadable": "recordings without frames",
+    "settings": "what the features depend on: model and manifest with SHA-256, layers, chunks, dtype, shard",
+    "versions": "packages and their versions",
+}
+
 
 @run
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Done:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
     check_device(args.device)
-    if args.json is not None:
-        check_output(args.json, "--json", [args.manifest])
     manifest = read_manifest(args.manifest)
     chosen = shard_range(len(manifest), args.shards, args.rank)
     check_manifest(manifest, chosen)
@@ -63,10 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{args.out}: {len(chosen)} recordings, {frames:,} frames of {features.width} features{where}, {args.dtype}")
     if lost:
         print(f"{len(lost)} recordings could not be read and have no frames, the first: {lost[0]}", file=sys.stderr)
-    if args.json is not None:
-        about = {"versions": versions(), "files": [str(path) for path in writer.targets], **settings}
-        write_json(args.json, {**about, "recordings": len(chosen), "frames": frames, "unreadable": lost})
-    return 0
+    counts = {"recordings": len(chosen), "frames": frames, "width": features.width, "unreadable": lost}
+    files = [str(path) for path in writer.targets]
+    return Done({"files": files, **counts, "settings": settings, "versions": versions()})
 
 
 def _write(
@@ -123,22 +130,53 @@ def _features(args: argparse.Namespace) -> tuple[FixedFeatures | StateFeatures, 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
-        prog="skill-features", description="Write features of a manifest's recordings into .npy files.", epilog=EPILOG
+        prog="skill-features",
+        description="Write features of a manifest's recordings into .npy files.",
+        epilog=EPILOG,
+        prints=PRINTS,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help=f"file or folder that load_encoder reads, or {' or '.join(FIXED)}")
     add("manifest", type=Path, metavar="MANIFEST", help="fairseq manifest SPLIT.tsv")
-    add("out", type=Path, metavar="OUT", help="folder to write into")
-    add("--layers", metavar="L", help="one layer, several as in 6,9, or all; 0 lies before the positional convolution")
+    add("out", type=Path, metavar="OUT", help="folder to write")
+    add("--layers", metavar="L", help="numbers of layers as in 6,9, or all; 0 is before the positional convolution")
     count = in_range(int, least=1, most=100_000)
-    add("--shards", type=count, default=1, metavar="N", help="parts that the manifest is cut into (default: 1)")
-    add("--rank", type=in_range(int, least=0, most=99_999), default=0, metavar="R", help="which part (default: 0)")
+    add(
+        "--shards",
+        type=count,
+        default=1,
+        metavar="N",
+        help="number of parts that the manifest is cut into (default: 1)",
+    )
+    add(
+        "--rank",
+        type=in_range(int, least=0, most=99_999),
+        default=0,
+        metavar="R",
+        help="number of this part, from 0 (default: 0)",
+    )
     seconds = in_range(float, least=0.1, most=86_400)
-    add("--chunk-seconds", type=seconds, default=60.0, metavar="S", help="encoded at a time (default: 60)")
+    add(
+        "--chunk-seconds",
+        type=seconds,
+        default=60.0,
+        metavar="S",
+        help="length encoded at a time, seconds (default: 60)",
+    )
     context = in_range(float, least=0, most=86_400)
-    add("--context-seconds", type=context, default=10.0, metavar="S", help="on either side (default: 10)")
-    add("--dtype", choices=("float32", "float16"), default="float32", help="of the features (default: float32)")
-    add("--device", default="cpu", help="where the encoder runs (default: cpu)")
-    add("--json", type=Path, metavar="OUT", help="also write what was done here")
+    add(
+        "--context-seconds",
+        type=context,
+        default=10.0,
+        metavar="S",
+        help="context on either side of it, seconds (default: 10)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="number type of the features (default: float32)",
+    )
+    parser.add_device()
     parser.add_trust()
     return parser

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from skill_fairseq.cli._common import Parser, run
-from skill_fairseq.exporting.describe import as_dict, as_lines, describe
+from skill_fairseq.cli._common import Done, Parser, run
+from skill_fairseq.exporting.describe import as_dict, as_rows, describe
+from skill_fairseq.text_tables import aligned
 
 EPILOG = """examples:
   skill-info WavLM-Base+.pt
@@ -19,14 +19,34 @@ read and compared with the shape, but for graphs (onnx, pt2), which are taken at
 everything, the lines "assumed" name what was decided here; "left out" are weights that the encoder has no use for.
 """
 
+PRINTS = {
+    "format": "what the file was recognised as",
+    "types": "number types of the weights",
+    "parameters": "number of parameters",
+    "original_parameters": "the same before pruning, or null",
+    "sparsity": "fraction of the parameters pruned, or null",
+    "macs_per_second": "multiply-accumulates for 1 s of audio",
+    "gates": "kinds of units with gates",
+    "normalize": "whether waveforms are to be normalised",
+    "shape": "fields of EncoderConfig",
+    "provenance": "where the encoder comes from",
+    "assumed": "what the file leaves open",
+    "left_out": "names of weights without use",
+}
+
 
 @run
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Done:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
-    found = describe(args.file, args.trust)
-    print(json.dumps(as_dict(found), indent=2) if args.json else "\n".join(as_lines(found)))
-    return 0
+    return show(args.file, args.trust)
+
+
+def show(file: Path, trust: bool) -> Done:
+    """Prints what a file or folder is."""
+    found = describe(file, trust)
+    print(aligned(list(as_rows(found)), left=2))
+    return Done(as_dict(found))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,9 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-info",
         description="Say what a file or folder is, what shape its encoder has and where it comes from.",
         epilog=EPILOG,
+        prints=PRINTS,
     )
-    add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help="file or folder to read")
-    add("--json", action="store_true", help="as JSON")
+    parser.add_argument("file", type=Path, metavar="FILE", help="file or folder to read")
     parser.add_trust()
     return parser

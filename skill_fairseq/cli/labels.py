@@ -6,13 +6,14 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from skill_fairseq.audio.manifest import Manifest, read_manifest, unstorable, write_manifest
 from skill_fairseq.checkpoints import load_encoder
-from skill_fairseq.cli._common import Parser, check_device, in_range, run, seed
+from skill_fairseq.cli._common import Done, Parser, check_device, in_range, run
 from skill_fairseq.clustering.calibration import choose_utterances
 from skill_fairseq.files import check_output, content_sha256
 from skill_fairseq.labels.codebook import FILE, Codebook
@@ -52,9 +53,19 @@ objective masked_units, and OUT/SPLIT.km and OUT/dict.km.txt the units of every 
 each time what is left; their labels are km0, km1, ...
 """
 
+PRINTS = {
+    "out": "folder written",
+    "labels": "endings of the label files; none with --codebook-only",
+    "units": "number of units",
+    "splits": "counts for each manifest; names of recordings too short for CTC",
+    "variance_left": "fraction of the frames' variance left by each codebook; null without k-means",
+    "codebook": "path for the objective masked_units, or null",
+    "overrides": "settings that a training takes them by",
+}
+
 
 @run
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Done:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
     _check_kind(args)
@@ -80,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"units: {len(units.symbols)} pieces ({args.units}) learned from {manifests[0].source}")
 
     labels = [[units(text) for text in split] for split in texts]
+    splits = {}
     counts = Counter(unit for row in labels[0] for unit in row)
     for manifest, split, rows in zip(manifests, texts, labels):
         target = args.out / manifest.source.name
@@ -87,11 +99,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_manifest(target, manifest.root, manifest.paths, manifest.sizes)
         write_lines(target.with_suffix(".wrd"), split)
         write_lines(target.with_suffix(f".{units.labels}"), (" ".join(row) for row in rows))
-        _print_split(manifest, split, rows, units, args.time_reduction)
+        splits[manifest.source.stem] = _print_split(manifest, split, rows, units, args.time_reduction)
     write_units(args.out, units, counts)
-    data = shell_quote(f"task.data={args.out.resolve()}")
-    print(f"{args.out}: use it with {data} task.labels={units.labels}")
-    return 0
+    overrides = [f"task.data={args.out.resolve()}", f"task.labels={units.labels}"]
+    print(f"{args.out}: use it with {' '.join(map(shell_quote, overrides))}")
+    return Done(
+        {
+            "out": str(args.out),
+            "labels": [units.labels],
+            "units": len(units.symbols),
+            "splits": splits,
+            "variance_left": None,
+            "codebook": None,
+            "overrides": overrides,
+        }
+    )
 
 
 def _check_kind(args: argparse.Namespace) -> None:
@@ -114,7 +136,7 @@ def _check_kind(args: argparse.Namespace) -> None:
         args.vocabulary_size = 500 if kmeans else 1000
 
 
-def _kmeans(args: argparse.Namespace) -> int:
+def _kmeans(args: argparse.Namespace) -> Done:
     """k-means of the first manifest's frames, and the units of all manifests."""
     require("--units kmeans", "sklearn")
     manifests = [read_manifest(path) for path in args.manifests]
@@ -143,18 +165,35 @@ def _kmeans(args: argparse.Namespace) -> int:
         book = Codebook(centroids, scale, layer, args.teacher.name, content_sha256(args.teacher))
         book.save(args.out / FILE)
         print(f"{args.out / FILE}: for the objective masked_units, its field codebooks")
+    splits: dict[str, Any] = {}
     for manifest in [] if args.codebook_only else manifests:
         files = tqdm(manifest.files, desc=manifest.source.name, unit="utt", disable=None)
         rows = [unit_lines(x, centroids, scale) for x in features(files, encoder, layer)]
         for kind, lines in zip(kinds, zip(*rows)):
             write_lines(args.out / f"{manifest.source.stem}.{kind}", lines)
+        splits[manifest.source.stem] = {"recordings": len(rows)}
+    overrides: list[str] = []
     if not args.codebook_only:
         for kind in kinds:
             write_lines(args.out / f"dict.{kind}.txt", (f"{unit} 1" for unit in range(args.vocabulary_size)))
-        labels = f"task.labels=[{','.join(kinds)}]"
         label_rate = 100 if encoder is None else rate / encoder.config.downsampling
-        print(f"{args.out}: use it with task.label_dir={args.out} {shell_quote(labels)} task.label_rate={label_rate:g}")
-    return 0
+        overrides = [
+            f"task.label_dir={args.out}",
+            f"task.labels=[{','.join(kinds)}]",
+            f"task.label_rate={label_rate:g}",
+        ]
+        print(f"{args.out}: use it with {' '.join(map(shell_quote, overrides))}")
+    return Done(
+        {
+            "out": str(args.out),
+            "labels": [] if args.codebook_only else kinds,
+            "units": args.vocabulary_size,
+            "splits": splits,
+            "variance_left": left,
+            "codebook": str(args.out / FILE) if args.teacher else None,
+            "overrides": overrides,
+        }
+    )
 
 
 def _check_targets(manifests: Sequence[Manifest], args: argparse.Namespace) -> None:
@@ -228,7 +267,8 @@ def _print_text(normalise: Normaliser) -> None:
 
 def _print_split(
     manifest: Manifest, texts: Sequence[str], rows: Sequence[Sequence[str]], units: Units, time_reduction: int
-) -> None:
+) -> dict[str, Any]:
+    """Prints the counts of a split, and returns them."""
     words, count = sum(len(text.split()) for text in texts), sum(map(len, rows))
     print(f"{manifest.source.stem}: {len(texts)} recordings, {words} words, {count} units")
     known = set(units.symbols)
@@ -242,6 +282,8 @@ def _print_split(
             f"  {len(short)} recordings have fewer frames of {20 * time_reduction} ms than their units need, so that "
             f"CTC has no path for them (criterion.zero_infinity=true leaves them out of the loss), the first: {first}"
         )
+    counts = {"recordings": len(texts), "words": words, "units": count, "unknown": unknown}
+    return {**counts, "too_short": [manifest.paths[i] for i in short]}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -249,27 +291,33 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-labels",
         description="Write letter or SentencePiece labels and dictionaries for fine-tuning with fairseq's CTC models.",
         epilog=EPILOG,
+        prints=PRINTS,
     )
     add = parser.add_argument
-    add("manifests", type=Path, nargs="+", metavar="MANIFEST", help="fairseq manifests SPLIT.tsv, training first")
-    add("--transcripts", type=Path, nargs="+", metavar="PATH", help="files, or folders of *.trans.txt")
-    add("--column", metavar="NAME", help="tables' column of texts (default: sentence, text or transcript)")
-    add("--out", type=Path, required=True, help="folder to write")
+    add("manifests", type=Path, nargs="+", metavar="MANIFEST", help="manifests SPLIT.tsv, the training set's first")
+    add("--transcripts", type=Path, nargs="+", metavar="PATH", help="transcripts: files, or folders of *.trans.txt")
+    add("--column", metavar="NAME", help="name of the tables' column of texts (default: sentence, text or transcript)")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     kind = parser.add_mutually_exclusive_group()
     units = ["letters", "unigram", "bpe", "kmeans"]
-    kind.add_argument("--units", choices=units, default="letters", help="default: letters")
-    kind.add_argument("--units-of", type=Path, metavar="FOLDER", help="the units of an earlier OUT")
+    kind.add_argument("--units", choices=units, default="letters", help="kind of units (default: letters)")
+    kind.add_argument("--units-of", type=Path, metavar="DIR", help="folder of an earlier call, whose units serve again")
     size = in_range(int, least=1, most=10_000_000)
-    add("--vocabulary-size", type=size, metavar="N", help="SentencePiece pieces (default: 1000) or k-means units (500)")
+    add(
+        "--vocabulary-size",
+        type=size,
+        metavar="N",
+        help="number of SentencePiece pieces (default: 1000) or k-means units (500)",
+    )
     add(
         "--time-reduction",
         type=in_range(int, least=1, most=100),
         metavar="N",
         default=1,
-        help="frames that the encoder makes one of, its model.time_reduction: recordings with fewer frames than units "
-        "are named (default: 1)",
+        help="number of frames that the encoder makes one of, its model.time_reduction, by which recordings are too "
+        "short for CTC (default: 1)",
     )
-    add("--case", choices=["upper", "lower", "keep"], default="upper", help="of the labels (default: upper)")
+    add("--case", choices=["upper", "lower", "keep"], default="upper", help="case of the labels (default: upper)")
     add(
         "--characters",
         metavar="CHARS",
@@ -278,18 +326,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     audio = parser.add_argument_group("for --units kmeans")
     add = audio.add_argument
-    add("--teacher", type=Path, metavar="FILE", help="file or folder whose states are clustered (default: MFCC are)")
-    add("--layer", type=in_range(int, least=0), metavar="N", help="of the teacher; HuBERT Base's units are of layer 9")
-    add("--codebooks", type=in_range(int, least=1, most=64), metavar="N", help="one after another (default: 1)")
-    add("--codebook-only", action="store_true", help="write no labels: the objective masked_units needs none")
+    add(
+        "--teacher",
+        type=Path,
+        metavar="FILE",
+        help="file or folder of the encoder whose states are clustered (default: none, MFCC)",
+    )
+    add(
+        "--layer",
+        type=in_range(int, least=0),
+        metavar="N",
+        help="number of the teacher's layer; HuBERT Base's units are of layer 9",
+    )
+    add(
+        "--codebooks",
+        type=in_range(int, least=1, most=64),
+        metavar="N",
+        help="number of codebooks, each of what is left (default: 1)",
+    )
+    add("--codebook-only", action="store_true", help="no labels, which the objective masked_units does not need")
     add(
         "--max-seconds",
         type=in_range(float, above=0, endless=True),
         default=10_000.0,
         metavar="S",
-        help="of the first manifest's audio that is clustered; inf: all (default: 10,000)",
+        help="most audio of the first manifest that is clustered, seconds; inf: all (default: 10,000)",
     )
-    add("--seed", type=seed, default=1, help="of the choice of audio and of k-means (default: 1)")
-    add("--device", default="cpu", help="where the teacher runs (default: cpu)")
+    parser.add_seed("the choice of audio and of k-means", default=1)
+    parser.add_device()
     parser.add_trust()
     return parser

@@ -15,7 +15,7 @@ from skill_fairseq.audio.manifest import MAX_HOURS, MIN_SAMPLES, conversion, wri
 from skill_fairseq.audio.names import check_root, unstorable
 from skill_fairseq.audio.scan import Facts, Progress, Sought, find_audio, scan
 from skill_fairseq.audio.split import SPEAKER, keys_of, split
-from skill_fairseq.cli._common import MAX_SEED, Parser, in_range, run
+from skill_fairseq.cli._common import Done, Parser, in_range, run
 from skill_fairseq.files import check_output, write_file
 from skill_fairseq.messages import printable
 
@@ -36,6 +36,11 @@ end. The exit code is 1 where more files were left out than taken.
 The speaker is, by default, the folder above the folder that a file lies in (SPEAKER/CHAPTER/FILE, as in LibriSpeech
 and VoxCeleb): --speaker '{SPEAKER}'
 """
+PRINTS = {
+    "root": "folder that the manifests' paths start from",
+    "splits": "path, recordings and hours of each manifest",
+    "left_out": "path of the list of files left out, and their number by reason",
+}
 HELD_OUT = re.compile(r"(dev|test|eval|valid|validation)([-_.]|$)", re.IGNORECASE)
 
 
@@ -57,7 +62,7 @@ def judge(facts: Facts, args: argparse.Namespace) -> tuple[str, str]:
 
 
 @run
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Done:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
     percents = {"valid": args.valid_percent, "test": args.test_percent}
@@ -96,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{root}: none of {len(found)} files is usable, expected at least one; the reasons are in {report}"
         )
     keys = keys_of(paths, args.split_by, args.speaker)
+    splits = {}
     for name, share in split(keys, percents, args.seed).items():
         if share:
             target = args.out / f"{name}.tsv"
@@ -103,12 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             hours = sum(sizes[i] for i in share) / args.sample_rate / 3600
             owners = "" if args.split_by == "file" else f" of {len({keys[i] for i in share})} {args.split_by}s"
             print(f"{target}: {len(share)} recordings{owners}, {hours:.3f} hours")
+            splits[name] = {"file": str(target), "recordings": len(share), "hours": hours}
     progress.path.unlink()
     _warn_of_held_out(paths)
-    if len(left_out) > len(paths):
+    partly = len(left_out) > len(paths)
+    if partly:
         print(f"warning: {len(left_out)} files were left out, {len(paths)} taken; see {report}", file=sys.stderr)
-        return 1
-    return 0
+    reasons = collections.Counter(kind for _, kind, _ in left_out)
+    record = {"root": str(root), "splits": splits, "left_out": {"file": str(report), "reasons": reasons}}
+    return Done(record, int(partly))
 
 
 def _check(args: argparse.Namespace, percents: dict[str, float]) -> Path:
@@ -172,52 +181,69 @@ def _parser() -> argparse.ArgumentParser:
         description="Write fairseq manifests of folders. Unreadable and out-of-range files, stereo and "
         "other sample rates are listed and left out.",
         epilog=EPILOG,
+        prints=PRINTS,
     )
     add = parser.add_argument
-    add("folder", type=Path, nargs="+", metavar="FOLDER", help="searched with all its subfolders")
-    add("out", type=Path, metavar="OUT", help="folder for the manifests")
-    add("--ext", nargs="+", default=["flac", "wav", "ogg"], help="file endings (default: flac wav ogg)")
+    add("folder", type=Path, nargs="+", metavar="FOLDER", help="folders of audio, searched with all their subfolders")
+    add("out", type=Path, metavar="OUT", help="folder to write")
+    add(
+        "--ext",
+        nargs="+",
+        default=["flac", "wav", "ogg"],
+        metavar="EXT",
+        help="endings of audio files (default: flac wav ogg)",
+    )
     add(
         "--include",
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="only files whose path below the root, or a folder in it, is like one of these, such as 'train-*'",
+        help="patterns such as 'train-*' of files to take: their path below the root, or a folder in it",
     )
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="no such files, whatever is included")
+    add(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="patterns of files to leave out, whatever is included",
+    )
     percent = in_range(float, least=0, below=100)
-    add("--valid-percent", type=percent, default=1.0, metavar="P", help="of the recordings (default: 1)")
-    add("--test-percent", type=percent, default=0.0, metavar="P", help="of the recordings (default: 0)")
+    add("--valid-percent", type=percent, default=1.0, metavar="P", help="share of valid.tsv, percent (default: 1)")
+    add("--test-percent", type=percent, default=0.0, metavar="P", help="share of test.tsv, percent (default: 0)")
     add(
         "--split-by",
         choices=["file", "speaker", "folder"],
         default="file",
         help="what is not divided between train, valid and test (default: file)",
     )
-    add("--speaker", default=SPEAKER, metavar="REGEX", help="finds the speaker in a path, see below")
-    add("--seed", type=in_range(int, least=0, most=MAX_SEED), default=0, help="of the split (default: 0)")
+    add("--speaker", default=SPEAKER, metavar="REGEX", help="pattern of the speaker in a path, see below")
+    parser.add_seed("the split")
     add(
         "--min-seconds",
         type=in_range(float, least=0),
         default=0.5,
         metavar="S",
-        help="shorter ones are left out, since a batch is cropped to its shortest recording (default: 0.5)",
+        help="shortest recording, seconds; a batch is cropped to its shortest (default: 0.5)",
     )
     limit = in_range(float, above=0)
-    add("--max-seconds", type=limit, metavar="S", help="longer ones are left out (default: no limit)")
+    add("--max-seconds", type=limit, metavar="S", help="longest recording, seconds (default: no limit)")
     add(
         "--sample-rate",
         type=in_range(int, least=1, most=1_000_000),
         default=16000,
         metavar="HZ",
-        help="the models need 16000 (default: 16000)",
+        help="sampling rate of all files, Hz (default: 16000, as the models need)",
     )
     add(
         "--jobs",
         type=in_range(int, least=1, most=256),
         default=min(8, os.cpu_count() or 1),
         metavar="N",
-        help="files to look at together; a network's file system takes many (default: processors, at most 8)",
+        help="number of files looked at together; a network's file system takes many (default: processors, at most 8)",
     )
-    add("--decode", action="store_true", help="decode every file whole to find damage and NaN samples (slower)")
+    add(
+        "--decode",
+        action="store_true",
+        help="whole decoding of every file, which finds damage and NaN samples (slower)",
+    )
     return parser

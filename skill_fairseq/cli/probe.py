@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from skill_fairseq.cli._common import Parser, aligned, check_device, run, seed
-from skill_fairseq.files import check_output, write_json
+from skill_fairseq.cli._common import Done, Parser, check_device, run
+from skill_fairseq.files import check_output
 from skill_fairseq.messages import require
 from skill_fairseq.probing.evaluate import evaluate, require_scikit_learn
 from skill_fairseq.probing.intervals import show_interval
 from skill_fairseq.probing.models import resolve_model
 from skill_fairseq.probing.tasks import Task, read_task
 from skill_fairseq.reporting.pictures import drawing
+from skill_fairseq.text_tables import aligned
 from skill_fairseq.versions import versions
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -38,8 +39,16 @@ tasks:
 
 examples:
   skill-probe teacher.pt student.safetensors logmel --task tasks/digit --task tasks/speaker
-  skill-probe teacher=wavlm.pt none=random:wavlm.pt --task tasks/digit --json probe.json --plot probe.png
+  skill-probe teacher=wavlm.pt none=random:wavlm.pt --task tasks/digit --plot probe.png --json > probe.json
 """
+
+PRINTS = {
+    "results": "an entry a model and task: parameters, metric, value, its 95 % interval, samples",
+    "models": "what each name stands for: kind, SHA-256",
+    "tasks": "SHA-256 of each task's files",
+    "seed": "of random weights",
+    "versions": "packages and their versions",
+}
 
 
 def format_table(entries: Sequence[dict[str, Any]], tasks: Sequence[Task]) -> str:
@@ -85,7 +94,7 @@ def plot_bars(entries: Sequence[dict[str, Any]], tasks: Sequence[Task], path: Pa
 
 
 @run
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Done:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
     _check_options(args)
@@ -100,18 +109,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         for task, entry in evaluate(model.features, tasks, model.name).items()
     ]
     print(format_table(entries, tasks))
-    if args.json:
-        packages = ["scikit-learn"] if any(task.trials is None and not task.transcribed for task in tasks) else []
-        about = {
-            "versions": versions(*packages),
-            "seed": args.seed,
-            "models": {model.name: {"kind": model.kind, "sha256": model.sha256} for model in models},
-            "tasks": {task.name: task.hashes for task in tasks},
-        }
-        write_json(args.json, {**about, "results": entries})
     if args.plot:
         plot_bars(entries, tasks, args.plot)
-    return 0
+    packages = ["scikit-learn"] if any(task.trials is None and not task.transcribed for task in tasks) else []
+    about = {
+        "versions": versions(*packages),
+        "seed": args.seed,
+        "models": {model.name: {"kind": model.kind, "sha256": model.sha256} for model in models},
+        "tasks": {task.name: task.hashes for task in tasks},
+    }
+    return Done({**about, "results": entries})
 
 
 def _require_unique(option: str, names: Sequence[str], remedy: str) -> None:
@@ -128,9 +135,7 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--plot: {args.plot}, expected a name ending in {', '.join(PICTURES)}; rename it")
     if args.plot:
         require("--plot", "matplotlib")
-        check_output(args.plot, "--plot", [args.json] if args.json else [])
-    if args.json:
-        check_output(args.json, "--json")
+        check_output(args.plot, "--plot")
     check_device(args.device)
 
 
@@ -139,18 +144,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-probe",
         description="Probe frozen features of models with labelled speech and print one table.",
         epilog=EPILOG,
+        prints=PRINTS,
     )
-    parser.add_argument("model", nargs="+", metavar="MODEL", help="see below")
+    parser.add_argument("model", nargs="+", metavar="MODEL", help="model to probe, see below")
     parser.add_argument(
         "--task",
         action="append",
         required=True,
         type=Path,
         metavar="DIR",
-        help="task folder; may be given several times",
+        help="folder of a task; may be given several times",
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="also write all figures here")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="also draw a bar chart here (needs matplotlib)")
-    parser.add_argument("--device", default="cpu", help="where models run (default: cpu)")
-    parser.add_argument("--seed", type=seed, default=0, help="of random weights (default: 0)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="bar chart to write: .png, .pdf or .svg")
+    parser.add_device()
+    parser.add_seed("random weights")
     return parser

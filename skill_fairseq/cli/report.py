@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from skill_fairseq.cli._common import Parser, in_range, run
+from skill_fairseq.cli._common import Done, Parser, in_range, run
 from skill_fairseq.files import check_output
 from skill_fairseq.messages import require
 from skill_fairseq.reporting.benchmark_report import benchmark_report
@@ -25,9 +25,15 @@ Distances between encoders are taken in pieces where a recording is longer than 
 Writes OUT/report.html, which needs no other file and no network, and the pictures in it as PNG files.
 """
 
+PRINTS = {
+    "file": "path of the page",
+    "bytes": "size of the page",
+    "pictures": "paths of the pictures",
+}
+
 
 @run
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Done:
     """Run the command; returns the exit code."""
     args = _parser().parse_args(argv)
     require("skill-report", "matplotlib")
@@ -44,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             text = run_report(folder, Path(made), args.max_seconds)
         # Names of folders may be no text.
         Path(made, "report.html").write_text(text, encoding="utf-8", errors="backslashreplace")
-        for file in Path(made).iterdir():
-            file.replace(out / file.name)  # in the place of a link, not through it
-    print(f"wrote {out / 'report.html'}, {(out / 'report.html').stat().st_size / 1e6:.2f} MB")
-    return 0
+        files = [file.replace(out / file.name) for file in sorted(Path(made).iterdir())]  # a link is replaced itself
+    page = out / "report.html"
+    size = page.stat().st_size
+    print(f"wrote {page}, {size / 1e6:.2f} MB")
+    return Done({"file": str(page), "bytes": size, "pictures": [str(file) for file in files if file != page]})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,17 +62,23 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-report",
         description="Write one page on a run or a benchmark: results, curves, sizes, distances, settings.",
         epilog=EPILOG,
+        prints=PRINTS,
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="RUN", help="folder of results")
     add("--out", type=Path, metavar="DIR", help="folder to write (default: RUN/report)")
-    add("--teacher", type=Path, metavar="FILE", help="teacher (default: the one in the training's settings)")
+    add(
+        "--teacher",
+        type=Path,
+        metavar="FILE",
+        help="file or folder of the teacher (default: as in the training's settings)",
+    )
     add("--data", type=Path, metavar="DIR", help="folder with valid.tsv (default: as in the training's settings)")
     add(
         "--max-seconds",
         type=in_range(float, above=0, endless=True),
         default=120.0,
         metavar="S",
-        help="of audio to measure distances on (default: 120)",
+        help="most audio to measure distances on, seconds; inf: all (default: 120)",
     )
     return parser

@@ -12,7 +12,7 @@ from skill_fairseq import __version__
 from skill_fairseq.checkpoints.export import save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
-from skill_fairseq.cli._common import Parser, aligned, in_range, run
+from skill_fairseq.cli._common import Done, Parser, in_range, run
 from skill_fairseq.cli._sizes import add_sizes, asked_sizes, names_of
 from skill_fairseq.files import check_output, sha256
 from skill_fairseq.messages import printable
@@ -25,6 +25,7 @@ from skill_fairseq.pruning.reach import far_from_gates
 from skill_fairseq.pruning.selection import check_reachable
 from skill_fairseq.pruning.shrink import kept_tables, shrink
 from skill_fairseq.pruning.targets import Target, saved_targets
+from skill_fairseq.text_tables import aligned
 
 SECONDS = 10.0
 Sizes = Dict[str, Optional[float]]
@@ -52,9 +53,16 @@ shrinks by itself, to the same size. For another one: model.init_from=OUT criter
 which has the projections.
 """
 
+PRINTS = {
+    "source": "format of the checkpoint",
+    "gates": "kinds of units with gates",
+    "students": "for each: path (null with --table-only); sparsity asked, expected and actual by each cost; parameters "
+    "and multiply-accumulates for 10 s, before and after",
+}
+
 
 @run
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> Done:
     """Run the command; returns the exit code."""
     parser = _parser()
     args = parser.parse_args(argv)
@@ -78,20 +86,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     gated = build_encoder(source, args.checkpoint).eval()
     sizes = asked_sizes(args, source, gated, cost)
     if sizes:
-        for size, each, out in zip(sizes, cut_sizes(gated, sizes, cost), names_of(args.out, sizes)):
+        cut = zip(sizes, cut_sizes(gated, sizes, cost), names_of(args.out, sizes))
+        students = [
             _finish(args, source, gated, each, {cost: sparsities(gated, each, 1 - size, cost)}, out)
-        return 0
-    targets = () if args.by_rounding else _targets(args, source, cost, saved)
-    field = "--sparsity" if args.sparsity is not None else f"{args.checkpoint}: target_sparsity"
-    warning = far_from_gates(gated, targets, field)
-    if warning is not None:
-        print(f"warning: {warning}", file=sys.stderr)
-    small = shrink(gated, targets or None)
-    costs = [each.cost for each in targets] or [cost]
-    asked = dict(targets)
-    found = {each: sparsities(gated, small, asked.get(each), each) for each in costs}
-    _finish(args, source, gated, small, found, args.out)
-    return 0
+            for size, each, out in cut
+        ]
+    else:
+        targets = () if args.by_rounding else _targets(args, source, cost, saved)
+        field = "--sparsity" if args.sparsity is not None else f"{args.checkpoint}: target_sparsity"
+        warning = far_from_gates(gated, targets, field)
+        if warning is not None:
+            print(f"warning: {warning}", file=sys.stderr)
+        small = shrink(gated, targets or None)
+        costs = [each.cost for each in targets] or [cost]
+        asked = dict(targets)
+        found = {each: sparsities(gated, small, asked.get(each), each) for each in costs}
+        students = [_finish(args, source, gated, small, found, args.out)]
+    return Done({"source": source.format, "gates": gated.config.pruning_units, "students": students})
 
 
 def _finish(
@@ -101,13 +112,26 @@ def _finish(
     small: SpeechEncoder,
     found: dict[Cost, Sizes],
     out: Optional[Path],
-) -> None:
-    """Prints the tables and writes the file, unless only tables are wanted."""
+) -> dict[str, Any]:
+    """Prints the tables and writes the file, unless only tables are wanted; returns what --json says of it."""
     print(f"{args.checkpoint}: {source.format}, gates on {', '.join(gated.config.pruning_units)}\n")
     print(describe(gated, small, found))
     if out is not None and not args.table_only:
         save_encoder(small, out, provenance(source, args.checkpoint, found))
         print(f"\nwrote {out}, {out.stat().st_size / 1e6:.2f} MB")
+    return {
+        "file": None if out is None or args.table_only else str(out),
+        "sparsity": {cost.name: sizes for cost, sizes in found.items()},
+        **{name: {"before": before, "after": after} for name, before, after in costs_of(gated, small)},
+    }
+
+
+def costs_of(gated: SpeechEncoder, small: SpeechEncoder) -> list[tuple[str, int, int]]:
+    """Names of costs, each before and after."""
+    return [
+        ("parameters", int(PARAMETERS(gated.config, widths_of(gated.config))), small.num_parameters()),
+        ("macs", gated.macs(SECONDS), small.macs(SECONDS)),
+    ]
 
 
 def sparsities(gated: SpeechEncoder, small: SpeechEncoder, asked: float | None, cost: Cost = PARAMETERS) -> Sizes:
@@ -144,10 +168,8 @@ def provenance(source: EncoderSource, path: Path, sizes: dict[Cost, Sizes]) -> d
 def describe(gated: SpeechEncoder, small: SpeechEncoder, sizes: dict[Cost, Sizes]) -> str:
     """The tables: units kept a layer, costs before and after, sparsity."""
     costs = [["", "before", "after", "left"]]
-    for name, before, after in (
-        ("parameters", int(PARAMETERS(gated.config, widths_of(gated.config))), small.num_parameters()),
-        (f"MACs, {SECONDS:g} s of audio", gated.macs(SECONDS), small.macs(SECONDS)),
-    ):
+    for name, before, after in costs_of(gated, small):
+        name = f"MACs, {SECONDS:g} s of audio" if name == "macs" else name
         costs.append([name, f"{before:,}", f"{after:,}", f"{after / before:.2%}"])
 
     tables = [*kept_tables(small.config).values(), costs]
@@ -180,22 +202,28 @@ def _parser() -> argparse.ArgumentParser:
         prog="skill-shrink",
         description="Cut what the gates of a stage-1 checkpoint have closed: a smaller student with the same outputs.",
         epilog=EPILOG,
+        prints=PRINTS,
     )
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="STAGE1", help="checkpoint of stage 1, or an export with gates")
-    add("out", type=Path, nargs="?", metavar="OUT", help="file to write, ending in .safetensors")
+    add("out", type=Path, nargs="?", metavar="OUT", help="file to write, .safetensors")
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--sparsity",
         type=in_range(float, least=0, below=1),
         metavar="S",
-        help="fraction to remove, in [0, 1) (default: stage 1's target)",
+        help="fraction to remove, from 0 to below 1 (default: stage 1's target)",
     )
     add_sizes(parser, size)
-    size.add_argument("--by-rounding", action="store_true", help="keep exactly what each gate rounds to")
-    add("--cost", choices=COSTS, help="what the sparsity is of (default: as in stage 1)")
+    size.add_argument("--by-rounding", action="store_true", help="exactly the units whose gates round to 1")
+    add("--cost", choices=COSTS, help="cost that the sparsity is of (default: as in stage 1)")
     length = in_range(float, least=0.1, most=86_400)
-    add("--seconds", type=length, metavar="T", help="audio that the MACs are for (default: as in stage 1, or 10)")
-    add("--table-only", action="store_true", help="print the table, write nothing")
+    add(
+        "--seconds",
+        type=length,
+        metavar="S",
+        help="length of the utterance that MACs are for, seconds (default: as in stage 1, or 10)",
+    )
+    add("--table-only", action="store_true", help="the table alone, no file")
     parser.add_trust()
     return parser

@@ -1,1 +1,1 @@
-"""Groups of similar teacher layers: similarity in one streaming pass, hierarchical clustering, a picture."""
+"""Groups of similar teacher layers: streaming similarity, hierarchical clustering, and a plot."""

@@ -1,4 +1,4 @@
-"""The calibration set: choosing utterances of a manifest, and the teacher's layer distances on them."""
+"""The calibration set: utterances of a manifest, and the teacher's layer distances on them."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ def choose_utterances(
     seed: int = 0,
     sample_rate: int = 16000,
 ) -> list[int]:
-    """A random choice of utterances, and the order to encode them in.
+    """Chooses random utterances, in the order to encode them.
 
-    Both depend on paths, lengths and the seed, not on the manifest's order. Utterances of one length stand
-    side by side, so that they may share a batch, and the lengths themselves in random order.
+    The result depends on paths, lengths and the seed, not on the manifest's order. Utterances of equal length are
+    neighbours, so that they can share a batch; the lengths are in random order.
 
     Args:
-        manifest: what to choose from.
-        max_seconds: most audio in all; an utterance that would exceed it is passed over.
-        max_utterances: most utterances; None: no limit.
-        seed: of the choice.
+        manifest: the utterances to choose from.
+        max_seconds: total audio at most; an utterance that would exceed it is skipped.
+        max_utterances: number of utterances at most; None: no limit.
+        seed: seed of the choice.
         sample_rate: Hz of the manifest's sample counts.
 
     Returns:
         indices into the manifest.
 
     Raises:
-        ValueError: nothing is left within the limits.
+        ValueError: no utterance fits the limits.
     """
     order = sorted(range(len(manifest)), key=lambda i: (manifest.paths[i], manifest.sizes[i]))
     random.Random(seed).shuffle(order)
@@ -76,22 +76,21 @@ def layer_similarity(
 ) -> LayerSimilarity:
     """Encodes audio and measures the layers' distances.
 
-    Neighbours in the list that have the same length share a batch. Nothing is ever padded, because padding
-    changes the features of real frames where the extractor normalises over time (Base): so the batch size
-    changes nothing but the rounding of the encoder's own float32. Recordings of more than a minute are encoded in
-    pieces (:mod:`skill_fairseq.audio.pieces`), in memory that does not depend on their length.
+    Neighbours of equal length share a batch. Nothing is padded, because padding changes the features of real frames
+    if the extractor normalises over time (Base); so the batch size affects only float32 rounding. Recordings longer
+    than a minute are encoded in pieces (:mod:`skill_fairseq.audio.pieces`), so memory does not depend on their length.
 
     Args:
-        encoders: one or several, in eval mode, of the same waveforms and frames; the first one's device is used.
-            Layers of the second stand after those of the first.
+        encoders: one or several, in eval mode, with the same waveforms and frames; all run on the first one's device.
+            Layers of the second follow those of the first.
         files: mono audio at the encoders' sample rate.
         measures: see :mod:`skill_fairseq.clustering.similarity`.
-        batch_size: most utterances of one length to encode together.
-        progress: called with the seconds of every batch done.
-        skipped: gets every file that is missing, unfit or too short; the log says why.
+        batch_size: at most this many utterances per batch.
+        progress: called with the seconds of every finished batch.
+        skipped: collects files that are missing, unfit or too short; the log says why.
 
     Raises:
-        ValueError: no file can be read, or states are not finite; the file is named.
+        ValueError: no file can be read, or states are not finite; names the file.
     """
     similarity = LayerSimilarity(measures)
     encoders = [encoders] if isinstance(encoders, SpeechEncoder) else encoders
@@ -111,7 +110,7 @@ def layer_similarity(
 def _batches(
     encoder: SpeechEncoder, files: Sequence[PathLike], batch_size: int, skipped: list[Path]
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """Names and (B, N) float32 samples of neighbours of one length."""
+    """Names and (B, N) float32 samples of neighbours of equal length."""
     names: list[str] = []
     waves: list[Tensor] = []
     for file, wave in readable(files, skipped, encoder.config.sample_rate, encoder.config.receptive_field):

@@ -1,4 +1,4 @@
-"""Putting groups into a training config, every other character of which stays."""
+"""Writes groups into a training config without changing any other character."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from skill_fairseq.reading import decode
 
 
 def format_groups(groups: Sequence[Sequence[Layer]], separator: str = ", ") -> str:
-    """One line that YAML, JSON and hydra's command line read alike: ``[[0], [1, 2, "1/2"]]``."""
+    """One line that means the same in YAML, JSON and on hydra's command line: ``[[0], [1, 2, "1/2"]]``."""
     return "[" + separator.join("[" + separator.join(map(json.dumps, group)) + "]" for group in groups) + "]"
 
 
 def read_config(path: PathLike) -> str:
-    """The text of a config, line endings as they are.
+    """Reads the text of a config with its line endings.
 
     Raises:
         FileNotFoundError: no such file.
@@ -33,24 +33,24 @@ def read_config(path: PathLike) -> str:
 
 
 def merge_groups(text: str, groups: Sequence[Sequence[Layer]], name: str = "config") -> str:
-    """A training config with its ``criterion.groups`` replaced, or put in where there is none.
+    """Replaces ``criterion.groups`` in a training config, or inserts it.
 
-    All other text stays, comments included; comments between the lines of a replaced list go with it. The
-    result is parsed again: if anything but the groups has changed, that is an error.
+    All other text stays, including comments, except those between the lines of a replaced list. The result is parsed
+    again; a change of anything but the groups is an error.
 
     Args:
         text: the YAML config.
         groups: layers of each group.
-        name: of the file, for messages.
+        name: the file's name, for messages.
 
     Raises:
-        ValueError: not YAML, no ``criterion`` section to hold groups, groups in a ``groups_file`` too, or a
-            notation that cannot be edited safely.
+        ValueError: it is not YAML, has no ``criterion`` section, also has a ``groups_file``, or its notation cannot be
+            edited safely.
     """
     try:
         before, root = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{name}: is no YAML that can be read ({error}); correct it") from error
+        raise ValueError(f"{name}: is not valid YAML ({error}); correct it") from error
     section = _entries(root).get("criterion", (None, None))[1]
     if not _entries(section):
         raise ValueError(
@@ -59,8 +59,8 @@ def merge_groups(text: str, groups: Sequence[Sequence[Layer]], name: str = "conf
         )
     if before["criterion"].get("groups_file") not in (None, ""):
         raise ValueError(
-            f"{name}: criterion.groups_file is {before['criterion']['groups_file']!r}, at odds with criterion.groups; "
-            "remove that line"
+            f"{name}: criterion.groups_file is {before['criterion']['groups_file']!r}, which conflicts with "
+            "criterion.groups; remove that line"
         )
     line = format_groups(groups)
     after = _edited(text, section, line)
@@ -78,21 +78,21 @@ def merge_groups(text: str, groups: Sequence[Sequence[Layer]], name: str = "conf
 
 
 def _entries(mapping: Any) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-    """Key and value node by the key; of equal keys the last counts, as YAML says."""
+    """Key and value nodes by key; the last of equal keys counts, as in YAML."""
     if not isinstance(mapping, yaml.MappingNode):
         return {}
     return {key.value: (key, value) for key, value in mapping.value if isinstance(key, yaml.ScalarNode)}
 
 
 def _edited(text: str, section: Any, line: str) -> str:
-    """The text with the groups of a section replaced, or put before its first entry."""
+    """Replaces the groups of a section, or inserts them before its first entry."""
     if "groups" not in _entries(section):
         first = section.value[0][0].start_mark
         newline = "\r\n" if "\r\n" in text else "\n"
         separator = ", " if section.flow_style else newline + " " * first.column
         return f"{text[: first.index]}groups: {line}{separator}{text[first.index :]}"
     key, value = _entries(section)["groups"]
-    if value.start_mark.index < key.end_mark.index:  # an alias: the value stands where its anchor is
+    if value.start_mark.index < key.end_mark.index:  # an alias: the value is at its anchor
         return text
     colon = text.index(":", key.end_mark.index) + 1
     between = text[colon : value.start_mark.index]
@@ -101,7 +101,7 @@ def _edited(text: str, section: Any, line: str) -> str:
 
 
 def _end(node: yaml.Node) -> int:
-    """Where a node's own text ends; the end that YAML gives a block includes the comments after it."""
+    """End of a node's own text; YAML's end of a block includes the comments after it."""
     if isinstance(node, yaml.SequenceNode) and not node.flow_style and node.value:
         return _end(node.value[-1])
     return int(node.end_mark.index)

@@ -17,7 +17,7 @@ Groups = list[list[int]]
 
 
 def check_linkage(method: str, measure: str) -> None:
-    """Ward's criterion is a variance, so it needs Euclidean distances.
+    """Checks the method; Ward's criterion is a variance, so it needs Euclidean distances.
 
     Raises:
         ValueError: unknown method, or ward with a measure that is not Euclidean.
@@ -26,7 +26,7 @@ def check_linkage(method: str, measure: str) -> None:
         raise ValueError(f"linkage: {method!r} is unknown; choose from {', '.join(LINKAGES)}")
     if method == "ward" and measure not in EUCLIDEAN_MEASURES:
         raise ValueError(
-            f"linkage: ward needs a Euclidean measure, and {measure!r} is none; choose the measure "
+            f"linkage: ward needs a Euclidean measure, and {measure!r} is not; choose the measure "
             f"{' or '.join(EUCLIDEAN_MEASURES)}, or the linkage average, complete or single"
         )
 
@@ -37,9 +37,9 @@ def link(distances: np.ndarray, method: str = "average", neighbours_only: bool =
     Args:
         distances: (n, n), symmetric, zero on the diagonal.
         method: one of :data:`LINKAGES`.
-        neighbours_only: merge only clusters of neighbouring layers, so that each is a run of layers. Such a
-            tree can have a merge lower than one before it; heights are then raised to the highest so far,
-            which keeps the order of merges.
+        neighbours_only: merge only clusters of neighbouring layers, so that each is a run of layers. Such a tree can
+            have a merge lower than an earlier one; its height is then raised to the highest so far, which keeps the
+            order of merges.
 
     Returns:
         (n - 1, 4) float64 linkage matrix.
@@ -79,29 +79,29 @@ def _between(distances: np.ndarray, a: int, b: int, c: int, d: int, method: str)
         return float(block.max())
     if method == "average":
         return float(block.mean())
-    # Ward: the distance of the centroids from the points' own distances, scaled by the clusters' sizes.
+    # Ward: the centroids' distance, from the points' distances, scaled by the clusters' sizes.
     squares = np.square(distances)
     centroids = squares[a:b, c:d].mean() - squares[a:b, a:b].mean() / 2 - squares[c:d, c:d].mean() / 2
     return float(np.sqrt(2 * (b - a) * (d - c) / (d - a) * max(centroids, 0.0)))
 
 
 def cut_to_number(tree: np.ndarray, number: int) -> Groups:
-    """Exactly ``number`` groups: the tree without its last ``number - 1`` merges, whatever ties there are.
+    """Exactly ``number`` groups, also with ties: the tree without its last ``number - 1`` merges.
 
     Raises:
         ValueError: the number is not within 1..n.
     """
     n = len(tree) + 1
     if not 1 <= number <= n:
-        raise ValueError(f"number of groups: {number}; expected 1 to {n}, the number of layers that take part")
+        raise ValueError(f"number of groups: {number}; expected 1 to {n}, the number of clustered layers")
     return _groups_after(tree, n - number)
 
 
 def cut_at_height(tree: np.ndarray, height: float) -> Groups:
-    """Groups of the merges up to and at ``height``, in the measure's own unit.
+    """Groups of all merges up to ``height``, in the measure's unit.
 
     Raises:
-        ValueError: the height is negative or no number.
+        ValueError: the height is negative or not a number.
     """
     if not height >= 0:
         raise ValueError(f"height: {height}; expected 0 or more, the largest height being {tree[-1, 2]:.4g}")
@@ -111,10 +111,10 @@ def cut_at_height(tree: np.ndarray, height: float) -> Groups:
 def cut_by_silhouette(
     tree: np.ndarray, distances: np.ndarray, least: int, most: int
 ) -> tuple[Groups, dict[int, float]]:
-    """The cut of the highest mean silhouette among ``least`` to ``most`` groups; of equals, the fewest.
+    """The cut with the highest mean silhouette among ``least`` to ``most`` groups; in a tie, the fewest groups.
 
     Returns:
-        the groups, and the silhouette of every number tried.
+        the groups, and the silhouette for every number of groups.
 
     Raises:
         ValueError: the range is empty or not within 2..n - 1, where a silhouette is defined.
@@ -123,7 +123,7 @@ def cut_by_silhouette(
     if not 2 <= least <= most <= n - 1:
         raise ValueError(
             f"silhouette: from {least} to {most} groups; expected MIN <= MAX within 2 to {n - 1}, one less "
-            "than the number of layers that take part"
+            "than the number of clustered layers"
         )
     scores = {number: silhouette(distances, cut_to_number(tree, number)) for number in range(least, most + 1)}
     return cut_to_number(tree, max(scores, key=lambda number: scores[number])), scores
@@ -148,7 +148,7 @@ def silhouette(distances: np.ndarray, groups: Groups) -> float:
 
 
 def cut_height(tree: np.ndarray, number: int) -> float:
-    """A height that cuts the tree into ``number`` groups: midway from the last merge kept to the next."""
+    """A height that cuts the tree into ``number`` groups: midway between the last kept merge and the next."""
     heights = np.concatenate([[0.0], tree[:, 2]])
     kept = len(tree) + 1 - number
     return float(heights[kept] * 1.05 if number == 1 else (heights[kept] + heights[kept + 1]) / 2)

@@ -1,4 +1,4 @@
-"""The picture of a clustering: the layers' similarity as a heat map beside the dendrogram with its cut."""
+"""The plot of a clustering: a heat map of layer similarity beside the dendrogram with its cut."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = {
 _SIMILARITIES = ("cka", "cka_minibatch", "cosine")  # at most 1: the heat map shows 1 - distance
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222", "#7A1F5C")
-"""Six of Okabe and Ito's and two dark ones: told apart without red, green or blue cones too."""
+"""Six colours of Okabe and Ito's palette and two dark ones, which colour-blind readers can tell apart."""
 GREY = "#8A8A8A"
 _MOST_LAYERS_WITH_NUMBERS = 16  # more would be too small to read
 
@@ -36,25 +36,24 @@ def plot_clusters(
     measure: str,
     title: str,
 ) -> None:
-    """Writes the picture.
+    """Writes the plot.
 
-    Rows stand in the layers' order as far as a tree without crossings allows: always if groups are runs of
-    layers.
+    Rows follow the layers' order as far as a tree without crossings allows; always if groups are runs of layers.
 
     Args:
-        path: file to write; its suffix says the format.
+        path: file to write; its suffix sets the format.
         distances: (n, n).
         tree: (n - 1, 4) linkage matrix of these distances.
         groups: lists of indices into the n.
-        height: where the tree is cut.
-        layers: the n layers' names.
+        height: height of the cut.
+        layers: names of the n layers.
         measure: name of the distances.
-        title: one line above the picture.
+        title: one line above the plot.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure  # an extra; without pyplot no display is needed
+    from matplotlib.figure import Figure  # an optional dependency; without pyplot no display is needed
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     order = leaf_order(tree)
@@ -81,14 +80,14 @@ def plot_clusters(
         axis.set_ticklabels([str(layers[leaf]) for leaf in order])
         for leaf, label in zip(order, axis.get_ticklabels()):
             label.set(color=colours[leaf], fontweight="bold")
-    shown = title.encode(errors="backslashreplace").decode()  # a file's name may be no text
+    shown = title.encode(errors="backslashreplace").decode()  # a file name may not be valid text
     figure.suptitle(shown, fontsize=12, parse_math=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary)
 
 
 def leaf_order(tree: np.ndarray) -> list[int]:
-    """The tree's leaves so that no branches cross, at each merge the side with the lower mean layer first."""
+    """The tree's leaves, ordered without crossings: at each merge the side with the lower mean layer comes first."""
     n = len(tree) + 1
     leaves: dict[int, list[int]] = {i: [i] for i in range(n)}
     for m, (a, b) in enumerate(tree[:, :2].astype(int)):
@@ -123,14 +122,14 @@ def _draw_heat_map(figure: Any, axes: Any, distances: np.ndarray, measure: str) 
 
 
 def _short(value: float) -> str:
-    """Two digits behind the point, no leading zero: .93, 1, 12."""
+    """At most two decimals, no leading zero: .93, 1, 12."""
     if abs(value) >= 10:
         return f"{value:.0f}"
     return f"{value:.2f}".replace("0.", ".", 1).replace("1.00", "1").replace("-.00", ".00")
 
 
 def _draw_boxes(axes: Any, groups: Sequence[Sequence[int]], rows: dict[int, int], colours: dict[int, str]) -> None:
-    """A frame of the group's colour around each group's block (a group's rows always lie together)."""
+    """Draws a frame in the group's colour around each group's block (a group's rows are always together)."""
     from matplotlib.patches import Rectangle
 
     for group in groups:
@@ -144,7 +143,7 @@ def _draw_boxes(axes: Any, groups: Sequence[Sequence[int]], rows: dict[int, int]
 
 
 def _draw_dendrogram(axes: Any, tree: np.ndarray, rows: dict[int, int], colours: dict[int, str], height: float) -> None:
-    """Leaves at the left, one a row of the heat map; branches below the cut in their group's colour."""
+    """Draws the tree, one leaf per row of the heat map, with branches below the cut in their group's colour."""
     n = len(rows)
     nodes: dict[int, tuple[float, float, str]] = {leaf: (0.0, float(row), colours[leaf]) for leaf, row in rows.items()}
     for m, (a, b, at, _) in enumerate(tree):

@@ -1,8 +1,8 @@
-"""Distances between the layers of one or several encoders, measured in one pass over hidden states.
+"""Distances between the layers of one or several encoders, in one pass over hidden states.
 
-CKA compares layers of any widths; the other measures subtract features, so that all layers must have one width.
+CKA compares layers of any width; the other measures subtract features, so all layers must have the same width.
 
-Definitions, for two layers with states x_f, y_f in R^D at the frames f = 1..N (padding left out):
+Definitions, for two layers with states x_f, y_f in R^D at the frames f = 1..N (without padding):
 
 =================  ====================================================================================
 ``cka``            1 - linear CKA of the centred states, exact (Kornblith et al. 2019, arXiv:1905.00414)
@@ -15,7 +15,7 @@ Definitions, for two layers with states x_f, y_f in R^D at the frames f = 1..N (
 =================  ====================================================================================
 
 Exact CKA is biased upwards until frames far outnumber features, and costs more than half a Base encoder's
-forward pass on a CPU; the minibatch estimate is unbiased and, with all the others, costs about a tenth.
+forward pass on a CPU; the minibatch estimate is unbiased and, with all other measures, costs about a tenth.
 All sums are float64; no frames are kept beyond a buffer.
 """
 
@@ -40,13 +40,13 @@ MIN_BLOCK = 4  # the unbiased HSIC divides by n (n - 3)
 
 def check_widths(measures: Sequence[str], widths: Sequence[int]) -> None:
     """Raises:
-    ValueError: layers of several widths, and a measure that needs one; names it.
+    ValueError: layers differ in width, and a measure needs equal widths; names it.
     """
     unfit = [measure for measure in measures if measure not in OF_ANY_WIDTH]
     if unfit and len(set(widths)) > 1:
         raise ValueError(
-            f"measure: {', '.join(unfit)}: needs layers of one width, but they have {sorted(set(widths))}; choose from "
-            f"{', '.join(OF_ANY_WIDTH)}"
+            f"measure: {', '.join(unfit)}: needs layers of equal width, but they have {sorted(set(widths))}; choose "
+            f"from {', '.join(OF_ANY_WIDTH)}"
         )
 
 
@@ -75,18 +75,17 @@ def unbiased_hsic(*states: Tensor) -> Tensor:
 class LayerSimilarity:
     """Streaming distances between layers.
 
-    Batches may be of any size: exact CKA and the per-frame measures do not depend on the order of the frames,
-    and ``cka_minibatch`` cuts its blocks out of the stream of frames, wherever batches end. So that a block
-    mixes utterances, the stream is buffered, and block b of the B in a buffer takes frames b, b + B, b + 2B,
-    ...
+    Batches may have any size: exact CKA and the per-frame measures do not depend on the order of frames, and
+    ``cka_minibatch`` cuts its blocks from the stream of frames, independent of batch boundaries. The stream is
+    buffered so that blocks mix utterances: block b of the B in a buffer takes frames b, b + B, b + 2B, ...
 
     Args:
-        measures: names out of :data:`MEASURES`.
+        measures: names from :data:`MEASURES`.
         block_frames: n, frames of one HSIC estimate.
-        buffer_blocks: B; the buffer holds up to ``n B (L + 1) D`` numbers of the states' own type.
+        buffer_blocks: B; the buffer holds up to ``n B (L + 1) D`` numbers of the states' type.
 
     Memory beside the buffer: exact CKA keeps (L + 1)(L + 2)/2 D^2 doubles (0.4 GB for Base, 2.7 GB for
-    Large), the other measures nothing to speak of.
+    Large), the other measures almost nothing.
 
     Example::
 
@@ -118,20 +117,20 @@ class LayerSimilarity:
         self._buffered = 0
 
     def update(self, hidden_states: Sequence[Tensor], padding_mask: Tensor | None = None) -> None:
-        """Takes the states of one batch.
+        """Adds the states of one batch.
 
         Args:
             hidden_states: L + 1 tensors (B, T, D), any floating type; D may differ between layers for
-                :data:`OF_ANY_WIDTH`. States of several encoders stand one after the other.
-            padding_mask: (B, T) bool, True = padding, which does not count; None: there is none.
+                :data:`OF_ANY_WIDTH`. States of several encoders are concatenated.
+            padding_mask: (B, T) bool, True = padding, which does not count, or None.
 
         Raises:
-            ValueError: frames that differ from layer to layer, widths that differ from earlier batches or that a
-                measure cannot compare, or states not finite.
+            ValueError: layers differ in frames, widths differ from earlier batches or cannot be compared by a measure,
+                or states are not finite.
         """
         shapes = {tuple(state.shape) for state in hidden_states}
         if len({shape[:2] for shape in shapes}) != 1 or {len(shape) for shape in shapes} != {3}:
-            raise ValueError(f"hidden_states: shapes {sorted(shapes)}; expected (B, T, D) of the same B and T")
+            raise ValueError(f"hidden_states: shapes {sorted(shapes)}; expected (B, T, D) with equal B and T")
         widths = tuple(state.size(2) for state in hidden_states)
         check_widths(self.measures, widths)
         if padding_mask is None:
@@ -157,10 +156,10 @@ class LayerSimilarity:
             self._fill(frames)
 
     def distances(self) -> dict[str, np.ndarray]:
-        """The result so far; updates may go on after it.
+        """The result so far; more updates may follow.
 
         Returns:
-            for every measure an (L + 1, L + 1) float64 matrix, symmetric, zero on the diagonal.
+            for every measure a symmetric (L + 1, L + 1) float64 matrix with a zero diagonal.
 
         Raises:
             ValueError: fewer than 4 frames so far, or a layer whose states are constant.
@@ -194,8 +193,8 @@ class LayerSimilarity:
             self._products = [zeros(width, sum(widths[i:])) for i, width in enumerate(widths)]
 
     def _add(self, frames: Sequence[Tensor]) -> None:
-        """Per-frame measures, of layers of one width, and covariances; (S_k, n, D_k) states as of :meth:`update`."""
-        # Few frames at a time, so that they stay in the processor's cache.
+        """Adds per-frame measures (if all widths are equal) and covariances of states (S_k, n, D_k)."""
+        # A few frames at a time, so that they stay in the processor's cache.
         for piece in frames[0].split(max(1, 8192 // self._widths[0]), dim=1) if len(frames) == 1 else ():
             piece = piece.double()
             rows = piece.flatten(1)
@@ -214,7 +213,7 @@ class LayerSimilarity:
                 products.addmm_(own.T, right)
 
     def _right(self, side_by_side: Tensor) -> Iterator[Tensor]:
-        """Of features of all layers in the last dimension, for each layer those from it on."""
+        """Slices of all layers' features in the last dimension: for each layer, its own and all later ones."""
         for start in itertools.accumulate((0, *self._widths[:-1])):
             yield side_by_side[..., start:]
 
@@ -231,7 +230,7 @@ class LayerSimilarity:
         return hsic
 
     def _fill(self, frames: Sequence[Tensor]) -> None:
-        """Puts (S_k, n, D_k) states into the buffer, and empties it whenever it is full."""
+        """Adds (S_k, n, D_k) states to the buffer, and processes it whenever it is full."""
         size, start, count = self.block_frames * self.buffer_blocks, 0, frames[0].size(1)
         while start < count:
             end = min(start + size - self._buffered, count)
@@ -271,7 +270,7 @@ def cka_distance(hsic: Tensor) -> Tensor:
 
 
 def _as_distances(matrix: Tensor) -> np.ndarray:
-    """Exactly symmetric, zero on the diagonal, and nowhere below zero by rounding or an estimate's noise."""
+    """Makes a matrix exactly symmetric with a zero diagonal, and clips negative values from rounding or noise to 0."""
     result = ((matrix + matrix.T) / 2).clamp_min(0.0).cpu().numpy()
     np.fill_diagonal(result, 0.0)
     return result

@@ -1,1 +1,1 @@
-"""Comparing students: how far each is from its teacher, what it costs, and statistics over seeds and speakers."""
+"""Compares students: distance to the teacher, costs, and statistics over seeds and speakers."""

@@ -1,4 +1,4 @@
-"""What an encoder costs."""
+"""Costs of an encoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from skill_fairseq.modules.encoder import SpeechEncoder
 
 SECONDS = 10.0
-"""Length of audio that MACs and time refer to."""
+"""Length of audio, seconds, for MACs and time."""
 
 
 @torch.no_grad()
@@ -18,13 +18,13 @@ def costs(encoder: SpeechEncoder, seconds: float = SECONDS, repeats: int = 7) ->
     """Size, work and time of a forward.
 
     Args:
-        encoder: any; is made ready for inference.
-        seconds: of audio, one utterance.
-        repeats: forwards timed, after one more that is not.
+        encoder: any encoder; it is prepared for inference.
+        seconds: length of the utterance.
+        repeats: timed forwards, after one warm-up.
 
     Returns:
-        ``parameters``; ``macs``; ``cpu_seconds``, the least processor time of all threads over the repeats: others
-        on the machine can only add to it; ``threads``.
+        ``parameters``; ``macs``; ``cpu_seconds``, the minimum over repeats of the processor time of all threads, as
+        other processes can only add to it; ``threads``.
     """
     encoder.prepare()
     generator = torch.Generator().manual_seed(0)

@@ -1,17 +1,17 @@
 """Means and paired differences with intervals, over seeds and speakers together.
 
-A measurement is a matrix (seeds, recordings): whether a recording was classified right by the student of a seed, or
-its distance to the teacher. Recordings of one speaker are not independent, so that they are first brought to a column a
-speaker (:func:`skill_fairseq.probing.intervals.per_speaker`). Then both seeds and speakers are samples, and every seed
+A measurement is a matrix (seeds, recordings): whether the student of a seed classified a recording correctly, or its
+distance to the teacher. Recordings of one speaker are not independent, so they are first reduced to one column per
+speaker (:func:`skill_fairseq.probing.intervals.per_speaker`). Both seeds and speakers are then samples, and every seed
 meets every speaker, so the mean's variance is that of a two-way random-effects model without replication (Cornfield and
 Tukey 1956):
 
     var = (MS_seeds + MS_speakers - MS_residual) / (seeds * speakers)
 
 with Satterthwaite's degrees of freedom for Student's t; seeds or speakers whose mean square is no larger than the
-residual's do not count as a source of variation. Few seeds that disagree give a wide interval, as they must;
-resampling three seeds would give one too narrow. With one seed only the speakers count as a sample. With fewer than
-three speakers, or where nothing varies, there is no interval.
+residual's do not count as a source of variation. If a few seeds disagree, the interval is wide, as it must be;
+resampling three seeds would give too narrow a one. With one seed only the speakers count as a sample. With fewer than
+three speakers, or without variation, there is no interval.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from skill_fairseq.probing.intervals import MIN_SPEAKERS, per_speaker, student_t
 
 
 class Estimate(NamedTuple):
-    """A mean and its 95 % interval; None where there is no interval."""
+    """A mean and its 95 % interval, or None."""
 
     value: float
     low: Optional[float]
@@ -34,15 +34,15 @@ class Estimate(NamedTuple):
 
     @property
     def verdict(self) -> Optional[int]:
-        """Of a difference: 1 or -1 where the whole interval lies on one side of 0; 0 where it holds 0, which is not
-        to say that there is no difference; None without an interval."""
+        """For a difference: 1 or -1 if the whole interval is on one side of 0; 0 if it contains 0, which does not mean
+        that there is no difference; None without an interval."""
         if self.low is None or self.high is None:
             return None
         return int(self.low > 0) - int(self.high < 0)
 
     @property
     def within(self) -> Optional[float]:
-        """Of a difference: the largest that the interval allows, to either side."""
+        """For a difference: the largest absolute value within the interval."""
         return None if self.low is None or self.high is None else max(abs(self.low), abs(self.high))
 
 
@@ -50,11 +50,11 @@ def crossed_mean(values: np.ndarray, speakers: Sequence[str]) -> Estimate:
     """Mean over seeds and recordings.
 
     Args:
-        values: (S, N): seeds down, recordings across; S = 1 leaves seeds out.
-        speakers: of each recording.
+        values: (S, N), seeds and recordings; S = 1 ignores seeds.
+        speakers: speaker of each recording.
 
     Raises:
-        ValueError: not a matrix, empty, not finite, or not one speaker a recording.
+        ValueError: values are not a matrix, empty or not finite, or there is not one speaker per recording.
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
@@ -71,32 +71,32 @@ def crossed_mean(values: np.ndarray, speakers: Sequence[str]) -> Estimate:
     residual = values - rows[:, None] - columns[None, :] + mean
     ms_rest = float((residual**2).sum()) / ((seeds - 1) * (items - 1)) if seeds > 1 else 0.0
     terms = [(ms_rows, seeds - 1), (ms_columns, items - 1), (-ms_rest, (seeds - 1) * (items - 1))]
-    if ms_rows <= ms_rest:  # no more than by chance: seeds do not matter
+    if ms_rows <= ms_rest:  # no more than chance: seeds do not matter
         terms = terms[1:2]
     elif ms_columns <= ms_rest:
         terms = terms[:1]
     square = sum(ms for ms, _ in terms)
-    if square <= (1e-12 * largest) ** 2:  # rounding: nothing varies, so nothing is known of the spread
+    if square <= (1e-12 * largest) ** 2:  # only rounding: without variation the spread is unknown
         return Estimate(mean, None, None)
     reach = student_t(square**2 / sum(ms**2 / freedom for ms, freedom in terms)) * math.sqrt(square / (seeds * items))
     return Estimate(mean, mean - reach, mean + reach)
 
 
 def paired_difference(values: np.ndarray, baseline: np.ndarray, speakers: Sequence[str]) -> Estimate:
-    """Mean of ``values - baseline``, seed by seed and recording by recording.
+    """Mean of ``values - baseline``, paired by seed and recording.
 
     Args:
-        values, baseline: (S, N) of the same seeds and recordings; one row stands for every seed, for what no
-            seed changes.
-        speakers: of each recording.
+        values, baseline: (S, N) for the same seeds and recordings; a single row is used for every seed, for results
+            without a seed.
+        speakers: speaker of each recording.
 
     Raises:
-        ValueError: other seeds or recordings.
+        ValueError: seeds or recordings differ.
     """
     values, baseline = np.atleast_2d(values).astype(float), np.atleast_2d(baseline).astype(float)
     rows = {len(values), len(baseline)}
     if values.shape[1] != baseline.shape[1] or (len(rows) > 1 and 1 not in rows):
         raise ValueError(
-            f"shapes {values.shape} and {baseline.shape}: no pairs; give both the same seeds and recordings"
+            f"shapes {values.shape} and {baseline.shape}: not paired; give both the same seeds and recordings"
         )
     return crossed_mean(values - baseline, speakers)

@@ -1,4 +1,4 @@
-"""From the results of single runs to means, intervals and differences."""
+"""Summarises results of single runs: means, intervals and differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skill_fairseq.probing.intervals import MIN_SPEAKERS, why_none
 
 Result = Mapping[str, Any]
 OVERALL = "all"
-"""In place of a sparsity: the mean over all of them."""
+"""Stands for the mean over all sparsities."""
 
 NOT_TOLD, NO_INTERVAL = "not distinguishable", "no interval"
 PROBE_VERDICTS = {1: "higher", 0: NOT_TOLD, -1: "lower", None: NO_INTERVAL}
@@ -22,17 +22,17 @@ DISTANCE_VERDICTS = {1: "farther", 0: NOT_TOLD, -1: "nearer", None: NO_INTERVAL}
 
 
 def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline: str) -> dict[str, Any]:
-    """Everything that the tables show.
+    """Computes everything that the tables show.
 
     Args:
-        results: one a method, sparsity and seed.
-        references: name -> probes and perhaps costs, of what is not distilled.
-        baseline: the method that differences are to.
+        results: one per method, sparsity and seed.
+        references: name -> probes and optional costs of models that are not distilled.
+        baseline: the method to subtract for differences.
 
     Returns:
-        ``rows``: one a method and sparsity (the mean over sparsities under "all", where a method has been run
-        with the same seeds at all of them), for JSON. Distances are of the kinds that all of a row's results have:
-        students of another width than the teacher's have CKA alone.
+        ``rows``: one per method and sparsity (under "all" the mean over sparsities, if a method was run with the same
+        seeds at all of them), for JSON. A row has the kinds of distances that all its results have: students of
+        another width than the teacher's have only CKA.
     """
     methods = list(dict.fromkeys(result["method"] for result in results))
     sparsities = sorted({result["sparsity"] for result in results})
@@ -65,7 +65,7 @@ def summarise(results: Sequence[Result], references: Mapping[str, Any], baseline
 
 
 def _about(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of a task: metric, samples, and why nothing of it has an interval, or None."""
+    """A task's metric, samples, and the reason why it has no intervals, or None."""
     why = entries[0]["no_interval"] if all(entry["interval"] is None for entry in entries) else None
     return {"metric": entries[0]["metric"], "samples": entries[0]["samples"], "no_interval": why}
 
@@ -77,7 +77,7 @@ def _about_distances(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reference(found: Mapping[str, Any]) -> dict[str, Any]:
     probes = {
-        task: _plain(Estimate(entry["value"], *(entry["interval"] or (None, None))))
+        task: plain(Estimate(entry["value"], *(entry["interval"] or (None, None))))
         for task, entry in found["probes"].items()
     }
     return {"probes": probes, "costs": found.get("costs")}
@@ -86,7 +86,7 @@ def _reference(found: Mapping[str, Any]) -> dict[str, Any]:
 def _row(
     method: str, sparsity: Any, cells: list[list[Result]], base_cells: list[list[Result]], tasks: Sequence[str]
 ) -> dict[str, Any]:
-    """One method at one sparsity, or over several: a cell each, of results by seed."""
+    """One method at one sparsity or over several; each cell holds results by seed."""
     if not all(cells):
         return {}
     seeds = [result["seed"] for result in cells[0]]
@@ -105,17 +105,17 @@ def _row(
     paired = _paired(cells, base_cells)
     for task in tasks:
         speakers = outcomes(cells[0][0]["probes"][task])[1]
-        row["probes"][task] = _plain(_rate(crossed_mean(_outcomes(cells, task), speakers)))
+        row["probes"][task] = plain(within_bounds(crossed_mean(_outcomes(cells, task), speakers)))
         if paired:
             values, baseline = (_outcomes(side, task) for side in paired)
-            row["difference"][task] = _judged(paired_difference(values, baseline, speakers), PROBE_VERDICTS)
+            row["difference"][task] = judged(paired_difference(values, baseline, speakers), PROBE_VERDICTS)
     for kind in _kinds(cells):
         far, said = _far(cells, kind), cells[0][0]["distances"]["speakers"]
         speakers = said or ["unknown"] * far.shape[1]
-        row["distance"][kind] = _plain(crossed_mean(far, speakers))
+        row["distance"][kind] = plain(crossed_mean(far, speakers))
         if paired and kind in _kinds(base_cells):
             values, baseline = (_far(side, kind) for side in paired)
-            row["distance_difference"][kind] = _judged(paired_difference(values, baseline, speakers), DISTANCE_VERDICTS)
+            row["distance_difference"][kind] = judged(paired_difference(values, baseline, speakers), DISTANCE_VERDICTS)
     row["layers"] = {
         kind: np.mean([r["distances"]["layers"][kind] for cell in cells for r in cell], axis=0).round(6).tolist()
         for kind in _kinds(cells)
@@ -137,7 +137,7 @@ def _row(
 
 
 def _paired(cells: list[list[Result]], base_cells: list[list[Result]]) -> Optional[tuple[Any, Any]]:
-    """Both sides with the seeds that both have, the same in every cell; one lone row of an untrained side stays."""
+    """Both sides restricted to common seeds of every cell; a single row of an untrained side stays."""
     if not all(base_cells):
         return None
     sides = [cells, base_cells]
@@ -169,8 +169,8 @@ def _kinds(cells: list[list[Result]]) -> list[str]:
 
 
 def _by_part(cells: list[list[Result]]) -> tuple[dict[str, Optional[float]], dict[str, Optional[float]]]:
-    """Mean distance over the layers that are distilled, and over those that are not; nothing of recipes, which may
-    distil other things than states of layers."""
+    """Mean distance over distilled layers, and over the others; empty for recipes, which may distil other things than
+    states of layers."""
     parts: list[dict[str, Optional[float]]] = [{}, {}]
     if any(result.get("recipe") for cell in cells for result in cell):
         return parts[0], parts[1]
@@ -192,17 +192,19 @@ def _mean(values: Sequence[float]) -> Optional[float]:
     return float(np.mean(values)) if len(values) else None
 
 
-def _plain(estimate: Estimate) -> list[Optional[float]]:
+def plain(estimate: Estimate) -> list[Optional[float]]:
+    """Value, lower and upper bound, rounded for JSON."""
     return [None if number is None else round(float(number), 6) for number in estimate]
 
 
-def _rate(estimate: Estimate) -> Estimate:
-    """Student's t knows no bounds, rates do."""
+def within_bounds(estimate: Estimate) -> Estimate:
+    """Clips to the bounds of a rate, which Student's t ignores."""
     if estimate.low is None or estimate.high is None:
         return estimate
     return Estimate(estimate.value, max(estimate.low, 0.0), min(estimate.high, 1.0))
 
 
-def _judged(estimate: Estimate, verdicts: Mapping[Optional[int], str]) -> dict[str, Any]:
+def judged(estimate: Estimate, verdicts: Mapping[Optional[int], str]) -> dict[str, Any]:
+    """A difference for JSON, with the word for its verdict."""
     within = None if estimate.within is None else round(estimate.within, 6)
-    return {"estimate": _plain(estimate), "verdict": verdicts[estimate.verdict], "within": within}
+    return {"estimate": plain(estimate), "verdict": verdicts[estimate.verdict], "within": within}

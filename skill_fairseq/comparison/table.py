@@ -1,4 +1,4 @@
-"""Tables and sentences that say what a comparison has found."""
+"""Tables and sentences with the results of a comparison."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from typing import Any, Optional
 from skill_fairseq.comparison.layer_distance import SHOWN
 from skill_fairseq.comparison.summary import NO_INTERVAL, NOT_TOLD, OVERALL
 from skill_fairseq.probing.intervals import show_interval
+from skill_fairseq.text_tables import markdown
 
 
 def introduction(summary: Mapping[str, Any]) -> str:
-    """How many results there are, and how their intervals and differences are meant: plain text."""
+    """The number of results, and how to read intervals and differences; plain text."""
     return (
         f"{summary.get('found')} of {summary.get('wanted')} results are there. Probes: {about_tasks(summary)}. "
-        "Intervals are of 95 %, over seeds and speakers together (two-way random effects; error rates by jackknife); "
-        f"of what is not distilled, over speakers.{_left_out(summary)} "
-        f"A difference to {summary['baseline']} is paired by seed and recording. Where its interval holds 0 the two "
-        "are not distinguishable: the data allow differences up to the bound that is given. "
-        "Each interval stands for itself: of twenty, one misses by chance."
+        "Intervals are 95 %, over seeds and speakers together (two-way random effects; error rates by jackknife); for "
+        f"models that are not distilled, over speakers.{_left_out(summary)} "
+        f"A difference to {summary['baseline']} is paired by seed and recording. If its interval contains 0, the two "
+        "are not distinguishable: the data allow differences up to the given bound. "
+        "Intervals are not corrected for multiple comparisons: one in twenty misses by chance."
     )
 
 
+def _markdown(table: tuple[list[str], list[list[str]]]) -> str:
+    return markdown([table[0], *table[1]])
+
+
 def _left_out(summary: Mapping[str, Any]) -> str:
-    """What has no interval, and why."""
+    """Values without an interval, and why."""
     what = {**summary["tasks"], "distances to the teacher": summary["distances"]}
     found = [f"{name} ({about['no_interval']})" for name, about in what.items() if about["no_interval"]]
     return f" Without an interval: {'; '.join(found)}." if found else ""
@@ -34,20 +39,20 @@ def write_tables(summary: Mapping[str, Any]) -> str:
     parts = [
         introduction(summary),
         "## Verdict\n\n" + "\n".join(verdicts(summary)),
-        "## Not distilled\n\n" + _markdown(*_reference_table(summary)),
+        "## Not distilled\n\n" + _markdown(_reference_table(summary)),
     ]
     for sparsity in dict.fromkeys(row["sparsity"] for row in summary["rows"]):
         rows = [row for row in summary["rows"] if row["sparsity"] == sparsity]
         found = sparsity_tables(rows, summary)
         title = "Mean over sparsities" if sparsity == OVERALL else f"Sparsity {sparsity:g}"
-        parts += [f"## {title}", _markdown(*found["probes"])]
+        parts += [f"## {title}", _markdown(found["probes"])]
         parts.append("Distance to the teacher, whole valid recordings; L1 of states normalised frame by frame.")
-        parts += [_markdown(*found[name]) for name in ("distance", "costs") if name in found]
+        parts += [_markdown(found[name]) for name in ("distance", "costs") if name in found]
     return "\n\n".join(parts) + "\n"
 
 
 def sparsity_tables(rows: Sequence[Any], summary: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Head and lines of the tables of rows of one sparsity: probes, distance, costs (not over all sparsities), and
+    """Header and rows of the tables for one sparsity: probes, distance, costs (not over all sparsities), and
     references."""
     baseline = summary["baseline"]
     found = {
@@ -61,17 +66,19 @@ def sparsity_tables(rows: Sequence[Any], summary: Mapping[str, Any]) -> dict[str
 
 
 def verdicts(summary: Mapping[str, Any]) -> list[str]:
-    """One line a method: what its differences to the baseline say, over all sparsities, else at each."""
+    """One line per method: its differences to the baseline, over all sparsities or else at each."""
     lines = []
     keys = [row["sparsity"] for row in summary["rows"]]
     wanted = [OVERALL] if OVERALL in keys else list(dict.fromkeys(keys))
     for row in summary["rows"]:
         if row["sparsity"] in wanted and row["method"] != summary["baseline"] and row["difference"]:
             where = "over all sparsities" if row["sparsity"] == OVERALL else f"at sparsity {row['sparsity']:g}"
-            said = [f"{task} {_judged(d, 100, 1, ' points')}" for task, d in row["difference"].items()]
+            said = [f"{task} {show_difference(d, 100, 1, ' points')}" for task, d in row["difference"].items()]
             for kind in ("l1_normalized", "cka"):
                 if kind in row["distance_difference"]:
-                    said.append(f"{SHOWN[kind]} to the teacher {_judged(row['distance_difference'][kind], 1, 4, '')}")
+                    said.append(
+                        f"{SHOWN[kind]} to the teacher {show_difference(row['distance_difference'][kind], 1, 4, '')}"
+                    )
             seeds = f"{len(row['seeds'])} seed{'s' * (len(row['seeds']) > 1)}"
             of = f"- **{row['method']}** against {summary['baseline']}, {where}, {seeds}"
             lines.append(f"{of}: {'; '.join(said)}")
@@ -79,7 +86,7 @@ def verdicts(summary: Mapping[str, Any]) -> list[str]:
 
 
 def about_tasks(summary: Mapping[str, Any]) -> str:
-    """What each probe task measures on what, in one sentence part."""
+    """Metric and samples of each probe task, as part of a sentence."""
     tasks = summary["tasks"].items()
     return "; ".join(f"{task}, {what['metric']} in per cent, {what['samples']}" for task, what in tasks)
 
@@ -91,7 +98,7 @@ def _in_percent(task: str, summary: Mapping[str, Any]) -> str:
 def _reference_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows, tasks = [], list(summary["tasks"])
     for name, found in summary["references"].items():
-        rows.append([name, *(_interval(found["probes"][task], 100, 1) for task in tasks)])
+        rows.append([name, *(show_estimate(found["probes"][task], 100, 1) for task in tasks)])
         rows[-1] += ["-"] * 3 if found["costs"] is None else _costs(found["costs"])
     return ["model", *(_in_percent(task, summary) for task in tasks), "parameters", "G MACs", "CPU s"], rows
 
@@ -106,7 +113,7 @@ def _probe_table(rows: Sequence[Any], summary: Mapping[str, Any]) -> tuple[list[
     for row in rows:
         line = [row["method"], str(len(row["seeds"]))]
         for task in summary["tasks"]:
-            line.append(_interval(row["probes"][task], 100, 1))
+            line.append(show_estimate(row["probes"][task], 100, 1))
             line.append(_difference(row, row["difference"].get(task), baseline, 100, 1))
         table.append([*line, _groups(row)])
     return head, table
@@ -121,7 +128,7 @@ def _distance_table(rows: Sequence[Any], baseline: str) -> tuple[list[str], list
     for row in rows:
         line = [row["method"]]
         for kind in SHOWN:
-            line.append(_interval(row["distance"][kind], 1, 3) if kind in row["distance"] else "-")
+            line.append(show_estimate(row["distance"][kind], 1, 3) if kind in row["distance"] else "-")
             line.append(_difference(row, row["distance_difference"].get(kind), baseline, 1, 3))
         for kind in SHOWN:
             line += [_number(row[part].get(kind)) for part in ("distilled", "not_distilled")]
@@ -145,7 +152,7 @@ def _cost_table(rows: Sequence[Any], summary: Mapping[str, Any]) -> tuple[list[s
 
 
 def _groups(row: Mapping[str, Any]) -> str:
-    """The groups in one line; where seeds differ, so it says; where another method has the same run, which."""
+    """The groups in one line; notes if seeds differ, and which other methods share the run."""
     if any(groups != row["groups"][0] for groups in row["groups"]):
         return "by seed"
     if row.get("recipe"):
@@ -160,22 +167,23 @@ def _groups(row: Mapping[str, Any]) -> str:
 def _difference(row: Mapping[str, Any], found: Any, baseline: str, scale: float, digits: int) -> str:
     if row["method"] == baseline or not found:
         return "-"
-    return _judged(found, scale, digits)
+    return show_difference(found, scale, digits)
 
 
 def _costs(of: Mapping[str, Any]) -> list[str]:
     return [f"{of['parameters']:,.0f}", f"{of['macs'] / 1e9:.3f}", f"{of['cpu_seconds']:.3f}"]
 
 
-def _interval(estimate: Sequence[Optional[float]], scale: float, digits: int, signed: bool = False) -> str:
+def show_estimate(estimate: Sequence[Optional[float]], scale: float, digits: int, signed: bool = False) -> str:
+    """A mean and its interval, see :func:`skill_fairseq.probing.intervals.show_interval`, or that there is none."""
     value, low, high = estimate
     bounds = None if low is None or high is None else (low, high)
     return show_interval(value or 0.0, bounds, scale, digits, signed) + ("" if bounds else f" ({NO_INTERVAL})")
 
 
-def _judged(found: Mapping[str, Any], scale: float, digits: int, unit: Optional[str] = None) -> str:
-    """A difference, and what it says; in a sentence where there is a unit."""
-    said = _interval(found["estimate"], scale, digits, True) + (unit or "")
+def show_difference(found: Mapping[str, Any], scale: float, digits: int, unit: Optional[str] = None) -> str:
+    """A difference and its verdict; with a unit, as part of a sentence."""
+    said = show_estimate(found["estimate"], scale, digits, True) + (unit or "")
     if found["verdict"] == NO_INTERVAL:
         return said
     if unit is not None:
@@ -186,8 +194,3 @@ def _judged(found: Mapping[str, Any], scale: float, digits: int, unit: Optional[
 
 def _number(value: Optional[float], digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,1 +1,1 @@
-"""fairseq criterions: ``distillation``, a sum of objectives, and ``skill_group_kd``, SKILL's one; size constraint."""
+"""fairseq criterions (``distillation``, a sum of objectives; ``skill_group_kd``, SKILL's) and the size constraint."""

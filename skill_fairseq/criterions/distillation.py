@@ -1,4 +1,4 @@
-"""The sum of objectives with a size constraint, the loss of both stages."""
+"""The loss of both stages: a sum of objectives with a size constraint."""
 
 import dataclasses
 import logging
@@ -26,43 +26,43 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class DistillationConfig(SizeConstraintConfig):
-    """Objectives by any names, and the size constraint."""
+    """Named objectives, and the size constraint."""
 
     objectives: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "NAME: {_name: what is registered, weight: 1.0, and its own fields}; NAME, of your choice, stands "
-            "before what is logged and in the names of its parameters; adapters: false lets it see the student without "
-            "its adapters"
+            "help": "NAME: {_name: a registered objective, weight: 1.0, and its own fields}; NAME is your choice and "
+            "prefixes logged values and parameters; adapters: false runs the student without its adapters; "
+            "weight_epochs: N lowers the weight linearly to 0 in epoch N"
         },
     )
 
 
 class _Heard(NamedTuple):
-    """What one student, of one size, makes of a batch."""
+    """Result of one batch for a student of one size."""
 
     loss: Tensor  # scalar
     values: Dict[str, Tensor]  # scalars to log
-    ratios: Dict[str, Tensor]  # (2,): sums whose quotient is logged
+    ratios: Dict[str, Tensor]  # (2,): sum and count, logged as their quotient
     padding_mask: Optional[Tensor]  # (B, T)
     expected_widths: Any
 
 
 @register_criterion("distillation", dataclass=DistillationConfig)
 class DistillationCriterion(FairseqCriterion):
-    """loss = sum of weighted objectives (+ size constraint while training a gated student).
+    """Loss = weighted sum of objectives (+ size constraint while training a gated student).
 
     Args:
-        cfg: criterion config; what objectives choose themselves is written into it.
-        task: the distillation task; its model has been built.
+        cfg: criterion config; null fields that objectives choose are filled in.
+        task: the distillation task, after it built the model.
 
     Raises:
         ValueError: an objective or the target is not usable; names the field.
 
     Attributes:
         terms: the objectives and their weights.
-        student_taps, teacher_taps: what all of them ask, each once.
-        maskings: those among the taps, each once.
+        student_taps, teacher_taps: all taps of the objectives, without duplicates.
+        maskings: all maskings of the taps, without duplicates.
     """
 
     unsupervised = "criterion.objectives"
@@ -87,7 +87,7 @@ class DistillationCriterion(FairseqCriterion):
             if rates - {student.time_reduction} and not term.objective.any_rate:
                 raise ValueError(
                     f"model.time_reduction: {student.time_reduction}, but the teacher has {max(rates)}, and "
-                    f"{term.field} compares frame by frame; give both the same, or the objective layers with head: "
+                    f"{term.field} compares frame by frame; give both the same, or use the objective layers with head: "
                     "upsample_linear"
                 )
         asked = [("student", student, tap) for tap in self.student_taps]
@@ -97,7 +97,7 @@ class DistillationCriterion(FairseqCriterion):
                 tap.check(shape)
         unheard = set(range(1, len(teachers))) - {tap.teacher for tap in self.teacher_taps}
         if unheard:
-            logger.warning(f"{self.unsupervised}: nothing is asked of the teachers {sorted(unheard)} of task.teacher")
+            logger.warning(f"{self.unsupervised}: no objective uses the teachers {sorted(unheard)} of task.teacher")
         if deepest(self.student_taps) < student.encoder_layers:
             logger.warning(self._unsupervised(student.encoder_layers))
         if cfg.init_from:
@@ -111,7 +111,7 @@ class DistillationCriterion(FairseqCriterion):
         return cls(cfg, task)
 
     def needs_teacher(self) -> bool:
-        """Whether an objective does; those that learn from labels alone do not."""
+        """Whether any objective needs a teacher; those that learn only from labels do not."""
         given = plain(self.cfg.objectives)
         entries = list(given.values()) if isinstance(given, dict) else []
         kinds = [entry.get("_name") for entry in entries if isinstance(entry, dict)]
@@ -126,56 +126,53 @@ class DistillationCriterion(FairseqCriterion):
         given = self.cfg.objectives
         if not OmegaConf.is_dict(given) or not given:
             raise ValueError(
-                f"criterion.objectives: {plain(given)}; expected one at least, by a name of your choice, such as "
+                f"criterion.objectives: {plain(given)}; expected at least one, by a name of your choice, such as "
                 "{skill: {_name: group_means, groups: [[0], [12]]}}"
             )
         self.objectives, terms = nn.ModuleDict(), []
         for name in given:
             field = f"criterion.objectives.{name}"
             if not str(name).isidentifier() or hasattr(self.objectives, name):
-                raise ValueError(f"{field}: cannot be a name; take another one of letters, digits and _")
-            kind, weight, adapters, cfg = read_objective(given[name], field)
+                raise ValueError(f"{field}: cannot be a name; use another one of letters, digits and _")
+            kind, weight, common, cfg = read_objective(given[name], field)
             labels = {"targets": self.task.targets} if learns_from_labels(kind) else {}
             objective = OBJECTIVES[kind][0](cfg, student, teachers, field, **labels)
             self.objectives[name] = objective
+            adapters = common.get("adapters", True)
             if not adapters and not student.adapter_dim:
                 raise ValueError(f"{field}.adapters: false does nothing with model.adapter_dim=0; leave it out")
             if not adapters:
                 objective.student_taps = [dataclasses.replace(tap, adapters=False) for tap in objective.student_taps]
             with open_dict(given):
-                given[name] = {
-                    "_name": kind,
-                    "weight": weight,
-                    **plain(cfg),
-                    **({} if adapters else {"adapters": False}),
-                }
-            terms.append(Term(objective, weight, cfg, f"objectives.{name}", field, f"{name}_"))
+                given[name] = {"_name": kind, "weight": weight, **plain(cfg), **common}
+            epochs = common.get("weight_epochs", 0)
+            terms.append(Term(objective, weight, cfg, f"objectives.{name}", field, f"{name}_", epochs))
         return terms
 
     def chosen(self) -> Dict[str, Any]:
-        """What the objectives chose themselves, fields of the criterion's config, to be saved with it."""
+        """The config fields that the objectives filled in, to save with the criterion's config."""
         return {"objectives": plain(self.cfg.objectives)}
 
     def _unsupervised(self, layers: int) -> str:
-        """What becomes of the student's layers above the deepest that is asked for, 1-based."""
+        """Warns about the student's layers above the deepest one that an objective uses; layers count from 1."""
         last = deepest(self.student_taps)
         above = f"layer {layers}" if last + 1 == layers else f"layers {last + 1} to {layers}"
-        fate = "they stay as they are"
+        fate = "they do not change"
         if any(self.cfg[name] is not None for name in ("target_sparsity", "target", "elastic")):
             fate = "only the size constraint moves their gates, and it closes them first"
         return (
-            f"{self.unsupervised}: nothing supervises the student's {above}: they are not computed, no loss reaches "
-            f"them, {fate}. Ask for them too, or fine-tune and probe the student up to layer {last}"
+            f"{self.unsupervised}: nothing supervises the student's {above}: they are not computed and get no loss, "
+            f"{fate}. Use them in an objective, or fine-tune and probe the student up to layer {last}"
         )
 
     def forward(self, model: Any, sample: Dict[str, Any], reduce: bool = True) -> Tuple[Tensor, float, Dict]:
-        """Loss of one batch.
+        """Computes the loss of one batch.
 
         Args:
             model: the student.
-            sample: ``net_input`` with ``source`` (B, N) and perhaps ``padding_mask`` (B, N); perhaps ``source_bits``,
-                the source before it was rounded, and ``masked``, see :meth:`SpeechDataset.collater`; labels for
-                objectives that need some.
+            sample: ``net_input`` with ``source`` (B, N) and optionally ``padding_mask`` (B, N); optionally
+                ``source_bits``, the source before rounding, and ``masked``, see :meth:`SpeechDataset.collater`; labels
+                for objectives that need them.
 
         Returns:
             scalar loss, its weight in the update (see :meth:`SkillDistillationTask.batch_weight`; fairseq divides the
@@ -185,13 +182,13 @@ class DistillationCriterion(FairseqCriterion):
         if "source_bits" in sample:
             net_input["source"] = sample["source_bits"].view(torch.float32)
         source, padding = net_input["source"], net_input.get("padding_mask")
-        # In validation the dataset masks nothing.
+        # The dataset masks nothing in validation.
         masked = sample.get("masked") or {}
         if self.training and len(masked) < len(self.maskings):
             raise ValueError(f"sample: 'masked' holds {len(masked)} masks; expected one for each of {self.maskings}")
-        # The gates before all else: the host waits for them, and the device should have nothing left to do by then.
+        # Gates first: the host waits for them, so the device should have no work queued.
         draws = self._draws(model)
-        # Then the teachers: their memory is free again before the student's activations pile up.
+        # Then the teachers: their memory is freed before the student's activations fill it.
         teacher: Dict[Tap, Tensor] = {}
         for index in sorted({tap.teacher for tap in self.teacher_taps}):
             taps = [tap for tap in self.teacher_taps if tap.teacher == index]
@@ -199,7 +196,7 @@ class DistillationCriterion(FairseqCriterion):
         heard = [self._hear(model, net_input, sample, draw, teacher, masked) for _, draw in draws]
         _, values, ratios, mask, widths = heard[0]
         loss = heard[0].loss
-        if len(heard) > 1:  # the mean: rates and clipping mean what they mean for one size
+        if len(heard) > 1:  # the mean keeps learning rate and clipping comparable to one size
             loss = torch.stack([each.loss for each in heard]).mean()
             values = {name: torch.stack([each.values[name] for each in heard]).mean() for name in values}
             ratios = {name: torch.stack([each.ratios[name] for each in heard]).sum(0) for name in ratios}
@@ -213,7 +210,7 @@ class DistillationCriterion(FairseqCriterion):
             ends = [f"_{each.cost.name}" if len(targets) > 1 else "" for each in targets]
             values.update({f"expected_sparsity{end}": sparsity for end, sparsity in zip(ends, expected)})
             values.update(self.constraint.named_parameters())
-        # A tensor on every rank, padded or not: fairseq sums tensors and numbers over ranks apart.
+        # A tensor on every rank, padded or not: fairseq sums tensors and numbers over ranks separately.
         samples = source.new_full((), source.numel(), dtype=torch.float64)
         if padding is not None:
             samples = samples - padding.sum()
@@ -222,7 +219,7 @@ class DistillationCriterion(FairseqCriterion):
             count = source.size(0) * self.task.student_config.num_output_frames(source.size(1))
         else:
             count = int((~mask).sum())
-        # They stay on the device: to fetch a number here would keep the backward pass waiting. Copies, as float64.
+        # They stay on the device: fetching a number here would delay the backward pass. Copies, as float64.
         log: Dict[str, Any] = dict(
             zip(values, (torch.stack([v.detach().float() for v in values.values()]).double() * count).unbind())
         )
@@ -237,13 +234,13 @@ class DistillationCriterion(FairseqCriterion):
             ntokens=samples,
             audio_seconds=samples / self.task.cfg.sample_rate,
         )
-        # The size term is the same in every batch of an update, so that it counts once there.
+        # The size term is the same in every batch of an update and must count once.
         weight = self.task.batch_weight(count) if self.training else 1.0
         return loss * weight, weight, log
 
     def _draws(self, model: Any) -> List[Tuple[Optional[float], Optional[Draw]]]:
-        """The gates of each student of this batch: one, or of an elastic run several, the largest first, and the sizes
-        of those that are logged by themselves."""
+        """The gates of each student of this batch (one, or several in an elastic run, largest first), and the sizes of
+        those that are logged separately."""
         constraint, update = self.constraint, self.task.num_updates
         if not isinstance(constraint, ElasticConstraint):
             return [(None, model.draw_gates())]
@@ -262,7 +259,7 @@ class DistillationCriterion(FairseqCriterion):
         teacher: Dict[Tap, Tensor],
         masked: Dict[Any, Tensor],
     ) -> _Heard:
-        """The loss of the student with these gates, and what is to be logged of it."""
+        """The loss and logged values of the student with these gates."""
         out = model(**net_input, draw=draw, taps=self.student_taps, masked=masked)
         student: Dict[Tap, Tensor] = dict(zip(self.student_taps, out["taps"]))
         losses: List[Tensor] = []
@@ -272,7 +269,8 @@ class DistillationCriterion(FairseqCriterion):
             asked = term.objective.student_taps, term.objective.teacher_taps
             found = ([side[tap] for tap in taps] for side, taps in zip((student, teacher), asked))
             loss, terms = term.objective(*found, out["padding_mask"], sample)
-            losses.append(term.weight * loss)
+            # Validation compares epochs, so its weights do not depend on them.
+            losses.append((term.weight_in(self.task.epoch) if self.training else term.weight) * loss)
             for name, value in terms.items():
                 (ratios if value.dim() else values)[f"{term.prefix}{name}"] = value
             if term.prefix:
@@ -283,5 +281,5 @@ class DistillationCriterion(FairseqCriterion):
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
-        """Yes: every value is a number or a scalar tensor."""
+        """True: every value is a number or a scalar tensor."""
         return True

@@ -1,15 +1,15 @@
-"""What is logged of a batch becomes means over all frames."""
+"""Reduces the logged values of batches to means over all frames."""
 
 from typing import Any, Dict, List
 
 from fairseq import metrics
 
 OF = "/of"
-"""After the name of a sum that is logged: the name of the count by which it is divided."""
+"""Suffix of a logged sum's name that gives the name of the count to divide it by."""
 
 
 def reduce_metrics(logging_outputs: List[Dict[str, Any]]) -> None:
-    """Means over all frames, and quotients of sums; audio per second of training."""
+    """Logs means over all frames, quotients of sums, and audio per second of training."""
     frames = sum(log.get("frames", 0) for log in logging_outputs)
     if not frames:
         return

@@ -1,4 +1,4 @@
-"""How small the student is to be, and how its gates are brought there: a part of criterions' configs."""
+"""The size constraint: config fields for the student's size and for how its gates reach it."""
 
 import json
 from dataclasses import dataclass, field
@@ -21,14 +21,14 @@ from skill_fairseq.pruning.selection import check_reachable
 from skill_fairseq.pruning.targets import SCHEDULES, Constraint, Target, read_targets
 
 NEAR = 0.01
-"""Difference of a nested student's size and the largest that is trained up to which they are one."""
+"""A nested student's size may differ by this much from the largest trained size and still count as equal."""
 CONSTRAINTS: Dict[str, Type[Constraint]] = {"lagrangian": CostConstraint, "exact": ExactConstraint}
-"""How gates are brought to their target, by name."""
+"""Methods that bring gates to their target, by name."""
 
 
 @dataclass
 class SizeConstraintConfig(FairseqDataclass):
-    """What all distillation has: where its parameters start, and how small the student is to be."""
+    """Fields of all distillation criterions: initialisation, and the student's size."""
 
     init_from: Optional[str] = field(
         default=None, metadata={"help": "checkpoint whose projections and heads to start from, for stage 2"}
@@ -36,22 +36,22 @@ class SizeConstraintConfig(FairseqDataclass):
     target: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "what is to be left of costs, {macs: 0.25} or {parameters: 0.25, macs: 0.2, seconds: 10}: all are "
-            "met; in place of target_sparsity, which says what goes of one cost"
+            "help": "share of each cost to keep, {macs: 0.25} or {parameters: 0.25, macs: 0.2, seconds: 10}: all are "
+            "met; replaces target_sparsity, the share of one cost to remove"
         },
     )
     target_sparsity: Optional[float] = field(
         default=None, metadata={"help": "fraction of the cost to prune, in [0, 1); null: no constraint"}
     )
-    cost: str = field(default="parameters", metadata={"help": "what target_sparsity is of: parameters or macs"})
+    cost: str = field(default="parameters", metadata={"help": "cost that target_sparsity means: parameters or macs"})
     cost_seconds: Optional[float] = field(
-        default=None, metadata={"help": "length of the utterance whose MACs count; null: 10"}
+        default=None, metadata={"help": "utterance length for MACs, seconds; null: 10"}
     )
     sparsity_warmup: float = field(
         default=5000, metadata={"help": "updates over which the target rises from 0, or a fraction of all, such as 0.1"}
     )
     sparsity_schedule: ChoiceEnum(list(SCHEDULES)) = field(  # type: ignore[valid-type]
-        default="linear", metadata={"help": "how the target rises; exponential: by equal factors of what is left"}
+        default="linear", metadata={"help": "how the target rises; exponential: by equal factors of what remains"}
     )
     constraint: ChoiceEnum(list(CONSTRAINTS)) = field(  # type: ignore[valid-type]
         default="lagrangian",
@@ -60,26 +60,26 @@ class SizeConstraintConfig(FairseqDataclass):
     elastic: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "every size from one run: {smallest: 0.1, largest: 0.5, between: 1}, shares of the cost that are "
-            "left; each update trains both ends and so many sizes between; in place of target and target_sparsity, "
-            "needs constraint=exact; valid: [...] are the sizes that validation hears"
+            "help": "all sizes from one run: {smallest: 0.1, largest: 0.5, between: 1}, shares of the cost to keep; "
+            "each update trains both ends and this many sizes between; replaces target and target_sparsity, needs "
+            "constraint=exact; valid: [...] are the sizes to validate"
         },
     )
     max_update: int = field(
-        default=II("optimization.max_update"), metadata={"help": "what a fraction in sparsity_warmup refers to"}
+        default=II("optimization.max_update"), metadata={"help": "updates that a fraction in sparsity_warmup refers to"}
     )
 
 
 def build_constraint(cfg: Any, student: EncoderConfig, nested: bool = False) -> Optional[Constraint]:
-    """The size constraint that the config asks for, None without a target.
+    """The configured size constraint, None without a target.
 
     Args:
-        cfg: of the criterion; what is read from files, or follows, is written into it.
-        student: its shape.
-        nested: its gates only hold an order: stage 2 of an elastic run.
+        cfg: the criterion's config; values that come from files or from other fields are filled in.
+        student: the student's shape.
+        nested: the gates only hold an order: stage 2 of an elastic run.
 
     Raises:
-        ValueError: there is no target for gates, or no gates for a target, or it is out of reach; names the field.
+        ValueError: gates without a target, a target without gates, or an unreachable target; names the field.
     """
     if nested and cfg.elastic is None:
         raise ValueError(
@@ -106,10 +106,10 @@ def build_constraint(cfg: Any, student: EncoderConfig, nested: bool = False) -> 
         for other, unset in (("target_sparsity", None), ("cost", PARAMETERS.name), ("cost_seconds", None)):
             if cfg[other] != unset:
                 raise ValueError(
-                    f"criterion.{other}: {cfg[other]} stands beside criterion.target={asked}, which says it in "
-                    f"another way; set criterion.{other}={'null' if unset is None else unset}"
+                    f"criterion.{other}: {cfg[other]} conflicts with criterion.target={asked}, which replaces it; "
+                    f"set criterion.{other}={'null' if unset is None else unset}"
                 )
-        if isinstance(asked, dict) and isinstance(asked.get("table"), str):  # the checkpoint is to hold it
+        if isinstance(asked, dict) and isinstance(asked.get("table"), str):  # so that the checkpoint holds it
             with named(f"{field}.table: {asked['table']}"):
                 text = Path(asked["table"]).read_text(encoding="utf-8")
                 asked["table"] = json.loads(table_text(read_table(text)))
@@ -129,7 +129,7 @@ def build_constraint(cfg: Any, student: EncoderConfig, nested: bool = False) -> 
 
 
 def _elastic(cfg: Any, student: EncoderConfig, nested: bool) -> ElasticConstraint:
-    """The constraint of an elastic run; the sparsity of its largest size is written into ``cfg``."""
+    """The constraint of an elastic run; fills in the sparsity of its largest size in ``cfg``."""
     field = "criterion.elastic"
     sizes = read_sizes(plain(cfg.elastic), field)
     if str(cfg.constraint) != "exact":
@@ -140,9 +140,7 @@ def _elastic(cfg: Any, student: EncoderConfig, nested: bool) -> ElasticConstrain
     for name, allowed in (("target", None), ("target_sparsity", follows)):
         found = plain(cfg[name])
         if found is not None and (allowed is None or abs(found - allowed) > 1e-9):
-            raise ValueError(
-                f"criterion.{name}: {found} stands beside {field}, which says how much is left; set it to null"
-            )
+            raise ValueError(f"criterion.{name}: {found} conflicts with {field}, which replaces it; set it to null")
     if not student.pruning_units:
         raise ValueError(
             f"{field}: {plain(cfg.elastic)}, but the student has no gates; set model.pruning_units in stage 1, or "

@@ -1,4 +1,4 @@
-"""SKILL's criterion, with its one objective's fields side by side with the size constraint's."""
+"""SKILL's criterion: the fields of its one objective and of the size constraint in one config."""
 
 from dataclasses import dataclass
 from typing import Any, Dict, List, Sequence
@@ -21,13 +21,13 @@ class SkillGroupKDConfig(SizeConstraintConfig, GroupMeansConfig):
 
 
 def read_groups(cfg: SkillGroupKDConfig) -> Any:
-    """The raw groups of a config, or of its file, see :func:`skill_fairseq.objectives.groups.read_groups`."""
+    """The unchecked groups of a config or its file, see :func:`skill_fairseq.objectives.groups.read_groups`."""
     return groups.read_groups(cfg.groups, cfg.groups_file, "criterion")
 
 
 @register_criterion("skill_group_kd", dataclass=SkillGroupKDConfig)
 class SkillGroupKDCriterion(DistillationCriterion):
-    """:class:`DistillationCriterion` with :class:`GroupMeans` alone, see there.
+    """:class:`DistillationCriterion` with :class:`GroupMeans` as its only objective.
 
     Attributes:
         projections: the objective; checkpoints name its projections ``projections.projections.N``.
@@ -40,7 +40,7 @@ class SkillGroupKDCriterion(DistillationCriterion):
         return True
 
     def build_terms(self, student: EncoderConfig, teachers: Sequence[EncoderConfig]) -> List[Term]:
-        """The one term; its values are logged under their own names."""
+        """The only term; its values are logged without a prefix."""
         self.projections = GroupMeans(self.cfg, student, teachers)
         return [Term(self.projections, 1.0, self.cfg, "projections", "criterion", "")]
 

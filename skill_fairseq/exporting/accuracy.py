@@ -1,4 +1,4 @@
-"""How near an exported encoder is to the float32 one: state by state, and by what probes find in both."""
+"""Compares an exported encoder with the float32 one: states, and results of linear probes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.probing.evaluate import evaluate
 from skill_fairseq.probing.pooling import Features
 from skill_fairseq.probing.tasks import Task
+from skill_fairseq.text_tables import markdown
 
 Run = Callable[[Tensor], Mapping[str, Tensor]]
-"""(1, N) samples to (1, T, D) states by the names of an ONNX graph's outputs."""
+"""(1, N) samples to (1, T, D) states, by the names of an ONNX graph's outputs."""
 
 LIMIT = 0.01
-"""Relative L1 above which a warning is given."""
+"""Relative L1 that causes a warning."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """What was measured.
+    """Measured accuracy.
 
     Attributes:
-        relative_l1: sum of |exported - float32| over the sum of |float32|, over all frames, by output.
+        relative_l1: sum of |exported - float32| divided by the sum of |float32|, over all frames, by output.
         cosine: mean over frames of the cosine between both, by output.
-        recordings, num_frames: what it was measured on.
-        probes: what linear probes get, "float32" and "exported", by task.
+        recordings, num_frames: amount of audio.
+        probes: results of linear probes, "float32" and "exported", by task.
     """
 
     relative_l1: dict[str, float]
@@ -43,11 +44,11 @@ class Accuracy:
     probes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
     def worst(self) -> tuple[str, float]:
-        """The output with the largest relative L1, and that."""
+        """The output with the largest relative L1, and its value."""
         return max(self.relative_l1.items(), key=lambda item: item[1])
 
     def rows(self) -> list[list[str]]:
-        """A table with a heading, for people."""
+        """A readable table with a header."""
         names = self.relative_l1
         return [
             ["output", "relative L1", "cosine"],
@@ -55,7 +56,7 @@ class Accuracy:
         ]
 
     def probe_rows(self) -> list[list[str]]:
-        """The same of the probes; empty without tasks."""
+        """The same for the probes; empty without tasks."""
         if not self.probes:
             return []
         cells = ([f"{100 * found[kind]['value']:.1f} %" for kind in ("float32", "exported")] for found in self._tasks())
@@ -63,19 +64,16 @@ class Accuracy:
         return [["probe", "float32", "exported"], *([title, *cell] for title, cell in zip(titles, cells))]
 
     def about(self) -> str:
-        """What it was measured on, in words."""
+        """The amount of audio, in words."""
         return f"{self.recordings:,} recordings, {self.num_frames:,} frames"
 
     def markdown(self) -> str:
-        """For a model card."""
+        """A section for a model card."""
         tables = [self.rows(), *filter(None, [self.probe_rows()])]
-        text = "\n\n".join(
-            "\n".join(f"| {' | '.join(row)} |" for row in [table[0], ["---"] * len(table[0]), *table[1:]])
-            for table in tables
-        )
+        text = "\n\n".join(map(markdown, tables))
         return (
-            f"## Accuracy\n\nBeside the float32 encoder, on {self.about()}. Relative L1 is the sum of absolute "
-            f"differences over the sum of absolute values.\n\n{text}\n"
+            f"## Accuracy\n\nCompared with the float32 encoder, on {self.about()}. Relative L1 is the sum of absolute "
+            f"differences divided by the sum of absolute values.\n\n{text}\n"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,7 +85,7 @@ class Accuracy:
 
 
 def run_encoder(encoder: SpeechEncoder, names: Sequence[str]) -> Run:
-    """The encoder itself, by the names of a graph's outputs."""
+    """The encoder itself, with the names of a graph's outputs."""
     layers = [int(name.rpartition("_")[2]) for name in names if name != "x"]
     last = None if "x" in names else max(layers)
 
@@ -111,20 +109,20 @@ def rounded(encoder: SpeechEncoder, dtype: torch.dtype) -> SpeechEncoder:
 def sources(
     manifest: Manifest, encoder: SpeechEncoder, max_seconds: float, samples: Optional[int] = None, seed: int = 0
 ) -> Iterator[Tensor]:
-    """Recordings of a manifest, as the encoder wants them, in pieces of a minute at most.
+    """Recordings of a manifest as encoder input, in pieces of at most a minute.
 
     Args:
-        manifest: what to choose from, at random.
-        encoder: for its sample rate, and whether waveforms are normalised.
-        max_seconds: most audio in all.
-        samples: length of every piece, what is missing filled with zeros; None: as it comes.
-        seed: of the choice.
+        manifest: the recordings to choose from at random.
+        encoder: sets the sample rate, and whether waveforms are normalised.
+        max_seconds: total audio at most.
+        samples: pad every piece with zeros to this length; None: no padding.
+        seed: seed of the choice.
 
     Yields:
         (1, N) float32.
 
     Raises:
-        ValueError: no recording fits into the limit, or none can be read.
+        ValueError: no recording fits the limit, or none can be read.
     """
     config = encoder.config
     chosen = choose_utterances(manifest, max_seconds, seed=seed, sample_rate=config.sample_rate)
@@ -148,8 +146,8 @@ def compare(reference: Run, exported: Run, audio: Iterable[Tensor]) -> Accuracy:
     """Measures all outputs of ``exported`` on the same audio.
 
     Args:
-        reference: gives the same outputs, in float32.
-        exported: what is measured.
+        reference: returns the same outputs, in float32.
+        exported: the encoder to measure.
         audio: (1, N) samples each.
 
     Raises:
@@ -182,12 +180,12 @@ def compare(reference: Run, exported: Run, audio: Iterable[Tensor]) -> Accuracy:
 
 @dataclasses.dataclass(frozen=True)
 class Speech:
-    """What an exported encoder is measured on.
+    """Data to measure an exported encoder on.
 
     Attributes:
-        manifest: recordings; None: nothing is measured.
-        tasks: folders of labelled recordings, as skill-probe reads them.
-        max_seconds: most audio of the manifest, chosen at random.
+        manifest: recordings; None: do not measure.
+        tasks: folders of labelled recordings for skill-probe.
+        max_seconds: randomly chosen audio of the manifest, at most.
     """
 
     manifest: Optional[Manifest] = None
@@ -201,8 +199,8 @@ class Speech:
 
         Args:
             encoder: in float32.
-            names: of the outputs.
-            exported: gives them.
+            names: names of the outputs.
+            exported: returns them.
             samples: see :func:`sources`.
 
         Raises:

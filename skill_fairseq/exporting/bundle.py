@@ -1,4 +1,4 @@
-"""The package's own sources as a handful of files that stand by themselves, made afresh at every export."""
+"""Bundles the package's own sources into a few standalone files, generated at every export."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ PACKAGE = "skill_fairseq"
 
 
 def bundle(*roots: str) -> dict[str, str]:
-    """These modules and all of this package that they import, rewritten as siblings in one folder.
+    """These modules, and all modules of this package that they import, rewritten as files of one folder.
 
-    ``from skill_fairseq.modules.config import X`` becomes ``from .config import X``: the one form that
-    transformers follows when it copies a model's code.
+    ``from skill_fairseq.modules.config import X`` becomes ``from .config import X``, the only form that transformers
+    follows when it copies a model's code.
 
     Args:
         roots: full names of modules.
 
     Returns:
-        text of each file by its name.
+        text of each file by name.
 
     Raises:
         ValueError: a module imports this package in another form, or two modules have the same last name.

@@ -12,7 +12,7 @@ class SkillConfig(PretrainedConfig):
 
     Args:
         encoder_shape: fields of :class:`EncoderConfig`; None: WavLM Base without relative positions, unpruned.
-        kwargs: of ``PretrainedConfig``.
+        kwargs: arguments of ``PretrainedConfig``.
     """
 
     model_type = "skill_student"
@@ -20,6 +20,6 @@ class SkillConfig(PretrainedConfig):
     def __init__(self, encoder_shape: Optional[Dict[str, Any]] = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.encoder_shape = dict(encoder_shape or {})
-        # By the names that transformers' heads and pipelines look for.
+        # Names that transformers' heads and pipelines read.
         self.hidden_size = self.encoder_shape.get("encoder_embed_dim", 768)
         self.num_hidden_layers = self.encoder_shape.get("encoder_layers", 12)

@@ -1,4 +1,4 @@
-"""What a file or folder is: any that the importers know, and any that skill-export writes."""
+"""Describes any file or folder that the importers read or skill-export writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from skill_fairseq.checkpoints.load import read_source
-from skill_fairseq.checkpoints.plain_files import parse_json
+from skill_fairseq.checkpoints.plain_files import parse_fields
 from skill_fairseq.checkpoints.source import build_encoder, left_out, reading_config, reading_file
 from skill_fairseq.exporting.onnx_graph import read_onnx_info
 from skill_fairseq.exporting.torch_program import read_program_info
@@ -18,15 +18,15 @@ from skill_fairseq.modules.units import PrunableUnit, units_of
 
 
 class Description(NamedTuple):
-    """What is known of an encoder in a file.
+    """Facts about an encoder in a file.
 
     Attributes:
-        format: what the file was recognised as, in words.
-        types: types of the stored numbers.
+        format: the recognised kind of file, in words.
+        types: dtypes of the stored numbers.
         config: the shape.
-        provenance: where it comes from.
-        assumed: what the file leaves open and was decided here, in words.
-        left_out: names of weights that the encoder has no use for.
+        provenance: its origin.
+        assumed: choices made because the file leaves them open, in words.
+        left_out: names of weights that the encoder does not need.
     """
 
     format: str
@@ -38,15 +38,15 @@ class Description(NamedTuple):
 
 
 def describe(path: Path, trust: bool = False) -> Description:
-    """Recognises a file or folder by its content. Weights are read and checked against the shape,
-    but for graphs, which are taken at their word.
+    """Recognises a file or folder by its content. Reads weights and checks them against the shape, except for graphs,
+    which are trusted.
 
     Args:
         path: anything that :func:`skill_fairseq.load_encoder` reads or ``skill-export`` writes.
         trust: see :func:`skill_fairseq.load_encoder`.
 
     Raises:
-        FileNotFoundError, ValueError: as ``load_encoder``; also where a package to read ONNX is missing.
+        FileNotFoundError, ValueError: see ``load_encoder``; or a package to read ONNX is missing.
     """
     with reading_file(path):
         graph = _describe_graph(path) if path.is_file() else None
@@ -63,13 +63,13 @@ def _describe_graph(path: Path) -> Description | None:
     text, format = read_program_info(path), "a torch.export program of skill-export"
     if text is None:
         with open(path, "rb") as file:
-            if file.read(1) != b"\x08":  # where the version of ONNX's format stands first
+            if file.read(1) != b"\x08":  # ONNX files start with the format's version
                 return None
         found = read_onnx_info(path)
         if found is None:
             return None
         text, format = found[0], f"an ONNX graph of skill-export, opset {found[1]}"
-    info = parse_json(text, path, "its description")
+    info = parse_fields(text, path, "its description")
     with reading_config(path):
         config = EncoderConfig.from_dict(info["config"])
     provenance = info.get("provenance", {})
@@ -81,7 +81,7 @@ def _describe_graph(path: Path) -> Description | None:
 
 
 def as_dict(found: Description) -> dict[str, Any]:
-    """Plain types, for JSON; ``shape`` has the fields of :class:`EncoderConfig`, widths layer by layer."""
+    """Plain types, for JSON; ``shape`` has the fields of :class:`EncoderConfig`, with widths per layer."""
     config = found.config
     widths = widths_of(config)
     parameters, original = int(count_parameters(config, widths)), config.original_parameters
@@ -102,43 +102,46 @@ def as_dict(found: Description) -> dict[str, Any]:
 
 
 def further_units(config: EncoderConfig) -> Iterator[tuple[PrunableUnit, str]]:
-    """Kinds of units that only some encoders have, each with what is left of all layers in one line."""
+    """Kinds of units that only some encoders have, each with one line on what is left in all layers."""
     for unit in units_of(config):
         if unit.field is None:
             rows = (" ".join("-" if w is None else str(w) for w in row) for row in unit.by_row(unit.left(config)))
             yield unit, (", " if unit.per_row > 1 else " ").join(rows)
 
 
-def as_lines(found: Description) -> Iterator[str]:
-    """The same for people."""
+def as_rows(found: Description) -> Iterator[tuple[str, str]]:
+    """The same as rows of a readable table."""
     config, facts = found.config, as_dict(found)
     assert config.conv_channels is not None and config.heads is not None and config.ffn_dims is not None
-    yield f"format        {found.format}, stored as {', '.join(found.types)}"
+    yield "format", f"{found.format}, stored as {', '.join(found.types)}"
     sparsity = f" of {facts['original_parameters']:,} before pruning" if facts["original_parameters"] else ""
-    yield f"parameters    {facts['parameters']:,}{sparsity}"
+    yield "parameters", f"{facts['parameters']:,}{sparsity}"
     if facts["sparsity"] is not None:
-        yield f"sparsity      {100 * facts['sparsity']:.1f} %"
-    yield f"MACs          {facts['macs_per_second']:,} for a second of audio"
-    yield f"convolutions  {format_conv_layers(config.conv_feature_layers)} originally"
-    yield f"channels      {' '.join(map(str, config.conv_channels))}"
+        yield "sparsity", f"{100 * facts['sparsity']:.1f} %"
+    yield "MACs", f"{facts['macs_per_second']:,} per second of audio"
+    yield "convolutions", f"{format_conv_layers(config.conv_feature_layers)} originally"
+    if config.mel_bins:
+        yield "input", f"{config.mel_bins} log-mel features every 10 ms"
+    yield "channels", " ".join(map(str, config.conv_channels))
     yield (
-        f"layers        {config.encoder_layers} of width {config.encoder_embed_dim}, originally with "
-        f"{config.encoder_attention_heads} heads and {config.encoder_ffn_embed_dim} FFN units"
+        "layers",
+        f"{config.encoder_layers} of width {config.encoder_embed_dim}, originally with "
+        f"{config.encoder_attention_heads} heads and {config.encoder_ffn_embed_dim} FFN units",
     )
-    yield f"heads         {' '.join('-' if h is None else str(len(h)) for h in config.heads)}"
-    yield f"FFN units     {' '.join('-' if f is None else str(f) for f in config.ffn_dims)}"
-    yield from (f"{unit.name:<14}{cells}" for unit, cells in further_units(config))
+    yield "heads", " ".join("-" if h is None else str(len(h)) for h in config.heads)
+    yield "FFN units", " ".join("-" if f is None else str(f) for f in config.ffn_dims)
+    yield from ((unit.name, cells) for unit, cells in further_units(config))
     if config.adapter_dim:
         how = f"{config.adapter_activation}, {config.adapter_form}"
-        yield f"adapters      {config.adapter_dim} features, {how}, beside each FFN"
-    yield f"LayerNorm     {'before' if config.layer_norm_first else 'after'} each sublayer"
-    yield f"extractor     {config.extractor_mode}"
-    yield f"positions     {'relative and ' if config.relative_position else ''}convolutional"
-    yield f"waveforms     {config.sample_rate} Hz, {'normalised' if config.normalize else 'as they are'}"
+        yield "adapters", f"{config.adapter_dim} features, {how}, beside each FFN"
+    yield "LayerNorm", f"{'before' if config.layer_norm_first else 'after'} each sublayer"
+    yield "extractor", config.extractor_mode
+    yield "positions", f"{'relative and ' if config.relative_position else ''}convolutional"
+    yield "waveforms", f"{config.sample_rate} Hz, {'normalised' if config.normalize else 'not normalised'}"
     if config.quantize != "none":
-        yield f"trained in    {config.quantize}: linear layers and convolutions round weights and inputs"
-    yield f"gates         {', '.join(config.pruning_units) or 'none'}"
-    yield f"provenance    {json.dumps(dict(found.provenance))}"
-    yield from (f"assumed       {what}" for what in found.assumed)
+        yield "trained in", f"{config.quantize}: linear layers and convolutions round weights and inputs"
+    yield "gates", ", ".join(config.pruning_units) or "none"
+    yield "provenance", json.dumps(dict(found.provenance))
+    yield from (("assumed", what) for what in found.assumed)
     if found.left_out:
-        yield f"left out      {', '.join(found.left_out)}"
+        yield "left out", ", ".join(found.left_out)

@@ -1,4 +1,4 @@
-"""Writing a folder so that it is there as a whole or not at all."""
+"""Writes folders atomically."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from skill_fairseq.files import PathLike, check_place, lock, named, naming, remo
 
 
 def check_folder(path: PathLike, field: str = "") -> None:
-    """Makes sure that a folder, which `field` names, can be made, or is there and empty.
+    """Checks that the folder that `field` names can be created, or exists and is empty.
 
     Raises:
-        FileExistsError: `path` is there already and not an empty folder.
-        OSError: it cannot be made.
+        FileExistsError: `path` exists and is not an empty folder.
+        OSError: it cannot be created.
     """
     target = Path(path)
     with named(field), naming(path):
         if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-            raise FileExistsError(f"{target}: exists already; expected the name of a new folder, or remove it first")
+            raise FileExistsError(f"{target}: exists already; give the name of a new folder, or remove it first")
         check_place(Path(os.path.realpath(target)))
 
 
 @contextlib.contextmanager
 def atomic_folder(path: PathLike) -> Iterator[Path]:
-    """Give a temporary folder beside `path`; when the block ends well, it becomes `path` in one step.
+    """Yields a temporary folder beside `path`, which is renamed to `path` when the block succeeds.
 
-    Temporary folders that a killed process has left for the same `path` are removed.
+    Removes temporary folders that a killed process left for the same `path`.
 
     Raises:
-        FileExistsError: `path` is there already and not an empty folder.
-        OSError: it cannot be made; names `path`, never the temporary one.
+        FileExistsError: `path` exists and is not an empty folder.
+        OSError: it cannot be created; names `path`, never the temporary folder.
     """
     check_folder(path)
     target = Path(os.path.realpath(path))

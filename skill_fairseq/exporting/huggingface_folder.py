@@ -1,8 +1,7 @@
-"""An encoder as a folder for transformers: stock if unpruned, else with its own code."""
+"""Exports an encoder to a folder for transformers: a stock model if unpruned, else one with its own code."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -17,7 +16,7 @@ from skill_fairseq.checkpoints.source import ADDED_HERE, renaming
 from skill_fairseq.exporting.bundle import bundle
 from skill_fairseq.exporting.folder import atomic_folder
 from skill_fairseq.exporting.model_card import model_card
-from skill_fairseq.files import PathLike
+from skill_fairseq.files import PathLike, write_json
 from skill_fairseq.modules.encoder import SpeechEncoder
 
 CLASSES = {
@@ -26,7 +25,7 @@ CLASSES = {
     "wav2vec2": "Wav2Vec2Model",
     "data2vec-audio": "Data2VecAudioModel",
 }
-"""Stock models of transformers by model type."""
+"""transformers' stock models by model type."""
 
 OWN_CODE = ("skill_fairseq.exporting.configuration_skill", "skill_fairseq.exporting.modeling_skill")
 OWN_MODEL = "modeling_skill.py"
@@ -50,33 +49,33 @@ def save_huggingface(
     dtype: str = "float32",
     notes: str = "",
 ) -> str:
-    """Writes config, weights, feature extractor and model card; for a pruned encoder its code too.
+    """Writes config, weights, feature extractor and model card, and for a pruned encoder also its code.
 
-    A folder of a pruned encoder loads by ``AutoModel.from_pretrained(folder, trust_remote_code=True)``. The stock
-    models of transformers tell padding by the convolutions' arithmetic, which in padded batches may be one frame
-    less than other rules (see ``EncoderConfig.padding_rule``); a folder with its own code keeps the encoder's rule.
-    Where waves are normalised, transformers' feature extractor adds 1e-7 to the variance, fairseq 1e-5: hidden states
-    of quiet audio differ by 1e-3 or so, unless both get the same normalised wave.
+    A pruned encoder's folder loads with ``AutoModel.from_pretrained(folder, trust_remote_code=True)``. transformers'
+    stock models derive padding from the convolutions' arithmetic, which in padded batches may give one frame less than
+    other rules (see ``EncoderConfig.padding_rule``); a folder with its own code keeps the encoder's rule. To normalise
+    waves, transformers' feature extractor adds 1e-7 to the variance, fairseq 1e-5: hidden states of quiet audio differ
+    by about 1e-3, unless both get the same normalised wave.
 
     Args:
-        encoder: may have gates, which go along.
-        folder: to be made.
-        provenance: where the encoder comes from; goes into the model card and into config.json.
-        dtype: type of the weights in the file, "float32", "float16" or "bfloat16".
-        notes: Markdown that ends the model card.
+        encoder: an encoder; gates are exported too.
+        folder: the folder to create.
+        provenance: the encoder's origin, for the model card and config.json.
+        dtype: dtype of the weights in the file, "float32", "float16" or "bfloat16".
+        notes: Markdown for the end of the model card.
 
     Returns:
         name of the model's class.
 
     Raises:
-        ValueError: the dtype is unknown, or a weight is beyond its range.
-        FileExistsError: the folder is there already.
+        ValueError: the dtype is unknown, or a weight is out of its range.
+        FileExistsError: the folder exists.
     """
     provenance = dict(provenance or {})
     state = finite_state(encoder, dtype)
     kind = stock_type(encoder, provenance)
     if kind is None:
-        complete = {**dict(encoder.named_buffers()), **state}  # also those outside a state dict: see SkillModel
+        complete = {**dict(encoder.named_buffers()), **state}  # also non-persistent buffers, see SkillModel
         if encoder.mask_embedding is not None:
             complete[MASK_EMBEDDING] = encoder.mask_embedding.to(DTYPES[dtype])
         weights = {OWN_PREFIX + name: tensor for name, tensor in complete.items()}
@@ -93,8 +92,8 @@ def save_huggingface(
     usage = USAGE.format(rate=encoder.config.sample_rate, trust=", trust_remote_code=True" if kind is None else "")
     weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     with atomic_folder(folder) as temporary:
-        _write_json(temporary / "config.json", config)
-        _write_json(temporary / "preprocessor_config.json", _feature_extractor(encoder))
+        write_json(temporary / "config.json", config)
+        write_json(temporary / "preprocessor_config.json", _feature_extractor(encoder))
         (temporary / "model.safetensors").write_bytes(save(weights, {"format": "pt"}))
         card = model_card(encoder, provenance, usage, "transformers", () if kind is None else (kind,), notes)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -104,11 +103,12 @@ def save_huggingface(
 
 
 def stock_type(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> str | None:
-    """The model type of transformers that computes the same, or None where something was pruned or gated."""
+    """transformers' model type that computes the same, or None for pruned or gated encoders."""
     config = encoder.config
     if not config.is_full() or config.pruning_units or bool((encoder.feature_extractor.scale != 1).any()):
         return None
-    if config.quantize != "none" or config.time_reduction > 1 or config.reuse_attention or config.adapter_dim:
+    rare = config.time_reduction > 1 or config.reuse_attention or config.adapter_dim or config.mel_bins
+    if rare or config.quantize != "none":
         return None
     if not config.feature_linear or not config.feature_layer_norm:
         plain = config.feature_linear and config.pos_conv_depth == 1 and not config.relative_position
@@ -123,9 +123,9 @@ def stock_type(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> str | N
 
 def _own_code() -> dict[str, str]:
     code = bundle(*OWN_CODE)
-    # transformers 4.30 copies only the files that the model's own file names, not those which they name in turn.
+    # transformers 4.30 copies only files that the model's own file imports, not their imports in turn.
     others = [Path(file).stem for file in code if file != OWN_MODEL]
-    code[OWN_MODEL] += "\n" + "".join(f"from .{name} import __doc__ as _  # to be copied along\n" for name in others)
+    code[OWN_MODEL] += "\n" + "".join(f"from .{name} import __doc__ as _  # copied too\n" for name in others)
     return code
 
 
@@ -164,7 +164,7 @@ def _stock_config(encoder: SpeechEncoder, kind: str) -> dict[str, Any]:
         "mask_feature_prob": 0.0,
     }
     if encoder.mask_embedding is not None:
-        # Their models hold one only where masking has a share; nothing is masked before it is switched on.
+        # Their models have one only if the masking probability is above 0; masking itself stays off.
         fields.update(mask_time_prob=0.05, apply_spec_augment=False)
     if kind == "hubert":
         fields.update(feat_proj_layer_norm=config.feature_layer_norm)
@@ -185,7 +185,3 @@ def _feature_extractor(encoder: SpeechEncoder) -> dict[str, Any]:
         "padding_value": 0.0,
         "return_attention_mask": True,
     }
-
-
-def _write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

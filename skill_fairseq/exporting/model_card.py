@@ -1,4 +1,4 @@
-"""A model card (README.md of a published model) of what is known about an encoder, and nothing else."""
+"""Writes a model card (README.md of a published model) from the known facts about an encoder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from skill_fairseq.exporting.describe import further_units
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.size import count_parameters, widths_of
+from skill_fairseq.text_tables import markdown
 
 PROVENANCE = {
     "source": "exported from",
@@ -21,11 +22,11 @@ PROVENANCE = {
     "num_updates": "updates",
     "exported_by": "exported by",
 }
-"""Entries of a provenance that have words of their own; others are listed by their names."""
+"""Labels of provenance entries; others are listed by name."""
 
 TERMS = (
-    "Licence: the terms of the teacher's weights and of the data that it and this model were trained on pass on to "
-    "this model. Look them up before you share it, and name the licence here."
+    "Licence: the terms of the teacher's weights, and of the data that it and this model were trained on, also apply "
+    "to this model. Look them up before you share it, and name the licence here."
 )
 
 
@@ -37,15 +38,15 @@ def model_card(
     tags: tuple[str, ...] = (),
     notes: str = "",
 ) -> str:
-    """Markdown with the header that the Hugging Face hub reads.
+    """The card as Markdown, with the header that the Hugging Face hub reads.
 
     Args:
-        encoder: for size and shape.
-        provenance: where it comes from; what it does not say is left out.
+        encoder: gives size and shape.
+        provenance: its origin; the card omits what is not in it.
         usage: Python code that loads the model.
-        library: what loads it, "transformers" or "s3prl".
-        tags: further words for the hub's index.
-        notes: Markdown that ends the card.
+        library: the library that loads it, "transformers" or "s3prl".
+        tags: further tags for the hub's index.
+        notes: Markdown for the end of the card.
     """
     header = [
         "---",
@@ -57,22 +58,20 @@ def model_card(
     ]
     config = encoder.config
     stock = library == "transformers" and bool(tags)  # transformers' own model
-    wave = "normalised to zero mean and unit variance" if encoder.normalize else "as it is, not normalised"
+    wave = "normalised to zero mean and unit variance" if encoder.normalize else "not normalised"
     body = [
         "# Speech encoder" if not encoder.config.original_parameters else "# Pruned speech encoder",
         "",
         f"Input: {config.sample_rate} Hz mono, {wave}. Output: {config.encoder_embed_dim} features every "
         f"{config.downsampling} samples ({1000 * config.downsampling / config.sample_rate:g} ms), and the states of "
-        f"{config.encoder_layers} layers. The first state lies {'behind' if stock else 'before'} the positional "
+        f"{config.encoder_layers} layers. The first state is the one {'after' if stock else 'before'} the positional "
         "convolution. Every frame depends on the whole utterance: the encoder is not causal.",
         "",
         "```python",
         usage.strip(),
         "```",
         "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {_cell(value)} |" for name, value in facts(encoder, provenance)),
+        markdown([["", ""], *facts(encoder, provenance)]),
         "",
         TERMS,
         "",
@@ -81,7 +80,7 @@ def model_card(
 
 
 def facts(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Size, what is left of every layer, and the provenance, as (name, value)."""
+    """Size, units left in every layer, and provenance, as (name, value)."""
     config = encoder.config
     assert config.conv_channels is not None and config.heads is not None and config.ffn_dims is not None
     parameters = int(count_parameters(config, widths_of(config)))
@@ -89,7 +88,7 @@ def facts(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> Iterator[tup
     if config.original_parameters:
         sparsity = 1 - parameters / config.original_parameters
         yield "before pruning", f"{config.original_parameters:,} (sparsity {100 * sparsity:.1f} %)"
-    yield "MACs for a second of audio", f"{encoder.macs(1.0):,}"
+    yield "MACs per second of audio", f"{encoder.macs(1.0):,}"
     yield "conv channels", " ".join(map(str, config.conv_channels))
     yield "attention heads", " ".join("-" if heads is None else str(len(heads)) for heads in config.heads)
     yield "FFN units", " ".join("-" if units is None else str(units) for units in config.ffn_dims)
@@ -98,7 +97,3 @@ def facts(encoder: SpeechEncoder, provenance: Mapping[str, Any]) -> Iterator[tup
         yield "gates", ", ".join(config.pruning_units)
     for name, value in provenance.items():
         yield PROVENANCE.get(name, name), value
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", r"\|").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""A pruned speech encoder as a model of transformers. It needs nothing but torch, numpy and transformers."""
+"""A pruned speech encoder as a transformers model. It needs only torch, numpy and transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skill_fairseq.modules.padding import padding_of_attention_mask
 
 
 class SkillModel(PreTrainedModel):
-    """The encoder under transformers' interface.
+    """The encoder with transformers' interface.
 
     Args:
         config: holds the shape.
@@ -24,19 +24,19 @@ class SkillModel(PreTrainedModel):
     config_class = SkillConfig
     base_model_prefix = "skill"
     main_input_name = "input_values"
-    _keys_to_ignore_on_load_unexpected = [r"encoder\.mask_embedding"]  # kept for training with masks
+    _keys_to_ignore_on_load_unexpected = [r"encoder\.mask_embedding"]  # for training with masks
 
     def __init__(self, config: SkillConfig) -> None:
         super().__init__(config)
         self.encoder = SpeechEncoder(EncoderConfig.from_dict(config.encoder_shape))
-        # from_pretrained fills what a state dict holds; a buffer that is left out of it would stay empty.
+        # from_pretrained only fills what a state dict holds; other buffers would stay empty.
         for module in self.encoder.modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 module.register_buffer(name, buffer, persistent=True)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The encoder has initialised itself."""
+        """Does nothing: the encoder initialises itself."""
 
     def forward(
         self,
@@ -49,17 +49,17 @@ class SkillModel(PreTrainedModel):
         """Encodes a batch.
 
         Args:
-            input_values: (B, N) samples at 16 kHz, as the folder's feature extractor makes them.
+            input_values: (B, N) samples at 16 kHz, from the folder's feature extractor.
             attention_mask: (B, N), 1 = audio, 0 = padding, at the end of each row; or None.
             output_hidden_states: also return the hidden states.
             return_dict: False returns a tuple.
 
         Returns:
-            ``last_hidden_state`` (B, T, D), after the final LayerNorm where the model has one; ``hidden_states``,
+            ``last_hidden_state`` (B, T, D), after the final LayerNorm if there is one; ``hidden_states``,
             L + 1 tensors (B, T, D): [0] before the positional convolution, [i] after layer i.
 
         Raises:
-            ValueError: the attention mask has another shape, other values, or padding before audio.
+            ValueError: the attention mask has a wrong shape or wrong values, or padding before audio.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

@@ -1,7 +1,8 @@
-"""An exported ONNX graph in onnxruntime, by the names of its outputs."""
+"""Runs exported ONNX graphs in onnxruntime."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skill_fairseq.checkpoints.plain_files import parse_json
+from skill_fairseq.checkpoints.plain_files import parse_fields
 from skill_fairseq.exporting.traceable import INFO_NAME
 from skill_fairseq.messages import require
 from skill_fairseq.modules.config import EncoderConfig
@@ -18,20 +19,20 @@ from skill_fairseq.modules.streaming import plan
 
 
 class OnnxEncoder:
-    """What ``skill-export --to onnx`` wrote, ready to run.
+    """An encoder written by ``skill-export --to onnx``, ready to run.
 
     Args:
         model: path of the file, or its bytes.
-        threads: that compute one product; None: onnxruntime's choice.
-        providers: onnxruntime's execution providers, the first that can; None: the CPU.
+        threads: threads per product; None: onnxruntime's choice.
+        providers: onnxruntime's execution providers, in order of preference; None: the CPU.
 
     Attributes:
         config: shape of the encoder.
-        outputs: names of the states: ``x`` and ``hidden_state_0`` ..., those that were exported.
-        samples: the length that the graph takes; None: any.
+        outputs: names of the exported states: ``x`` and ``hidden_state_0`` ....
+        samples: the graph's fixed input length; None: any.
 
     Raises:
-        ValueError: onnxruntime is missing, or this is no graph of skill-export.
+        ValueError: onnxruntime is missing, or this is not a graph of skill-export.
 
     Example::
 
@@ -55,7 +56,7 @@ class OnnxEncoder:
         found = self.session.get_modelmeta().custom_metadata_map
         if INFO_NAME not in found:
             raise ValueError(f"{name}: has no {INFO_NAME} among its properties; expected a graph of skill-export")
-        self.info: dict[str, Any] = parse_json(found[INFO_NAME], Path(name), "its description")
+        self.info: dict[str, Any] = parse_fields(found[INFO_NAME], Path(name), "its description")
         self.config = EncoderConfig.from_dict(self.info["config"])
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs() if value.name != "frame_padding_mask"]
@@ -64,20 +65,20 @@ class OnnxEncoder:
 
     @property
     def normalize(self) -> bool:
-        """Whether the waveform must be brought to zero mean and unit variance before it comes in."""
+        """Whether the input waveform must be normalised to zero mean and unit variance."""
         return self.config.normalize
 
     def __call__(self, source: np.ndarray) -> dict[str, np.ndarray]:
         """Encodes a batch without padding.
 
         Args:
-            source: (B, N) float32 samples, normalised where ``normalize`` says so; (1, ``samples``) where that is set.
+            source: (B, N) float32 samples, normalised if ``normalize``; (1, ``samples``) if that is set.
 
         Returns:
-            (B, T, D) float32 by the name of each output.
+            (B, T, D) float32 by output name.
 
         Raises:
-            ValueError: another shape.
+            ValueError: the shape is wrong.
         """
         fixed = self.samples is not None and source.shape != (1, self.samples)
         if source.ndim != 2 or fixed or source.shape[1] < self.config.receptive_field:
@@ -89,35 +90,43 @@ class OnnxEncoder:
         return dict(zip(self.outputs, values))
 
     def states(self, source: Tensor) -> dict[str, Tensor]:
-        """The same of torch's tensors on the CPU."""
+        """The same for torch tensors on the CPU."""
         return {name: torch.from_numpy(value) for name, value in self(source.numpy()).items()}
 
     def stream(
         self, audio: np.ndarray, chunk_seconds: float = 30.0, context_seconds: float = 10.0
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Encodes audio of any length in memory that does not grow with it.
+        """Encodes audio of any length in constant memory.
 
-        As :meth:`skill_fairseq.modules.encoder.SpeechEncoder.stream` does, but that a GroupNorm over time, which Base
-        models have, sees one window and not the whole. A graph of fixed length gets every window with zeros behind it.
+        Like :meth:`skill_fairseq.modules.encoder.SpeechEncoder.stream`, but a GroupNorm over time, as in Base models,
+        uses one window instead of the whole, and so does the peak that scales log-mel features (with a warning: the
+        states of a quiet passage then depend on the cut). For a graph of fixed length, windows are padded with zeros at
+        the end.
 
         Args:
-            audio: (N,) samples, normalised as a whole where ``normalize`` says so; may lie in a file.
-            chunk_seconds: what each output holds.
-            context_seconds: what is encoded beyond that on either side.
+            audio: (N,) samples, normalised as a whole if ``normalize``; may be memory-mapped.
+            chunk_seconds: audio per output, seconds.
+            context_seconds: additional context on each side, seconds.
 
         Yields:
-            (1, t, D) float32 by the name of each output; their frames follow each other.
+            (1, t, D) float32 by output name, with consecutive frames.
 
         Raises:
             ValueError: the audio is not (N,) or too short for a frame, the chunk is shorter than a frame, the context
-                is negative, or a chunk with its context is longer than what the graph takes.
+                is negative, or a chunk with its context is longer than the graph's input.
         """
+        if self.config.mel_bins:
+            warnings.warn(
+                "stream: an ONNX graph scales log-mel features by the peak of each window, not of the whole audio; use "
+                "SpeechEncoder.stream for audio with quiet passages",
+                stacklevel=2,
+            )
         for window, source in plan(audio, self.config, chunk_seconds, context_seconds):
             if self.samples is not None:
                 if source.size(1) > self.samples:
                     raise ValueError(
-                        f"chunk_seconds, context_seconds: {chunk_seconds:g} and {context_seconds:g} ask for windows of "
-                        f"{source.size(1)} samples; expected at most {self.samples}, the length that was exported"
+                        f"chunk_seconds, context_seconds: {chunk_seconds:g} and {context_seconds:g} give windows of "
+                        f"{source.size(1)} samples; expected at most {self.samples}, the exported length"
                     )
                 source = torch.nn.functional.pad(source, (0, self.samples - source.size(1)))
             yield {name: state[:, window.kept] for name, state in self(source.numpy()).items()}

@@ -1,4 +1,4 @@
-"""An encoder as an ONNX graph, for onnxruntime and whatever else reads ONNX."""
+"""Exports an encoder to an ONNX graph, for onnxruntime and other ONNX runtimes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.fake_quantize import without_quantization
 
 NEEDED = ("onnx", "onnxscript")
-"""What it takes to write a graph: torch.onnx asks for onnxscript, too late and at length."""
+"""Packages needed to write a graph; torch.onnx would only complain about a missing onnxscript late and at length."""
 
 OPSET = 18
-"""Version of ONNX's operators: the one that torch.onnx writes natively; onnxruntime reads it since 1.14."""
+"""ONNX operator set: torch.onnx writes it natively, and onnxruntime reads it since 1.14."""
 
 
 def make_onnx(
@@ -31,35 +31,35 @@ def make_onnx(
     layers: Optional[Sequence[int]] = None,
     samples: Optional[int] = None,
 ) -> Any:
-    """An ONNX model of operator set :data:`OPSET` in float32, in a form whose GELU, LayerNorm and matrix products
-    onnxruntime fuses, and whose weights are constants, so that its quantisers take it.
+    """Builds a float32 ONNX model of operator set :data:`OPSET`, in which onnxruntime can fuse GELU, LayerNorm and
+    matrix products, and whose weights are constants, as its quantisers need.
 
-    Input ``source`` (batch, samples) float32, normalised where the encoder asks for it. Outputs ``x`` (batch, frames,
-    D) and ``hidden_state_0`` to ``hidden_state_L`` of the same shape. Batch size and length are free, from one frame
-    (400 samples) on. onnxruntime's ``quant_pre_process`` wants ``auto_merge=True``, as it cannot tell that two formulas
-    for the number of frames are one. Nodes are named after the encoder's modules.
+    Input ``source`` (batch, samples) float32, normalised if the encoder expects it. Outputs ``x`` (batch, frames, D)
+    and ``hidden_state_0`` to ``hidden_state_L`` of the same shape. Batch size and length are free, from one frame (400
+    samples). onnxruntime's ``quant_pre_process`` needs ``auto_merge=True``, as it cannot tell that two formulas for the
+    number of frames are equal. Nodes are named after the encoder's modules.
 
     Args:
         encoder: without gates. Of a quantised one the graph rounds nothing, see
             :func:`skill_fairseq.exporting.onnx_trained.to_trained_int8`.
         padding_mask: add the input ``padding_mask`` (batch, samples) bool, True = padding, and the output
             ``frame_padding_mask`` (batch, frames) bool.
-        layers: return only the ``hidden_state`` of these layers, and compute nothing beyond them; empty: ``x``
-            alone; None: all and ``x``.
+        layers: return only the ``hidden_state`` of these layers, and compute nothing beyond them; empty: only ``x``;
+            None: all and ``x``.
         samples: fix the input to (1, samples); None: batch size and length stay free.
 
     Returns:
         an ``onnx.ModelProto``.
 
     Raises:
-        ValueError: torch is too old, a package is missing, the encoder has gates or is beyond ONNX's 2 GB, or the
-            samples are too few for a frame.
+        ValueError: torch is too old, a package is missing, the encoder has gates or exceeds ONNX's 2 GB, or there are
+            too few samples for a frame.
     """
     program = record(without_quantization(encoder), padding_mask, layers, samples)
     onnx = import_onnx()
     size = 4 * sum(parameter.numel() for parameter in encoder.parameters())
     if size > 1.9e9:
-        raise ValueError(f"the encoder has {size / 1e9:.1f} GB of weights; an ONNX file holds less than 2 GB")
+        raise ValueError(f"the encoder has {size / 1e9:.1f} GB of weights; an ONNX file can hold less than 2 GB")
     inputs = ["source", "padding_mask"][: 1 + padding_mask]
     outputs = output_names(encoder.config.encoder_layers, layers) + ["frame_padding_mask"] * padding_mask
     with _quietly():
@@ -71,7 +71,7 @@ def make_onnx(
     if samples is None:
         _name_sizes(model.graph.input, ("batch", "samples"))
         _name_sizes(model.graph.output, ("batch", "frames"))
-    model.graph.ClearField("value_info")  # it repeats the old names of these sizes
+    model.graph.ClearField("value_info")  # it holds old names of these sizes
     _name_nodes(model)
     _forget_sources(model)
     arrange_gelu(model)
@@ -80,19 +80,19 @@ def make_onnx(
 
 
 def output_names(depth: int, layers: Optional[Sequence[int]] = None) -> list[str]:
-    """Names of a graph's outputs but the mask, in order; see :func:`make_onnx`."""
+    """Names of a graph's outputs except the mask, in order; see :func:`make_onnx`."""
     states = [f"hidden_state_{i}" for i in (range(depth + 1) if layers is None else layers)]
     return states if layers else ["x", *states]
 
 
 def describe(model: Any, encoder: SpeechEncoder, provenance: Mapping[str, Any], **facts: Any) -> None:
-    """Gives a model its properties.
+    """Sets a model's properties.
 
     Args:
-        model: of :func:`make_onnx`, or what was made of it; changed in place.
-        encoder: for shape and sample rate.
-        provenance: where the encoder comes from.
-        facts: of this file, see :func:`skill_fairseq.exporting.traceable.describe_graph`.
+        model: a model from :func:`make_onnx`, possibly converted; changed in place.
+        encoder: gives shape and sample rate.
+        provenance: the encoder's origin.
+        facts: facts about this file, see :func:`skill_fairseq.exporting.traceable.describe_graph`.
     """
     import_onnx().helper.set_model_props(
         model,
@@ -108,16 +108,16 @@ def describe(model: Any, encoder: SpeechEncoder, provenance: Mapping[str, Any], 
 def save_onnx(
     encoder: SpeechEncoder, path: PathLike, provenance: Optional[Mapping[str, Any]] = None, padding_mask: bool = False
 ) -> None:
-    """Writes the float32 graph of :func:`make_onnx` into one file.
+    """Writes the float32 graph of :func:`make_onnx` to one file.
 
     Args:
         encoder: without gates.
         path: the file to write, ending in ``.onnx``.
-        provenance: where the encoder comes from; kept in the file.
+        provenance: the encoder's origin; kept in the file.
         padding_mask: see :func:`make_onnx`.
 
     Raises:
-        ValueError: as :func:`make_onnx`.
+        ValueError: see :func:`make_onnx`.
     """
     model = make_onnx(encoder, padding_mask)
     describe(model, encoder, provenance or {})
@@ -125,10 +125,10 @@ def save_onnx(
 
 
 def arrange_gelu(model: Any) -> int:
-    """Brings x * (0.5 * (1 + erf)), as torch.onnx writes GELU, to (x * (1 + erf)) * 0.5, which onnxruntime fuses.
+    """Rewrites x * (0.5 * (1 + erf)), torch.onnx's GELU, to (x * (1 + erf)) * 0.5, which onnxruntime fuses.
 
     Returns:
-        how many there were.
+        their number.
     """
     onnx = import_onnx()
     halves = {i.name for i in model.graph.initializer if not i.dims and onnx.numpy_helper.to_array(i) == 0.5}
@@ -148,7 +148,7 @@ def arrange_gelu(model: Any) -> int:
 
 
 def read_onnx_info(path: Path) -> tuple[str, int] | None:
-    """What :func:`describe_graph` wrote and the operator set; None if this is no such file.
+    """The text of :func:`describe_graph` and the operator set; None if this is not such a file.
 
     Raises:
         ValueError: the package onnx is missing.
@@ -156,7 +156,7 @@ def read_onnx_info(path: Path) -> tuple[str, int] | None:
     onnx = import_onnx()
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except Exception:  # protobuf has its own kinds of errors, by version
+    except Exception:  # protobuf's own errors differ by version
         return None
     found = {entry.key: entry.value for entry in model.metadata_props}
     versions = [entry.version for entry in model.opset_import if not entry.domain]
@@ -164,7 +164,7 @@ def read_onnx_info(path: Path) -> tuple[str, int] | None:
 
 
 def _name_nodes(model: Any) -> None:
-    """Nodes get the names of the modules that they compute, and a number."""
+    """Names nodes after the modules that they compute, with a number."""
     for number, node in enumerate(model.graph.node):
         scopes = {entry.key: entry.value for entry in node.metadata_props}.get("pkg.torch.onnx.name_scopes", "[]")
         modules = [scope for scope in ast.literal_eval(scopes) if scope.startswith("encoder.")]
@@ -172,7 +172,7 @@ def _name_nodes(model: Any) -> None:
 
 
 def _forget_sources(model: Any) -> None:
-    """Nodes and functions carry the names of Python's modules and the paths of this machine: they stay here."""
+    """Removes names of Python modules and paths of this machine from nodes and functions."""
     for graph in (model.graph, *model.functions):
         for part in (graph, *graph.node, *getattr(graph, "initializer", ())):
             part.ClearField("metadata_props")
@@ -187,7 +187,7 @@ def _name_sizes(values: Any, names: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the line that the exporter logs for every constant, every rule and every package it does not need."""
+    """Suppresses the exporter's log lines for every constant, rule and unneeded package."""
     loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -202,10 +202,10 @@ def _quietly() -> Iterator[None]:
 
 
 def import_onnx() -> Any:
-    """The package onnx.
+    """Imports the package onnx.
 
     Raises:
-        ValueError: it is missing, or what torch needs beside it.
+        ValueError: it, or a package that torch needs with it, is missing.
     """
     require("ONNX", *NEEDED)
     import onnx

@@ -1,4 +1,4 @@
-"""ONNX graphs in fewer bits: int8 by onnxruntime's own quantisers, and float16."""
+"""Reduced-precision ONNX graphs: int8 with onnxruntime's quantisers, and float16."""
 
 from __future__ import annotations
 
@@ -16,25 +16,29 @@ from skill_fairseq.messages import require
 
 PRECISIONS = ("fp32", "fp16", "int8")
 FRONT = ("feature_extractor", "feature_projection")
-"""Names of the modules that hear the audio. Their features of silence are small beside those of speech: 8 bits for both
-would leave nothing of the small ones."""
+"""Modules of the audio front end. Their features of silence are small compared to those of speech, and would vanish in
+8 bits for both."""
+EXACT = tuple(f"{FRONT[0]}.{part}" for part in ("layers.0.", "log_mel"))
+"""Names of nodes that stay float32 under float16 too, because they read the waveform. Rounded weights of a spectrum
+would add noise to its quiet parts."""
 POSITIONS = "transformer.pos_conv"
 SMALL = 1024
-"""Weights of fewer numbers stay as they are."""
+"""Smaller weights are not changed."""
 
 
 def to_int8(model: Any, batches: Optional[Iterable[np.ndarray]] = None) -> Any:
-    """Linear layers compute in 8 bits: weights signed, of 7 bits and a scale for each output; activations unsigned.
+    """Quantises linear layers to 8 bits: signed 7-bit weights with a scale per output, unsigned activations.
 
-    With 7 bits no processor's sum of two products overflows; kernels of AVX2 without VNNI otherwise would. All else,
-    softmax and norms too, computes in float32. The audio front end keeps float16 weights, the positional convolution
-    8-bit ones, which are made float32 as a session begins: their activations range too far for 8 bits.
+    With 7 bits no processor's sum of two products overflows, as it would on AVX2 without VNNI. All else, including
+    softmax and norms, computes in float32. The audio front end stores float16 weights and the positional convolution
+    8-bit weights; both are converted to float32 at the start of a session, because their activations need a wider range
+    than 8 bits.
 
     Args:
-        model: of :func:`skill_fairseq.exporting.onnx_graph.make_onnx`; left as it is.
-        batches: (B, N) float32 audio from which ranges of the activations are taken, which are then fixed
-            (QuantizeLinear and DequantizeLinear around each product). None, and with them too for the second linear
-            layer of feed-forward networks: each batch has ranges of its own (DynamicQuantizeLinear).
+        model: a model from :func:`skill_fairseq.exporting.onnx_graph.make_onnx`; not modified.
+        batches: (B, N) float32 audio to determine fixed ranges of the activations (QuantizeLinear and DequantizeLinear
+            around each product). The second linear layer of feed-forward networks, and with None all layers, determine
+            their ranges per batch (DynamicQuantizeLinear).
 
     Returns:
         a new model.
@@ -49,7 +53,7 @@ def to_int8(model: Any, batches: Optional[Iterable[np.ndarray]] = None) -> Any:
     constants = {tensor.name for tensor in model.graph.initializer}
     products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
     linears = [node.name for node in products if not node.name.startswith(FRONT)]
-    # An activation function's outputs have outliers: fixed ranges for them had twice the error, measured on speech.
+    # Outputs of an activation function have outliers: with fixed ranges the error on speech was twice as large.
     moving = linears if batches is None else [name for name in linears if _of_activated(name)]
     fixed = [name for name in linears if name not in moving]
     common = {"op_types_to_quantize": ["MatMul"], "per_channel": True, "reduce_range": True}
@@ -83,13 +87,13 @@ def to_int8(model: Any, batches: Optional[Iterable[np.ndarray]] = None) -> Any:
 
 
 def to_float16(model: Any) -> Any:
-    """Weights and products in float16, for GPUs and accelerators; inputs and outputs stay float32.
+    """Converts weights and products to float16, for GPUs and accelerators; inputs and outputs stay float32.
 
-    The first convolution and its norm compute in float32, as do all norms and softmax. A CPU computes float16 by way of
-    float32: there it is half the file and no faster.
+    A log-mel spectrum, the first convolution, all norms and softmax compute in float32. A CPU computes float16 through
+    float32: there the file is half as large, but not faster.
 
     Args:
-        model: of :func:`skill_fairseq.exporting.onnx_graph.make_onnx`; left as it is.
+        model: a model from :func:`skill_fairseq.exporting.onnx_graph.make_onnx`; not modified.
 
     Raises:
         ValueError: onnxruntime is missing.
@@ -101,31 +105,33 @@ def to_float16(model: Any) -> Any:
 
     copied = onnx.ModelProto()
     copied.CopyFrom(model)
-    first = [node.name for node in copied.graph.node if node.name.startswith(f"{FRONT[0]}.layers.0.")]
+    first = [node.name for node in copied.graph.node if node.name.startswith(EXACT)]
     kept = [*DEFAULT_OP_BLOCK_LIST, "LayerNormalization", "InstanceNormalization", "Softmax"]
     with _quietly():
         converted = convert_float_to_float16(copied, keep_io_types=True, op_block_list=kept, node_block_list=first)
     converted.graph.ClearField("value_info")
-    OnnxModel.graph_topological_sort(converted.graph)  # casts of the inputs were put last
+    OnnxModel.graph_topological_sort(converted.graph)  # the converter appends the inputs' casts at the end
     onnx.checker.check_model(converted)
     return converted
 
 
 def _of_activated(name: str) -> bool:
-    """Whether a product reads the activations of a feed-forward network, by its node's name."""
+    """Whether a product's input is a feed-forward network's activation, from its node's name."""
     return name.partition("/")[0].endswith((".ffn", ".fc2", ".fc2.down"))
 
 
 def _store_small(model: Any) -> None:
-    """Other weights: float16 in the front end, 8 bits and a scale for each output in the positional convolution.
+    """Stores other weights as float16 in the front end, and as 8 bits with a scale per output in the positional
+    convolution.
 
-    They are made float32 by operations on constants, which onnxruntime computes once, as it loads the model.
+    Operations on constants convert them to float32; onnxruntime computes these once, when it loads the model.
     """
     onnx = import_onnx()
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     before: list[Any] = []
     for node in model.graph.node:
         large = node.op_type == "Conv" or (node.op_type == "MatMul" and node.name.startswith(FRONT))
+        large = large and not node.name.startswith(EXACT[1])
         tensor = tensors.get(node.input[1]) if large else None
         if tensor is None or np.prod(tensor.dims) < SMALL:
             continue
@@ -152,13 +158,13 @@ def _store_small(model: Any) -> None:
 
 
 class _Reader:
-    """onnxruntime's CalibrationDataReader, which asks for nothing but these methods."""
+    """onnxruntime's CalibrationDataReader, which needs only these methods."""
 
     def __init__(self, batches: Iterable[np.ndarray], inputs: list[str]) -> None:
         self._batches, self._inputs, self._number = iter(batches), inputs, 0
 
     def get_next(self) -> Optional[dict[str, np.ndarray]]:
-        """The next batch by the names of the inputs, None at the end."""
+        """The next batch by input name, None at the end."""
         batch = next(self._batches, None)
         if batch is None:
             if not self._number:
@@ -171,7 +177,7 @@ class _Reader:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the root logger's line for every tensor."""
+    """Suppresses the root logger's line for every tensor."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

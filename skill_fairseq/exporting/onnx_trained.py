@@ -36,7 +36,7 @@ def to_trained_int8(model: Any, encoder: SpeechEncoder) -> Any:
         a new model.
 
     Raises:
-        ValueError: the encoder has no ranges.
+        ValueError: the encoder has no ranges, or none for a layer of the graph, which training did not reach.
     """
     check_ranges(encoder)
     onnx = import_onnx()
@@ -64,6 +64,11 @@ def to_trained_int8(model: Any, encoder: SpeechEncoder) -> Any:
         one = range_of(module)
         if one is None:
             continue
+        if not one.known:
+            raise ValueError(
+                f"quantize: {name} has no range, because no objective reached it in training; export only layers that "
+                "were trained (--layers)"
+            )
         key = (node.input[0], *_steps(one))
         if key not in rounded:
             rounded[key] = _rounded(graph, nodes, name, *key)

@@ -1,4 +1,4 @@
-"""An encoder for OpenVINO: its own converter reads the ONNX graph, and what it makes runs under the outputs' names."""
+"""Exports an encoder to OpenVINO, whose converter reads the ONNX graph, and runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from skill_fairseq.checkpoints.plain_files import parse_json
+from skill_fairseq.checkpoints.plain_files import parse_fields
 from skill_fairseq.exporting.traceable import INFO_NAME, describe_graph
 from skill_fairseq.files import PathLike, write_file
 from skill_fairseq.messages import require
@@ -20,11 +20,11 @@ from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.encoder import SpeechEncoder
 
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-"""OpenVINO's names of precisions that it may compute in."""
+"""OpenVINO's names of compute precisions."""
 
 
 def convert(model: bytes) -> Any:
-    """OpenVINO's model of an ONNX graph of skill-export.
+    """Converts an ONNX graph of skill-export to an OpenVINO model.
 
     Raises:
         ValueError: OpenVINO is missing.
@@ -38,14 +38,14 @@ def convert(model: bytes) -> Any:
 def save_openvino(
     model: bytes, path: PathLike, encoder: SpeechEncoder, provenance: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> None:
-    """Writes OUT.xml and, beside it, OUT.bin with the weights.
+    """Writes OUT.xml, and OUT.bin with the weights beside it.
 
     Args:
         model: an ONNX graph of skill-export.
-        path: ends in ``.xml``.
-        encoder: that the graph computes.
-        provenance: where the encoder comes from; kept in the file, as shape and facts are.
-        facts: about the graph; weights are stored in float16 where its ``precision`` is fp16.
+        path: the file to write, ending in ``.xml``.
+        encoder: the encoder that the graph computes.
+        provenance: the encoder's origin; kept in the file, with shape and facts.
+        facts: facts about the graph; weights are stored in float16 if ``precision`` is fp16.
 
     Raises:
         ValueError: OpenVINO is missing.
@@ -58,24 +58,24 @@ def save_openvino(
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "model.xml"
         openvino.save_model(made, xml, compress_to_fp16=facts.get("precision") == "fp16")
-        write_file(path.with_suffix(".bin"), xml.with_suffix(".bin").read_bytes())  # the one that names the other last
+        write_file(path.with_suffix(".bin"), xml.with_suffix(".bin").read_bytes())  # the .xml refers to it
         write_file(path, xml.read_bytes())
 
 
 class OpenvinoEncoder:
-    """What ``skill-export --to openvino`` wrote, ready to run on a CPU.
+    """An encoder written by ``skill-export --to openvino``, ready to run on a CPU.
 
     Args:
-        model: path of the ``.xml``, or a model of :func:`convert`.
-        threads: that compute one forward; None: OpenVINO's choice.
-        precision: that it computes in: "fp32", "bf16" or "fp16".
+        model: path of the ``.xml``, or a model from :func:`convert`.
+        threads: threads per forward; None: OpenVINO's choice.
+        precision: compute precision: "fp32", "bf16" or "fp16".
 
     Attributes:
-        outputs: names of the states, as the ONNX graph has them.
-        config: the encoder's shape, of a file; None otherwise.
+        outputs: names of the states, as in the ONNX graph.
+        config: the encoder's shape if loaded from a file, else None.
 
     Raises:
-        ValueError: OpenVINO is missing, or the file is no graph of skill-export.
+        ValueError: OpenVINO is missing, or the file is not from skill-export.
     """
 
     def __init__(self, model: Union[str, Path, Any], threads: Optional[int] = None, precision: str = "fp32") -> None:
@@ -88,7 +88,7 @@ class OpenvinoEncoder:
             name, model = str(model), core.read_model(model)
             if not model.has_rt_info(INFO_NAME):
                 raise ValueError(f"{name}: has no {INFO_NAME}; expected a model of skill-export --to openvino")
-            info: Mapping[str, Any] = parse_json(model.get_rt_info(INFO_NAME).value, Path(name), "its description")
+            info: Mapping[str, Any] = parse_fields(model.get_rt_info(INFO_NAME).value, Path(name), "its description")
             self.config = EncoderConfig.from_dict(info["config"])
         settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
@@ -98,12 +98,12 @@ class OpenvinoEncoder:
         self.outputs = [value.any_name for value in self.compiled.outputs if value.any_name != "frame_padding_mask"]
 
     def __call__(self, source: np.ndarray) -> dict[str, np.ndarray]:
-        """(B, N) float32 samples, normalised where the encoder wants it, to (B, T, D) by the name of each output."""
+        """(B, N) float32 samples, normalised if the encoder expects it, to (B, T, D) by output name."""
         source = np.ascontiguousarray(source, dtype=np.float32)
         feeds = {"source": source, "padding_mask": np.zeros(source.shape, dtype=bool)}
         found = self.compiled({name: feeds[name] for name in self.inputs})
         return {name: np.array(found[name]) for name in self.outputs}
 
     def states(self, source: Tensor) -> dict[str, Tensor]:
-        """The same of torch's tensors on the CPU."""
+        """The same for torch tensors on the CPU."""
         return {name: torch.from_numpy(value) for name, value in self(source.numpy()).items()}

@@ -1,4 +1,4 @@
-"""A pruned speech encoder as an upstream of s3prl. It needs nothing but torch, numpy and safetensors."""
+"""A pruned speech encoder as an s3prl upstream. It needs only torch, numpy and safetensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from skill_fairseq.checkpoints.source import build_encoder
 
 
 class UpstreamExpert(nn.Module):
-    """The interface that s3prl expects of an upstream (its upstream/example/expert.py).
+    """s3prl's interface of an upstream (its upstream/example/expert.py).
 
     Args:
-        ckpt: file of ``skill-export``; None: model.safetensors in the folder of the upstream.
-        model_config, kwargs: given by s3prl, not used; the file describes itself.
+        ckpt: a file of ``skill-export``; None: model.safetensors in the upstream's folder.
+        model_config, kwargs: passed by s3prl, not used; the file describes itself.
 
     Raises:
-        ValueError: another file.
+        ValueError: it is another kind of file.
     """
 
     def __init__(self, ckpt: Optional[str] = None, model_config: Optional[str] = None, **kwargs: Any) -> None:
@@ -31,14 +31,14 @@ class UpstreamExpert(nn.Module):
         self.encoder = build_encoder(read_export(path), path).eval()
 
     def get_downsample_rates(self, key: Optional[str] = None) -> int:
-        """Samples a frame, whatever the feature: 320 for published models."""
+        """Samples per frame, for any feature: 320 for published models."""
         return self.encoder.config.downsampling
 
     def forward(self, wavs: List[Tensor]) -> Dict[str, Union[Tensor, List[Tensor]]]:
-        """Encodes utterances of any lengths.
+        """Encodes utterances of any length.
 
         Args:
-            wavs: B tensors (N_i,), 16 kHz; they are normalised here where the model asks for it.
+            wavs: B tensors (N_i,), 16 kHz; they are normalised here if the model expects it.
 
         Returns:
             ``hidden_states``, L + 1 tensors (B, T, D): [0] before the positional convolution, [i] after layer i;

@@ -1,4 +1,4 @@
-"""An encoder as an upstream of s3prl: a folder with weights, code and the ways in that s3prl has."""
+"""Exports an encoder to an s3prl upstream: a folder with weights, code and s3prl's entry points."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skill_fairseq.exporting.model_card import model_card
 from skill_fairseq.files import PathLike
 from skill_fairseq.modules.encoder import SpeechEncoder
 
-EXPERT = f'''"""s3prl takes UpstreamExpert from this file when the folder lies on the Hugging Face hub."""
+EXPERT = f'''"""s3prl imports UpstreamExpert from this file when the folder is on the Hugging Face hub."""
 
 from {UPSTREAM}.s3prl_expert import UpstreamExpert
 
@@ -33,7 +33,7 @@ def {UPSTREAM}(*args, **kwargs):
     return _UpstreamExpert(*args, **kwargs)
 '''
 
-RUN = f'''"""s3prl's own run_downstream.py with one upstream more: all its options, and -u {UPSTREAM}."""
+RUN = f'''"""s3prl's run_downstream.py with all its options and one more upstream: -u {UPSTREAM}."""
 
 import runpy
 
@@ -62,28 +62,28 @@ def save_s3prl(
     dtype: str = "float32",
     notes: str = "",
 ) -> None:
-    """Writes a folder that s3prl runs without being edited, and without this package.
+    """Writes a folder that an unmodified s3prl can run without this package.
 
-    s3prl finds upstreams by name in its module ``s3prl.hub``. The folder's ``run_downstream.py`` adds one name to
-    it and hands over to s3prl's own: ``python FOLDER/run_downstream.py -u skill_student``, all other options as
-    ever. The folder is also a ``torch.hub`` repository, and once on the Hugging Face hub what
-    ``run_downstream.py --hub huggingface -u USER/NAME --upstream_model_name model.safetensors`` expects.
+    s3prl finds upstreams by name in its module ``s3prl.hub``. The folder's ``run_downstream.py`` adds a name there and
+    then runs s3prl's own: ``python FOLDER/run_downstream.py -u skill_student``, with all other options unchanged. The
+    folder is also a ``torch.hub`` repository, and on the Hugging Face hub it works with ``run_downstream.py --hub
+    huggingface -u USER/NAME --upstream_model_name model.safetensors``.
 
     Args:
-        encoder: may have gates, which go along.
-        folder: to be made.
-        provenance: where the encoder comes from; kept in the weights' file and in the model card.
-        dtype: type of the weights in the file, "float32", "float16" or "bfloat16".
-        notes: Markdown that ends the model card.
+        encoder: an encoder; gates are exported too.
+        folder: the folder to create.
+        provenance: the encoder's origin; kept in the weights' file and in the model card.
+        dtype: dtype of the weights in the file, "float32", "float16" or "bfloat16".
+        notes: Markdown for the end of the model card.
 
     Raises:
-        ValueError: the dtype is unknown, a weight is beyond its range, or the encoder is not for s3prl's 16 kHz.
-        FileExistsError: the folder is there already.
+        ValueError: the dtype is unknown, a weight is out of its range, or the encoder is not for s3prl's 16 kHz.
+        FileExistsError: the folder exists.
     """
     if encoder.config.sample_rate != 16000:
         raise ValueError(
-            f"the encoder is for waveforms of {encoder.config.sample_rate} Hz; s3prl gives all its upstreams 16000 Hz: "
-            "export to another form"
+            f"the encoder is for waveforms of {encoder.config.sample_rate} Hz, but s3prl gives all upstreams 16000 Hz: "
+            "export to another format"
         )
     with atomic_folder(folder) as temporary:
         save_encoder(encoder, temporary / "model.safetensors", provenance, dtype)

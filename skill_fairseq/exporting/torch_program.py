@@ -1,4 +1,4 @@
-"""An encoder as a ``torch.export`` program: a graph that runs wherever torch does, without this package."""
+"""Exports an encoder to a ``torch.export`` program: a graph that runs in any torch, without this package."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def save_torch_program(
     """Writes a program that ``torch.export.load`` reads.
 
     ``torch.export.load(path).module()(source)`` gives a dictionary: ``x`` (B, T, D) and ``hidden_states``, L + 1
-    tensors (B, T, D). Any batch size will do, and any length of two frames or more (720 samples for published
-    models): torch.export fixes what has the size 1.
+    tensors (B, T, D). Any batch size works, and any length of at least two frames (720 samples for published models),
+    because torch.export fixes dimensions of size 1.
 
     Args:
         encoder: without gates.
         path: the file to write, ending in ``.pt2``.
-        provenance: where the encoder comes from; kept in the file.
-        padding_mask: give the program a second input (B, N) bool, True = padding, and the padding of the frames
-            (B, T) as the output ``padding_mask``.
+        provenance: the encoder's origin; kept in the file.
+        padding_mask: add a second input (B, N) bool, True = padding, and the padding of the frames (B, T) as the
+            output ``padding_mask``.
 
     Raises:
         ValueError: torch is too old, or the encoder has gates.
     """
     program = record(encoder, padding_mask)
-    content = io.BytesIO()  # torch's own writer to files says of a full disk that "a file write failed"
+    content = io.BytesIO()  # torch's own file writer only reports "a file write failed" for a full disk
     torch.export.save(program, content, extra_files={INFO_NAME: describe_graph(encoder, provenance or {})})
     write_file(path, content.getbuffer())
 
 
 def run_program(path: PathLike) -> Callable[[Tensor], dict[str, Tensor]]:
-    """A program of :func:`save_torch_program`, to run without padding by the names of an ONNX graph's outputs."""
+    """Runs a program of :func:`save_torch_program` without padding, with the names of an ONNX graph's outputs."""
     program = torch.export.load(str(path))
     module, masked = program.module(), len(program.graph_signature.user_inputs) > 1
 
@@ -56,11 +56,11 @@ def run_program(path: PathLike) -> Callable[[Tensor], dict[str, Tensor]]:
 
 
 def read_program_info(path: Path) -> str | None:
-    """What :func:`describe_graph` wrote, read without loading the program; None if this is no such file.
+    """The text of :func:`describe_graph`, without loading the program; None if this is not such a file.
 
     Raises:
-        ValueError: it is longer than any such text.
-        Exception: others too, where the file is damaged.
+        ValueError: the text is too long.
+        Exception: others too, if the file is damaged.
     """
     if not zipfile.is_zipfile(path):
         return None

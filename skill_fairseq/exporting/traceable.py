@@ -1,9 +1,10 @@
-"""What is common to graphs: the encoder recorded by torch.export, for any batch size and any length."""
+"""Records an encoder with torch.export, for any batch size and length; shared by all graph formats."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
@@ -15,21 +16,22 @@ from torch import Tensor, nn
 from skill_fairseq.modules.conv_stack import ConvStack
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.fake_quantize import fake_quantize_weight
+from skill_fairseq.modules.log_mel import FLOOR, LogMel, scaled
 from skill_fairseq.modules.positional_conv import PositionalConv
 from skill_fairseq.modules.relative_position import RelativePosition
 
 NEEDED_TORCH = (2, 6)
-"""The oldest torch whose torch.export and torch.onnx take dimensions of unknown size in the form used here."""
+"""The oldest torch whose torch.export and torch.onnx support dynamic dimensions in the form used here."""
 
 INFO_NAME = "skill_fairseq.json"
-"""Name under which a graph keeps the encoder's shape and provenance."""
+"""Key of the encoder's shape and provenance in a graph."""
 
 
 class FoldedPositionalConv(nn.Module):
-    """The positional convolution with its weight norm computed: a constant, as quantisers want it.
+    """The positional convolution with a precomputed weight norm: quantisers need a constant weight.
 
     Args:
-        conv: is left as it is.
+        conv: not modified.
     """
 
     def __init__(self, conv: PositionalConv) -> None:
@@ -46,27 +48,54 @@ class FoldedPositionalConv(nn.Module):
         """(B, T, D) frames to (B, T, D) position embeddings."""
         x = x if self.input_range is None else self.input_range(x)
         y = self.conv(x.transpose(1, 2))
-        if self.conv.kernel_size[0] % 2 == 0:  # an even kernel makes one frame too many
+        if self.conv.kernel_size[0] % 2 == 0:  # an even kernel gives one frame too many
             y = y[..., :-1]
         return F.gelu(y).transpose(1, 2)
 
 
-class StepwiseConvStack(nn.Module):
-    """The convolutions one after another over whole utterances, as graphs of any length want them.
+class SpectrumByProducts(nn.Module):
+    """Log-mel features with the spectrum as a convolution with windowed sines and cosines, which every runtime has.
 
     Args:
-        stack: without gates; shares its weights.
+        log_mel: left unchanged.
+    """
+
+    def __init__(self, log_mel: LogMel) -> None:
+        super().__init__()
+        size = log_mel.window.numel()
+        self.padding = log_mel.padding
+        angles = torch.arange(size, dtype=torch.float64) * torch.arange(size // 2 + 1)[:, None] * (2 * math.pi / size)
+        waves = torch.cat([angles.cos(), angles.sin()]) * log_mel.window.double()
+        self.conv = nn.Conv1d(1, len(waves), size, stride=log_mel.hop, bias=False)
+        self.conv.weight = nn.Parameter(waves.float().unsqueeze(1), requires_grad=False)
+        self.register_buffer("filters", log_mel.filters)
+        self.filters: Tensor
+
+    def forward(self, source: Tensor) -> Tensor:
+        """(B, N) samples to (B, M, T) features in [-1, 1]."""
+        waves = self.conv(F.pad(source, self.padding).unsqueeze(1)).transpose(1, 2)
+        real, imaginary = waves.square().chunk(2, 2)
+        levels = ((real + imaginary) @ self.filters).clamp_min(FLOOR).log10()
+        return scaled(levels).transpose(1, 2)
+
+
+class StepwiseConvStack(nn.Module):
+    """Runs the convolutions one after another on whole utterances, as graphs of any length need.
+
+    Args:
+        stack: a stack without gates, whose weights are shared.
     """
 
     def __init__(self, stack: ConvStack) -> None:
         super().__init__()
+        self.log_mel = None if stack.log_mel is None else SpectrumByProducts(stack.log_mel)
         self.layers = stack.layers
         self.register_buffer("scale", stack.scale)
         self.scale: Tensor
 
     def forward(self, source: Tensor, draw: None = None, statistics: None = None) -> tuple[Tensor, None]:
-        """(B, N) samples to (B, T, C) frames; and no gates."""
-        x = source.unsqueeze(1)
+        """(B, N) samples to (B, T, C) frames, and None for gates."""
+        x = source.unsqueeze(1) if self.log_mel is None else self.log_mel(source)
         for layer in self.layers:
             if layer.rounds:
                 x = F.conv1d(x, fake_quantize_weight(layer.conv.weight), layer.conv.bias, layer.conv.stride)
@@ -81,10 +110,10 @@ class StepwiseConvStack(nn.Module):
 
 
 class PositionMatrix(nn.Module):
-    """Position bias for every pair of frames, made once for all layers: gathering is slow.
+    """Position bias for every pair of frames, computed once for all layers, because gathering is slow.
 
     Args:
-        position: shares its weights.
+        position: a module whose weights are shared.
     """
 
     def __init__(self, position: RelativePosition) -> None:
@@ -92,7 +121,7 @@ class PositionMatrix(nn.Module):
         self.position = position
 
     def forward(self, num_frames: int) -> Tensor:
-        """(H, T, T) bias, [h, i, j] of query i and key j."""
+        """(H, T, T) bias, [h, i, j] for query i and key j."""
         frames = torch.arange(num_frames, device=self.position.weight.device)
         entries = frames[:, None] + (num_frames - 1 - frames)
         return self.position(num_frames).index_select(1, entries.flatten()).unflatten(1, (num_frames, num_frames))
@@ -120,7 +149,7 @@ def attend_by_matrix_with_maps(
     padding_mask: Optional[Tensor],
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """The same, and the (B, h, T, T) maps."""
+    """The same, with the (B, h, T, T) maps."""
     scores = q @ k.transpose(2, 3) * q.size(3) ** -0.5
     if factor is not None and bias is not None:
         scores = scores + factor * bias
@@ -131,12 +160,12 @@ def attend_by_matrix_with_maps(
 
 
 class States(nn.Module):
-    """The encoder with tensors in and a dictionary of tensors out, as graphs want it.
+    """The encoder with tensors as inputs and a dictionary of tensors as output, as graphs need.
 
     Args:
         encoder: without gates.
-        layers: whose states are put out; None: all of them, and the output ``x``. Without ``x`` nothing runs beyond
-            the deepest; an empty list means ``x`` alone.
+        layers: layers whose states to return; None: all of them, and the output ``x``. Without ``x`` nothing beyond the
+            deepest layer runs; an empty list means only ``x``.
     """
 
     def __init__(self, encoder: SpeechEncoder, layers: Optional[Sequence[int]] = None) -> None:
@@ -148,12 +177,12 @@ class States(nn.Module):
         """Encodes a batch.
 
         Args:
-            source: (B, N) samples, normalised where the encoder asks for it.
+            source: (B, N) samples, normalised if the encoder expects it.
             padding_mask: (B, N) bool, True = padding, at the end of each row; or None.
 
         Returns:
-            ``x`` (B, T, D) where it is asked for; ``hidden_states``, a tensor (B, T, D) for each layer asked for; with
-            a mask, ``padding_mask`` (B, T) bool.
+            ``x`` (B, T, D) if requested; ``hidden_states``, a tensor (B, T, D) for each requested layer; with a mask,
+            ``padding_mask`` (B, T) bool.
         """
         out = self.encoder(source, padding_mask, last_layer=max(self.layers) if self.layers else None)
         found: dict[str, Any] = {} if self.layers else {"x": out.x}
@@ -163,7 +192,7 @@ class States(nn.Module):
 
 
 def check_torch() -> None:
-    """Makes sure that torch can record an encoder.
+    """Checks that torch can record an encoder.
 
     Raises:
         ValueError: it is too old.
@@ -172,7 +201,7 @@ def check_torch() -> None:
     if found < NEEDED_TORCH:
         raise ValueError(
             f"torch {torch.__version__} cannot record this encoder; torch >= {'.'.join(map(str, NEEDED_TORCH))} "
-            "is needed: export with a newer one"
+            "is needed: export with a newer torch"
         )
 
 
@@ -185,21 +214,21 @@ def record(
     """Records the encoder with torch.export.
 
     Args:
-        encoder: left as it is.
-        padding_mask: give the graph a second input for the padding.
+        encoder: not modified.
+        padding_mask: add a second input for the padding.
         layers: see :class:`States`.
-        samples: fixes the input to (1, samples); None: batch size and length stay open.
+        samples: fixes the input to (1, samples); None: batch size and length stay free.
 
     Raises:
-        ValueError: torch is too old, the encoder has gates, or the samples are too few for a frame.
+        ValueError: torch is too old, the encoder has gates, or there are too few samples for a frame.
     """
     check_torch()
     if encoder.config.pruning_units:
         raise ValueError(
-            f"the encoder has gates ({', '.join(encoder.config.pruning_units)}), which decide while it runs and have "
-            "no place in a graph; cut them out first: skill-shrink CHECKPOINT shrunk.safetensors"
+            f"the encoder has gates ({', '.join(encoder.config.pruning_units)}), which a graph "
+            "cannot hold; shrink it first: skill-shrink CHECKPOINT shrunk.safetensors"
         )
-    # Nothing about the example stays in the graph, but 0 and 1 of anything would count as special.
+    # The graph keeps nothing of the example, but sizes of 0 and 1 would be specialised.
     shape = (2, encoder.config.receptive_field + 20 * encoder.config.downsampling + 7)
     source = torch.zeros(shape if samples is None else (1, samples))
     inputs: tuple[Tensor, ...] = (source,)
@@ -224,7 +253,7 @@ def record(
 
 
 def _forget_sources(program: torch.export.ExportedProgram) -> None:
-    """Every operation has the lines of code that it comes from, with the paths of this machine: they stay here."""
+    """Removes stack traces, which hold paths of this machine, from all operations."""
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             for name in ("stack_trace", "source_fn_stack", "torch_fn", "from_node"):
@@ -232,5 +261,5 @@ def _forget_sources(program: torch.export.ExportedProgram) -> None:
 
 
 def describe_graph(encoder: SpeechEncoder, provenance: Mapping[str, Any], **facts: Any) -> str:
-    """JSON of what a graph keeps under :data:`INFO_NAME`: the encoder's shape, where it comes from, and facts."""
+    """JSON for a graph's :data:`INFO_NAME`: the encoder's shape, provenance, and facts."""
     return json.dumps({"config": encoder.config.to_dict(), "provenance": dict(provenance), **facts})

@@ -1,1 +1,1 @@
-"""Features of recordings in files, as k-means and other programs read them."""
+"""Feature files of recordings, for k-means and other programs."""

@@ -1,4 +1,4 @@
-"""Features of one recording: states of any encoder, or the filter banks that a first round of k-means takes."""
+"""Features of one recording: states of any encoder, or MFCC and log-mel energies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FixedFeatures:
 
     @property
     def width(self) -> int:
-        """Features a frame."""
+        """Features per frame."""
         return {"mfcc": 39, "logmel": 80}[self.name]
 
     def __call__(self, wave: Tensor) -> Iterator[list[np.ndarray]]:
@@ -41,16 +41,16 @@ class FixedFeatures:
 class StateFeatures:
     """Hidden states of chosen layers.
 
-    A recording of one chunk at most is encoded as a whole, a longer one by
-    :meth:`skill_fairseq.modules.encoder.SpeechEncoder.stream`, in memory that does not grow with it.
+    A recording of at most one chunk is encoded as a whole, a longer one with
+    :meth:`skill_fairseq.modules.encoder.SpeechEncoder.stream`, whose memory does not grow with length.
 
     Args:
-        encoder: is prepared for inference.
+        encoder: the encoder; it is prepared for inference.
         layers: 0 to the encoder's depth; 0 is before the positional convolution.
         chunk_seconds, context_seconds: see ``stream``.
 
     Raises:
-        ValueError: a layer is none of the encoder's.
+        ValueError: the encoder has no such layer.
     """
 
     def __init__(
@@ -62,19 +62,19 @@ class StateFeatures:
     ) -> None:
         depth = encoder.config.encoder_layers
         if not layers or any(not 0 <= layer <= depth for layer in layers) or len(set(layers)) < len(layers):
-            raise ValueError(f"layers: {list(layers)}; expected some of 0 to {depth}, each once")
-        # The same bits in every process: shards of one manifest come from several.
+            raise ValueError(f"layers: {list(layers)}; expected layers from 0 to {depth}, each at most once")
+        # Every process must compute the same bits: the shards of a manifest come from several.
         self.encoder, self.layers = encoder.prepare(setting("plain")), list(layers)
         self.chunk_seconds, self.context_seconds = chunk_seconds, context_seconds
         self.device = next(encoder.parameters()).device
 
     @property
     def width(self) -> int:
-        """Features a frame."""
+        """Features per frame."""
         return self.encoder.config.encoder_embed_dim
 
     def __call__(self, wave: Tensor) -> Iterator[list[np.ndarray]]:
-        """(N,) samples to pieces of a (t, D) array for each layer; together they are the recording's."""
+        """(N,) samples to consecutive pieces of the recording, each a (t, D) array per layer."""
         wave = F.layer_norm(wave, wave.shape) if self.encoder.normalize else wave
         last = max(self.layers)
         if len(wave) <= self.chunk_seconds * self.encoder.config.sample_rate:

@@ -1,7 +1,7 @@
-"""Features of many recordings in one .npy file, as fairseq's k-means scripts read them, written so as to be resumed.
+"""Features of many recordings in one .npy file, as fairseq's k-means scripts read them; writing can resume.
 
-``SPLIT_RANK_SHARDS.npy`` has the frames of all recordings, one after another, and ``SPLIT_RANK_SHARDS.len`` a line with
-the number of frames of each recording, in the manifest's order.
+``SPLIT_RANK_SHARDS.npy`` holds the concatenated frames of all recordings, and ``SPLIT_RANK_SHARDS.len`` one line with
+the number of frames per recording, in the manifest's order.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import numpy as np
 from skill_fairseq.files import naming, read_json, sync, write_file, write_json
 
 HEADER = 128
-"""Bytes before the numbers of a .npy file: the shape is written there once it is known."""
+"""Bytes of a .npy file's header, which gets the shape at the end."""
 
 LOST = "lost"
-"""In place of a number of frames: the recording could not be read, and has none."""
+"""Number of frames of an unreadable recording in the progress file."""
 
 
 def shard_range(total: int, shards: int, rank: int) -> range:
-    """Which recordings a shard holds, as fairseq shares them out.
+    """The range of recordings in a shard, with fairseq's division.
 
     Raises:
-        ValueError: the rank is none of the shards', or a shard would be empty.
+        ValueError: the rank is out of range, or a shard would be empty.
     """
     if not 0 <= rank < shards:
         raise ValueError(f"rank: {rank}; expected 0 to {shards - 1}, for {shards} shards")
@@ -39,25 +39,25 @@ def shard_range(total: int, shards: int, rank: int) -> range:
 
 
 class ShardWriter:
-    """One shard of one or several layers, which grows recording by recording.
+    """Writes one shard of one or several layers, recording by recording.
 
-    Until it is finished its files are hidden; after a kill the next writer of the same settings goes on after the last
-    whole recording.
+    Its files are hidden until it is finished; after a kill, the next writer with the same settings resumes after the
+    last complete recording.
 
     Args:
         out: folder of the shard's summary.
-        folders: where the files of each layer go.
-        name: of the files, without suffix.
-        width: features a frame.
-        settings: what the numbers depend on, for JSON.
-        dtype: of the numbers, "float32" or "float16".
+        folders: folder of each layer's files.
+        name: name of the files, without suffix.
+        width: features per frame.
+        settings: settings that the numbers depend on, for JSON.
+        dtype: "float32" or "float16".
 
     Raises:
-        ValueError: there are features of other settings under this name.
+        ValueError: features with other settings exist under this name.
 
     Attributes:
-        lengths: frames of each recording that has been written; None where it could not be read.
-        finished: whether all is there already.
+        lengths: frames of each written recording; None if it could not be read.
+        finished: whether the shard is complete.
     """
 
     def __init__(
@@ -88,10 +88,10 @@ class ShardWriter:
         """Adds a recording.
 
         Args:
-            parts: pieces of it, one after another: a (t, width) array for each layer.
+            parts: its consecutive pieces, each a (t, width) array per layer.
 
         Returns:
-            its frames.
+            its number of frames.
         """
         frames = 0
         with contextlib.ExitStack() as stack:
@@ -104,11 +104,11 @@ class ShardWriter:
         return frames
 
     def skip(self) -> None:
-        """Adds a recording that cannot be read: it has no frames, and its place in the list stays."""
+        """Adds an unreadable recording, which has no frames but keeps its place in the list."""
         self._note(None)
 
     def finish(self) -> None:
-        """Gives the files their names, and writes the summary last."""
+        """Renames the files to their final names, and writes the summary last."""
         frames = sum(length or 0 for length in self.lengths)
         text = "".join(f"{length or 0}\n" for length in self.lengths)
         for partial, target in zip(self._partial, self.targets):
@@ -127,7 +127,7 @@ class ShardWriter:
         self.finished = True
 
     def _resume(self) -> None:
-        """Reads the progress file, and cuts off what was written of an unfinished recording."""
+        """Reads the progress file, and truncates an unfinished recording."""
         lines = self._progress.read_text(encoding="utf-8").splitlines() if self._progress.is_file() else []
         if lines:
             self._check(json.loads(lines[0]), self._progress)
@@ -137,13 +137,13 @@ class ShardWriter:
             write_file(self._progress, json.dumps(self.settings) + "\n")
         for line in lines[1:]:
             if line != LOST and not line.isdigit():
-                break  # it was being written
+                break  # incomplete line
             self.lengths.append(None if line == LOST else int(line))
         size = self.width * self.dtype.itemsize
         there = [path.stat().st_size for path in self._partial if path.exists()]
-        if there:  # none where the kill came while files were given their names
+        if there:  # none if the kill came while files were renamed
             while self.lengths and HEADER + size * sum(length or 0 for length in self.lengths) > min(there):
-                self.lengths.pop()  # a power cut: the system had not written all
+                self.lengths.pop()  # after a power cut, data may be missing
             for path in self._partial:
                 if path.exists():
                     os.truncate(path, HEADER + size * sum(length or 0 for length in self.lengths))
@@ -151,7 +151,7 @@ class ShardWriter:
         write_file(self._progress, json.dumps(self.settings) + "\n" + noted)
 
     def _open(self, path: Path) -> Any:
-        """A partial file at its end, behind the place of the header."""
+        """Opens a partial file at its end, after the space for the header."""
         if not path.exists():
             path.write_bytes(bytes(HEADER))
         return open(path, "ab")
@@ -166,24 +166,24 @@ class ShardWriter:
             before = found if isinstance(found, dict) else {}
             changed = [name for name, value in self.settings.items() if before.get(name) != value]
             raise ValueError(
-                f"{path}: features of other settings are there ({', '.join(changed) or 'some'} differ); choose another "
+                f"{path}: features with other settings exist ({', '.join(changed) or 'some'} differ); choose another "
                 "folder, or remove them"
             )
 
 
 def read_features(folder: Path, split: str) -> Iterator[np.ndarray]:
-    """The features of every recording of a split, in the manifest's order; the files are mapped, not read.
+    """Yields the features of every recording of a split, in the manifest's order; files are memory-mapped.
 
     Args:
-        folder: of one layer.
+        folder: folder of one layer.
         split: name of the manifest without suffix.
 
     Yields:
-        (T, D), T = 0 where the recording could not be read.
+        (T, D), with T = 0 for an unreadable recording.
 
     Raises:
-        FileNotFoundError: there are none, or shards are missing.
-        ValueError: a file of lengths does not fit its features.
+        FileNotFoundError: there are no features, or shards are missing.
+        ValueError: a .len file does not match its features.
     """
     pattern = re.compile(re.escape(split) + r"_(\d+)_(\d+)\.npy")
     found = {(int(m[2]), int(m[1])): path for path in Path(folder).glob("*.npy") if (m := pattern.fullmatch(path.name))}
@@ -205,7 +205,7 @@ def read_features(folder: Path, split: str) -> Iterator[np.ndarray]:
 
 
 def _header(dtype: np.dtype[Any], shape: tuple[int, int]) -> bytes:
-    """Of a .npy file, version 1.0, in :data:`HEADER` bytes."""
+    """The header of a .npy file, version 1.0, in :data:`HEADER` bytes."""
     fields = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
     length = HEADER - 10
     return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + fields.ljust(length - 1).encode("latin1") + b"\n"

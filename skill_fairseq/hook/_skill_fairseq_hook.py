@@ -1,13 +1,13 @@
 """Lets stock fairseq 0.12.2 (hydra-core 1.0.7, omegaconf 2.0.6) run on Python 3.10-3.13 and torch >= 2.6.
 
-``skill_fairseq_hook.pth`` in site-packages starts this module with every Python of the environment, so it
-reaches ``fairseq-hydra-train``, torchrun, spawned children and Slurm jobs alike. Until fairseq, hydra,
-omegaconf or antlr4 is imported it does nothing; where omegaconf is not 2.0.x it steps aside;
-``SKILL_FAIRSEQ_HOOK=0`` in the environment switches it off. A patch that fails says so and breaks no import.
+``skill_fairseq_hook.pth`` in site-packages starts this module with every Python of the environment: in
+``fairseq-hydra-train``, torchrun, spawned children and Slurm jobs. It does nothing until fairseq, hydra, omegaconf or
+antlr4 is imported, and nothing at all if omegaconf is not 2.0.x; ``SKILL_FAIRSEQ_HOOK=0`` in the environment switches
+it off. A failing patch prints a message and breaks no import.
 
-It is installed at the top level, beside the package: it must not import torch, fairseq or skill_fairseq.
+It is installed at the top level, beside the package, and must not import torch, fairseq or skill_fairseq.
 Each function below that takes no argument, or one module, is one patch, named after what it does; its
-docstring quotes the error that it answers.
+docstring quotes the error that it fixes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 
-TYPE_CHECKING = False  # as typing's, which would cost start-up time
+TYPE_CHECKING = False  # not from typing, whose import takes time
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
@@ -28,13 +28,13 @@ FOUND = "SKILL_FAIRSEQ_FOUND"
 
 
 def install() -> None:
-    """Starts the hook, once; does nothing where ``SKILL_FAIRSEQ_HOOK=0``."""
+    """Starts the hook, once; does nothing if ``SKILL_FAIRSEQ_HOOK=0``."""
     if os.environ.get("SKILL_FAIRSEQ_HOOK") != "0" and Finder not in sys.meta_path:
         sys.meta_path.insert(0, Finder)  # type: ignore[arg-type]
 
 
 class Finder:
-    """Entry of ``sys.meta_path`` that sees the first import of each of ``PACKAGES`` and patches it."""
+    """Entry of ``sys.meta_path`` that patches each of ``PACKAGES`` on its first import."""
 
     started = False
 
@@ -42,7 +42,7 @@ class Finder:
     def find_spec(
         cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Spec of a module to be patched once it has run; None leaves the import to the other finders."""
+        """Spec of a module to patch after it has run; None leaves the import to the other finders."""
         if name.partition(".")[0] not in PACKAGES:
             return None
         if not cls.started:
@@ -60,12 +60,12 @@ def _old_omegaconf() -> bool:
 
     try:
         return version("omegaconf").startswith("2.0.")
-    except Exception:  # it has no metadata, or damaged ones
+    except Exception:  # its metadata is missing or damaged
         return False
 
 
 def contained(patch: Callable[..., Any], *args: Any) -> Any:
-    """Calls a patch; where it fails, stderr says so and None is returned: the import that it was for goes on."""
+    """Calls a patch; if it fails, prints to stderr and returns None, so that the import continues."""
     try:
         return patch(*args)
     except Exception as error:
@@ -95,7 +95,7 @@ def _spec_with_patches(
 
 
 class View:
-    """A module as one importer sees it: a few names replaced, all others the module's own."""
+    """A module as one importer sees it, with a few names replaced."""
 
     def __init__(self, module: ModuleType, **replaced: Any) -> None:
         self.__dict__.update(replaced, _module=module)
@@ -135,7 +135,7 @@ def allow_dataclass_defaults() -> None:
 def restore_find_module() -> None:
     """Python >= 3.12, hydra scanning its plugins.
 
-    "AttributeError: 'FileFinder' object has no attribute 'find_module'": say it by ``find_spec``.
+    "AttributeError: 'FileFinder' object has no attribute 'find_module'": implement it with ``find_spec``.
     """
     from importlib.machinery import FileFinder
 
@@ -152,7 +152,7 @@ def restore_find_module() -> None:
 def restore_typing_io() -> None:
     """Python >= 3.13, antlr4 4.8 and hydra's grammar.
 
-    "ModuleNotFoundError: No module named 'typing.io'": a module with its three names.
+    "ModuleNotFoundError: No module named 'typing.io'": add a module with its three names.
     """
     if sys.version_info < (3, 13):
         return
@@ -165,12 +165,12 @@ def restore_typing_io() -> None:
 
 
 def name_user_dir() -> None:
-    """Sets ``SKILL_FAIRSEQ_USER_DIR``, unless the user has, to the folder of the installed skill_fairseq.
+    """Sets ``SKILL_FAIRSEQ_USER_DIR`` to the folder of the installed skill_fairseq, unless the user has set it.
 
-    Our configs say ``common.user_dir: ${env:SKILL_FAIRSEQ_USER_DIR,skill_fairseq}``: without the variable
-    fairseq looks for ``skill_fairseq`` in the working directory, then beside itself in site-packages, and
-    an editable install is in neither ("FileNotFoundError: .../skill_fairseq"). The package is located, not
-    imported. A second variable tells what the hook of a parent process has set from what the user has.
+    Our configs have ``common.user_dir: ${env:SKILL_FAIRSEQ_USER_DIR,skill_fairseq}``: without the variable, fairseq
+    looks for ``skill_fairseq`` in the working directory, then beside itself in site-packages, and an editable install
+    is in neither ("FileNotFoundError: .../skill_fairseq"). The package is located, not imported. A second variable
+    distinguishes a value from a parent process's hook from the user's.
     """
     from importlib.util import find_spec
 
@@ -182,11 +182,11 @@ def name_user_dir() -> None:
 
 
 def requeue_from_start_up() -> None:
-    """One of our trainings is told to stop (SIGTERM, SIGUSR1, SIGUSR2) while it imports, or loads teacher and data.
+    """One of our trainings gets SIGTERM, SIGUSR1 or SIGUSR2 while it imports, or loads teacher and data.
 
-    No error: the signal's own exit code (143, 138, 140) reads as a failure. The code is 75, as once it trains, and the
-    file that ``SKILL_PREEMPTED_FILE`` names is written; the trainer takes the signals over. SIGTERM to one of several
-    tasks keeps its meaning: srun and torchrun send it to the tasks beside one that has failed.
+    No error, but the signal's exit code (143, 138, 140) would look like a failure. Exits with 75, as during training,
+    and writes the file that ``SKILL_PREEMPTED_FILE`` names, until the trainer handles the signals. SIGTERM to one of
+    several tasks keeps its default: srun and torchrun send it to the other tasks when one fails.
     """
     program = os.path.basename(sys.argv[0] if sys.argv else "")
     if program not in ("fairseq-hydra-train", "fairseq-train", "hydra_train.py", "train.py") or not _ours(sys.argv[1:]):
@@ -202,11 +202,11 @@ def requeue_from_start_up() -> None:
         if os.environ.get("SKILL_PREEMPTED_FILE"):
             with open(os.environ["SKILL_PREEMPTED_FILE"], "w", encoding="utf-8") as file:
                 file.write(name + "\n")
-        message = f"stopping because of {name}: training has not begun, the same command starts it again\n"
+        message = f"stopping because of {name}: training had not started; run the same command again\n"
         sys.stdout.flush()
         sys.stderr.flush()
         os.write(2, message.encode())
-        os._exit(75)  # an exception could be caught by the importing code
+        os._exit(75)  # the importing code could catch an exception
 
     leave.start_up = True  # type: ignore[attr-defined]
     counts = [os.environ.get(name, "") for name in ("WORLD_SIZE", "SLURM_NTASKS")]
@@ -217,7 +217,7 @@ def requeue_from_start_up() -> None:
 
 
 def _ours(arguments: Sequence[str]) -> bool:
-    """Whether a command line of fairseq names one run, and skill_fairseq as its user dir, itself or in its config."""
+    """Whether a fairseq command line names a single run with skill_fairseq as user dir, directly or in its config."""
     values: dict[str, str] = {}
     for word, following in zip(arguments, [*arguments[1:], ""]):
         key, equals, value = word.partition("=")
@@ -232,7 +232,7 @@ def _ours(arguments: Sequence[str]) -> bool:
         try:
             with open(path, encoding="utf-8", errors="replace") as file:
                 text += file.read()
-        except OSError:  # hydra will say so
+        except OSError:  # hydra will report it
             pass
     return "skill_fairseq" in text.lower()
 
@@ -243,8 +243,8 @@ def _ours(arguments: Sequence[str]) -> bool:
 def print_exceptions(hydra_utils: ModuleType) -> None:
     """Python >= 3.10, any crash under ``hydra.main``.
 
-    "TypeError: print_exception() got an unexpected keyword argument 'etype'" hides the error that was to be
-    printed: take the arguments by position.
+    "TypeError: print_exception() got an unexpected keyword argument 'etype'" hides the original error: pass the
+    arguments by position.
     """
     import traceback
 
@@ -258,8 +258,8 @@ def load_checkpoints(module: ModuleType) -> None:
     """torch >= 2.6, fairseq loading a checkpoint.
 
     "UnpicklingError: Weights only load failed": fairseq's checkpoints hold DictConfig, Namespace and Dictionary.
-    ``torch.load`` as ``fairseq.checkpoint_utils`` sees it reads tensors and objects of known harmless classes, with any
-    torch, and refuses others by name, as their code would run. ``SKILL_FAIRSEQ_TRUST=1`` reads any.
+    In ``fairseq.checkpoint_utils``, ``torch.load`` now reads tensors and objects of known harmless classes, with any
+    torch, and refuses others by name, because their code would run. ``SKILL_FAIRSEQ_TRUST=1`` reads any.
     """
     load = module.torch.load
 
@@ -274,7 +274,7 @@ def load_checkpoints(module: ModuleType) -> None:
         except reader.Refused as error:
             raise ValueError(
                 f"{getattr(file, 'name', 'the checkpoint')}: holds an object of class {error.name}, which is not read "
-                "because it could run code; if you trust where the file comes from, set SKILL_FAIRSEQ_TRUST=1 in the "
+                "because it could run code; if you trust its source, set SKILL_FAIRSEQ_TRUST=1 in the "
                 "environment"
             ) from error
 
@@ -282,9 +282,9 @@ def load_checkpoints(module: ModuleType) -> None:
 
 
 def checkpoint_reader() -> Any:
-    """skill_fairseq's reader of torch files, run by itself: the package would register its parts with fairseq.
+    """skill_fairseq's reader of torch files, loaded standalone: the package would register its parts with fairseq.
 
-    None where skill_fairseq is not installed.
+    None if skill_fairseq is not installed.
     """
     from importlib.util import find_spec, module_from_spec, spec_from_file_location
 
@@ -303,17 +303,17 @@ def checkpoint_reader() -> Any:
 
 
 def _any_pickle(load: Callable[..., Any]) -> dict[str, bool]:
-    """The argument that makes torch.load read any pickle; torch < 1.13 always does, and knows no argument."""
+    """The argument that makes torch.load read any pickle; torch < 1.13 always does, and has no argument."""
     from inspect import signature
 
     return {"weights_only": False} if "weights_only" in signature(load).parameters else {}
 
 
 def load_from_other_ranks(module: ModuleType) -> None:
-    """torch >= 2.6, fairseq handing an object to the other processes of a run.
+    """torch >= 2.6, fairseq sending an object to the other processes of a run.
 
-    "UnpicklingError: Weights only load failed": ``torch.load`` as ``fairseq.distributed.utils`` sees it keeps its old
-    default. What it reads was written by another rank of the same run, not by a file.
+    "UnpicklingError: Weights only load failed": in ``fairseq.distributed.utils``, ``torch.load`` keeps its old default.
+    Its input comes from another rank of the same run, not from a file.
     """
     load = module.torch.load
 
@@ -324,10 +324,10 @@ def load_from_other_ranks(module: ModuleType) -> None:
 
 
 def pass_signals_on(module: ModuleType) -> None:
-    """One node, several GPUs, a process each, spawned by fairseq for a run of ours: SIGTERM or SIGUSR1 before its end.
+    """One of our runs on one node with several GPUs, whose processes fairseq spawned, gets SIGTERM or SIGUSR1.
 
-    No error: the signal kills the parent, whose end kills the ranks in the middle of an update. Signals go on to the
-    ranks, and 75, the exit code of ranks that wrote a checkpoint and want to be started again, is the parent's too.
+    No error, but the signal would kill the parent, and with it the ranks in the middle of an update. Forwards signals
+    to the ranks, and passes on 75, the exit code of ranks that wrote a checkpoint and want to be restarted.
     """
     torch = module.torch
     spawn = torch.multiprocessing.spawn
@@ -336,7 +336,7 @@ def pass_signals_on(module: ModuleType) -> None:
         import signal
         import threading
 
-        ours = _is_ours(*args[1:2])  # fairseq's are the function to run, the config, and more
+        ours = _is_ours(*args[1:2])  # fairseq passes the function to run, the config, and more
         if not ours or not join or threading.current_thread() is not threading.main_thread():
             return spawn(fn, args=args, nprocs=nprocs, join=join, **kwargs)
         ranks = spawn(fn, args=args, nprocs=nprocs, join=False, **kwargs)
@@ -354,7 +354,7 @@ def pass_signals_on(module: ModuleType) -> None:
             while not ranks.join():
                 pass
         except torch.multiprocessing.ProcessExitedException as error:
-            if error.exit_code != 75 and -error.exit_code not in received:  # a rank that never installed its handlerler
+            if error.exit_code != 75 and -error.exit_code not in received:  # a rank that never installed its handler
                 raise
             for handler in {before[number] for number in received}:
                 if callable(handler) and not hasattr(handler, "start_up"):  # submitit's requeues the job
@@ -368,7 +368,7 @@ def pass_signals_on(module: ModuleType) -> None:
 
 
 def _is_ours(cfg: Any = None) -> bool:
-    """Whether a config of fairseq is that of a run with our user dir."""
+    """Whether a fairseq config has our user dir."""
     user_dir = getattr(getattr(cfg, "common", None), "user_dir", None)
     if not isinstance(user_dir, str):
         return False
@@ -378,17 +378,16 @@ def _is_ours(cfg: Any = None) -> bool:
 def restore_numpy_int(data_utils: ModuleType) -> None:
     """numpy >= 1.24, masking with ``no_mask_overlap``.
 
-    "AttributeError: module 'numpy' has no attribute 'int'": it has, as fairseq's masking sees it.
+    "AttributeError: module 'numpy' has no attribute 'int'": fairseq's masking gets a numpy that has it.
     """
     data_utils.np = View(data_utils.np, int=int)  # type: ignore[attr-defined]
 
 
 def take_any_path(hydra_train: ModuleType) -> None:
-    """``fairseq-hydra-train task.data=/home/jürgen/data``, and other characters that hydra's grammar has no room for.
+    """``fairseq-hydra-train task.data=/home/jürgen/data``, and other characters that hydra's grammar does not accept.
 
-    "LexerNoViableAltException", "mismatched input '='", or for a comma "Ambiguous value": an override that hydra
-    cannot read, and whose value is a path, is quoted for it. So is one that it would misread, for a backslash, where
-    there is such a path.
+    "LexerNoViableAltException", "mismatched input '='", or for a comma "Ambiguous value": quotes overrides that hydra
+    cannot read if the value is a path, and overrides with a backslash, which hydra would misread, if the path exists.
     """
     plain_main = hydra_train.cli_main
 
@@ -403,15 +402,15 @@ def take_any_path(hydra_train: ModuleType) -> None:
 
 
 WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p")
-"""Options of hydra that take the next word."""
+"""Options of hydra that take an argument."""
 
 
 def quote_path(word: str, multirun: bool) -> str:
-    """An override as hydra 1.0 reads it: ``field='value'`` where it cannot read ``field=value`` and this is a path.
+    """An override that hydra 1.0 can read: ``field='value'`` if it cannot read ``field=value`` and the value is a path.
 
     Args:
-        word: of the command line.
-        multirun: a comma parts the values of a sweep.
+        word: a word of the command line.
+        multirun: whether a comma separates the values of a sweep.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import ValueType

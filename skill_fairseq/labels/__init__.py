@@ -1,1 +1,1 @@
-"""Labels for fine-tuning: transcripts of a manifest's recordings, cut into letters or SentencePiece units."""
+"""Labels for fine-tuning: transcripts of a manifest's recordings, split into letters or SentencePiece units."""

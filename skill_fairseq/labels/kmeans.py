@@ -1,4 +1,4 @@
-"""Units by k-means: of MFCC, as in HuBERT's first round, or of the states of an encoder's layer."""
+"""Units by k-means on MFCC, as in HuBERT's first iteration, or on the states of an encoder's layer."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ BATCH = 10_000  # frames
 
 @torch.no_grad()
 def features(files: Sequence[Path], encoder: SpeechEncoder | None = None, layer: int = 0) -> Iterator[Tensor]:
-    """What is clustered, of each recording; those of more than a minute are encoded in pieces.
+    """The features to cluster, one tensor per recording; recordings longer than a minute are encoded in pieces.
 
     Args:
         files: mono audio at the encoder's sample rate.
-        encoder: whose states; None: MFCC at 16 kHz, their mean over the recording subtracted, 100 frames a second.
-        layer: of the encoder, from 0.
+        encoder: the encoder whose states to use; None: MFCC at 16 kHz, less their mean over the recording, 100 frames
+            per second.
+        layer: the encoder's layer, from 0.
 
     Yields:
         (T, D) float32 on the CPU.
@@ -34,7 +35,7 @@ def features(files: Sequence[Path], encoder: SpeechEncoder | None = None, layer:
     for file in files:
         if encoder is None:
             cepstra = mfcc(load_audio(file))
-            yield (cepstra - cepstra.mean(0)).float()  # less of the channel, more of the sound
+            yield (cepstra - cepstra.mean(0)).float()  # removes the channel's effect
             continue
         rate, least = encoder.config.sample_rate, encoder.config.receptive_field
         wave = load_audio(file, rate, least).to(next(encoder.parameters()).device)
@@ -45,17 +46,17 @@ def features(files: Sequence[Path], encoder: SpeechEncoder | None = None, layer:
 
 
 def fit(frames: np.ndarray, units: int, codebooks: int = 1, seed: int = 1) -> tuple[Tensor, Tensor, list[float]]:
-    """k-means, in mini-batches, of features of unit variance; each further codebook is of what is left of the frames.
+    """Mini-batch k-means on features of unit variance; each further codebook clusters the residuals.
 
     Args:
         frames: (F, D) float32.
-        units: K, of each codebook.
-        codebooks: N.
-        seed: of the first centroids and of the batches.
+        units: K, centroids per codebook.
+        codebooks: N, number of codebooks.
+        seed: seed of the initial centroids and of the batches.
 
     Returns:
-        centroids (N, K, D) and scale (D,), see :func:`skill_fairseq.labels.codebook.assign`; and of each codebook
-        the share of the variance that is left behind it.
+        centroids (N, K, D) and scale (D,), see :func:`skill_fairseq.labels.codebook.assign`; and for each codebook the
+        share of the variance that remains after it.
 
     Raises:
         ValueError: there are fewer frames than units.
@@ -64,7 +65,7 @@ def fit(frames: np.ndarray, units: int, codebooks: int = 1, seed: int = 1) -> tu
 
     if len(frames) < units:
         raise ValueError(
-            f"--vocabulary-size: {units}, but there are {len(frames)} frames; give more audio, or less units"
+            f"--vocabulary-size: {units}, but there are {len(frames)} frames; give more audio, or fewer units"
         )
     scale = np.maximum(frames.std(0), 1e-6).astype(np.float32)
     mean = frames.mean(0)
@@ -79,5 +80,5 @@ def fit(frames: np.ndarray, units: int, codebooks: int = 1, seed: int = 1) -> tu
 
 
 def unit_lines(frames: Tensor, centroids: Tensor, scale: Tensor) -> list[str]:
-    """The units of a recording's (T, D) features, a line of numbers for each codebook."""
+    """The units of a recording's (T, D) features, one line of numbers per codebook."""
     return [" ".join(map(str, row)) for row in assign(frames, centroids, scale).t().tolist()]

@@ -1,4 +1,4 @@
-"""Labels beside manifests, for training: classes from a column of a table, or sequences of units."""
+"""Training labels beside manifests: classes from a table's column, or sequences of units."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 TABLE = "labels.tsv"
 FIELDS = {"file": str, "column": str, "classes": Sequence, "counts": Sequence}
 NONE = -1
-"""In place of a class, and behind the end of a sequence."""
+"""Stands for a missing class, and pads sequences."""
 
 Label = Union[int, "list[int]", None]
 """Index of a class, indices of units, or None for an utterance without a label."""
@@ -33,12 +33,12 @@ class Target:
     """One kind of labels.
 
     Attributes:
-        name: of the user's choice.
-        file: `SPLIT.FILE` holds the labels of `SPLIT.tsv`: a table if it ends in `tsv`, else units with spaces between,
-            a line for each recording.
-        column: the table's column that is meant; None for units.
+        name: a name chosen by the user.
+        file: `SPLIT.FILE` holds the labels of `SPLIT.tsv`: a table if it ends in `tsv`, else one line of units,
+            separated by spaces, per recording.
+        column: the table's column to use; None for units.
         classes: names of the classes, sorted; or the units' symbols, in the order of `dict.FILE.txt`.
-        counts: training utterances of each class; empty for units.
+        counts: training utterances per class; empty for units.
     """
 
     name: str
@@ -49,16 +49,16 @@ class Target:
 
     @property
     def is_sequence(self) -> bool:
-        """Whether an utterance has several units in place of one class."""
+        """Whether an utterance has a sequence of units instead of one class."""
         return self.column is None
 
     def read(self, manifest: Manifest) -> list[Label]:
         """The label of every recording of a manifest.
 
-        A class that training does not have is no label: speakers of a validation set may be others.
+        A class that the training set lacks counts as no label: validation speakers may differ.
 
         Raises:
-            FileNotFoundError: there is no file of labels beside the manifest.
+            FileNotFoundError: there is no label file beside the manifest.
             ValueError: it does not fit the manifest, or a unit is not in the dictionary.
         """
         path, known = beside(manifest, self.file), {name: index for index, name in enumerate(self.classes)}
@@ -68,7 +68,7 @@ class Target:
             if strange:
                 logger.warning(
                     f"{path}: {sum(value in strange for value in column)} of {len(column)} utterances have a "
-                    f"{self.column} that training does not have, such as {strange[0]!r}; they count as without a label"
+                    f"{self.column} that training does not have, such as {strange[0]!r}; they count as unlabelled"
                 )
             return [known.get(value) for value in column]
         found: list[Label] = []
@@ -92,10 +92,10 @@ def read_targets(given: Any, manifest: Path, field: str = "task.targets") -> dic
     """The targets that a config names.
 
     Args:
-        given: by name, fields of :class:`Target`; `file` is `labels.tsv` where it is left out, and `column` then
-            `label`. Classes that stand there are taken as they are: no file is read.
-        manifest: of the training set, whose labels say what the classes are.
-        field: where they stand, for messages.
+        given: fields of :class:`Target` by name; `file` defaults to `labels.tsv`, and `column` then to `label`. If
+            classes are given, no file is read.
+        manifest: the training set's manifest, whose labels define the classes.
+        field: config path, for messages.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -103,7 +103,7 @@ def read_targets(given: Any, manifest: Path, field: str = "task.targets") -> dic
     """
     if not isinstance(given, Mapping):
         raise ValueError(
-            f"{field}: {given!r}; expected labels by names of your choice, such as {{speaker: {{column: speaker}}}}"
+            f"{field}: {given!r}; expected labels by a name of your choice, such as {{speaker: {{column: speaker}}}}"
         )
     read: list[Manifest] = []
     targets = {}
@@ -111,7 +111,7 @@ def read_targets(given: Any, manifest: Path, field: str = "task.targets") -> dic
         where = f"{field}.{name}"
         fields = {} if fields is None else fields
         if not isinstance(fields, Mapping) or set(fields) - set(FIELDS):
-            raise ValueError(f"{where}: {fields!r}; expected fields out of {', '.join(FIELDS)}")
+            raise ValueError(f"{where}: {fields!r}; expected fields among {', '.join(FIELDS)}")
         fields = {key: value for key, value in fields.items() if value is not None}
         for key, value in fields.items():
             if not isinstance(value, FIELDS[key]) or (FIELDS[key] is Sequence and isinstance(value, str)) or not value:
@@ -121,7 +121,7 @@ def read_targets(given: Any, manifest: Path, field: str = "task.targets") -> dic
             column = "label" if column is None else column
         elif column is not None:
             raise ValueError(
-                f"{where}.column: {column} does nothing with {where}.file={file}, which is no table; leave it out"
+                f"{where}.column: {column} does nothing with {where}.file={file}, which is not a table; leave it out"
             )
         classes, counts = list(fields.get("classes", ())), list(fields.get("counts", ()))
         if not classes:
@@ -142,12 +142,12 @@ def read_targets(given: Any, manifest: Path, field: str = "task.targets") -> dic
 
 
 def settings(targets: Mapping[str, Target]) -> dict[str, dict[str, Any]]:
-    """What :func:`read_targets` reads, with the classes: a checkpoint knows them without the files."""
+    """The config for :func:`read_targets` with the classes filled in, so that a checkpoint needs no label files."""
     return {name: {**_plain(target)} for name, target in targets.items()}
 
 
 def pad_labels(labels: Sequence[Label], sequences: bool) -> Tensor:
-    """Labels of a batch: (B,) int64 classes, or (B, U) units, U of the longest; -1 where there is none."""
+    """Labels of a batch: (B,) int64 classes, or (B, U) units, U those of the longest; -1 where there is none."""
     if not sequences:
         return torch.tensor([NONE if label is None else label for label in labels])
     rows = [torch.tensor(label or [NONE]) for label in labels]
@@ -172,6 +172,7 @@ def _lines(path: Path, manifest: Manifest) -> list[list[str]]:
     lines = read_text(path).removesuffix("\n").split("\n")
     if len(lines) != len(manifest):
         raise ValueError(
-            f"{path}: {len(lines)} lines for the {len(manifest)} recordings of {manifest.source}; give one a recording"
+            f"{path}: {len(lines)} lines for the {len(manifest)} recordings of {manifest.source}; give one per "
+            "recording"
         )
     return [line.split() for line in lines]

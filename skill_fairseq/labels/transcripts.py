@@ -1,4 +1,4 @@
-"""Transcripts: reading them, matching them to the recordings of a manifest, and bringing them to one form."""
+"""Reads transcripts, matches them to a manifest's recordings, and normalises them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from skill_fairseq.audio.manifest import Manifest
 from skill_fairseq.reading import PathLike, find_files, read_text
 
 KEYS = ("path", "file", "filename", "file_name", "audio", "utterance", "utt", "utt_id", "utterance_id", "id")
-"""Names of columns that say which recording a line is of, the surest first."""
+"""Column names that identify the recording, in order of preference."""
 TEXTS = ("sentence", "text", "transcript", "transcription", "raw_text")
-"""Names of columns of texts, the surest first."""
+"""Column names of the text, in order of preference."""
 AUDIO = {".flac", ".wav", ".ogg", ".mp3", ".opus", ".m4a", ".sph"}
-RESERVED = "|\u2581"  # word boundaries: of letters, and of SentencePiece
+RESERVED = "|\u2581"  # word boundaries in letters and in SentencePiece
 
 
 def read_transcripts(sources: Sequence[PathLike], column: str | None = None) -> dict[str, str]:
-    """Read transcripts.
+    """Reads transcripts.
 
     Args:
-        sources: files, or folders with `*.trans.txt` somewhere below. A file with a tab in its first line is a table.
-            Its first line names the columns, of which one of :data:`KEYS` is a path or an utterance's name and one of
-            :data:`TEXTS` the text; without such a line there are two columns, in this order. Other files are in
+        sources: files, or folders that contain `*.trans.txt` at any depth. A file with a tab in its first line is a
+            table. Its first line names the columns: one of :data:`KEYS`, a path or an utterance's name, and one of
+            :data:`TEXTS`, the text; without such a line there are two columns, in this order. Other files have
             LibriSpeech's layout: an utterance's name, a space, the text.
-        column: name of the tables' column of texts.
+        column: the tables' text column.
 
     Returns:
-        text by path or name, as it stands in the file.
+        text by path or name, as written in the file.
 
     Raises:
         FileNotFoundError: no such file, or a folder without transcripts.
-        ValueError: not UTF-8, a table whose column of texts is not known, a line has no text, or an utterance has two
+        ValueError: not UTF-8, a table with an unknown text column, a line without text, or an utterance with two
             different texts.
     """
     texts: dict[str, str] = {}
@@ -60,7 +60,7 @@ def read_transcripts(sources: Sequence[PathLike], column: str | None = None) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Columns:
-    """Where a table has its keys and texts, how many columns there are, and whether its first line names them."""
+    """A table's key and text columns, its number of columns, and whether its first line names them."""
 
     key: int
     text: int
@@ -80,12 +80,12 @@ def _columns(file: Path, fields: list[str], column: str | None) -> _Columns:
         return _Columns(0, 1, 2, named=False)
     raise ValueError(
         f"{file}, line 1: found the columns {', '.join(map(repr, fields))}, expected one named {' or '.join(KEYS[:2])} "
-        f"and one named {column or ' or '.join(TEXTS[:3])}; write such a line, or name the column of texts by --column"
+        f"and one named {column or ' or '.join(TEXTS[:3])}; write such a line, or name the text column with --column"
     )
 
 
 def _table(file: Path, lines: Sequence[str], columns: _Columns) -> Iterator[tuple[int, str, str]]:
-    """Number, key and text of each line."""
+    """Line number, key and text of each line."""
     for number, line in enumerate(lines, start=1 + columns.named):
         if not line.strip():
             continue
@@ -120,11 +120,11 @@ def _no_text(file: Path, number: int, line: str, separator: str) -> ValueError:
 def align(manifest: Manifest, texts: dict[str, str], show: int = 3) -> list[str]:
     """The text of every recording of a manifest, in its order.
 
-    A recording is looked up by its path as the manifest has it, by the path without ending, and by the file's name
-    without ending; the transcripts' own endings, such as `.mp3`, are left out for the last two.
+    A recording is looked up by its path in the manifest, by the path without suffix, and by the file name without
+    suffix; for the last two, suffixes in the transcripts, such as `.mp3`, are ignored.
 
     Raises:
-        ValueError: recordings without text, or two recordings that one name stands for; names the first `show`.
+        ValueError: recordings without text, or a name shared by two recordings; names the first `show`.
     """
     owners: dict[str, str] = {}
     aligned: list[str] = []
@@ -149,12 +149,12 @@ def align(manifest: Manifest, texts: dict[str, str], show: int = 3) -> list[str]
     if missing:
         raise ValueError(
             f"{manifest.source}: {len(missing)} of {len(manifest)} recordings have no transcript, the first: "
-            f"{', '.join(missing[:show])}; give the files that hold theirs to --transcripts, or leave these "
-            "recordings out of the manifest"
+            f"{', '.join(missing[:show])}; give the files with their transcripts to --transcripts, or remove "
+            "these recordings from the manifest"
         )
     if shared:
         raise ValueError(
-            f"{manifest.source}: {len(shared)} names of transcripts stand for several recordings, the first: "
+            f"{manifest.source}: {len(shared)} transcript names match several recordings, the first: "
             f"{', '.join(shared[:show])}; write paths in the transcripts' first column"
         )
     return aligned
@@ -162,18 +162,19 @@ def align(manifest: Manifest, texts: dict[str, str], show: int = 3) -> list[str]
 
 @dataclasses.dataclass
 class Normaliser:
-    """Brings texts to one form, and keeps count of what it changed.
+    """Normalises texts and counts what it changed.
 
-    Unicode's NFKC, typographic apostrophes to "'", then case; characters that are not kept become a space if they
-    are punctuation or symbols. Letters, marks and digits are spoken: they are never dropped silently.
+    Applies Unicode's NFKC, replaces typographic apostrophes by "'", then changes case. Punctuation and symbols that are
+    not kept become a space. Letters, marks and digits are spoken, so they are never dropped silently.
 
     Attributes:
         case: "upper", "lower" or "keep".
-        characters: what is kept; None: every letter and mark, and the apostrophe.
-        kept, replaced, unknown: how often each character was kept, became a space, or is spoken but not to be kept.
+        characters: the characters to keep; None: every letter and mark, and the apostrophe.
+        kept, replaced, unknown: how often each character was kept, became a space, or is spoken but not in
+            `characters`.
 
     Raises:
-        ValueError: `characters` has one that marks word boundaries.
+        ValueError: `characters` contains a word boundary mark.
     """
 
     case: str = "upper"
@@ -186,12 +187,12 @@ class Normaliser:
         reserved = [character for character in RESERVED if character in (self.characters or "")]
         if reserved:
             raise ValueError(
-                f"--characters: {' '.join(reserved)} marks the boundaries of words, expected characters that are "
-                "spoken; leave it out"
+                f"--characters: {' '.join(reserved)} marks word boundaries, expected characters that are spoken; "
+                "leave it out"
             )
 
     def __call__(self, text: str) -> str:
-        """The text in its one form, words separated by one space."""
+        """The normalised text, words separated by one space."""
         text = unicodedata.normalize("NFKC", text).replace("\u2019", "'")
         text = {"upper": text.upper(), "lower": text.lower(), "keep": text}[self.case]
         return " ".join("".join(self._keep(character) for character in text).split())
@@ -209,7 +210,7 @@ class Normaliser:
 
 
 def find_transcripts(sources: Sequence[PathLike]) -> Iterator[Path]:
-    """The files that hold transcripts: those given, and each `*.trans.txt` below a folder; links are followed.
+    """The transcript files: those given, and each `*.trans.txt` below a folder; links are followed.
 
     Raises:
         FileNotFoundError: no such file, or a folder without transcripts.

@@ -1,1 +1,1 @@
-"""fairseq models: ``wavlm`` (full shape, pre-trainable) and ``skill_student`` (gated or shrunk)."""
+"""fairseq models: ``wavlm`` (unpruned, for pre-training) and ``skill_student`` (gated or shrunk)."""

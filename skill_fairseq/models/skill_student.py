@@ -18,7 +18,7 @@ from skill_fairseq.pruning.expected import expected_widths
 
 
 class Features(Tuple[Tensor, Optional[Tensor]]):
-    """(B, T, D) features and their (B, T) padding mask or None, as either of fairseq's CTC models asks for them.
+    """(B, T, D) features and their (B, T) padding mask or None, in the form of fairseq's two CTC models.
 
     ``hubert_ctc`` unpacks the pair, ``wav2vec_ctc`` looks up "x", "padding_mask" and "layer_results".
     """
@@ -38,7 +38,7 @@ class Features(Tuple[Tensor, Optional[Tensor]]):
 
 @register_model("skill_student", dataclass=SkillStudentConfig)
 class SkillStudentModel(WavLMModel):
-    """A :class:`SpeechEncoder` to be distilled, and afterwards fine-tuned like HuBERT.
+    """A :class:`SpeechEncoder` to distil, and to fine-tune like HuBERT afterwards.
 
     Args:
         cfg: model config with the shape filled in.
@@ -52,7 +52,7 @@ class SkillStudentModel(WavLMModel):
         self.speech_encoder.transformer.checkpoint_activations = cfg.checkpoint_activations
         self.speech_encoder.transformer.layer_grad_scale = cfg.layer_grad_scale
         self._init_masking(cfg)
-        # Used by fine-tuning, and by objectives that mask: elsewhere it would be a parameter without gradient.
+        # Trained by fine-tuning and by objectives that mask; otherwise it has no gradient.
         self.mask_emb.requires_grad_(False)
         self._scale_conv_gradients(cfg.feature_grad_mult)
         self.generator = torch.Generator()
@@ -66,22 +66,22 @@ class SkillStudentModel(WavLMModel):
 
     @classmethod
     def build_model(cls, cfg: SkillStudentConfig, task: Any) -> "SkillStudentModel":
-        """Called by fairseq; the shape stands in ``cfg``, no file is opened."""
+        """Called by fairseq; the shape is in ``cfg``, so no file is opened."""
         return cls(cfg)
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Called by fairseq before every batch: the gate samples depend only on seed, update and rank."""
+        """Called by fairseq before every batch. Gate samples depend only on seed, update and rank."""
         super().set_num_updates(num_updates)
         self._update = num_updates
 
     def draw_gates(self, log_alpha: Optional[Tensor] = None) -> Optional[Draw]:
-        """The gates of one forward, None without gates; call it before other work is launched, see ``forward``.
+        """Draws the gates of one forward, None without gates; call it before launching other work, see ``forward``.
 
-        The batches that one update accumulates get the gates of one large batch. Several sizes of one update get one
-        noise: the units of a smaller one are among those of a larger one.
+        All batches of an update get the same gates, like one large batch. All sizes of an update get the same noise, so
+        that a smaller size's units are a subset of a larger one's.
 
         Args:
-            log_alpha: (n,) of another size than the gates' own, see :meth:`GateBank.draw`.
+            log_alpha: (n,) for another size than the gates' own, see :meth:`GateBank.draw`.
         """
         rank = 0
         if self.cfg.gate_sampling != "shared" and torch.distributed.is_initialized():
@@ -90,9 +90,9 @@ class SkillStudentModel(WavLMModel):
         return self.speech_encoder.draw_gates(log_alpha)
 
     def train_for(self, taps: Sequence[Tap]) -> None:
-        """Takes weights out of the training that a loss on these taps cannot reach: ranks would send zeros for them, or
-        wait for gradients that never come. Gates stay: the size constraint moves them. The mask embedding is learned
-        where taps mask."""
+        """Freezes weights that get no loss from these taps: ranks would send zeros for them, or wait for gradients that
+        never come. Gates stay trainable, because the size constraint moves them. The mask embedding is trained if taps
+        mask."""
         transformer = self.speech_encoder.transformer
         states, last = deepest(tap for tap in taps if tap.kind == "states"), deepest(taps)
         unreached: List[torch.nn.Module] = [*transformer.layers[last:]] if last else [transformer]
@@ -127,14 +127,13 @@ class SkillStudentModel(WavLMModel):
         Args:
             source: (B, N) samples.
             padding_mask: (B, N) bool, True = padding, or None.
-            draw: what :meth:`draw_gates` gave; None: the gates are drawn here, and the host waits for all that the
-                device has still to do.
-            taps: what is asked for; None: the output of all layers and of the final LayerNorm where there is one.
-            masked: (B, T) bool for each masking of the taps, True = hidden, or None for none: see ``with_masks``.
+            draw: the result of :meth:`draw_gates`; None: draw the gates here, which makes the host wait for the device.
+            taps: the states to return; None: the output of all layers and of the final LayerNorm, if any.
+            masked: (B, T) bool for each masking of the taps, True = masked, or None: see ``with_masks``.
 
         Returns:
-            ``taps``, a tensor for each, or ``x`` (B, T, D) and ``hidden_states`` (L + 1 tensors (B, T, D));
-            ``padding_mask`` (B, T) or None; and ``expected_widths``, with gradient, None without gates.
+            ``taps``, one tensor each, or ``x`` (B, T, D) and ``hidden_states`` (L + 1 tensors (B, T, D));
+            ``padding_mask`` (B, T) or None; and ``expected_widths`` with gradient, or None without gates.
         """
         encoder = self.speech_encoder
         draw = draw or self.draw_gates()
@@ -153,28 +152,28 @@ class SkillStudentModel(WavLMModel):
         ret_conv: bool = False,
         output_layer: Optional[int] = None,
     ) -> Features:
-        """HuBERT's and wav2vec 2.0's interface for fine-tuning.
+        """The interface of HuBERT and wav2vec 2.0 for fine-tuning.
 
         Args:
             source: (B, N) samples.
             padding_mask: (B, N) bool, True = padding, or None.
-            mask: mask spans of time and channels, as the model config says.
+            mask: mask spans of time and channels, as in the model config.
             ret_conv: return the projected conv features instead of the output.
-            output_layer: 1-based layer whose output is wanted; None: the last.
+            output_layer: layer whose output to return, from 1; None: the last.
 
         Returns:
-            (B, T, D) features and (B, T) padding mask or None, to be unpacked or looked up by name.
+            (B, T, D) features and (B, T) padding mask or None, to unpack or to look up by name.
         """
         transform = (lambda x, pad: HubertModel.apply_mask(self, x.clone(), pad, None)[0]) if mask else None
         out = self.speech_encoder(source, padding_mask, transform, output_layer, self.draw_gates())
         return Features(out.hidden_states[0] if ret_conv else out.x, out.padding_mask, out.hidden_states[1:])
 
     def remove_pretraining_modules(self) -> None:
-        """Called before fine-tuning: the mask embedding is learned."""
+        """Called before fine-tuning: makes the mask embedding trainable."""
         self.mask_emb.requires_grad_(True)
 
     def _scale_conv_gradients(self, factor: float) -> None:
-        """Gradients of the conv stack's weights (not of its gates) times this factor; with 0 they stay as they are."""
+        """Scales gradients of the conv stack's weights, not of its gates; 0 freezes them."""
         for parameter in self.speech_encoder.feature_extractor.parameters():
             if factor <= 0:
                 parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The student's part of a training config, and what is refused of it."""
+"""The student's part of a training config, and its checks."""
 
 import math
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ FINE_TUNING = (
     *("mask_min_space", "mask_channel_prob", "mask_channel_length", "mask_channel_selection", "mask_channel_other"),
     *("no_mask_channel_overlap", "mask_channel_min_space"),
 )
-"""Fields that fine-tuning reads, from its own config. In distillation they do nothing, and a value is refused."""
+"""Fields that only fine-tuning reads, from its own config. Distillation does not use them and refuses values."""
 
 _Hubert: Any = hubert_fields(
     {
@@ -32,108 +32,109 @@ def _shape(meaning: str) -> Any:
 
 @dataclass
 class SkillStudentConfig(_Hubert):
-    """Origin, gates, dropout and shape of the student. What is null of the shape is filled in from ``init_from``."""
+    """Origin, gates, dropout and shape of the student. Null fields of the shape are filled in from ``init_from``."""
 
     init_from: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "teacher file (the student starts as its copy; of a list, as task.teacher may be, the first), or "
-            "the stage-1 checkpoint, which is shrunk first"
+            "help": "teacher file to copy (the first of a list, such as ${task.teacher}), or stage-1 checkpoint, which "
+            "is shrunk first"
         },
     )
     init_parts: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "what of a teacher is copied, out of: conv, projection, pos_conv, layer_norm, layers; the rest is "
-            "random, and its shape may be set below; null: all"
+            "help": "parts of the teacher to copy: conv, projection, pos_conv, layer_norm, layers; the rest is random, "
+            "and its shape can be set below; null: all"
         },
     )
     init_layers: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "for each layer of the student the teacher's, from 1 on, that it starts as (null: random), e.g. "
-            "[2,4,6,8,10,12]; null: all in their order"
+            "help": "the teacher's layer, from 1, to copy for each layer of the student (null: random), such as "
+            "[2,4,6,8,10,12]; null: all in order"
         },
     )
     nested: bool = field(
         default=False,
         metadata={
             "help": "stage 2 of an elastic run: the student is the largest size of init_from, a stage-1 checkpoint "
-            "trained with criterion.elastic, and keeps the order in which its units leave for smaller sizes"
+            "trained with criterion.elastic, and keeps the order in which smaller sizes drop units"
         },
     )
     pruning_units: List[str] = field(
         default_factory=list,
         metadata={
-            "help": "what gets gates, out of: conv, heads, ffn, attention_layers, ffn_layers, rank (components of the "
-            "linear maps); empty: none"
+            "help": "units to gate: conv, heads, ffn, attention_layers, ffn_layers, rank (components of linear maps); "
+            "empty: none"
         },
     )
     conv_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of conv channel gates"})
     head_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of attention head gates"})
     ffn_drop_rate: float = field(
-        default=0.01, metadata={"help": "initial drop rate of FFN unit gates (DPHuBERT: 0.5, a damaged start)"}
+        default=0.01, metadata={"help": "initial drop rate of FFN unit gates (DPHuBERT: 0.5, which damages the start)"}
     )
     layer_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of whole-sublayer gates"})
-    rank_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of the gates of ranks"})
+    rank_drop_rate: float = field(default=0.01, metadata={"help": "initial drop rate of rank gates"})
     gate_sampling: ChoiceEnum(["shared", "per_rank"]) = field(  # type: ignore[valid-type]
         default="shared",
         metadata={
-            "help": "shared: every rank draws the same gates in an update, and they do not depend on the number of "
-            "GPUs; per_rank: each its own, whose noise averages out over ranks"
+            "help": "shared: all ranks draw the same gates in an update, independent of the number of GPUs; per_rank: "
+            "each rank draws its own, whose noise averages out"
         },
     )
     layer_grad_scale: bool = field(
         default=False,
         metadata={
-            "help": "after layer i of L, from 0, multiply the gradient from above by m = (L - i) / (L - i + 1), that "
-            "of the layer's own losses by m (1 - m)"
+            "help": "after layer i of L, from 0, multiply the gradient from above by m = (L - i) / (L - i + 1), and "
+            "that of the layer's own losses by m (1 - m)"
         },
     )
     seed: int = field(default=II("common.seed"), metadata={"help": "seed of the gate samples and of random weights"})
     extractor_mode: Optional[str] = _shape("default: GroupNorm after the first convolution; layer_norm: after each")
-    conv_feature_layers: Optional[str] = _shape("convolutions, as fairseq writes them")
+    conv_feature_layers: Optional[str] = _shape("convolutions in fairseq's notation")
+    mel_bins: Optional[int] = _shape("log-mel features that they read in place of the waveform; 0: none")
     conv_bias: Optional[bool] = _shape("whether convolutions have a bias")
     feature_layer_norm: Optional[bool] = _shape("LayerNorm after the convolutions")
-    feature_linear: Optional[bool] = _shape("linear map after it; false: the last convolution has the model's width")
+    feature_linear: Optional[bool] = _shape("linear map after that; false: the last convolution has the model's width")
     encoder_layers: Optional[int] = _shape("Transformer layers")
     encoder_embed_dim: Optional[int] = _shape("width")
-    encoder_ffn_embed_dim: Optional[int] = _shape("FFN units of a layer before pruning")
-    encoder_attention_heads: Optional[int] = _shape("heads of a layer before pruning")
+    encoder_ffn_embed_dim: Optional[int] = _shape("FFN units per layer before pruning")
+    encoder_attention_heads: Optional[int] = _shape("heads per layer before pruning")
     activation_fn: Optional[str] = _shape("activation")
     layer_norm_first: Optional[bool] = _shape("LayerNorm before each sublayer, as in Large models, or after it")
-    conv_pos: Optional[int] = _shape("frames of the positional convolution")
+    conv_pos: Optional[int] = _shape("kernel of the positional convolution, frames")
     conv_pos_groups: Optional[int] = _shape("its groups")
-    pos_conv_depth: Optional[int] = _shape("positional convolutions one after another")
+    pos_conv_depth: Optional[int] = _shape("number of consecutive positional convolutions")
     relative_position: Optional[bool] = _shape("WavLM's gated relative position bias")
     num_buckets: Optional[int] = _shape("buckets of the relative position table")
-    max_distance: Optional[int] = _shape("distance (frames) from which positions share a bucket")
-    time_reduction: Optional[int] = _shape("frames that become one in front of layer 1")
-    reuse_attention: Optional[Any] = _shape("layers, from 2 on, that take the attention map of the layer below")
-    adapter_dim: Optional[int] = _shape("features of an adapter beside each FFN (OS-KDFT: 64); 0: none")
-    adapter_activation: Optional[str] = _shape("their activation, relu or elu")
+    max_distance: Optional[int] = _shape("distance, frames, from which positions share a bucket")
+    time_reduction: Optional[int] = _shape("frames merged into one before layer 1")
+    reuse_attention: Optional[Any] = _shape("layers, from 2, that reuse the attention map of the layer below")
+    adapter_dim: Optional[int] = _shape("width of an adapter beside each FFN (OS-KDFT: 64); 0: none")
+    adapter_activation: Optional[str] = _shape("activation of the adapters, relu or elu")
     adapter_form: Optional[str] = _shape("plain, or residual: x + 0.1 of a network of its LayerNorm (XLSR student)")
     quantize: Optional[str] = _shape(
         "int8: linear layers and convolutions are trained with rounded weights and inputs, in stage 2; or none"
     )
     normalize: Optional[bool] = _shape("whether waveforms are normalised")
     padding_rule: Optional[str] = _shape("which frames of a padded utterance count")
-    sample_rate: Optional[int] = _shape("Hz of the waveforms")
-    conv_channels: Optional[Any] = _shape("conv channels left in each layer; null: all")
-    heads: Optional[Any] = _shape("indices of the heads left in each layer; null: all")
-    ffn_dims: Optional[Any] = _shape("FFN units left in each layer; null: all")
-    unit_widths: Optional[Any] = _shape("what is left of further kinds of units; {rank: 96}: maps of that rank")
-    original_parameters: Optional[int] = _shape("parameters before any pruning, which sparsity refers to")
+    sample_rate: Optional[int] = _shape("sample rate of the waveforms, Hz")
+    conv_channels: Optional[Any] = _shape("remaining conv channels per layer; null: all")
+    heads: Optional[Any] = _shape("indices of the remaining heads per layer; null: all")
+    ffn_dims: Optional[Any] = _shape("remaining FFN units per layer; null: all")
+    unit_widths: Optional[Any] = _shape("remaining units of further kinds; {rank: 96}: linear maps of that rank")
+    original_parameters: Optional[int] = _shape("parameters before pruning, which sparsity refers to")
 
 
 def check_student_fields(cfg: Any) -> None:
-    """Refuses, before training, what would do nothing or is out of range.
+    """Refuses, before training, fields that have no effect or are out of range.
 
     Args:
-        cfg: model config of a run; fields that are left out are not looked at.
+        cfg: a run's model config; missing fields are not checked.
 
     Raises:
-        ValueError: a field does nothing, or a number is out of range; names the field.
+        ValueError: a field has no effect, or a number is out of range; names the field.
     """
     if getattr(cfg, "nested", False) and not getattr(cfg, "init_from", None):
         raise ValueError("model.nested: true does nothing without model.init_from; name the stage-1 checkpoint there")

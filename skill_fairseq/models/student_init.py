@@ -1,4 +1,4 @@
-"""What a student starts as: which parts and layers of a teacher it copies, its shape, and what is random."""
+"""Initialises a student: its shape, the parts and layers that it copies from a teacher, and random weights."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
-    """A part of an encoder that is copied as a whole or not at all.
+    """A part of an encoder that is copied completely or not at all.
 
     Attributes:
-        prefixes: of its names in a state dict.
-        needs: fields of the shape in which the student must be like the teacher for it.
+        prefixes: prefixes of its names in a state dict.
+        needs: fields of the shape that must be equal in student and teacher to copy it.
     """
 
     prefixes: tuple[str, ...]
@@ -44,7 +44,8 @@ class Part(NamedTuple):
 
 PARTS = {
     "conv": Part(
-        ("feature_extractor.",), ("extractor_mode", "conv_feature_layers", "conv_bias", "normalize", "sample_rate")
+        ("feature_extractor.",),
+        ("extractor_mode", "conv_feature_layers", "mel_bins", "conv_bias", "normalize", "sample_rate"),
     ),
     "projection": Part(("feature_projection.",), ("conv_feature_layers", "encoder_embed_dim")),
     "pos_conv": Part(
@@ -59,11 +60,11 @@ PARTS = {
 }
 LAYERS = PARTS["layers"].prefixes[0]
 PRUNED = ("conv_channels", "heads", "ffn_dims", "original_parameters")
-"""Fields that say what pruning has left. They are written down, not chosen."""
+"""Fields with the results of pruning. They are recorded, not chosen."""
 
 
 def parts_of(cfg: Any) -> list[str]:
-    """The parts that ``cfg.init_parts`` names, all of them where it is null.
+    """The parts in ``cfg.init_parts``; all of them if it is null.
 
     Raises:
         ValueError: one is unknown.
@@ -73,19 +74,20 @@ def parts_of(cfg: Any) -> list[str]:
         return list(PARTS)
     if not isinstance(chosen, list) or not all(isinstance(part, str) and part in PARTS for part in chosen):
         raise ValueError(
-            f"model.init_parts: {chosen}; expected a list out of {list(PARTS)}; [] copies nothing, null everything"
+            f"model.init_parts: {chosen}; expected a list with some of {list(PARTS)}; [] copies nothing, null "
+            "everything"
         )
     return chosen
 
 
 def layers_of(cfg: Any, teacher: EncoderConfig) -> list[int | None] | None:
-    """The teacher's layer, 1-based, that each of the student's starts as; None in the list: that one is random.
+    """The teacher's layer, from 1, that each of the student's layers copies; None in the list means random.
 
     Returns:
-        ``cfg.init_layers``, None where it is null.
+        ``cfg.init_layers``, or None if it is null.
 
     Raises:
-        ValueError: it is no list, names a layer that the teacher does not have, or does not fit the other fields.
+        ValueError: it is not a list, names a layer that the teacher lacks, or does not match the other fields.
     """
     layers = plain(getattr(cfg, "init_layers", None))
     if layers is None:
@@ -97,40 +99,40 @@ def layers_of(cfg: Any, teacher: EncoderConfig) -> list[int | None] | None:
         if layer is not None and (type(layer) is not int or not 1 <= layer <= most):
             raise ValueError(
                 f"{given} names layer {layer!r}, but model.init_from={cfg.init_from} has the layers 1 to {most}; give "
-                "some of these, or null for a layer that starts at random"
+                "some of these, or null for a random layer"
             )
     if "layers" not in parts_of(cfg):
         raise ValueError(
             f"{given}, but model.init_parts={plain(cfg.init_parts)} copies no layers; add 'layers' to it, or set "
-            "model.encoder_layers in place of model.init_layers"
+            "model.encoder_layers instead of model.init_layers"
         )
     if getattr(cfg, "encoder_layers", None) not in (None, len(layers)):
         raise ValueError(
             f"model.encoder_layers: {cfg.encoder_layers}, but model.init_layers={layers} gives the student "
-            f"{len(layers)} layers; leave model.encoder_layers out"
+            f"{len(layers)} layers; remove model.encoder_layers"
         )
     return layers
 
 
 def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
-    """The teacher's shape, with the fields that are set in ``cfg``. What is copied has the teacher's.
+    """The teacher's shape with the fields that are set in ``cfg``. Copied parts must keep the teacher's.
 
     Args:
         teacher: shape of the encoder in ``cfg.init_from``.
-        cfg: model config of a run.
+        cfg: a run's model config.
 
     Returns:
         the shape, without gates.
 
     Raises:
-        ValueError: a field has a value that the parts to be copied, or pruned ones, cannot have; names the field.
+        ValueError: a field has a value that copied or pruned parts cannot have; names the field.
     """
     parts, layers = parts_of(cfg), layers_of(cfg, teacher)
     for name in ("init_parts", "init_layers"):
         if getattr(cfg, name, None) is not None and not teacher.is_full():
             raise ValueError(
-                f"model.{name}: {plain(getattr(cfg, name))}, but model.init_from={cfg.init_from} is pruned, and can be "
-                f"copied as a whole alone; leave model.{name} out, or give the teacher in model.init_from"
+                f"model.{name}: {plain(getattr(cfg, name))}, but model.init_from={cfg.init_from} is pruned, and can "
+                f"only be copied completely; remove model.{name}, or give the teacher in model.init_from"
             )
     changes: dict[str, Any] = {} if layers is None else {"encoder_layers": len(layers)}
     for name, found in {**vars(teacher), **teacher.to_dict()}.items():
@@ -143,12 +145,12 @@ def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
         if not needing and teacher.is_full():
             changes[name] = value
             continue
-        remedy = f"take {needing} out of model.init_parts" if needing else "give an encoder that is not pruned"
+        remedy = f"remove {needing} from model.init_parts" if needing else "give an encoder that is not pruned"
         if name == "encoder_layers":
-            remedy = "say in model.init_layers which of them are copied"
+            remedy = "choose the layers to copy in model.init_layers"
         raise ValueError(
             f"model.{name}: {value}, but the student copies {needing or 'all'} of model.init_from={cfg.init_from}, "
-            f"which has {found}; leave the field out, or {remedy}"
+            f"which has {found}; remove the field, or {remedy}"
         )
     shape = teacher.replace(**changes, original_parameters=None) if changes else teacher
     shape = _with_widths(shape, cfg)
@@ -158,17 +160,17 @@ def student_shape(teacher: EncoderConfig, cfg: Any) -> EncoderConfig:
         value, found = plain(getattr(cfg, name, None)), getattr(shape, name)
         if value is not None and value != found:
             raise ValueError(
-                f"model.{name}: {value}, but the student made from model.init_from={cfg.init_from} has {found}; leave "
-                "the field out, which pruning fills in"
+                f"model.{name}: {value}, but the student made from model.init_from={cfg.init_from} has {found}; "
+                "remove the field, which pruning fills in"
             )
     return shape
 
 
 def _with_widths(shape: EncoderConfig, cfg: Any) -> EncoderConfig:
-    """The shape with ``cfg.unit_widths``, which factorise linear maps at the start: ``{rank: 96}``.
+    """The shape with ``cfg.unit_widths``, such as ``{rank: 96}``, which factorises linear maps at the start.
 
     Raises:
-        ValueError: they are not usable, or the encoder has others already.
+        ValueError: they are not usable, or the encoder already has others.
     """
     asked = plain(getattr(cfg, "unit_widths", None))
     if asked in (None, {}, shape.unit_widths):
@@ -177,12 +179,12 @@ def _with_widths(shape: EncoderConfig, cfg: Any) -> EncoderConfig:
         wanted = shape.replace(unit_widths=asked)
     except (AttributeError, TypeError) as error:
         raise ValueError(
-            f"model.unit_widths: {asked}; expected the rank of all linear maps, or of each: {{rank: 96}}"
+            f"model.unit_widths: {asked}; expected a rank for all linear maps, or for each: {{rank: 96}}"
         ) from error
     if shape.unit_widths and wanted != shape:
         raise ValueError(
             f"model.unit_widths: {asked}, but the student made from model.init_from={cfg.init_from} has "
-            f"{shape.unit_widths}; leave the field out, which pruning fills in"
+            f"{shape.unit_widths}; remove the field, which pruning fills in"
         )
     return wanted.replace(original_parameters=shape.original_parameters or full_parameters(shape))
 
@@ -190,12 +192,12 @@ def _with_widths(shape: EncoderConfig, cfg: Any) -> EncoderConfig:
 def copied_state(
     teacher: Mapping[str, Tensor], parts: Sequence[str], layers: Sequence[int | None] | None
 ) -> dict[str, Tensor]:
-    """The teacher's tensors under the names that they have in the student.
+    """The teacher's tensors by their names in the student.
 
     Args:
         teacher: state dict of a :class:`SpeechEncoder`.
-        parts: out of :data:`PARTS`.
-        layers: see :func:`layers_of`; None: all in their order.
+        parts: names from :data:`PARTS`.
+        layers: see :func:`layers_of`; None: all in order.
     """
     state = {}
     for name, tensor in teacher.items():
@@ -212,20 +214,20 @@ def copied_state(
 
 
 def make_student(teacher: SpeechEncoder, cfg: Any) -> SpeechEncoder:
-    """A student that starts as ``cfg`` says, with gates on ``cfg.pruning_units``.
+    """Builds the student of ``cfg``, with gates on ``cfg.pruning_units``.
 
-    What only one of the two has, such as relative position, is left out, or random. What is random depends on
-    ``cfg.seed`` alone: it is the same on every rank.
+    Parts that only one of the two has, such as relative position, are dropped or random. Random weights depend only on
+    ``cfg.seed``, so they are equal on all ranks.
 
     Args:
         teacher: without gates.
         cfg: model config of a run.
 
     Returns:
-        the student; the teacher itself where it is to be copied whole and gets no gates.
+        the student; the teacher itself if it is copied completely and gets no gates.
 
     Raises:
-        ValueError: the fields of ``cfg`` do not fit the teacher or each other; names one.
+        ValueError: the fields of ``cfg`` do not match the teacher or each other; names one.
     """
     parts, layers = parts_of(cfg), layers_of(cfg, teacher.config)
     shape = student_shape(teacher.config, cfg)
@@ -242,7 +244,7 @@ def make_student(teacher: SpeechEncoder, cfg: Any) -> SpeechEncoder:
     state = with_units(shape, copied_state(teacher.state_dict(), parts, layers), teacher.config)
     copied = {k: v for k, v in state.items() if k in own}
     student.load_state_dict(copied, strict=False)
-    if "projection" in parts:  # it stands among what that makes
+    if "projection" in parts:  # its module belongs to that part
         student.mask_embedding = teacher.mask_embedding
     drawn = sum(v.numel() for k, v in own.items() if not (k in copied or k.startswith("gates.") or k.endswith(BOUNDS)))
     if not whole:
@@ -252,20 +254,19 @@ def make_student(teacher: SpeechEncoder, cfg: Any) -> SpeechEncoder:
 
 @contextlib.contextmanager
 def _random_by(seed: int) -> Iterator[None]:
-    """Inside, torch's random numbers on the CPU are those of this seed; outside, none has been used up."""
+    """Seeds torch's CPU generator inside the block, and restores its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def initial_student(cfg: Any) -> SpeechEncoder:
-    """The student that training starts from, made of the file ``cfg.init_from``.
+    """Builds the initial student from the file ``cfg.init_from``.
 
-    A gated stage-1 checkpoint is shrunk to the sparsity that its stage aimed at. From other encoders the student is
-    made by :func:`make_student`.
+    Shrinks a gated stage-1 checkpoint to its target sparsity. For other encoders it calls :func:`make_student`.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing or not a known encoder, or fields of ``cfg`` do not fit it.
+        FileNotFoundError, ValueError: the file is missing or not a known encoder, or fields of ``cfg`` do not match it.
     """
     path = Path(cfg.init_from or "")
     with named("model.init_from"):
@@ -277,23 +278,23 @@ def initial_student(cfg: Any) -> SpeechEncoder:
         if cfg.pruning_units:
             raise ValueError(
                 f"model.init_from: {cfg.init_from} already has gates; leave model.pruning_units empty to shrink it and "
-                "distil on, or give an ungated teacher"
+                "distil further, or give an ungated teacher"
             )
         encoder = _shrunk(encoder, source, cfg)
     return make_student(encoder, cfg)
 
 
 def _nested(encoder: SpeechEncoder, source: EncoderSource, cfg: Any) -> SpeechEncoder:
-    """The largest size of an elastic run's stage 1, with the order of its units; of stage 2 the student as it is.
+    """The largest size of an elastic run's stage 1, with the order of its units; a student of stage 2 is unchanged.
 
     Raises:
-        ValueError: the file is of another run.
+        ValueError: the file is not from an elastic run.
     """
     trained = source.provenance.get("elastic")
     if trained is None or not encoder.config.pruning_units:
         raise ValueError(
             f"model.nested: true, but model.init_from={cfg.init_from} was not trained with criterion.elastic; give a "
-            "stage-1 checkpoint that was, or leave model.nested out"
+            "stage-1 checkpoint that was, or remove model.nested"
         )
     if is_settled(encoder):
         return encoder

@@ -1,4 +1,4 @@
-"""WavLM and its kin as one fairseq model, pre-trainable by fairseq's ``hubert_pretraining``."""
+"""WavLM, HuBERT and related models as one fairseq model, for pre-training with fairseq's ``hubert_pretraining``."""
 
 import dataclasses
 from collections.abc import Container
@@ -27,11 +27,11 @@ NOT_HERE = (
     "fp16",
     "latent_temp",
 )
-"""HuBERT's fields for conformers and padding, which this encoder does not have: a config that sets one is refused."""
+"""HuBERT's fields for conformers and padding, which this encoder lacks; a config that sets one is refused."""
 
 
 def hubert_fields(wanted: Container[str]) -> Any:
-    """A base class for configs with these fields of fairseq's ``HubertConfig``."""
+    """Makes a base class for configs with these fields of fairseq's ``HubertConfig``."""
     chosen = []
     for f in dataclasses.fields(HubertConfig):
         if f.name in wanted:
@@ -44,16 +44,16 @@ _Hubert: Any = hubert_fields({f.name for f in dataclasses.fields(HubertConfig)} 
 
 @dataclass
 class WavLMConfig(_Hubert):
-    """HuBERT's configuration, without :data:`NOT_HERE`, and what WavLM adds."""
+    """HuBERT's configuration without :data:`NOT_HERE`, plus WavLM's fields."""
 
     relative_position: bool = field(
         default=True, metadata={"help": "WavLM's gated relative position bias; false makes it HuBERT"}
     )
     pos_conv_depth: int = field(
-        default=1, metadata={"help": "positional convolutions one after another: 5 in data2vec, 1 elsewhere"}
+        default=1, metadata={"help": "number of consecutive positional convolutions: 5 in data2vec, 1 elsewhere"}
     )
     num_buckets: int = field(default=320, metadata={"help": "buckets of the relative position table"})
-    max_distance: int = field(default=800, metadata={"help": "distance (frames) from which positions share a bucket"})
+    max_distance: int = field(default=800, metadata={"help": "distance, frames, from which positions share a bucket"})
     normalize: bool = field(
         default=II("task.normalize"), metadata={"help": "whether the model expects normalised waveforms"}
     )
@@ -64,7 +64,7 @@ class WavLMConfig(_Hubert):
 
 
 def encoder_config(cfg: Any) -> EncoderConfig:
-    """The shape written in a fairseq model config (a dataclass, DictConfig or namespace).
+    """The shape in a fairseq model config (a dataclass, DictConfig or namespace).
 
     Raises:
         ValueError: a field's value is not usable; names the field.
@@ -74,7 +74,7 @@ def encoder_config(cfg: Any) -> EncoderConfig:
 
 
 def fairseq_fields(config: EncoderConfig) -> Dict[str, Any]:
-    """The inverse: fields of a fairseq model config that describe this shape."""
+    """The inverse: the fields of a fairseq model config for this shape."""
     fields = config.to_dict()
     fields["conv_feature_layers"] = format_conv_layers(config.conv_feature_layers)
     return fields
@@ -92,7 +92,7 @@ def dropouts(cfg: Any) -> Dropouts:
 
 
 def avoid_wrong_gelu() -> None:
-    """Switches oneDNN off for torch < 1.13 on CPUs: its GELU gives NaN where the gradient is a transposed view."""
+    """Disables oneDNN for torch < 1.13 on CPUs, whose GELU gives NaN if the gradient is a transposed view."""
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (1, 13):
         torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
 
@@ -101,12 +101,12 @@ def avoid_wrong_gelu() -> None:
 class WavLMModel(HubertModel):
     """:class:`SpeechEncoder` with HuBERT's masked-prediction heads.
 
-    Everything that concerns masking, targets and logits is fairseq's; the encoder is ours.
+    Masking, targets and logits are fairseq's; the encoder is ours.
 
     Args:
         cfg: model config.
-        task_cfg: config of the task; its ``sample_rate`` relates labels to frames.
-        dictionaries: label dictionaries; with None in it, no prediction heads are made (fine-tuning).
+        task_cfg: the task's config; its ``sample_rate`` relates labels to frames.
+        dictionaries: label dictionaries; if one is None, there are no prediction heads (fine-tuning).
     """
 
     def __init__(self, cfg: WavLMConfig, task_cfg: Any, dictionaries: List[Any]) -> None:
@@ -134,7 +134,7 @@ class WavLMModel(HubertModel):
             self.label_embs_concat = nn.Parameter(torch.empty(sum(self.num_classes), final_dim).uniform_())
 
     def _init_masking(self, cfg: Any) -> None:
-        """Time and channel masking, under the names that HubertModel.apply_mask reads."""
+        """Time and channel masking, with the names that HubertModel.apply_mask reads."""
         for name in ("prob", "selection", "other", "length", "min_space"):
             for kind in ("mask_", "mask_channel_"):
                 setattr(self, kind + name, getattr(cfg, kind + name))
@@ -147,7 +147,7 @@ class WavLMModel(HubertModel):
         """Called by fairseq."""
         return cls(cfg, task.cfg, getattr(task, "dictionaries", [None]))
 
-    # The names under which HubertModel.forward looks for the encoder's parts.
+    # The names that HubertModel.forward uses for the encoder's parts.
 
     @property
     def layer_norm(self) -> Optional[nn.Module]:
@@ -170,7 +170,7 @@ class WavLMModel(HubertModel):
         return self.speech_encoder.transformer
 
     def forward_features(self, source: Tensor) -> Tensor:
-        """(B, N) samples to (B, C, T) conv features, their gradient scaled by ``feature_grad_mult``."""
+        """(B, N) samples to (B, C, T) conv features, with gradients scaled by ``feature_grad_mult``."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.feature_grad_mult > 0):
             features, _ = self.speech_encoder.feature_extractor(source)
         if self.feature_grad_mult not in (0.0, 1.0):

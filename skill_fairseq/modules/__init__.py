@@ -1,1 +1,1 @@
-"""The encoder's building blocks in plain torch; per-layer widths are passed in."""
+"""The encoder's building blocks in plain torch, with individual widths per layer."""

@@ -1,4 +1,4 @@
-"""Activation and strided convolution in one step, as matrix products over frames."""
+"""Activation and strided convolution in one step, computed as matrix products over frames."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type that matrix products on this tensor's device take: autocast's where it is on, else the tensor's own."""
+    """The dtype of matrix products on this tensor's device: autocast's if enabled, else the tensor's own."""
     kind = x.device.type
-    if x.dtype == torch.float64:  # autocast leaves it alone
+    if x.dtype == torch.float64:  # autocast does not change it
         return x.dtype
     if hasattr(torch, "get_autocast_dtype"):
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
@@ -32,7 +32,7 @@ def _activation_gradient(grad: Tensor, x: Tensor, activation: str) -> Tensor:
 
 
 class _ActivatedConv(torch.autograd.Function):
-    """Keeps only the input for the backward pass, which recomputes the activation: that is cheap."""
+    """Keeps only the input for the backward pass, which recomputes the cheap activation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Tensor, bias: Optional[Tensor], stride: int, activation: str) -> Tensor:
@@ -83,7 +83,7 @@ class _ActivatedConv(torch.autograd.Function):
 
 
 def _by_shift(kernel: Tensor, stride: int) -> Tuple[Tensor, ...]:
-    """The kernel (k, C, O) in pieces that each see a whole block of ``stride`` frames: views (<= stride C, O)."""
+    """Splits the kernel (k, C, O) into pieces for blocks of ``stride`` frames: views (<= stride C, O)."""
     return tuple(piece.view(-1, piece.size(2)) if piece.size(0) > 1 else piece[0] for piece in kernel.split(stride))
 
 
@@ -92,19 +92,19 @@ def activated_conv(
 ) -> Tensor:
     """``conv1d(activation(x))`` over rows of frames, without padding.
 
-    ``stride`` frames are one row of a matrix, so that a convolution is as many matrix products as the kernel is
-    strides long: nothing is unfolded or reordered. A linear layer is the case of kernel and stride 1.
+    ``stride`` frames form one row of a matrix, and the convolution is one matrix product per stride of the kernel's
+    length, without unfolding or reordering. A linear layer is the case of kernel and stride 1.
 
     Args:
-        x: (N, C) frames before the activation, N a multiple of ``stride``. Utterances of a batch follow each other.
-        kernel: (k, C, O), contiguous or of k = 1.
+        x: (N, C) frames before the activation, N a multiple of ``stride``. Utterances of a batch are concatenated.
+        kernel: (k, C, O), contiguous or with k = 1.
         bias: (O,) or None.
         stride: frames.
         activation: "gelu" or "relu".
 
     Returns:
-        (N / stride, O): row i sees the frames ``i stride`` to ``i stride + k - 1``. The last ``ceil(k / stride) - 1``
-        rows of an utterance reach beyond it and are not to be used.
+        (N / stride, O): row i covers the frames ``i stride`` to ``i stride + k - 1``. The last ``ceil(k / stride) - 1``
+        rows of an utterance reach beyond it and must not be used.
     """
     dtype = compute_dtype(x)
     x, kernel = x.to(dtype).contiguous(), kernel.to(dtype)

@@ -1,4 +1,4 @@
-"""Adapters: small networks beside the feed-forward networks, for a task that is learned beside distillation."""
+"""Adapters: small networks beside the feed-forward networks, for a task that is learned during distillation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ ACTIVATIONS = ("relu", "elu")
 FORMS = ("plain", "residual")
 """Values of ``model.adapter_form``: :class:`Adapter`, :class:`ResidualAdapter`."""
 NOISE = (0.1, 0.5)
-"""Least and largest standard deviation of the noise, as shares of the mean activation."""
+"""Least and largest standard deviation of the noise, relative to the mean activation."""
 
 
 class Adapter(nn.Module):
-    """Linear, activation, linear, as in OS-KDFT's repository (arXiv:2305.17394). In training normal noise is added to
-    the activations, whose standard deviation is drawn again each time: U(0.1, 0.5) times their mean magnitude.
+    """Linear, activation, linear, as in OS-KDFT's repository (arXiv:2305.17394). Training adds normal noise to the
+    activations, with a random standard deviation each time: U(0.1, 0.5) times their mean magnitude.
 
     Args:
         embed_dim: D.
-        width: features in between.
+        width: hidden features.
         activation: "relu" (its HuBERT student) or "elu" (its WavLM student).
     """
 
@@ -30,7 +30,7 @@ class Adapter(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) input of the feed-forward network to (B, T, D), what is added to its output."""
+        """(B, T, D) input of the feed-forward network to (B, T, D), to add to its output."""
         y = self.down(x)
         y = F.relu(y) if self.activation == "relu" else F.elu(y)
         if self.training:
@@ -41,8 +41,8 @@ class Adapter(nn.Module):
 
 
 class ResidualAdapter(nn.Module):
-    """x + 0.1 up(relu(down(LayerNorm(x)))), of the first scripts of OS-KDFT (arXiv:2305.17394): with the
-    layer's own residual, x is there twice. ``up`` starts at 0; there is no noise.
+    """x + 0.1 up(relu(down(LayerNorm(x)))), from the first scripts of OS-KDFT (arXiv:2305.17394): with the layer's own
+    residual, x is added twice. ``up`` starts at 0; there is no noise.
 
     Args:
         embed_dim, width: see :class:`Adapter`.
@@ -63,10 +63,10 @@ class ResidualAdapter(nn.Module):
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) input of the feed-forward sublayer, before its LayerNorm, to (B, T, D), what its output gets."""
+        """(B, T, D) input of the feed-forward sublayer, before its LayerNorm, to (B, T, D), to add to its output."""
         return x + self.SCALE * self.up(F.relu(self.down(self.norm(x))))
 
 
 def make_adapter(embed_dim: int, width: int, activation: str, form: str) -> nn.Module:
-    """The adapter of a form; ``activation`` is that of the plain one."""
+    """Builds an adapter; only the plain form uses ``activation``."""
     return ResidualAdapter(embed_dim, width) if form == "residual" else Adapter(embed_dim, width, activation)

@@ -1,4 +1,4 @@
-"""Multi-head self-attention with WavLM's gated relative position, over the heads that are left."""
+"""Multi-head self-attention with WavLM's gated relative position, over the remaining heads."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class RelativePositionGate(nn.Module):
     """Gates the position bias by the content of the query frame (Chen et al. 2022, equations 4-6).
 
     Args:
-        head_dim: d, features a head.
-        num_heads: heads before pruning; ``grep_a`` keeps one entry for each of them.
+        head_dim: d, features per head.
+        num_heads: heads before pruning; ``grep_a`` keeps an entry for each.
     """
 
     def __init__(self, head_dim: int, num_heads: int) -> None:
@@ -48,7 +48,7 @@ class RelativePositionGate(nn.Module):
         if heads.numel() < num_heads:
             x = x.index_select(2, heads)
         if has_plain_weight(self.grep_linear):
-            # Four outputs are added up for each of the two gates: so may be their weights.
+            # Each of the two gates sums four outputs, so their weights can be summed instead.
             weight = self.grep_linear.weight.unflatten(0, (2, 4)).sum(1)
             bias = self.grep_linear.bias.unflatten(0, (2, 4)).sum(1)
             gates = F.linear(x, weight, bias).sigmoid()  # (B, T, h, 2)
@@ -59,21 +59,21 @@ class RelativePositionGate(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over the heads ``heads`` out of ``full_heads``; with none left it returns its output bias.
+    """Self-attention over the heads ``heads`` of ``full_heads``; without heads it returns its output bias.
 
     Args:
         embed_dim: D.
         head_dim: d.
-        heads: indices of the heads that are left; relative position and its gate are looked up by them.
+        heads: indices of the remaining heads; they index relative position and its gate.
         full_heads: heads before pruning.
         dropout: attention dropout probability.
         relative_position: whether WavLM's gated relative position is used.
-        reuses: whether the attention map is another layer's: there are no query, key and relative position then.
+        reuses: whether it uses another layer's attention map, and has no query, key and relative position.
 
     Attributes:
-        gate: of the heads, or None.
-        output_gate: of the whole sublayer, or None.
-        attend, attend_with_maps: what computes softmax and values; recorded graphs have their own.
+        gate: gate of the heads, or None.
+        output_gate: gate of the whole sublayer, or None.
+        attend, attend_with_maps: functions that compute softmax and values; exported graphs replace them.
     """
 
     attend: Kernel = staticmethod(attend)
@@ -120,15 +120,15 @@ class SelfAttention(nn.Module):
     ) -> Union[Tensor, Tuple[Tensor, AttentionMaps]]:
         """Args:
             x: (B, T, D) frames.
-            by_offset: (full heads, 2T - 1) position bias as :class:`RelativePosition` gives it, or None.
-            padding_mask: (B, T) bool, True = padding, or None where nothing is padded.
-            draw: the gates of this forward; None where there are none.
-            with_maps: give the attention maps too, of closed heads as well; at least one head must be left. The whole
-                layer is computed for it, in (B, H, T, T) memory.
-            reused: the maps of another layer, where ``reuses``; they are given again where maps are asked for.
+            by_offset: (full heads, 2T - 1) position bias from :class:`RelativePosition`, or None.
+            padding_mask: (B, T) bool, True = padding, or None without padding.
+            draw: the gates of this forward, or None.
+            with_maps: also return the attention maps, including those of closed heads; at least one head must remain.
+                This computes the whole layer, with (B, H, T, T) memory.
+            reused: the maps of another layer, if ``reuses``; they are returned if maps are requested.
 
         Returns:
-            (B, T, D), and the maps where they are asked for.
+            (B, T, D), and the maps if requested.
         """
         if self.reuses:
             assert reused is not None
@@ -146,7 +146,8 @@ class SelfAttention(nn.Module):
         return gated_output(self, output, [x, by_offset], lambda: self._attend(x, by_offset, padding_mask, draw))
 
     def _attend_reused(self, x: Tensor, weights: Tensor, draw: Optional[Draw]) -> Tensor:
-        """This layer's values under the (B, h, T, T) maps of another, without dropout (ARMHuBERT, arXiv:2305.11685)."""
+        """This layer's values weighted by another layer's (B, h, T, T) maps, without dropout (ARMHuBERT,
+        arXiv:2305.11685)."""
         v = linear(self.v_proj, x, draw=draw).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         y = (weights.to(v.dtype) @ v).transpose(1, 2)
         return linear(self.out_proj, y.flatten(2), draw=draw)
@@ -159,7 +160,7 @@ class SelfAttention(nn.Module):
         draw: Optional[Draw],
         maps: Optional[List[Tensor]] = None,
     ) -> Tensor:
-        """Only the heads whose gates are open; their (B, h, T, T) attention maps are added to ``maps``."""
+        """Computes only heads with open gates; appends their (B, h, T, T) attention maps to ``maps``."""
         units = None if draw is None else draw.of(self.gate)
         if maps is not None:
             units = all_units(units, self.heads.numel())

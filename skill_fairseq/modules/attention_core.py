@@ -1,4 +1,4 @@
-"""softmax(q k^T / sqrt(d) + gated relative position bias) v, without a (T, T) matrix that outlives its use."""
+"""softmax(q k^T / sqrt(d) + gated relative position bias) v, without keeping (T, T) matrices."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_SCORES = 1 << 19
-"""Scores computed at a time on a CPU: 2 MB, about a core's cache."""
+"""Scores per block on a CPU: 2 MB, about a core's cache."""
 BLOCK_QUERIES = 64
 LONG = 800
-"""Frames (16 s) from which inference on a CPU goes block by block. Of 12 heads of 64 on one thread of a Xeon with AMX,
-blocks take 1.5 times what torch's kernel with a whole bias takes at 1 s, 1.07 at 16 s, 0.86 at 20 s, 0.82 at 60 s."""
+"""Frames (16 s) from which inference on a CPU uses blocks. For 12 heads of 64 on one thread of a Xeon with AMX, blocks
+take 1.5 times as long as torch's kernel with a whole bias at 1 s, 1.07 at 16 s, 0.86 at 20 s, 0.82 at 60 s."""
 
 Kernel = Callable[
     [Tensor, Tensor, Tensor, Optional[Tensor], Optional[Tensor], Optional[Tensor], float],
     Tensor,
 ]
-"""Attention of arguments like :func:`attend`'s, with keys and values in the order of ``by_offset``."""
+"""An attention function with the arguments of :func:`attend`, and keys and values in the order of ``by_offset``."""
 
 
 def expand_offsets(by_offset: Tensor) -> Tensor:
-    """Position bias of every pair: (h, 2T - 1) by offset to (h, T, T), a view; the *keys count backwards*.
+    """Position bias of every pair: (h, 2T - 1) by offset to (h, T, T), a view in which *keys are reversed*.
 
     Args:
         by_offset: bias of the offsets key - query = T - 1 down to 1 - T.
 
     Returns:
-        [h, i, j] is the bias of query i for key T - 1 - j. For keys in order there is no strided view.
+        [h, i, j] is the bias of query i for key T - 1 - j. Keys in order would not be a strided view.
     """
     return by_offset.unfold(1, (by_offset.size(1) + 1) // 2, 1)
 
@@ -49,7 +49,7 @@ def attend(
         q, k, v: (B, h, T, d).
         factor: (B, h, T, 1), each query's factor of the bias; None: no bias.
         by_offset: (h, 2T - 1), see :func:`expand_offsets`; None: no bias.
-        padding_mask: (B, T) bool, True where a key is hidden, but no row all True; None: nothing is hidden.
+        padding_mask: (B, T) bool, True = masked key, with at least one False per row; None: no masked keys.
         dropout: probability of dropping an attention weight.
 
     Returns:
@@ -72,7 +72,7 @@ def attend_with_maps(
     padding_mask: Optional[Tensor] = None,
     dropout: float = 0.0,
 ) -> Tuple[Tensor, Tensor]:
-    """:func:`attend` for those who want the attention maps too.
+    """:func:`attend` that also returns the attention maps.
 
     Returns:
         (B, T, h, d), and the (B, h, T, T) softmaxes before dropout, keys in order, in at least float32.
@@ -85,18 +85,18 @@ def attend_with_maps(
 
 
 def choose_kernel(device: str, frames: int, matrix: bool, gradients: bool) -> Kernel:
-    """The kernel that is fast on a device without keeping more than it must.
+    """Chooses a kernel that is fast on a device and keeps little memory.
 
     Args:
-        device: type of the device, "cpu" or another.
+        device: the device's type, such as "cpu".
         frames: T.
-        matrix: whether there is a bias or a padding mask, which torch's kernel takes as a (B, h, T, T) matrix.
-        gradients: whether gradients may be asked for.
+        matrix: whether there is a bias or a padding mask, which torch's kernel needs as a (B, h, T, T) matrix.
+        gradients: whether gradients may be needed.
     """
     fused = hasattr(F, "scaled_dot_product_attention")  # torch >= 2.0
     if device != "cpu":
         return attend_fused if fused else attend_whole
-    # torch's CPU kernels have no gradient of the bias and no dropout: they would fall back to whole matrices.
+    # torch's CPU kernels lack a gradient of the bias and dropout, and would fall back to whole matrices.
     linear = not matrix and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")  # torch >= 2.2
     if gradients or not fused or frames > LONG and not linear:
         return attend_blockwise
@@ -112,11 +112,12 @@ def attend_fused(
     padding_mask: Optional[Tensor],
     dropout: float,
 ) -> Tensor:
-    """torch's kernel: GPUs, and short inputs on CPUs.
+    """torch's kernel, for GPUs and for short inputs on CPUs.
 
-    It wants the bias as one (B, h, T, T) matrix of the queries' type, and keeps it for the backward pass. For Base (12
-    heads, 12 layers) and 156 s of audio that is, as 10 utterances of 15.6 s, 146 MB a layer and 1.75 GB in all in bf16,
-    twice that in float32; as one utterance 1.46 GB a layer. ``model.checkpoint_activations`` keeps one layer's.
+    It needs the bias as one (B, h, T, T) matrix of the queries' dtype, and keeps it for the backward pass. For Base (12
+    heads, 12 layers) and 156 s of audio in bf16, this is 146 MB per layer and 1.75 GB in total for 10 utterances of
+    15.6 s (twice that in float32), and 1.46 GB per layer for one utterance. With ``model.checkpoint_activations`` only
+    one layer's is kept.
     """
     bias = _bias(q, factor, by_offset, padding_mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout).transpose(1, 2)
@@ -154,7 +155,7 @@ def _whole(
 def _bias(
     q: Tensor, factor: Optional[Tensor], by_offset: Optional[Tensor], padding_mask: Optional[Tensor]
 ) -> Optional[Tensor]:
-    """What is added to the scores, (B, h, T, T) or, with only a mask, (B, 1, 1, T); None: nothing."""
+    """The bias of the scores, (B, h, T, T) or, with only a mask, (B, 1, 1, T); None: no bias."""
     bias = None if factor is None or by_offset is None else factor.to(q.dtype) * expand_offsets(by_offset.to(q.dtype))
     if padding_mask is None:
         return bias
@@ -172,7 +173,7 @@ def attend_blockwise(
     padding_mask: Optional[Tensor],
     dropout: float,
 ) -> Tensor:
-    """Block by block, in memory that grows with T: training and long inputs on CPUs."""
+    """Computes by blocks, with memory linear in T, for training and long inputs on CPUs."""
     batch, heads = q.shape[:2]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     if factor is not None and by_offset is not None:
@@ -185,11 +186,11 @@ def attend_blockwise(
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """Goes through the score matrices block by block, forward and, computing them again, backward.
+    """Computes the score matrices by blocks in the forward pass, and again in the backward pass.
 
-    Inputs are those of :func:`attend` with a first dimension for the pairs of an utterance and a head. Kept for the
-    backward pass are they and a seed, which brings back what dropout dropped. All is computed in float32 (float64 for
-    float64 input).
+    Inputs are those of :func:`attend`, with the pairs of utterance and head as the first dimension. The backward pass
+    keeps only them and a seed, from which it regenerates the dropout masks. Computes in float32 (float64 for float64
+    input).
     """
 
     @staticmethod
@@ -257,7 +258,7 @@ class _BlockwiseAttention(torch.autograd.Function):
 
 
 class _Dropout(NamedTuple):
-    """Dropout that can be repeated. Probabilities are rounded to 1 / 65536: 16 random bits decide a weight."""
+    """Repeatable dropout. Probabilities are rounded to 1 / 65536, because 16 random bits decide on each weight."""
 
     probability: float
     seed: int
@@ -268,11 +269,11 @@ class _Dropout(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """Factor of what is kept."""
+        """Factor of kept weights."""
         return 65536 / (65536 - self.threshold) if self.threshold < 65536 else 0.0
 
     def masks(self, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """A function that gives, call by call, the same masks every time: True for what is kept of its argument."""
+        """A function that returns the same sequence of masks each time: True for kept entries of its argument."""
         generator = torch.Generator(device).manual_seed(self.seed)
 
         def mask(like: Tensor) -> Tensor:
@@ -284,11 +285,11 @@ class _Dropout(NamedTuple):
 
 
 class _OffsetSums:
-    """Adds up gradients of scores that belong to one offset.
+    """Sums gradients of scores by offset.
 
     Args:
         shape: (pairs, 2T - 1) of the result ``total``.
-        dtype, device: of the gradients.
+        dtype, device: those of the gradients.
     """
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
@@ -296,24 +297,24 @@ class _OffsetSums:
         self._skewed = self.total[:0]
 
     def add(self, scores: Tensor, factor: Tensor, pairs: slice, queries: slice) -> None:
-        """(n, t, T) gradients of scores of some queries, keys backwards, times the (n, t, 1) factor of the bias."""
+        """Adds (n, t, T) gradients of scores of some queries, keys reversed, times the (n, t, 1) factor of the bias."""
         num_pairs, num_queries, frames = scores.shape
         width = frames + num_queries - 1
         if self._skewed.shape != (num_pairs, num_queries, width):
             self._skewed = scores.new_zeros(num_pairs, num_queries, width)
-        # Entry (i, j) goes to column i + j of a wider matrix: the same place plus i places a row. The rest stays 0.
+        # Entry (i, j) goes to column i + j of a wider matrix, which shifts row i by i places. The rest stays 0.
         view = self._skewed.as_strided(scores.shape, (num_queries * width, width + 1, 1))
         torch.mul(scores, factor, out=view)
         self.total[pairs, queries.start : queries.start + width] += self._skewed.sum(1)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32."""
+    """Casts half precision to float32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _blocks(q: Tensor) -> Iterator[Tuple[slice, slice]]:
-    """Pairs of utterance and head, and queries, that are computed together."""
+    """Slices of pairs of utterance and head, and of queries, to compute together."""
     pairs, frames = q.shape[:2]
     num_queries = min(BLOCK_QUERIES, frames)
     num_pairs = max(1, min(pairs, BLOCK_SCORES // (num_queries * frames)))
@@ -336,6 +337,6 @@ def _weights(
     if factor is not None and by_offset is not None:
         scores.addcmul_(factor[n, t].to(scores.dtype), expand_offsets(by_offset[n])[:, t].to(scores.dtype))
     if padding_mask is not None:
-        # Not -inf: an utterance without a frame would give NaN, and its gradient too.
+        # Not -inf: an utterance without frames would give NaN values and gradients.
         scores.masked_fill_(padding_mask[n, None], torch.finfo(scores.dtype).min)
     return scores.softmax(-1)

@@ -1,8 +1,9 @@
-"""The shape of an encoder as data: one dataclass describes teacher, gated student and shrunk student."""
+"""The shape of an encoder: one dataclass describes teacher, gated student and shrunk student."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -20,10 +21,11 @@ _NUMBERS = r"\(\s*{0}\s*,\s*{0}\s*,\s*{0}\s*\)"
 _CONV_TUPLE = re.compile(_NUMBERS.format(r"(\d+)"))
 _CONV_TERM = re.compile(r"\[\s*({0}(?:\s*,\s*{0})*)\s*,?\s*\](?:\s*\*\s*(\d+))?".format(_NUMBERS.format(r"\d+")))
 MAX_CONV_LAYERS = 64
-LIMITS = {"encoder_layers": 1000, "encoder_attention_heads": 1024, "pos_conv_depth": 100}
-"""Of numbers that cost time and memory before a weight is looked at; the largest published are 48, 20 and 5."""
-LEAST = {"adapter_dim": 0}
-"""Of whole numbers, where it is not 1."""
+LIMITS = {"encoder_layers": 1000, "encoder_attention_heads": 1024, "pos_conv_depth": 100, "mel_bins": 80}
+"""Limits of numbers that cost time and memory before any weight is read; the largest published are 48, 20 and 5. With
+more than 80 mel filters the lowest would fall between the bins of a 25 ms spectrum."""
+LEAST = {"adapter_dim": 0, "mel_bins": 0}
+"""Least values of whole numbers, if not 1."""
 UNWRITTEN: Dict[str, Any] = {
     "unit_widths": {},
     "time_reduction": 1,
@@ -31,9 +33,10 @@ UNWRITTEN: Dict[str, Any] = {
     "adapter_dim": 0,
     "adapter_activation": "relu",
     "adapter_form": "plain",
+    "mel_bins": 0,
     "quantize": "none",
 }
-"""Fields that earlier versions do not know, with the value at which they are not written."""
+"""Fields that earlier versions do not know, with the default at which they are not written."""
 
 
 def parse_conv_layers(value: Any) -> ConvLayers:
@@ -43,7 +46,7 @@ def parse_conv_layers(value: Any) -> ConvLayers:
         value: the string, or a sequence of (channels, kernel, stride) triples.
 
     Returns:
-        one (channels, kernel size, stride) a layer.
+        one (channels, kernel size, stride) per layer.
 
     Raises:
         ValueError: the string is not a sum of lists of triples, there are too many, or a number is not positive.
@@ -90,18 +93,22 @@ def format_conv_layers(layers: Sequence[Sequence[int]]) -> str:
 class EncoderConfig:
     """Shape of a speech encoder; field names are fairseq's where fairseq has the field.
 
-    The full widths (``conv_feature_layers``, ``encoder_attention_heads``, ``encoder_ffn_embed_dim``) stay those of
-    the original model for life, because normalisation statistics and relative positions refer to them. What is
-    left after pruning stands in ``conv_channels``, ``heads`` and ``ffn_dims``; ``None`` there means all of it.
+    The full widths (``conv_feature_layers``, ``encoder_attention_heads``, ``encoder_ffn_embed_dim``) always stay those
+    of the original model, because normalisation statistics and relative positions refer to them. ``conv_channels``,
+    ``heads`` and ``ffn_dims`` hold what remains after pruning; ``None`` means everything.
 
-    ``pos_conv_depth`` 1 is the one positional convolution of wav2vec 2.0, with weight norm and ``conv_pos`` frames
-    long; above 1 it is data2vec's stack of so many, each ``conv_pos // pos_conv_depth`` frames long.
+    ``pos_conv_depth`` 1 is wav2vec 2.0's single positional convolution, with weight norm and a kernel of ``conv_pos``
+    frames; above 1 it is data2vec's stack of this many, each with a kernel of ``conv_pos // pos_conv_depth`` frames.
 
-    Between convolutions and transformer come a LayerNorm (not with ``feature_layer_norm`` false: DistilHuBERT) and a
-    linear map (not with ``feature_linear`` false: the last convolution has the model's width, and keeps it).
+    A LayerNorm (except with ``feature_layer_norm`` false: DistilHuBERT) and a linear map (except with
+    ``feature_linear`` false: the last convolution has the model's width, and is not pruned) follow the convolutions.
 
-    With ``time_reduction`` above 1 a convolution in front of layer 1 makes one frame of so many (FitHuBERT). Layers in
-    ``reuse_attention``, counted from 1, have no query and key: they take the attention map of the nearest layer below
+    With ``mel_bins`` above 0 the convolutions read that many log-mel features, of 25 ms windows every 10 ms, in place
+    of the waveform (:class:`skill_fairseq.modules.log_mel.LogMel`). Zeros are added around the audio, so that there are
+    as many frames as the published conv stack makes.
+
+    With ``time_reduction`` above 1 a convolution before layer 1 merges this many frames into one (FitHuBERT). Layers in
+    ``reuse_attention``, counted from 1, have no query and key, and use the attention map of the nearest lower layer
     that computes one (ARMHuBERT).
 
     With ``quantize`` "int8" linear layers and all convolutions but the first compute with rounded weights, those behind
@@ -130,25 +137,26 @@ class EncoderConfig:
     adapter_dim: int = 0
     adapter_activation: str = "relu"
     adapter_form: str = "plain"
+    mel_bins: int = 0
     quantize: str = "none"
     normalize: bool = False
     padding_rule: str = "chunks"
     sample_rate: int = 16000
 
-    # What pruning has left: kept conv channels a layer; a list of kept head indices a layer; kept FFN units a
-    # layer. An empty list or 0 leaves the sublayer's output bias alone, None removes the sublayer.
+    # What remains after pruning: conv channels, list of head indices, and FFN units per layer. An empty list or 0
+    # leaves only the sublayer's output bias, None removes the sublayer.
     conv_channels: Optional[List[int]] = None
     heads: Optional[List[Optional[List[int]]]] = None
     ffn_dims: Optional[List[Optional[int]]] = None
 
-    # The same of further kinds of units, by their names, of those that have been pruned: a list, or one number for all
-    # places. ``rank`` has six a layer, the ranks of its linear maps.
+    # The same for further kinds of pruned units, by name: a list, or one number for all places. ``rank`` has six per
+    # layer, the ranks of its linear maps.
     unit_widths: Dict[str, List[int]] = dataclasses.field(default_factory=dict)
 
     # Hard-concrete gates on these units (stage 1 only).
     pruning_units: List[str] = dataclasses.field(default_factory=list)
 
-    # Parameters of the encoder that the first student was pruned from; None: this one's full shape.
+    # Parameters of the encoder before any pruning; None: those of this full shape.
     original_parameters: Optional[int] = None
 
     def __post_init__(self) -> None:
@@ -201,6 +209,12 @@ class EncoderConfig:
         require(self.adapter_dim > 0 or self.adapter_form == "plain", "adapter_form", "adapter_dim above 0")
         residual = self.adapter_form == "residual"
         require(not residual or self.adapter_activation == "relu", "adapter_activation", "'relu' in a residual adapter")
+        require(
+            self.mel_bins == 0 or self.conv_downsampling == 2,
+            "conv_feature_layers",
+            "strides whose product is 2, because log-mel features (model.mel_bins) come every 10 ms and frames every "
+            "20 ms, for example '[(512,3,1), (512,3,2)]'",
+        )
         require(self.quantize in QUANTIZE, "quantize", "'none' or 'int8'")
         require(
             self.quantize == "none" or not self.pruning_units,
@@ -279,47 +293,76 @@ class EncoderConfig:
 
     @property
     def pos_conv_kernel(self) -> int:
-        """Frames of each positional convolution; a stack has at least 3, as in fairseq."""
+        """Kernel of each positional convolution, frames; in a stack at least 3, as in fairseq."""
         return self.conv_pos if self.pos_conv_depth == 1 else max(3, self.conv_pos // self.pos_conv_depth)
 
     @property
-    def feature_downsampling(self) -> int:
-        """Audio samples a frame of the convolutions (320 for every published model)."""
-        rate = 1
-        for _, _, stride in self.conv_feature_layers:
-            rate *= stride
-        return rate
+    def conv_downsampling(self) -> int:
+        """Inputs of the convolutions per frame: samples, or log-mel windows."""
+        return math.prod(stride for _, _, stride in self.conv_feature_layers)
 
     @property
-    def downsampling(self) -> int:
-        """Audio samples a frame of the output: :attr:`feature_downsampling` times ``time_reduction``."""
-        return self.feature_downsampling * self.time_reduction
-
-    @property
-    def feature_receptive_field(self) -> int:
-        """Audio samples that the convolutions' first frame sees (400 for every published model)."""
+    def conv_receptive_field(self) -> int:
+        """Inputs of the convolutions that one of their frames covers."""
         field = 1
         for _, kernel, stride in reversed(self.conv_feature_layers):
             field = (field - 1) * stride + kernel
         return field
 
     @property
+    def mel_window(self) -> int:
+        """Samples per log-mel window (25 ms)."""
+        return round(0.025 * self.sample_rate)
+
+    @property
+    def mel_hop(self) -> int:
+        """Samples from one log-mel window to the next (10 ms)."""
+        return round(0.010 * self.sample_rate)
+
+    @property
+    def mel_padding(self) -> Tuple[int, int]:
+        """Zeros added before and after the audio, so that each 25 ms window every 20 ms gives a frame."""
+        around = self.conv_receptive_field - 1
+        return around // 2 * self.mel_hop, (around - around // 2) * self.mel_hop
+
+    @property
+    def feature_downsampling(self) -> int:
+        """Audio samples per frame of the convolutions (320 for every published model)."""
+        return self.conv_downsampling * (self.mel_hop if self.mel_bins else 1)
+
+    @property
+    def downsampling(self) -> int:
+        """Audio samples per frame of the output: :attr:`feature_downsampling` times ``time_reduction``."""
+        return self.feature_downsampling * self.time_reduction
+
+    @property
+    def feature_receptive_field(self) -> int:
+        """Audio samples needed for the first frame of the convolutions (400 for every published model).
+
+        It covers just these. With ``mel_bins`` it also covers the zeros before them and some audio after them, see
+        ``mel_padding``.
+        """
+        return self.mel_window if self.mel_bins else self.conv_receptive_field
+
+    @property
     def receptive_field(self) -> int:
-        """Audio samples that the output's first frame is made of: the shortest usable input."""
+        """Audio samples of the output's first frame: the shortest usable input."""
         return self.feature_receptive_field + (self.time_reduction - 1) * self.feature_downsampling
 
     def num_frames(self, num_samples: Any) -> Any:
-        """Frames that the conv stack makes of ``num_samples`` samples (an int or an integer tensor)."""
+        """Frames of the conv stack for ``num_samples`` samples (an int or an integer tensor)."""
+        if self.mel_bins:
+            return _floor_div(num_samples - self.mel_window, self.feature_downsampling) + 1
         for _, kernel, stride in self.conv_feature_layers:
             num_samples = _floor_div(num_samples - kernel, stride) + 1
         return num_samples
 
     def num_output_frames(self, num_samples: Any) -> Any:
-        """Frames of the output, ``time_reduction`` times fewer; what is left over falls away."""
+        """Frames of the output, ``time_reduction`` times fewer; the remainder is dropped."""
         return _floor_div(self.num_frames(num_samples), self.time_reduction)
 
     def attention_sources(self) -> Dict[int, int]:
-        """For each layer of ``reuse_attention`` the layer whose map it takes, both from 1."""
+        """For each layer of ``reuse_attention`` the layer whose map it uses, both from 1."""
         sources: Dict[int, int] = {}
         for layer in self.reuse_attention:
             sources[layer] = sources.get(layer - 1, layer - 1)
@@ -334,7 +377,7 @@ class EncoderConfig:
         return self == self.full()
 
     def replace(self, **changes: Any) -> EncoderConfig:
-        """A copy with some fields changed; what was not pruned follows a changed full width."""
+        """A copy with some fields changed; unpruned widths follow a changed full width."""
         for kept, full in (
             ("conv_channels", [c for c, _, _ in self.conv_feature_layers]),
             ("heads", [list(range(self.encoder_attention_heads))] * self.encoder_layers),
@@ -345,7 +388,7 @@ class EncoderConfig:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> Dict[str, Any]:
-        """Plain types only, for JSON and for checkpoints."""
+        """Plain types, for JSON and checkpoints."""
         fields = dataclasses.asdict(self)
         fields["conv_feature_layers"] = format_conv_layers(self.conv_feature_layers)
         for name, usual in UNWRITTEN.items():
@@ -368,7 +411,7 @@ class EncoderConfig:
 
     @classmethod
     def from_fairseq(cls, fields: Mapping[str, Any]) -> EncoderConfig:
-        """The shape in a fairseq model config of plain values; other fields are passed over, None is unset.
+        """The shape in a fairseq model config of plain values; other fields are ignored, None means unset.
 
         Raises:
             ValueError: a field's value is not usable; names the field.
@@ -378,7 +421,7 @@ class EncoderConfig:
 
 
 def _floor_div(number: Any, divisor: int) -> Any:
-    """Of an int or an integer tensor; torch 1.12's own ``//`` rounds towards zero."""
+    """Floor division of an int or an integer tensor; torch 1.12's ``//`` rounds towards zero."""
     return torch.div(number, divisor, rounding_mode="floor") if isinstance(number, Tensor) else number // divisor
 
 

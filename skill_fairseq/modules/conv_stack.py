@@ -1,4 +1,4 @@
-"""The convolutional feature extractor, channel by channel prunable."""
+"""The convolutional feature extractor, with prunable channels."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from skill_fairseq.modules.fake_quantize import fake_quantize_weight
 from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.kernels import Product
+from skill_fairseq.modules.log_mel import LogMel
 from skill_fairseq.modules.low_precision import LowConv
 from skill_fairseq.modules.norms import ChannelLayerNorm, Moments, group_norm_by_moments, moments
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.slicing import take
 from skill_fairseq.modules.tf32 import exact_products
 
+Statistics = Union[Moments, Tensor]
+"""Of the whole audio: moments of the first convolution's input, or the (B, 1, 1) peak of log-mel levels."""
 CHUNK_FRAMES = 256
-"""Without gradients on a CPU, so many frames go through all layers at a time: they stay in its caches."""
+"""Frames that go through all layers at a time on a CPU without gradients, to stay in its caches."""
 
 
 class ConvLayer(nn.Module):
-    """Weights of a convolution, its normalisation, a GELU and gates; :class:`ConvStack` computes with them.
+    """A convolution's weights, normalisation and gates, for a :class:`ConvStack` to compute with, and a GELU.
 
     Args:
-        in_channels, out_channels: channels that are left.
+        in_channels, out_channels: remaining channels.
         full_channels: output channels before pruning.
         kernel_size, stride: in samples of this layer's input.
         bias: whether the convolution has a bias.
-        norm: "group" (one group a channel), "layer" (over channels) or None.
+        norm: "group" (one group per channel), "layer" (over channels) or None.
 
     Attributes:
-        gate: of the output channels, or None.
-        rounds: whether the weights are rounded, where the encoder is quantised; what they hear is not.
+        gate: gate of the output channels, or None.
+        rounds: whether the weights are rounded if the encoder is quantised; the inputs are not.
     """
 
     gate: Optional[HardConcrete] = None
@@ -62,7 +65,7 @@ class ConvLayer(nn.Module):
             self.norm = ChannelLayerNorm(out_channels, full_channels)
 
     def kernel(self, inputs: Optional[Units], outputs: Optional[Units]) -> Tensor:
-        """(k, C_in, C_out) weights of the units that are computed, the input's gates multiplied in."""
+        """(k, C_in, C_out) weights of the computed units, times the input's gates."""
         weight: Tensor = self.conv.weight
         if self.rounds:
             weight = fake_quantize_weight(weight)
@@ -72,7 +75,7 @@ class ConvLayer(nn.Module):
         return weight.permute(2, 1, 0)
 
     def bias(self, outputs: Optional[Units]) -> Optional[Tensor]:
-        """(C_out,) bias of the units that are computed, or None."""
+        """(C_out,) bias of the computed units, or None."""
         bias = self.conv.bias
         return bias if bias is None or outputs is None else take(bias, 0, outputs.indices)
 
@@ -81,10 +84,11 @@ class ConvStack(Prepared):
     """Waveform to frames.
 
     Args:
-        config: shape; uses the conv fields and ``extractor_mode``.
+        config: shape; uses the conv fields, ``mel_bins`` and ``extractor_mode``. With log-mel features, which do not
+            depend on the gain, there is no GroupNorm.
 
     Attributes:
-        bf16: whether the convolutions after the first multiply in bfloat16, once prepared and without gradients, see
+        bf16: whether the convolutions after the first multiply in bfloat16, if prepared and without gradients, see
             :func:`skill_fairseq.modules.low_precision.lower`.
     """
 
@@ -93,13 +97,14 @@ class ConvStack(Prepared):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         assert config.conv_channels is not None
+        self.log_mel = LogMel(config) if config.mel_bins else None
         layers = []
-        in_channels = 1
+        in_channels = config.mel_bins or 1
         for i, (full, kernel_size, stride) in enumerate(config.conv_feature_layers):
             if config.extractor_mode == "layer_norm":
                 norm: Optional[str] = "layer"
             else:
-                norm = "group" if i == 0 else None
+                norm = "group" if i == 0 and not config.mel_bins else None
             layers.append(
                 ConvLayer(
                     in_channels,
@@ -114,13 +119,13 @@ class ConvStack(Prepared):
             in_channels = config.conv_channels[i]
         self.layers: Sequence[ConvLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.config = config
-        # A kept channel's soft gate folds into the next convolution. After the last one may come a LayerNorm, which it
-        # cannot pass, so that gate stays: as a constant, not as a parameter.
+        # A kept channel's soft gate folds into the next convolution. The last one may precede a LayerNorm, into which
+        # it cannot fold, so that gate stays as a constant.
         self.register_buffer("scale", torch.ones(in_channels))
         self.scale: Tensor
 
     def prepare(self, kernels: str = "plain") -> None:
-        """Lays the weights out, for the kernels that may multiply."""
+        """Lays out the weights for the allowed kernels."""
         super().prepare(kernels)
         layout = self.prepared()
         convs = zip(layout[1:], self.layers[1:])
@@ -133,28 +138,31 @@ class ConvStack(Prepared):
         return any(layer.gate is not None for layer in self.layers)
 
     def forward(
-        self, source: Tensor, draw: Optional[Draw] = None, statistics: Optional[Moments] = None
+        self, source: Tensor, draw: Optional[Draw] = None, statistics: Optional[Statistics] = None
     ) -> Tuple[Tensor, Optional[Units]]:
         """Args:
             source: (B, N) samples, float32 for best results at any precision of the weights.
-            draw: the gates of this forward; None where there are none.
-            statistics: of :meth:`statistics`, where the source is a part of more audio; None: its own.
+            draw: the gates of this forward, or None.
+            statistics: the result of :meth:`statistics` if the source is a part of longer audio; None: its own.
 
         Returns:
-            (B, T, C) frames, and which channels these are, with their gates; None without gates.
+            (B, T, C) frames, and their channels with gates, or None without gates.
         """
         units = [None if draw is None else draw.of(layer.gate) for layer in self.layers]
         kernels = self._kernels(units) if self.gated else self.prepared()
+        num_frames = self.config.num_frames(source.size(1))
+        source = source.to(torch.promote_types(source.dtype, torch.float32))
+        if self.log_mel is not None:
+            source = self.log_mel(source, statistics if isinstance(statistics, Tensor) else None).flatten(1)
         samples = source.size(1)
         first = self.layers[0].conv
-        size, stride = first.kernel_size[0], first.stride[0]
-        # Whole hops, so that every layer strides over whole blocks, and what the last window takes beyond them. What
-        # sees the padding is cut off at the end.
-        padding = -samples % self.config.feature_downsampling + (-(-size // stride) - 1) * stride
-        source = source.to(torch.promote_types(source.dtype, torch.float32))
+        size, stride = first.kernel_size[0] * first.in_channels, first.stride[0] * first.in_channels
+        # Pads to whole hops, so that every layer strides over whole blocks, plus the excess of the last window. Frames
+        # that cover padding are cut off at the end.
+        hop = self.config.conv_downsampling * first.in_channels
+        padding = -samples % hop + (-(-size // stride) - 1) * stride
         windows = F.pad(source, (0, padding)).unfold(1, size, stride)
         kernel, shift = self._first_kernel(windows, samples, kernels[0], units[0], statistics)
-        num_frames = self.config.num_frames(samples)
         if torch.is_grad_enabled() or source.device.type != "cpu":
             x = self._encode(windows, kernel, shift, kernels, units)[:, :num_frames]
         else:
@@ -163,12 +171,14 @@ class ConvStack(Prepared):
         scale = self.scale if last is None else take(self.scale, 0, last.indices) * last.gate
         return x * scale.to(x.dtype), last
 
-    def statistics(self, blocks: Iterable[Tensor]) -> Optional[Moments]:
-        """What a GroupNorm over time takes from the whole of the audio; None where the extractor has none.
+    def statistics(self, blocks: Iterable[Tensor]) -> Optional[Statistics]:
+        """Statistics of the whole audio for a GroupNorm over time or log-mel features; None if there is neither.
 
         Args:
-            blocks: (B, n) samples one after another.
+            blocks: consecutive (B, n) samples.
         """
+        if self.log_mel is not None:
+            return self.log_mel.peak(blocks)
         first = self.layers[0]
         if not isinstance(first.norm, nn.GroupNorm):
             return None
@@ -198,28 +208,29 @@ class ConvStack(Prepared):
         samples: int,
         kernel: Tensor,
         units: Optional[Units],
-        statistics: Optional[Moments],
+        statistics: Optional[Statistics],
     ) -> Tuple[Tensor, Optional[Tensor]]:
-        """Kernel (B, k, C) and bias (B, 1, C) or None of the first layer, its GroupNorm folded in; like ``windows``."""
+        """Kernel (B, k C_in, C) and bias (B, 1, C) or None of the first layer with its GroupNorm folded in; like
+        ``windows``."""
         layer = self.layers[0]
-        bias = layer.bias(units)
+        bias, kernel = layer.bias(units), kernel.flatten(0, 1)
         if not isinstance(layer.norm, nn.GroupNorm):
             batch = windows.size(0)
             shift = None if bias is None else bias.to(windows.dtype).expand(batch, 1, -1)
-            return kernel[:, 0].to(windows.dtype).expand(batch, -1, -1), shift
-        if statistics is None:
+            return kernel.to(windows.dtype).expand(batch, -1, -1), shift
+        if not isinstance(statistics, Moments):
             valid = (samples - kernel.size(0)) // layer.conv.stride[0] + 1
             statistics = moments(windows[:, :valid])
         index = None if units is None else units.indices
         scale, shift = group_norm_by_moments(
             statistics,
-            kernel[:, 0],
+            kernel,
             bias,
             take(layer.norm.weight, 0, index),
             take(layer.norm.bias, 0, index),
             layer.norm.eps,
         )
-        return (kernel[:, 0] * scale).to(windows.dtype), shift.to(windows.dtype)
+        return (kernel * scale).to(windows.dtype), shift.to(windows.dtype)
 
     def _encode(
         self,
@@ -231,10 +242,10 @@ class ConvStack(Prepared):
     ) -> Tensor:
         """(B, T_1, k) windows to (B, T, C) frames before the last gate."""
         batch = windows.size(0)
-        # A constant or hum in the audio cancels between taps, and in the shift: 8 or 11 bits would leave noise of it.
+        # A constant or hum in the audio cancels between taps and in the shift; 8 or 11 bits would leave noise.
         with torch.autocast(windows.device.type, enabled=False), exact_products(windows.device):
             x = torch.bmm(windows, kernel) if shift is None else torch.baddbmm(shift, windows, kernel)
-        x = x.flatten(0, 1).to(compute_dtype(self.layers[0].conv.weight))  # utterances follow each other
+        x = x.flatten(0, 1).to(compute_dtype(self.layers[0].conv.weight))  # utterances are concatenated
         products = self._products
         if products is not None and products[0] is kernels and not torch.is_grad_enabled():
             if x.dtype == kernels[0].dtype and x.device.type == "cpu":
@@ -254,7 +265,7 @@ class ConvStack(Prepared):
         return x
 
     def _normalise_and_activate(self, i: int, x: Tensor, rows: int) -> Tensor:
-        """In the memory of ``x``, where it has as many rows; else zeros follow."""
+        """Keeps the memory of ``x`` if it has enough rows; otherwise appends zeros."""
         norm = self.layers[i].norm
         x = norm(x) if isinstance(norm, ChannelLayerNorm) else x
         y = x if len(x) == rows else x.new_zeros(rows, x.size(1))
@@ -270,9 +281,9 @@ class ConvStack(Prepared):
         units: Sequence[Optional[Units]],
         num_frames: int,
     ) -> Tensor:
-        """:meth:`_encode`, cut into pieces that fit into the processor's cache."""
-        hop = self.config.feature_downsampling
-        overlap = -(-self.config.feature_receptive_field // hop) - 1
+        """Like :meth:`_encode`, but in pieces that fit into the processor's cache."""
+        hop = self.config.conv_downsampling
+        overlap = -(-self.config.conv_receptive_field // hop) - 1
         per_frame = hop // self.layers[0].conv.stride[0]
         together = max(1, CHUNK_FRAMES // num_frames)  # short utterances share a chunk
         utterances = []

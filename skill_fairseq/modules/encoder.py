@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from skill_fairseq.modules.config import EncoderConfig
-from skill_fairseq.modules.conv_stack import ConvStack
+from skill_fairseq.modules.conv_stack import ConvStack, Statistics
 from skill_fairseq.modules.fake_quantize import quantize
 from skill_fairseq.modules.gate_bank import Draw, GateBank, HardConcrete
 from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.kernels import check_setting, choose_for_linears, linear, setting
-from skill_fairseq.modules.norms import ChannelLayerNorm, Moments
+from skill_fairseq.modules.norms import ChannelLayerNorm
 from skill_fairseq.modules.padding import check_padding_mask, frame_padding_mask, reduce_padding_mask
 from skill_fairseq.modules.prepared import Prepared
 from skill_fairseq.modules.size import count_macs, widths_of
@@ -28,12 +28,12 @@ from skill_fairseq.modules.waves import Features, features_of
 
 
 class EncoderOutput(NamedTuple):
-    """What an encoder returns.
+    """The output of an encoder.
 
     Attributes:
-        x: (B, T, D) output, after the final LayerNorm where the model has one.
+        x: (B, T, D) output, after the final LayerNorm if the model has one.
         hidden_states: L + 1 tensors (B, T, D): [0] before the positional convolution, [i] after layer i, before a
-            final LayerNorm. With ``time_reduction`` [0] is the mean of the frames that become one: all have one rate.
+            final LayerNorm. With ``time_reduction`` [0] is the mean over merged frames, so that all have the same rate.
         padding_mask: (B, T) bool, True = padding, or None.
     """
 
@@ -43,7 +43,7 @@ class EncoderOutput(NamedTuple):
 
 
 class FeatureProjection(nn.Module):
-    """LayerNorm over the conv channels, then a linear map to the model's width, each where the shape has it.
+    """LayerNorm over the conv channels, then a linear map to the model's width, each if the shape has it.
 
     Args:
         config: shape.
@@ -60,7 +60,7 @@ class FeatureProjection(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, units: Optional[Units] = None) -> Tensor:
-        """(B, T, C) conv features and which channels they are, None for all, to (B, T, D)."""
+        """(B, T, C) conv features and their channels (None: all) to (B, T, D)."""
         if self.norm is not None:
             x = self.norm(x, units)
         if self.linear is None:
@@ -74,7 +74,7 @@ class FeatureProjection(nn.Module):
 
 
 class SpeechEncoder(nn.Module):
-    """WavLM, HuBERT, wav2vec 2.0 or data2vec encoder whose every layer may have its own width.
+    """A WavLM, HuBERT, wav2vec 2.0 or data2vec encoder, whose layers may differ in width.
 
     Args:
         config: shape.
@@ -87,8 +87,8 @@ class SpeechEncoder(nn.Module):
         out.hidden_states[6]  # (1, 49, D)
 
     Attributes:
-        mask_embedding: (D,) what its pre-training put in place of masked frames, None where nobody knows. It is no
-            parameter, counts in no size, and stays where it is when the encoder moves.
+        mask_embedding: (D,) that pre-training used for masked frames, None if unknown. It is not a parameter, does not
+            count in sizes, and does not move with the encoder.
     """
 
     def __init__(self, config: EncoderConfig, dropouts: Dropouts = Dropouts()) -> None:  # noqa: B008
@@ -109,7 +109,7 @@ class SpeechEncoder(nn.Module):
 
     @property
     def normalize(self) -> bool:
-        """Whether the waveform must be brought to zero mean and unit variance before it comes in."""
+        """Whether the input waveform must be normalised to zero mean and unit variance."""
         return self.config.normalize
 
     def forward(
@@ -123,21 +123,20 @@ class SpeechEncoder(nn.Module):
         """Encodes a batch.
 
         Args:
-            source: (B, N) samples at 16 kHz, already normalised where ``normalize`` says so.
+            source: (B, N) samples at 16 kHz, already normalised if ``normalize``.
             padding_mask: (B, N) bool, True = padding, at the end of each row; or None.
-            transform: called with the projected features (B, T, D) and the frames' padding mask, both at the rate of
-                the convolutions, returns features (B, T, D) for the transformer: time masking in pre-training and
-                fine-tuning.
-            last_layer: stop after this layer (1-based; 0 runs none); None runs all.
-            draw: gates of :meth:`draw_gates`; None: they are drawn here.
+            transform: maps the projected features (B, T, D) and the frames' padding mask, both at the rate of the
+                convolutions, to features (B, T, D) for the Transformer: time masking in pre-training and fine-tuning.
+            last_layer: stop after this layer, from 1 (0 runs none); None runs all.
+            draw: gates from :meth:`draw_gates`; None: draw them here.
 
         Returns:
-            output, hidden states, padding mask of the frames.
+            output, hidden states, and padding mask of the frames.
 
         Raises:
-            TypeError: the padding mask is no bool tensor.
+            TypeError: the padding mask is not a bool tensor.
             ValueError: the source is not (B, N), or too short for one frame; or the padding mask has another shape,
-                hides a whole row, or hides samples before others that it does not hide.
+                masks a whole row, or masks samples before unmasked ones.
         """
         draw = self.draw_gates() if draw is None else draw
         return self._encode(source, padding_mask, transform, last_layer, draw, None)
@@ -149,9 +148,9 @@ class SpeechEncoder(nn.Module):
         transform: Optional[FrameTransform],
         last_layer: Optional[int],
         draw: Optional[Draw],
-        statistics: Optional[Moments],
+        statistics: Optional[Statistics],
     ) -> EncoderOutput:
-        """:meth:`forward`; of a part of more audio where ``statistics`` are given."""
+        """Like :meth:`forward`; with ``statistics``, for a part of longer audio."""
         projected, frames = self._project(source, padding_mask, draw, statistics)
         x = projected if transform is None else transform(projected, frames)
         first, padding_mask = self._first_state(projected), self._output_padding(frames)
@@ -167,11 +166,11 @@ class SpeechEncoder(nn.Module):
         taps: Sequence[Tap],
         draw: Optional[Draw] = None,
     ) -> Tuple[List[Tensor], Optional[Tensor]]:
-        """What is asked for and nothing else: no layer runs beyond the deepest, and no map is made that nobody wants.
+        """Computes only what the taps need: no layer beyond the deepest, and no unused attention map.
 
         Args:
-            source, padding_mask, draw: as in :meth:`forward`.
-            taps: what is asked for.
+            source, padding_mask, draw: see :meth:`forward`.
+            taps: the states to return.
 
         Returns:
             a tensor for each tap, see :class:`Tap`; and the (B, T) padding mask of the frames or None.
@@ -187,19 +186,19 @@ class SpeechEncoder(nn.Module):
         return [found[tap] for tap in taps], self._output_padding(frames)
 
     def features(self, waves: Any, sampling_rate: int, layers: Optional[Sequence[int]] = None) -> Features:
-        """Features of waveforms as they come from a file, without gradients.
+        """Features of raw waveforms, without gradients.
 
         Args:
-            waves: (N,) floating-point samples of one utterance, a tensor or an array, or a list of such.
-            sampling_rate: of all of them, in Hz; where the encoder has another, they are resampled (by scipy).
-            layers: whose states are wanted: 0 precedes the transformer; None: all of them.
+            waves: (N,) floating-point samples of one utterance, a tensor or an array, or a list of these.
+            sampling_rate: their sample rate, Hz; scipy resamples them if the encoder's differs.
+            layers: layers whose states to return; 0 precedes the Transformer; None: all of them.
 
         Returns:
-            states (B, T, D), and the number of frames of each utterance. Each utterance is as it would be alone.
+            states (B, T, D), and the number of frames of each utterance. Results do not depend on the other utterances.
 
         Raises:
-            ValueError: the encoder is in training mode, a waveform is not (N,), not of floating point or too short, a
-                layer does not exist, or the rate is another and scipy is missing.
+            ValueError: the encoder is in training mode, a waveform is not (N,), not floating-point or too short, a
+                layer does not exist, or the rate differs and scipy is missing.
 
         Example:
             >>> from skill_fairseq.modules.config import EncoderConfig
@@ -217,21 +216,21 @@ class SpeechEncoder(nn.Module):
         context_seconds: float = 10.0,
         last_layer: Optional[int] = None,
     ) -> Iterator[EncoderOutput]:
-        """Encodes audio of any length in memory that does not grow with it, without gradients.
+        """Encodes audio of any length in constant memory, without gradients.
 
-        The convolutions' frames are those of the whole, exactly: the audio is read twice where they are normalised over
-        time. Positional convolution and attention see a chunk and its context; with a context as long as the audio, all
-        is as :meth:`forward` gives it.
+        The convolutions' frames are exactly those of the whole audio, which is read twice if they are normalised over
+        time. Positional convolution and attention cover a chunk and its context; with a context as long as the audio,
+        the result is that of :meth:`forward`.
 
         Args:
-            audio: (N,) samples, normalised as a whole where ``normalize`` says so: a tensor, an array (also one that
-                lies in a file, as numpy's memory maps do), or anything that has a length and can be sliced.
-            chunk_seconds: what each output holds.
-            context_seconds: what is encoded beyond that on either side.
-            last_layer: as in :meth:`forward`.
+            audio: (N,) samples, normalised as a whole if ``normalize``: a tensor, an array (also memory-mapped), or
+                anything with a length that can be sliced.
+            chunk_seconds: audio per output, seconds.
+            context_seconds: additional context on each side, seconds.
+            last_layer: see :meth:`forward`.
 
         Yields:
-            outputs (1, t, D) whose frames follow each other; together they are the whole.
+            outputs (1, t, D) with consecutive frames, which together cover the whole audio.
 
         Raises:
             ValueError: the encoder is in training mode, the audio is not (N,) or too short for a frame, the chunk is
@@ -242,7 +241,7 @@ class SpeechEncoder(nn.Module):
             features = torch.cat([out.hidden_states[9] for out in encoder.stream(wave, last_layer=9)], 1)
         """
         if self.training:
-            raise ValueError("the encoder is in training mode, where chunks would not fit together; call eval() first")
+            raise ValueError("the encoder is in training mode, where chunks would not match; call eval() first")
         device = next(self.parameters()).device
         statistics = None
         draw = self.draw_gates()
@@ -253,21 +252,21 @@ class SpeechEncoder(nn.Module):
                     blocks = (cut(audio, i, i + size)[None].to(device) for i in range(0, len(audio), size))
                     statistics = self.feature_extractor.statistics(blocks)
                 out = self._encode(source.to(device), None, None, last_layer, draw, statistics)
-            # Copies, so that who keeps them does not keep the context too.
+            # Copies, so that keeping them does not keep the context too.
             states = [state[:, window.kept].clone() for state in out.hidden_states]
             yield EncoderOutput(out.x[:, window.kept].clone(), states, None)
 
     def prepare(self, kernels: Optional[str] = None) -> SpeechEncoder:
-        """Makes ready for inference: evaluation mode, weights laid out once instead of in every forward, and on a CPU
-        the fastest kernel for each linear map and convolution, which the first forwards of a length find by timing.
+        """Prepares for inference: evaluation mode, weights laid out once instead of in every forward, and on a CPU the
+        fastest kernel for each linear map and convolution, found by timing in the first forwards of a length.
 
-        That lasts until weights are loaded, moved, converted or trained, which is detected, except for writes through
-        ``.data``: call it again after those. Gradients are not affected.
+        The preparation ends when weights are loaded, moved, converted or trained. Writes through ``.data`` are not
+        detected: call it again after those. Gradients are not affected.
 
         Args:
-            kernels: "plain": the same in every process, to the last bit; "measured"; or the name of a kernel, see
-                :mod:`skill_fairseq.modules.kernels`. None: what the environment variable ``SKILL_KERNELS`` says, or
-                measured. They agree to float rounding.
+            kernels: "plain": bit-identical in every process; "measured"; or the name of a kernel, see
+                :mod:`skill_fairseq.modules.kernels`. None: the environment variable ``SKILL_KERNELS``, or measured.
+                All agree to float rounding.
 
         Returns:
             the encoder itself.
@@ -285,7 +284,7 @@ class SpeechEncoder(nn.Module):
         return self
 
     def draw_gates(self, log_alpha: Optional[Tensor] = None) -> Optional[Draw]:
-        """The gates of one forward; None without gates. Drawn before other work is launched, they cost no wait.
+        """Draws the gates of one forward, None without gates. Drawing before other work is launched avoids a wait.
 
         Args:
             log_alpha: see :meth:`GateBank.draw`.
@@ -297,7 +296,7 @@ class SpeechEncoder(nn.Module):
         source: Tensor,
         padding_mask: Optional[Tensor],
         draw: Optional[Draw],
-        statistics: Optional[Moments] = None,
+        statistics: Optional[Statistics] = None,
     ) -> Tuple[Tensor, Optional[Tensor]]:
         """(B, N) samples to (B, T, D) projected features, and the frames' padding mask."""
         if source.dim() != 2:
@@ -316,25 +315,25 @@ class SpeechEncoder(nn.Module):
         return self.feature_projection(features, units), padding_mask
 
     def _first_state(self, x: Tensor) -> Tensor:
-        """State 0 at the rate of the others: (B, T, D) projected features to (B, T / time_reduction, D) means."""
+        """State 0 at the rate of the other states: (B, T, D) projected features to (B, T / time_reduction, D) means."""
         rate = self.config.time_reduction
         return x if rate == 1 else x[:, : x.size(1) // rate * rate].unflatten(1, (-1, rate)).mean(2)
 
     def _output_padding(self, frames: Optional[Tensor]) -> Optional[Tensor]:
-        """Padding of the convolutions' frames (B, T) to that of the output's."""
+        """The convolutions' padding mask (B, T) at the rate of the output."""
         return None if frames is None else reduce_padding_mask(frames, self.config)
 
     def named_gates(self) -> Iterator[Tuple[str, HardConcrete]]:
-        """Every vector of gates with the path of the attribute that holds it, in the bank's order."""
+        """Every vector of gates with its attribute path, in the bank's order."""
         for gate in () if self.gates is None else self.gates.gates:
             yield gate.name, gate
 
     def gather_gates(self, state: Dict[str, Any], prefix: str = "") -> None:
-        """Changes a state dict of version 0.1, where every vector of gates was a parameter of its own, to the bank's.
+        """Converts a state dict of version 0.1, where every vector of gates was a separate parameter, to the bank.
 
         Args:
             state: changed in place.
-            prefix: of the encoder's names in it.
+            prefix: prefix of the encoder's names in it.
         """
         for name in ("log_alpha", "kept_override"):
             parts = [f"{prefix}{gate}.{name}" for gate, _ in self.named_gates()]
@@ -346,11 +345,11 @@ class SpeechEncoder(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def num_parameters(self) -> int:
-        """Parameters of the encoder itself, gates not counted."""
+        """Parameters of the encoder, without gates."""
         gates = 0 if self.gates is None else self.gates.log_alpha.numel()
         return sum(p.numel() for p in self.parameters()) - gates
 
     def macs(self, seconds: float) -> int:
-        """Multiply-accumulates of one forward over that much audio; closed gates are not taken into account."""
+        """Multiply-accumulates of one forward over this much audio, ignoring closed gates."""
         samples = round(seconds * self.config.sample_rate)
         return int(count_macs(self.config, widths_of(self.config), samples))

@@ -80,7 +80,7 @@ def steps_of(bounds: Tensor) -> Tuple[Tensor, Tensor]:
     Returns:
         () float32 and () int32, from 0 to 255: x is near ``scale (round(x / scale + zero) - zero)``.
     """
-    low, high = bounds[0].clamp(max=0.0), bounds[1].clamp(min=0.0)
+    low, high = bounds.float()[0].clamp(max=0.0), bounds.float()[1].clamp(min=0.0)
     scale = ((high - low) / LEVELS).clamp(min=_LEAST)
     return scale, (-low / scale).round().clamp(0, LEVELS).to(torch.int32)
 
@@ -102,8 +102,8 @@ class InputRange(Float32Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("bounds", torch.zeros(2))
-        self.register_buffer("seen", torch.zeros(2), persistent=False)
+        self.register_buffer("bounds", torch.zeros(2, dtype=torch.float32))
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.float32), persistent=False)
         self.observing: Optional[bool] = None
         self._known: Optional[bool] = None  # asked once: on a GPU the host would wait in every forward
         self.forget()

@@ -1,4 +1,4 @@
-"""Position-wise feed-forward network over the units that are left."""
+"""Position-wise feed-forward network over the remaining units."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from skill_fairseq.modules.slicing import computed_units, gated_output, has_plai
 
 
 class FeedForward(nn.Module):
-    """Linear, activation, gates, linear; with no unit left it returns its output bias.
+    """Linear, activation, gates, linear; without units it returns its output bias.
 
     Args:
         embed_dim: D.
-        width: units that are left.
+        width: remaining units.
         activation: "gelu" or "relu".
         activation_dropout: dropout probability after the activation.
 
     Attributes:
-        gate: of the units, or None.
-        output_gate: of the whole sublayer, or None.
+        gate: gate of the units, or None.
+        output_gate: gate of the whole sublayer, or None.
     """
 
     gate: Optional[HardConcrete] = None
@@ -51,7 +51,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, draw: Optional[Draw] = None) -> Tensor:
         """Args:
             x: (B, T, D) frames.
-            draw: the gates of this forward; None where there are none.
+            draw: the gates of this forward, or None.
 
         Returns:
             (B, T, D).
@@ -65,7 +65,7 @@ class FeedForward(nn.Module):
         return F.gelu(x) if self.activation == "gelu" else F.relu(x)
 
     def _open_units(self, x: Tensor, units: Optional[Units], draw: Optional[Draw]) -> Tensor:
-        """Only the units whose gates are open."""
+        """Computes only units with open gates."""
         units = computed_units(units, self.width, self.fc1, self.fc2)
         x = linear(self.fc1, x, None if units is None else units.indices, draw)
         if not has_plain_weight(self.fc2):

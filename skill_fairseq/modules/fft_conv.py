@@ -1,4 +1,4 @@
-"""Grouped convolution over time with a long kernel, by Fourier transforms of overlapping blocks."""
+"""Grouped convolution over time with a long kernel, through Fourier transforms of overlapping blocks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MOST_BLOCKS = 64
-"""Blocks that are transformed at a time: 165 s of Base's 128 frames long kernel; spectra take several times the memory
-of what they are made of."""
+"""Blocks to transform at a time: 165 s for Base's kernel of 128 frames; spectra take several times the memory of their
+input."""
 
 
 def block_length(kernel_size: int) -> int:
-    """Frames of a block: a power of two, about half of which are results. The spectrum's size grows with it."""
+    """Frames of a block: a power of two, about half of which are results. The spectrum grows with it."""
     return 1 << math.ceil(math.log2(2 * kernel_size))
 
 
@@ -26,11 +26,11 @@ def kernel_spectrum(kernel: Tensor, groups: int) -> Tensor:
         groups: G.
 
     Returns:
-        (n / 2 + 1, G, D_in / G, D_out / G) complex for blocks of n frames, conjugated, as correlation wants it.
+        (n / 2 + 1, G, D_in / G, D_out / G) complex for blocks of n frames, conjugated for correlation.
     """
     size = kernel.size(2)
     n = block_length(size)
-    # A transform of few points with zeros behind is faster as a matrix product, and comes out in the order wanted.
+    # For few zero-padded points a matrix product is faster than a transform, and gives the needed order.
     time = torch.arange(size, dtype=torch.float64)
     phase = torch.outer(torch.arange(n // 2 + 1, dtype=torch.float64), time) * (2 * math.pi / n)
     basis = torch.cat([phase.cos(), phase.sin()]).to(kernel)
@@ -40,11 +40,11 @@ def kernel_spectrum(kernel: Tensor, groups: int) -> Tensor:
 
 
 def fft_conv(x: Tensor, spectrum: Tensor, kernel_size: int) -> Tensor:
-    """``conv1d`` of stride 1 with ``kernel_size // 2`` zeros before, and as many frames out as in.
+    """``conv1d`` of stride 1 with ``kernel_size // 2`` leading zeros and as many output as input frames.
 
     Args:
         x: (B, T, D) frames.
-        spectrum: of the kernel, as :func:`kernel_spectrum` gives it.
+        spectrum: the kernel's, from :func:`kernel_spectrum`.
         kernel_size: K.
 
     Returns:
@@ -63,7 +63,7 @@ def fft_conv(x: Tensor, spectrum: Tensor, kernel_size: int) -> Tensor:
 
 
 def _convolve(blocks: Tensor, spectrum: Tensor, groups: int) -> Tensor:
-    """(B, blocks, D, n) frames to (B, blocks, n, D_out), of which the last K - 1 are no results."""
+    """(B, blocks, D, n) frames to (B, blocks, n, D_out), of which the last K - 1 are not results."""
     pieces = torch.fft.rfft(blocks, dim=-1)  # (B, blocks, D, n / 2 + 1)
     pieces = pieces.flatten(0, 1).unflatten(1, (groups, -1)).permute(3, 1, 0, 2)  # (n / 2 + 1, G, B blocks, D / G)
     out = torch.matmul(pieces, spectrum).permute(2, 1, 3, 0).flatten(1, 2)  # (B blocks, D_out, n / 2 + 1)

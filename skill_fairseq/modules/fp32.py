@@ -1,4 +1,4 @@
-"""Parameters that mixed precision must leave alone."""
+"""Parameters that stay float32 in mixed precision."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import nn
 
 
 class Float32Module(nn.Module):
-    """Base of modules whose own parameters and buffers keep float32 and belong to an optimizer group.
+    """Base class of modules whose own parameters and buffers stay float32 and belong to an optimizer group.
 
     ``half()``, ``bfloat16()``, ``double()`` and ``to(dtype)`` on this module, or on a parent, move it between
-    devices but do not touch the dtype: float16 would turn ``1 - 1e-6`` into 1, and overflows on model sizes.
+    devices but do not change the dtype: float16 would turn ``1 - 1e-6`` into 1, and overflows for model sizes.
 
-    Every own parameter carries ``param_group``, the attribute by which fairseq's ``composite`` optimizer
-    chooses a learning rate; it survives conversion, copying and loading.
+    Every own parameter has the attribute ``param_group``, from which fairseq's ``composite`` optimizer chooses a
+    learning rate; it survives conversion, copying and loading.
     """
 
     param_group: str
@@ -26,12 +26,12 @@ class Float32Module(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._tag_parameters()  # copies of a Parameter lose their attributes
+        self._tag_parameters()  # copies of a Parameter lose attributes
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Float32Module:
         def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
             converted = fn(tensor)
-            # From the original: going through the lower precision and back would round it.
+            # From the original, because a round trip through lower precision would round it.
             return converted if converted.dtype == tensor.dtype else tensor.to(converted.device)
 
         super()._apply(keep_dtype, *args, **kwargs)

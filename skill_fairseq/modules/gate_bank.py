@@ -1,4 +1,4 @@
-"""All gates of an encoder in one flat parameter: one draw, one copy to the host and one back in every forward."""
+"""All gates of an encoder in one flat parameter: one draw, one copy to the host and one back per forward."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _BY_ROUNDING = -1  # in GateBank.kept_override: no override
 
 
 class HardConcrete:
-    """A vector of gates, one a unit of some kind: conv channels, attention heads, or one for a whole sublayer.
+    """A vector of gates, one per unit: conv channels, attention heads, or a single one for a whole sublayer.
 
-    It is a part of a :class:`GateBank`, made by :meth:`GateBank.add`, and has no storage of its own.
+    It belongs to a :class:`GateBank`, is created by :meth:`GateBank.add`, and has no storage of its own.
 
     Attributes:
-        bank: where its values live.
-        index: its place among the bank's vectors.
+        bank: the bank with its values.
+        index: its index among the bank's vectors.
         part: its slice of the bank's flat tensors.
-        drop_rate: how far the gates are closed at the start, in (0, 1): ``log_alpha`` is drawn around
-            ``log((1 - drop_rate) / drop_rate)``. 0.01 opens nearly all units; 0.5 means ``log_alpha`` 0.
-        init_std: standard deviation of that draw; it breaks ties between units.
+        drop_rate: initial drop rate, in (0, 1): ``log_alpha`` is drawn around ``log((1 - drop_rate) / drop_rate)``.
+            0.01 opens almost all units; 0.5 means ``log_alpha`` 0.
+        init_std: standard deviation of that draw, which breaks ties between units.
         multiple: a forward computes units in multiples of this number.
         unit: kind of the units, a name of :data:`skill_fairseq.modules.units.UNITS`.
-        site: where it sits in an encoder.
-        position: of the number of its units among the flat widths of the encoder.
+        site: its place in an encoder.
+        position: index of its width among the encoder's flat widths.
     """
 
     unit: str
@@ -62,7 +62,7 @@ class HardConcrete:
 
     @property
     def name(self) -> str:
-        """Path of the attribute that holds it."""
+        """Path of its attribute."""
         return f"{self.site.owner}.{self.site.attribute}"
 
     @property
@@ -80,14 +80,14 @@ class HardConcrete:
         return None if self.bank.log_alpha.grad is None else self.bank.log_alpha.grad[self.part]
 
     def __call__(self) -> Tensor:
-        """z, (num_units,) float32 in [0, 1]: a sample of only this vector in training, deterministic in evaluation."""
+        """z, (num_units,) float32 in [0, 1]: in training a sample for this vector only, in evaluation deterministic."""
         if not self.bank.training:
             return deterministic_gate(self.log_alpha, self.kept())
         return hard_concrete_sample(self.log_alpha, self.bank.noise(self.num_units))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws ``log_alpha`` afresh and lifts an override of the kept units."""
+        """Draws ``log_alpha`` again and removes an override of the kept units."""
         nn.init.normal_(self.log_alpha, math.log((1 - self.drop_rate) / self.drop_rate), self.init_std)
         self.set_kept(None)
 
@@ -96,16 +96,16 @@ class HardConcrete:
         return keep_probability(self.log_alpha).sum()
 
     def kept(self) -> Tensor:
-        """Which units stay in evaluation, (num_units,) bool: the override if any, else by rounding."""
+        """Units kept in evaluation, (num_units,) bool: the override if any, else by rounding."""
         return _kept(self.log_alpha, self.bank.kept_override[self.part])
 
     def set_kept(self, mask: Tensor | None) -> None:
-        """Fixes which units stay in evaluation, (num_units,) bool; None returns to rounding.
+        """Sets the units kept in evaluation, (num_units,) bool; None restores rounding.
 
-        The choice is saved with the state. Training does not look at it: lift it when training goes on.
+        The choice is saved with the state. Training ignores it: remove it when training continues.
 
         Raises:
-            ValueError: if the mask has another shape or dtype.
+            ValueError: the mask has another shape or dtype.
         """
         override = self.bank.kept_override[self.part]
         if mask is None:
@@ -127,7 +127,7 @@ class Draw:
 
     Attributes:
         z: (n,) float32 in [0, 1], every gate of the bank.
-        units: for each vector of gates the units to compute.
+        units: the units to compute, for each vector of gates.
     """
 
     def __init__(self, z: Tensor, units: Sequence[Units]) -> None:
@@ -135,21 +135,21 @@ class Draw:
         self.units = units
 
     def of(self, gate: HardConcrete | None) -> Units | None:
-        """The units of one vector of gates; None where there is no gate."""
+        """The units of a vector of gates; None without a gate."""
         return None if gate is None else self.units[gate.index]
 
 
 class GateBank(Float32Module):
-    """Vectors of gates, one after another in one parameter.
+    """Vectors of gates, concatenated in one parameter.
 
     The parameter ``log_alpha`` (n,) stays float32 in a model of lower precision and belongs to the optimizer group
-    ``gates``. Nothing derived from it is cached: loading or editing it takes effect at once.
+    ``gates``. Nothing derived from it is cached, so loading or editing it takes effect immediately.
 
     Attributes:
-        gates: the vectors, in the order in which they were added.
-        generator: source of the noise; None for torch's global one of the gates' device. Noise is drawn on
-            the generator's device, so CPU generators of one seed give every rank the same gates. A copied or
-            unpickled bank starts without one.
+        gates: the vectors, in the order of addition.
+        generator: source of the noise; None: torch's global generator of the gates' device. Noise is drawn on the
+            generator's device, so CPU generators with the same seed give every rank the same gates. A copied or
+            unpickled bank has none.
     """
 
     param_group = "gates"
@@ -162,7 +162,7 @@ class GateBank(Float32Module):
         self.gates: list[HardConcrete] = []
         self.generator: torch.Generator | None = None
         self.log_alpha = nn.Parameter(torch.empty(0, dtype=torch.float32))
-        # Of fixed shape, not optional: state dicts load strictly with and without an override.
+        # Always present, so that state dicts load strictly with and without an override.
         self.register_buffer("kept_override", torch.empty(0, dtype=torch.int8))
         self.register_buffer("fixed_widths", torch.empty(0), persistent=False)
         self.register_buffer("positions", torch.empty(0, dtype=torch.long), persistent=False)
@@ -171,7 +171,7 @@ class GateBank(Float32Module):
         """Appends a vector of gates; the arguments are attributes of :class:`HardConcrete`.
 
         Raises:
-            ValueError: if an argument is out of range.
+            ValueError: an argument is out of range.
         """
         if num_units < 1:
             raise ValueError(f"num_units is {num_units}, but must be at least 1; leave the gate out instead")
@@ -199,12 +199,12 @@ class GateBank(Float32Module):
     def draw(self, slicing: bool = True, log_alpha: Tensor | None = None) -> Draw:
         """All gates: a fresh sample in training, deterministic in evaluation.
 
-        Which units are open decides shapes, so the host has to know: it waits for the device once.
+        Shapes depend on which units are open, so the host waits for the device once.
 
         Args:
-            slicing: leave closed units out; False: compute all of them.
-            log_alpha: (n,) in place of the bank's own, for an encoder of another size; evaluation then keeps what they
-                round to.
+            slicing: skip closed units; False: compute all of them.
+            log_alpha: (n,) replaces the bank's own, for an encoder of another size; evaluation then keeps the units
+                that these round to.
         """
         sizes = [gate.num_units for gate in self.gates]
         if not sizes:
@@ -239,7 +239,7 @@ class GateBank(Float32Module):
         return Draw(z, units)
 
     def place(self, encoder: Any) -> None:
-        """Puts gates on the units of an encoder that its ``config.pruning_units`` names."""
+        """Adds gates to the units in an encoder's ``config.pruning_units``."""
         config = encoder.config
         modules = {name: place for place, (name, _) in enumerate(encoder.named_modules())}
         sites = [
@@ -249,7 +249,7 @@ class GateBank(Float32Module):
             for site in unit.sites(encoder)
             if site.num_units
         ]
-        # As module follows module, whatever their kinds: saved gates lie in this order.
+        # Sorted by module, not by kind: the order of saved gates.
         sites.sort(key=lambda found: (modules[found[0].owner], found[0].attribute))
         widths = widths_of(config)
         starts = dict(zip(widths, itertools.accumulate(map(len, widths.values()), initial=0)))
@@ -262,11 +262,11 @@ class GateBank(Float32Module):
         self.positions = torch.tensor([gate.position for gate in self.gates], dtype=torch.long, device=device)
 
     def expected_widths(self, shift: float | Tensor = 0.0) -> Tensor:
-        """(W,) float32 widths under the gates' probabilities, differentiable; without gates the exact ones.
+        """(W,) float32 expected widths under the gates, differentiable; exact widths without gates.
 
         Args:
-            shift: added to every ``log_alpha``, to see what would be if the gates moved so far. Of a tensor, a scalar
-                or (n,), float64 for example, widths have the dtype.
+            shift: added to every ``log_alpha``, for the widths after such a move. Widths have the dtype of a tensor (a
+                scalar or (n,)), such as float64.
         """
         if not self.gates:
             return self.fixed_widths
@@ -282,16 +282,16 @@ class GateBank(Float32Module):
         return f"{len(self.gates)} vectors, {self.log_alpha.numel()} gates"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "generator": None}  # it belongs to a run, and cannot be copied by every torch
+        return {**self.__dict__, "generator": None}  # it belongs to a run, and some versions of torch cannot copy it
 
 
 def _kept(log_alpha: Tensor, override: Tensor) -> Tensor:
-    """(n,) bool of one vector of gates, on its device."""
+    """(n,) bool for one vector of gates, on its device."""
     return kept_units(log_alpha) if bool((override == _BY_ROUNDING).all()) else override == 1
 
 
 def _together(indices: Sequence[Tensor], device: torch.device) -> Any:
-    """An iterator over the (k,) indices on the device, copied there all at once."""
+    """Iterates over the (k,) indices on the device, after copying them at once."""
     if not indices:
         return iter(())
     flat = torch.cat(list(indices))

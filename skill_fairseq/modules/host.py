@@ -1,6 +1,6 @@
-"""Where the host waits for the device: every copy to the host in a training step goes through here, by name.
+"""Named waits of the host for the device: every copy to the host in a training step goes through here.
 
-A wait lets the device run dry: it has nothing to do until the host has launched the next kernels.
+After a wait the device is idle until the host launches the next kernels.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 WAITS = {
-    "open gates": "before the teacher is launched: which units are open decides the shapes of the student's products",
+    "open gates": "before the teacher is launched: open units determine the shapes of the student's products",
     "losses": "after the last backward: an update whose loss is not finite is skipped, and its files are named",
-    "norm": "then: so is one whose gradients are not finite; fairseq asks the same once more",
-    "statistics": "after the optimizer's step: fairseq's meters would fetch some fifty numbers one by one",
+    "norm": "also then: the same for gradients that are not finite; fairseq checks this again",
+    "statistics": "after the optimizer's step: fairseq's meters would fetch about fifty numbers one by one",
 }
 """Each wait of a training step and its reason."""
 
 
 def to_host(tensor: Tensor, wait: str) -> Tensor:
-    """A copy on the CPU (the tensor itself if it is there).
+    """A copy on the CPU (the tensor itself if it is already there).
 
     Args:
         wait: its name in :data:`WAITS`; a profile shows it as ``wait: NAME``.
@@ -32,7 +32,7 @@ def to_host(tensor: Tensor, wait: str) -> Tensor:
 
 
 def numbers(outputs: Sequence[Mapping[str, Any]], wait: str) -> list[dict[str, Any]]:
-    """The dictionaries with floats in place of scalar tensors, which are all fetched at once.
+    """The dictionaries with floats instead of scalar tensors, all fetched at once.
 
     Args:
         wait: its name in :data:`WAITS`.

@@ -1,7 +1,7 @@
-"""Linear maps and convolutions of frozen weights by the fastest exact kernel here, which timing finds.
+"""Linear maps and convolutions with frozen weights, using the fastest exact kernel, found by timing.
 
-Which library multiplies fastest depends on the processor: MKL on many Intel ones, oneDNN by far on AMD's with AVX-512,
-and on others it depends on the shape. The kernels differ only in the order of their sums.
+The fastest library depends on the processor: MKL on many Intel processors, oneDNN by far on AMD's with AVX-512, and on
+others it depends on the shape. Kernels differ only in the order of summation.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from torch import Tensor, nn
 from skill_fairseq.modules.prepared import state_of
 
 KERNELS = ("plain", "onednn_linear", "onednn_conv", "unfolded")
-"""Names of kernels. ``plain``: torch's own linear, and convolutions as matrix products over blocks, by MKL where torch
-has it; ``onednn_linear`` and ``onednn_conv``: oneDNN with weights that are packed once; ``unfolded``: one product over
-windows that overlap."""
+"""Names of kernels. ``plain``: torch's linear, and convolutions as matrix products over blocks, with MKL if torch has
+it; ``onednn_linear`` and ``onednn_conv``: oneDNN with weights packed once; ``unfolded``: one product over overlapping
+windows."""
 
 SETTING = "SKILL_KERNELS"
-"""Environment variable: ``plain`` for the same bits in every process, ``measured``, or a kernel's name to force it
-where it can be had."""
+"""Environment variable: ``plain`` for identical bits in every process, ``measured``, or a kernel's name to force it
+where it is available."""
 
 CACHE = "SKILL_KERNELS_CACHE"
-"""Environment variable: a JSON file that keeps what was measured for other processes."""
+"""Environment variable: a JSON file that stores measurements for other processes."""
 
 LEAST_MACS = 1 << 22
-"""Multiply-accumulates of a product below which nothing is measured: all kernels are quick."""
+"""Multiply-accumulates below which nothing is measured, because all kernels are fast."""
 MOST_FRAMES = 2048
-"""Frames that are measured of more: kernels do not get faster beyond."""
+"""Frames to measure at most: kernels do not get faster beyond."""
 REPEATS = 5
 ENOUGH_SECONDS = 0.15
-"""Timed repeats, of which the minimum counts, and the time after which there are no more."""
+"""Timed repeats, of which the minimum counts, and the time limit for them."""
 GAIN = 0.92
-"""A kernel takes the place of ``plain`` only in less than this share of its time."""
+"""A kernel replaces ``plain`` only if it takes less than this share of its time."""
 
 _measured: Dict[str, str] = {}
 _read: Set[str] = set()
@@ -51,7 +51,7 @@ _lock = threading.Lock()
 
 
 def setting(default: str = "measured") -> str:
-    """What the environment asks for.
+    """The kernel setting of the environment.
 
     Raises:
         ValueError: it is neither measured nor a kernel.
@@ -60,7 +60,7 @@ def setting(default: str = "measured") -> str:
 
 
 def check_setting(value: str, field: str) -> str:
-    """The value itself.
+    """Checks a kernel setting and returns it.
 
     Raises:
         ValueError: it is neither measured nor a kernel.
@@ -71,12 +71,12 @@ def check_setting(value: str, field: str) -> str:
 
 
 class Product:
-    """A linear map or a strided convolution over rows of frames, of weights that do not change.
+    """A linear map or a strided convolution over rows of frames, with constant weights.
 
-    It is neither copied nor saved with the module that holds it: a copy has None in its place.
+    It is neither copied nor saved with its module: a copy has None instead.
 
     Args:
-        weight: (k, C, O), k = 1 for a linear map; float32 or bfloat16 on a CPU, else ``plain`` serves.
+        weight: (k, C, O), k = 1 for a linear map; float32 or bfloat16 on a CPU, otherwise ``plain`` is used.
         bias: (O,) or None.
         stride: frames.
         choice: "measured" or one of :data:`KERNELS`.
@@ -97,7 +97,7 @@ class Product:
         return self._kernel(self.chosen(x))(x)
 
     def chosen(self, x: Tensor) -> str:
-        """Name of the kernel that serves such frames, measured if it has to be."""
+        """Name of the kernel for such frames, measured if necessary."""
         size, inputs, outputs = self.weight.shape
         plain = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16)
         if self.choice == "plain" or plain or len(x) * size * inputs * outputs < LEAST_MACS * self.stride:
@@ -105,7 +105,7 @@ class Product:
         if self.choice != "measured":
             return self.choice if self._kernel(self.choice) is not self._kernel("plain") else "plain"
         x = x[:MOST_FRAMES]
-        # Frames of like number choose alike.
+        # Similar numbers of frames share a choice.
         shape = f"{size}x{inputs}x{outputs}/{self.stride}x{1 << (len(x) - 1).bit_length()}"
         key = f"{machine()} {torch.get_num_threads()} {x.dtype} {shape}"
         found = _measured.get(key)
@@ -118,17 +118,17 @@ class Product:
         return found
 
     def seconds(self, x: Tensor, clock: Optional[Callable[[], float]] = None) -> Dict[str, float]:
-        """Least time of each kernel that can be had and agrees with ``plain``, by a clock."""
+        """Minimum time of each available kernel that agrees with ``plain``, by a clock."""
         wanted = self._kernel("plain")(x)
         limit = (1e-5 if x.dtype == torch.float32 else 2e-2) * float(wanted.abs().max())
         kernels = {"plain": self._kernel("plain")}
         for name in KERNELS[1:]:
             kernel = self._kernel(name)
-            # oneDNN has been wrong on some processors.
+            # oneDNN gave wrong results on some processors.
             if kernel is not kernels["plain"] and float((kernel(x) - wanted).abs().max()) <= limit:
                 kernels[name] = kernel
         best = {name: float("inf") for name in kernels}
-        # Of one thread its own time counts: others may take the processor meanwhile.
+        # A single thread's own time counts, because others may use the processor meanwhile.
         clock = clock or (time.perf_counter if torch.get_num_threads() > 1 else time.thread_time)
         began = time.perf_counter()
         for _ in range(REPEATS):
@@ -146,7 +146,7 @@ class Product:
         return fastest if best[fastest] < GAIN * best["plain"] else "plain"
 
     def _kernel(self, name: str) -> Callable[[Tensor], Tensor]:
-        """The kernel of a name; plain where this torch does not have it or it does not fit the shape."""
+        """The kernel with a name, or plain if this torch lacks it or it does not support the shape."""
         if name not in self._made:
             try:
                 made = getattr(self, f"_make_{name}")()
@@ -219,14 +219,14 @@ def _nothing() -> None:
 
 
 class FrozenLinear(Product):
-    """The product of an ``nn.Linear``, for as long as its weights are those that it was made of."""
+    """The product of an ``nn.Linear``, valid as long as its weights do not change."""
 
     def __init__(self, layer: nn.Linear, choice: str) -> None:
         super().__init__(layer.weight.detach().t().unsqueeze(0), _detached(layer.bias), 1, choice)
         self._state = state_of(layer)
 
     def serves(self, layer: nn.Linear, x: Tensor) -> bool:
-        """Whether the layer may be passed over: no gradient is asked for, no hook waits, and nothing has changed."""
+        """Whether the layer can be bypassed: no gradients, no hooks, and no changes."""
         return not (
             torch.is_grad_enabled()
             or layer._forward_hooks
@@ -238,14 +238,14 @@ class FrozenLinear(Product):
 
 
 def choose_for_linears(module: nn.Module, choice: str) -> None:
-    """Lets :func:`linear` measure for all plain linear layers within."""
+    """Makes :func:`linear` measure for all plain linear layers of a module."""
     for layer in module.modules():
         if type(layer) is nn.Linear:
             layer.__dict__["_kernels"] = None if choice == "plain" else FrozenLinear(layer, choice)
 
 
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, by the kernel chosen for its weights where there is one."""
+    """``layer(x)``, with the kernel chosen for its weights, if any."""
     product = layer.__dict__.get("_kernels")
     if product is None or not product.serves(layer, x):
         return layer(x)  # type: ignore[no-any-return]
@@ -253,14 +253,14 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def chosen() -> Dict[str, int]:
-    """How many shapes were given to each kernel in this process."""
+    """Number of shapes assigned to each kernel in this process."""
     names: List[str] = list(_measured.values())
     return {name: names.count(name) for name in KERNELS if name in names}
 
 
 @functools.cache
 def machine() -> str:
-    """Processor and torch, which an answer holds for."""
+    """Processor and torch version, for which a measurement is valid."""
     return f"{_processor()} torch {torch.__version__}"
 
 
@@ -275,13 +275,13 @@ def _processor() -> str:
 
 @functools.cache
 def has_vnni() -> bool:
-    """Whether the processor adds up products of 8-bit numbers in 32 bits."""
+    """Whether the processor sums products of 8-bit numbers in 32 bits."""
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and "vnni" in cpuinfo.read_text() or platform.machine() in ("aarch64", "arm64")
 
 
 def _recall() -> None:
-    """Reads the file of answers once; an unreadable one is as good as none."""
+    """Reads the file of measurements once; an unreadable file counts as empty."""
     path = os.environ.get(CACHE)
     if not path or path in _read:
         return
@@ -294,7 +294,7 @@ def _recall() -> None:
 
 
 def _remember() -> None:
-    """Writes the file of answers; one that cannot be written is named once, and ends no forward."""
+    """Writes the file of measurements; failures give one warning and no error."""
     path = os.environ.get(CACHE)
     if not path:
         return
@@ -305,7 +305,7 @@ def _remember() -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        warnings.warn(f"{CACHE}: {path} cannot be written ({error}); what was measured is forgotten", stacklevel=2)
+        warnings.warn(f"{CACHE}: {path} cannot be written ({error}); measurements are not saved", stacklevel=2)
 
 
 def _detached(bias: Optional[Tensor]) -> Optional[Tensor]:

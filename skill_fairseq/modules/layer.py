@@ -18,12 +18,12 @@ class EncoderLayer(nn.Module):
 
     Args:
         embed_dim: D.
-        attention: the attention sublayer, or None where it was removed.
-        ffn: the feed-forward sublayer, or None where it was removed.
+        attention: the attention sublayer, or None if removed.
+        ffn: the feed-forward sublayer, or None if removed.
         layer_norm_first: normalise before each sublayer (Large) instead of after (Base).
         dropout: dropout probability on each sublayer's output.
-        adapter: a network beside the feed-forward sublayer, on the same input (a :class:`ResidualAdapter` on that
-            before its LayerNorm), or None; it is there without that too.
+        adapter: a network beside the feed-forward sublayer, on the same input (a :class:`ResidualAdapter` on the input
+            before its LayerNorm), or None; it stays if that sublayer is removed.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class EncoderLayer(nn.Module):
 
     @property
     def uses_ffn_norm(self) -> bool:
-        """Whether the second LayerNorm is ahead of something, or behind the layer."""
+        """Whether the second LayerNorm has a purpose: before a sublayer or adapter, or after the layer."""
         adapted = self.adapter is not None and not isinstance(self.adapter, ResidualAdapter)
         return not self.layer_norm_first or self.ffn is not None or adapted
 
@@ -60,7 +60,7 @@ class EncoderLayer(nn.Module):
         reused: Optional[AttentionMaps] = None,
         adapted: bool = True,
     ) -> Union[Tensor, Tuple[Tensor, Optional[AttentionMaps]]]:
-        """(B, T, D) to (B, T, D), with the adapter or without; the other arguments as in :class:`SelfAttention`."""
+        """(B, T, D) to (B, T, D), with or without the adapter; for other arguments see :class:`SelfAttention`."""
         first, maps = self.layer_norm_first, None
         if self.attention is not None:
             y = self.attention_norm(x) if first else x

@@ -181,7 +181,8 @@ def lower(module: Module, precision: str) -> Module:
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, QuantizedLinear):
-                    setattr(parent, name, TrainedLinear(child))
+                    if child.input_range.known:  # otherwise training did not reach it: its range stays the input's own
+                        setattr(parent, name, TrainedLinear(child))
                 elif type(child) is nn.Linear and name not in KEPT:
                     setattr(parent, name, LowLinear(child.weight, child.bias, precision))
     except (AttributeError, NotImplementedError, RuntimeError) as error:

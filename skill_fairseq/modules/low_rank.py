@@ -1,4 +1,4 @@
-"""A linear map as two thin ones: W = up diag(z) down, with a gate z on every component where it is pruned.
+"""Low-rank linear maps: W = up diag(z) down, with a gate z on every component while pruning.
 
 Sainath et al. 2013 ("Low-rank matrix factorization for deep neural network training"); gates on the components as in
 Wang et al. 2020 (arXiv:1910.04732).
@@ -19,25 +19,26 @@ if TYPE_CHECKING:
     from skill_fairseq.modules.gate_bank import Draw, HardConcrete
 
 INIT_STD = 0.02
-"""Standard deviation of the product's weights where they are random: BERT's, as for the linear maps."""
+"""Standard deviation of random weights of the product: BERT's, as for linear maps."""
 
 
 def is_thin(rank: int, outputs: int, inputs: int) -> bool:
-    """Whether two matrices of this rank have fewer weights than one: ``rank (outputs + inputs) < outputs inputs``."""
+    """Whether two matrices of this rank have fewer weights than one matrix: ``rank (outputs + inputs) < outputs
+    inputs``."""
     return rank * (outputs + inputs) < outputs * inputs
 
 
 def factorise(weight: Tensor, rank: int) -> Tuple[Tensor, Tensor]:
-    """The nearest matrix of a rank, in the Frobenius norm, as a product: a truncated SVD (Eckart & Young 1936).
+    """The closest matrix of a rank in the Frobenius norm, as a product: a truncated SVD (Eckart & Young 1936).
 
     Args:
         weight: (out, in).
         rank: r, at most min(out, in).
 
     Returns:
-        (out, r) and (r, in) of its dtype, components by falling singular value, the root of which is in each factor.
-        Of the signs of a component, which are free, the one is taken that makes the largest entry of the first factor
-        positive: ranks of a run start alike.
+        (out, r) and (r, in) with its dtype, components by falling singular value, whose root is in each factor. The
+        free sign of a component makes the largest entry of the first factor positive, so that all processes of a run
+        start with the same factors.
     """
     u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
     u, s, v = u[:, :rank], s[:rank].sqrt(), v[:rank]
@@ -46,14 +47,15 @@ def factorise(weight: Tensor, rank: int) -> Tuple[Tensor, Tensor]:
 
 
 class LowRankLinear(StandIn):
-    """``x -> up diag(z) down x + bias`` in place of a linear layer; without gates z is 1, at rank 0 the bias is left.
+    """Replaces a linear layer by ``x -> up diag(z) down x + bias``; without gates z is 1, at rank 0 only the bias is
+    left.
 
     Args:
         inputs, outputs: features of the linear layer.
-        rank: components.
+        rank: number of components.
 
     Attributes:
-        gate: of the components, or None.
+        gate: gate of the components, or None.
     """
 
     outputs = ("up.weight", "up.bias")
@@ -74,7 +76,7 @@ class LowRankLinear(StandIn):
 
     @property
     def weight(self) -> Tensor:
-        """(out, in), the product of both matrices."""
+        """(out, in), the product of the two matrices."""
         if not self.rank:
             return self.up.bias.new_zeros(self.out_features, self.in_features)
         return self.up.weight @ self.down.weight  # type: ignore[operator, no-any-return]

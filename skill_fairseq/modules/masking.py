@@ -1,4 +1,4 @@
-"""Frames that are hidden from the Transformer: which ones, how they are hidden, and in which passes."""
+"""Masks frames before the Transformer, for the passes that need it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from skill_fairseq.modules.taps import SpanMasking, Tap
 
 
 class HideFrames:
-    """Puts the mask embedding in place of the masked frames, after the projection; see ``Tap.transform``.
+    """Replaces masked frames by the mask embedding, after the projection; see ``Tap.transform``.
 
     Args:
-        masked: (B, T) bool, True = hidden.
+        masked: (B, T) bool, True = masked.
         embedding: (D,).
     """
 
@@ -24,34 +24,35 @@ class HideFrames:
         self.embedding = embedding
 
     def __call__(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """(B, T, D) projected features to the same with hidden frames.
+        """Masks frames of the (B, T, D) projected features.
 
         Raises:
-            ValueError: there are other frames than the mask has.
+            ValueError: features and mask differ in frames.
         """
         if x.shape[:2] != self.masked.shape:
             raise ValueError(
                 f"masked: shape {tuple(self.masked.shape)} for features of shape {tuple(x.shape)}; expected a mask for "
-                "(batch, frames): student and teacher must make as many frames of an utterance"
+                "(batch, frames): student and teacher must have equally many frames per utterance"
             )
         return torch.where(self.masked.unsqueeze(-1), self.embedding.to(x), x)
 
 
 def with_masks(taps: Sequence[Tap], masked: Mapping[SpanMasking, Tensor], embedding: Tensor | None) -> list[Tap]:
-    """The taps of one forward pass: where a mask has been drawn for a tap's ``masking``, its frames are hidden.
+    """The taps of one forward pass, with the transforms that mask the frames drawn for each tap's ``masking``.
 
-    Taps of one masking have one transform, and so share a pass. Those whose masking has none hear everything.
+    Taps with the same masking have the same transform, and so share a pass. Taps whose masking has no mask are not
+    masked.
 
     Args:
-        taps: what is asked for.
-        masked: (B, T) bool for each masking, True = hidden; empty in validation.
-        embedding: (D,), what stands in place of hidden frames.
+        taps: the taps.
+        masked: (B, T) bool for each masking, True = masked; empty in validation.
+        embedding: (D,), the mask embedding.
 
     Raises:
-        ValueError: frames are to be hidden, and there is no embedding.
+        ValueError: there are masks but no embedding.
     """
     if embedding is None and any(tap.masking in masked for tap in taps):
-        raise ValueError("this encoder has no mask embedding, so that no frame can be hidden from it")
+        raise ValueError("this encoder has no mask embedding, so it cannot run with masked frames")
     hide = {masking: HideFrames(mask, embedding) for masking, mask in masked.items() if embedding is not None}
     return [
         tap if tap.masking is None else dataclasses.replace(tap, transform=hide.get(tap.masking), masking=None)

@@ -1,4 +1,4 @@
-"""Layer normalisation whose statistics run over the original width after channels were cut out."""
+"""Layer normalisation with statistics over the original width after channels were removed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from skill_fairseq.modules.hard_concrete import Units
 from skill_fairseq.modules.slicing import take
 
 MOST_WINDOWS = 1 << 18
-"""Windows of the first convolution (80 s) whose float64 copies are made at a time."""
+"""Windows of the first convolution to convert to float64 at a time (80 s)."""
 
 
 class Moments(NamedTuple):
     """Statistics over time, float64.
 
     Attributes:
-        frames: how many.
+        frames: number of frames.
         mean: (B, 1, k).
         covariance: (B, k, k), biased.
     """
@@ -29,7 +29,7 @@ class Moments(NamedTuple):
     covariance: Tensor
 
     def joined(self, other: Moments) -> Moments:
-        """Those of both stretches of time."""
+        """Statistics of both parts together."""
         frames = self.frames + other.frames
         share = other.frames / frames
         apart = other.mean - self.mean
@@ -48,10 +48,10 @@ def moments(windows: Tensor) -> Moments:
 def group_norm_of_linear(
     windows: Tensor, kernel: Tensor, bias: Optional[Tensor], weight: Tensor, shift: Tensor, eps: float
 ) -> Tuple[Tensor, Tensor]:
-    """GroupNorm with one group a channel after a linear map, as a factor and a shift of that map.
+    """GroupNorm with one group per channel after a linear map, as a factor and a shift of that map.
 
     Args:
-        windows: (B, T, k) inputs, the frames that count.
+        windows: (B, T, k) inputs, without padding frames.
         kernel, bias, weight, shift, eps: see :func:`group_norm_by_moments`.
 
     Returns:
@@ -65,14 +65,14 @@ def group_norm_by_moments(
 ) -> Tuple[Tensor, Tensor]:
     """:func:`group_norm_of_linear` from statistics of the inputs.
 
-    Mean and variance over time of ``inputs @ kernel + bias`` follow from the mean and covariance of the few inputs,
-    so the normalisation costs no pass over the outputs. Statistics are float64: their differences cancel.
+    Mean and variance over time of ``inputs @ kernel + bias`` follow from the mean and covariance of the few inputs, so
+    the normalisation needs no pass over the outputs. Statistics are float64, because their differences cancel.
 
     Args:
         inputs: statistics of the (B, T, k) inputs.
-        kernel: (k, C) of the linear map.
-        bias: (C,) of the linear map, or None.
-        weight, shift: (C,) of the normalisation.
+        kernel: (k, C), the linear map's.
+        bias: (C,), the linear map's, or None.
+        weight, shift: (C,), the normalisation's.
         eps: added to the variance.
 
     Returns:
@@ -83,31 +83,31 @@ def group_norm_by_moments(
     variance = (kernel * (inputs.covariance @ kernel)).sum(1, keepdim=True)  # (B, 1, C)
     factor = weight.double() * torch.rsqrt(variance + eps)
     mean = inputs.mean @ kernel
-    if bias is not None:  # the normalisation takes it out again
+    if bias is not None:  # the normalisation subtracts it again
         mean = mean + bias.double() - bias.double()
     return factor.to(dtype), (shift.double() - mean * factor).to(dtype)
 
 
 def _scatter(windows: Tensor, mean: Tensor) -> Tensor:
-    """(B, k, k) sums of products of the inputs less their mean."""
+    """(B, k, k) sums of products of the centred inputs."""
     centred = windows.double() - mean
     return centred.transpose(1, 2) @ centred
 
 
 def layer_norm_with_zeros(x: Tensor, full_width: int, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """Normalises over ``full_width`` features of which all but the given ones are zero.
+    """Normalises over ``full_width`` features, all of which are zero except the given ones.
 
-    Equal to padding the last dimension with zeros up to ``full_width``, normalising, and cutting the padding off;
-    so a model shrinks to exactly what it computed with the cut channels gated to zero.
+    Equals padding the last dimension with zeros up to ``full_width``, normalising, and removing the padding, so that a
+    shrunk model computes exactly what the gated one computed with the removed channels at zero.
 
     Args:
-        x: (..., C) features that are left, C <= full_width.
+        x: (..., C) remaining features, C <= full_width.
         full_width: number of features before pruning.
         weight, bias: (C,) scale and shift.
         eps: added to the variance.
 
     Returns:
-        (..., C) normalised features, in the type of ``x``.
+        (..., C) normalised features, with the dtype of ``x``.
     """
     width = x.size(-1)
     if width == full_width:
@@ -121,11 +121,11 @@ def layer_norm_with_zeros(x: Tensor, full_width: int, weight: Tensor, bias: Tens
 
 
 class ChannelLayerNorm(nn.Module):
-    """Layer norm over the last dimension that knows the width before pruning.
+    """Layer norm over the last dimension with statistics over the width before pruning.
 
     Args:
-        width: features that are left.
-        full_width: features before pruning, which the statistics run over (the missing ones count as zeros).
+        width: remaining features.
+        full_width: features before pruning, over which statistics run (missing ones count as zeros).
     """
 
     def __init__(self, width: int, full_width: int) -> None:
@@ -137,8 +137,8 @@ class ChannelLayerNorm(nn.Module):
     def forward(self, x: Tensor, units: Optional[Units] = None) -> Tensor:
         """Args:
             x: (..., C) features.
-            units: which of the channels these are, with their gates; None: all, without gates. A closed channel
-                counts as zero in the statistics and leaves as zero, so that it adds nothing and gets no gradient.
+            units: the channels and their gates; None: all, without gates. A closed channel counts as zero in the
+                statistics and gives zero, so it adds nothing and gets no gradient.
 
         Returns:
             (..., C) normalised features.

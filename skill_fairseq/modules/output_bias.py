@@ -1,4 +1,4 @@
-"""What is left of a sublayer that has lost all its units."""
+"""The rest of a sublayer without units."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class OutputBias(nn.Module):
     """The output bias of a projection without inputs, for every frame.
 
-    A sublayer whose units are all gone still adds its bias; dropping that would change the function.
+    A sublayer without units still adds its bias; dropping it would change the function.
 
     Args:
         embed_dim: D.

@@ -1,4 +1,4 @@
-"""Padding of samples: what a mask must look like, and what it means for frames."""
+"""Padding masks of samples: checks, and conversion to frames."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from skill_fairseq.modules.config import EncoderConfig
 
-EXPECTED = "bool, True = padding, which ends each row; of transformers' attention_mask that is attention_mask == 0"
+EXPECTED = "bool, True = padding, at the end of each row; with transformers' attention_mask, attention_mask == 0"
 
 
 def exporting() -> bool:
-    """Whether torch is recording the model: ``torch.export``, ONNX or TorchScript tracing."""
+    """Whether torch is recording the model for ``torch.export``, ONNX or TorchScript."""
     compiler = getattr(torch, "compiler", None)
     is_exporting = getattr(compiler, "is_exporting", None)
     return bool(
@@ -20,20 +20,20 @@ def exporting() -> bool:
 
 
 def check_padding_mask(padding_mask: Tensor, source: Tensor, values: bool = True) -> Tensor:
-    """Checks a mask at the encoder's door.
+    """Checks a mask before encoding.
 
     Args:
         padding_mask: (B, N) bool, True = padding, at the end of each row.
         source: (B, N) samples.
-        values: look at the values too, for which the host waits for a GPU. A graph never does.
+        values: also check the values, for which the host waits for a GPU. A graph never does.
 
     Returns:
-        the mask; a graph compares it with the source, so that one of another shape is an error there too.
+        the mask; a graph compares it with the source, so that a wrong shape is an error there too.
 
     Raises:
-        TypeError: it is no bool tensor.
-        ValueError: it has another shape; or a row is all padding, or audio follows padding: so looks a mask whose True
-            means audio.
+        TypeError: it is not a bool tensor.
+        ValueError: it has another shape, a row is all padding, or audio follows padding, as in a mask where True means
+            audio.
     """
     shape = tuple(getattr(padding_mask, "shape", ()))
     found = getattr(padding_mask, "dtype", type(padding_mask).__name__)
@@ -42,7 +42,7 @@ def check_padding_mask(padding_mask: Tensor, source: Tensor, values: bool = True
     if shape != tuple(source.shape):
         raise ValueError(f"padding_mask: shape {shape} for source {tuple(source.shape)}; expected {EXPECTED}")
     if exporting():
-        # A recorded program takes a mask of any type; so 0 and 1 mean what False and True do.
+        # A recorded program accepts any dtype, so 0 and 1 work like False and True.
         return padding_mask != torch.zeros_like(source, dtype=torch.bool)
     if values:
         broken = padding_mask[:, 0] | (padding_mask[:, :-1] & ~padding_mask[:, 1:]).any(1)
@@ -54,7 +54,7 @@ def check_padding_mask(padding_mask: Tensor, source: Tensor, values: bool = True
 
 
 def padding_of_attention_mask(attention_mask: Tensor, source: Tensor) -> Tensor:
-    """From transformers' mask (B, N), 1 = audio and 0 = padding, to the encoder's, (B, N) bool.
+    """Converts transformers' mask (B, N), 1 = audio and 0 = padding, to the encoder's, (B, N) bool.
 
     Raises:
         ValueError: it has another shape than the source (B, N), or values other than 0 and 1 (which a graph does not
@@ -72,7 +72,7 @@ def padding_of_attention_mask(attention_mask: Tensor, source: Tensor) -> Tensor:
 
 
 def reduce_padding_mask(padding_mask: Tensor, config: EncoderConfig) -> Tensor:
-    """(B, T) bool of the convolutions' frames to the output's: one is padding if any that it is made of is."""
+    """(B, T) bool of the convolutions' frames to the output's: a merged frame is padding if any of its frames is."""
     rate = config.time_reduction
     if rate == 1:
         return padding_mask
@@ -82,9 +82,9 @@ def reduce_padding_mask(padding_mask: Tensor, config: EncoderConfig) -> Tensor:
 def frame_padding_mask(padding_mask: Tensor, num_frames: int, config: EncoderConfig) -> Tensor:
     """Padding of frames from padding of samples.
 
-    Rule "chunks" (Microsoft's and fairseq's): the samples are cut into ``num_frames`` equal chunks and a frame is
-    padding if its whole chunk is. Rule "convolution" (transformers'): a frame counts if the conv stack would make it
-    of the unpadded audio alone, one frame less in places.
+    Rule "chunks" (Microsoft's and fairseq's): the samples are cut into ``num_frames`` equal chunks, and a frame is
+    padding if its whole chunk is. Rule "convolution" (transformers'): a frame counts if the conv stack would produce it
+    from the unpadded audio, sometimes one frame less.
 
     Args:
         padding_mask: (B, N) bool, True = padding, at the end of each row.

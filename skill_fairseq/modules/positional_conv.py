@@ -17,10 +17,10 @@ from skill_fairseq.modules.prepared import Prepared
 class PositionalConv(Prepared):
     """Grouped convolution over time, weight-normalised along the kernel axis, then GELU.
 
-    The weight norm is kept as two plain parameters, ``weight_g`` (1, 1, K) and ``weight_v`` (D, D / groups, K), the
-    names of published checkpoints, so that it reads the same in every torch version. It is never pruned. On a CPU it
-    is computed by Fourier transforms, which agree with the plain convolution to float rounding; float32 also serves
-    lower precision there, as oneDNN's grouped convolution is wrong in bfloat16 on processors with AMX (torch 2.13).
+    The weight norm is two plain parameters, ``weight_g`` (1, 1, K) and ``weight_v`` (D, D / groups, K), named as in
+    published checkpoints, so that any torch version reads them. It is never pruned. On a CPU it uses Fourier
+    transforms, which agree with the plain convolution to float rounding. Lower precision also computes in float32
+    there, because oneDNN's grouped convolution is wrong in bfloat16 on processors with AMX (torch 2.13).
 
     Args:
         embed_dim: D, features.
@@ -44,13 +44,13 @@ class PositionalConv(Prepared):
 
     def weight(self) -> Tensor:
         """The effective kernel, (D, D / groups, K)."""
-        # At least float32: rounded only once, and no overflow on the way.
+        # At least float32, to round only once and avoid overflow.
         dtype = torch.promote_types(self.weight_v.dtype, torch.float32)
         v, g = self.weight_v.to(dtype), self.weight_g.to(dtype)
         return (v * (g / v.norm(dim=(0, 1), keepdim=True))).to(self.weight_v.dtype)
 
     def layout(self) -> Tensor:
-        """Where Fourier transforms serve, the kernel's spectrum; elsewhere the effective kernel."""
+        """The kernel's spectrum where Fourier transforms are used, otherwise the effective kernel."""
         with torch.autocast(self.weight_v.device.type, enabled=False):
             weight = self.weight()
             weight = weight if self.input_range is None else fake_quantize_weight(weight)
@@ -69,6 +69,6 @@ class PositionalConv(Prepared):
                 y = F.gelu(fft_conv(x.to(wide), kernel, kernel_size) + self.bias)
             return y.to(self.bias.dtype)
         y = F.conv1d(x.transpose(1, 2), kernel, self.bias, padding=kernel_size // 2, groups=self.groups)
-        if kernel_size % 2 == 0:  # an even kernel makes one frame too many
+        if kernel_size % 2 == 0:  # an even kernel gives one frame too many
             y = y[..., :-1]
         return F.gelu(y).transpose(1, 2)

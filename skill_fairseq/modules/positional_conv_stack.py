@@ -1,4 +1,4 @@
-"""Positional embedding of data2vec: several short convolutions instead of one long one."""
+"""data2vec's positional embedding: several short convolutions instead of a long one."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ class PositionalConvLayer(nn.Module):
         """(B, D, T) frames to (B, D, T)."""
         kernel_size = self.weight.size(-1)
         on_cpu = x.device.type == "cpu"
-        # On CPUs in float32: oneDNN's grouped convolution is wrong in bfloat16 on processors with AMX (torch 2.13).
+        # float32 on CPUs: oneDNN's grouped convolution is wrong in bfloat16 on processors with AMX (torch 2.13).
         dtype = torch.promote_types(self.weight.dtype, torch.float32) if on_cpu else self.weight.dtype
         with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
             weight, bias = self.weight.to(dtype), self.bias.to(dtype)
             if self.input_range is not None:
                 x, weight = self.input_range(x), fake_quantize_weight(weight)
             y = F.conv1d(x.to(dtype), weight, bias, padding=kernel_size // 2, groups=self.groups).to(x.dtype)
-        if kernel_size % 2 == 0:  # an even kernel makes one frame too many
+        if kernel_size % 2 == 0:  # an even kernel gives one frame too many
             y = y[..., :-1]
         y = F.layer_norm(y.transpose(1, 2), y.shape[1:2])
         return F.gelu(y).transpose(1, 2)
 
 
 class PositionalConvStack(nn.Module):
-    """data2vec's positional embedding (Baevski et al. 2022, arXiv 2202.03555): ``depth`` layers one after another.
+    """data2vec's positional embedding (Baevski et al. 2022, arXiv 2202.03555): ``depth`` consecutive layers.
 
-    After the first layer the frames beyond an utterance's end are no longer zero, so that padding reaches the
-    utterance's own last frames: in data2vec, features depend on how much an utterance is padded.
+    After the first layer, frames beyond an utterance's end are no longer zero and affect its last frames: in data2vec,
+    features depend on the amount of padding.
 
     Args:
         embed_dim: D, features.

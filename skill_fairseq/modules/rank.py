@@ -1,4 +1,4 @@
-"""The rank of linear maps as units: components of their singular value decomposition, one gate each."""
+"""The rank of linear maps as prunable units: one gate per component of the singular value decomposition."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ LINEARS = (
     *(("attention", name) for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
     *(("ffn", name) for name in ("fc1", "fc2")),
 )
-"""The linear maps of a layer, sublayer and name. One side of each is the model's width, the other one follows the heads
-or FFN units that are left."""
+"""The linear maps of a layer: sublayer and name. One side has the model's width, the other follows the remaining heads
+or FFN units."""
 HEADED = 4
-"""The first so many of them are attention's."""
+"""The number of attention's linear maps, which come first."""
 
 
 @register_unit
 class Rank(PrunableUnit):
-    """Components of the six linear maps of each layer, six entries a layer in the order of :data:`LINEARS`.
+    """Components of the six linear maps of each layer, in the order of :data:`LINEARS`.
 
-    A map of m outputs and n inputs is two matrices of ``r (m + n)`` weights in all while it has gates. Cut, it stays so
-    where that is less than one matrix of m n weights; else it is their product, and its entry is the full one.
+    A gated map of m outputs and n inputs is two matrices with ``r (m + n)`` weights in total. After cutting it stays so
+    if this is less than one matrix of m n weights; otherwise it becomes their product, with the full rank as its entry.
 
-    Sizes are exact for integer widths: ``min(r (m + n), m n)`` a map. Tensor widths give the same of expectations. With
-    independent gates that is the expectation as long as one of both forms is the smaller for sure, and else an upper
-    bound. Where one matrix is smaller, a component less saves nothing; the gradient of r is there what it saves in thin
-    matrices, for else no gate of a map of full rank would ever begin to close.
+    Sizes are exact for integer widths: ``min(r (m + n), m n)`` per map. Tensor widths apply this to expectations. With
+    independent gates this is the expectation if one form is certainly the smaller, and otherwise an upper bound. Where
+    one matrix is smaller, dropping a component saves nothing; the gradient of r is nevertheless the saving in two
+    matrices, because otherwise gates of a full-rank map would never begin to close.
     """
 
     name = "rank"
@@ -82,12 +82,12 @@ class Rank(PrunableUnit):
         shape["unit_widths"].setdefault(self.name, self.full(encoder.config))[site.place] = len(kept)
 
     def finish(self, encoder: Any, state: State, shape: Dict[str, Any]) -> None:
-        """One matrix where that is smaller."""
+        """Merges into one matrix if that is smaller."""
         full = self.full(encoder.config)
         widths = shape["unit_widths"].setdefault(self.name, list(full))
         for place in range(len(full)):
             path = _path(place)
-            if f"{path}.up.bias" in state:  # what has lost its inputs keeps it
+            if f"{path}.up.bias" in state:  # a map without inputs keeps it
                 state[f"{path}.bias"] = state[f"{path}.up.bias"]
             if f"{path}.up.weight" not in state:
                 continue
@@ -99,12 +99,12 @@ class Rank(PrunableUnit):
             del shape["unit_widths"][self.name]
 
     def scores(self, encoder: Any, site: Site) -> Tensor:
-        """Products of the norms of what a component writes and what it reads: singular values."""
+        """Products of the norms of a component's output and input vectors: singular values."""
         linear = encoder.get_submodule(site.owner)
         return linear.up.weight.norm(dim=0) * linear.down.weight.norm(dim=1)  # type: ignore[no-any-return]
 
     def parameters(self, config: EncoderConfig, widths: Widths) -> Number:
-        """Weights of the maps less those of one matrix each."""
+        """Weights of the maps less those of single matrices."""
         ranks, dim = widths[self.name], config.encoder_embed_dim
         columns = [_column(widths, name) for name in ("heads", "ffn", "attention_layers", "ffn_layers")]
         if isinstance(ranks, Tensor):  # a few operations for all layers
@@ -123,7 +123,7 @@ class Rank(PrunableUnit):
         return frames * self.parameters(config, widths)
 
     def _places(self, encoder: Any) -> Iterator[Tuple[nn.Module, int, str, int]]:
-        """The module that has a linear map, the entry of widths, its name there and its rank."""
+        """Yields the module of each linear map, its entry of widths, its name there and its rank."""
         for place, rank in enumerate(self.left(encoder.config)):
             layer, linear = divmod(place, len(LINEARS))
             sublayer, name = LINEARS[linear]
@@ -131,8 +131,8 @@ class Rank(PrunableUnit):
                 yield getattr(encoder.transformer.layers[layer], sublayer), place, name, rank
 
     def _held(self, config: EncoderConfig, rank: int, outputs: int, inputs: int) -> Optional[int]:
-        """The rank of the two matrices that an encoder has for a linear map; None: it has one matrix."""
-        if self.name not in config.unit_widths:  # of full rank, for gates
+        """The rank of the two matrices of a linear map; None for one matrix."""
+        if self.name not in config.unit_widths:  # full rank, for gates
             return min(rank, outputs, inputs)
         return rank if is_thin(rank, outputs, inputs) else None
 
@@ -143,17 +143,17 @@ def _path(place: int) -> str:
 
 
 def _six(pair: Sequence[Any]) -> List[Any]:
-    """What attention and FFN of a layer have, for each of its linear maps."""
+    """The heads or FFN units of a layer, for each of its linear maps."""
     return [pair[0]] * HEADED + [pair[1]] * (len(LINEARS) - HEADED)
 
 
 def _column(widths: Widths, name: str) -> Any:
-    """Widths of a kind; without those of whole sublayers, all are there."""
+    """Widths of a kind; without widths of whole sublayers, all exist."""
     return widths[name] if name in widths else [1] * len(widths["heads"])
 
 
 def _saved(rank: Any, inner: Any, dim: int) -> Any:
-    """What two matrices have more than one, at most nothing; see :class:`Rank` for the gradient."""
+    """Weights of two matrices less those of one, at most 0; see :class:`Rank` for the gradient."""
     thin, dense = rank * (inner + dim), inner * dim
     if not any(isinstance(x, Tensor) for x in (thin, dense)):
         return min(thin - dense, 0)

@@ -28,7 +28,7 @@ def relative_position_bucket(offset: Tensor, num_buckets: int = 320, max_distanc
 
 
 class RelativePosition(nn.Module):
-    """The table that all layers share. It belongs to the encoder, not to its first layer: it outlives any pruning.
+    """The table that all layers share. It belongs to the encoder, not to its first layer, so pruning never removes it.
 
     Args:
         num_buckets, max_distance: see :func:`relative_position_bucket`.
@@ -42,11 +42,11 @@ class RelativePosition(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_buckets, num_heads))
 
     def forward(self, num_frames: int) -> Tensor:
-        """Position bias of every head by offset: it depends on nothing else, and a (T, T) matrix is never made of it.
+        """Position bias of every head by offset, without building a (T, T) matrix.
 
         Returns:
-            (H, 2T - 1) for T = ``num_frames``: entry [h, m] is the bias of a key that stands T - 1 - m frames after
-            the query, from the offset T - 1 down to 1 - T.
+            (H, 2T - 1) for T = ``num_frames``: entry [h, m] is the bias of a key T - 1 - m frames after the
+            query, for offsets from T - 1 down to 1 - T.
         """
         offsets = torch.arange(num_frames - 1, -num_frames, -1, device=self.weight.device)
         buckets = relative_position_bucket(offsets, self.num_buckets, self.max_distance)

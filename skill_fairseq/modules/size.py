@@ -1,7 +1,7 @@
-"""What an encoder of given widths costs: parameters and multiply-accumulates, exact or expected.
+"""Costs of an encoder of given widths: parameters and multiply-accumulates, exact or expected.
 
-Counted is the encoder that is distilled: convolutional stack, feature projection, positional convolution,
-Transformer layers and relative position; no mask embedding and no heads.
+Counts the convolutional stack, feature projection, positional convolution, Transformer layers and relative position,
+but no mask embedding and no heads.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ Column = Union[Sequence[Number], Tensor]
 """Widths of one kind: numbers, or a 1-D tensor."""
 
 Widths = Mapping[str, Column]
-"""What pruning changes, by the names of ``model.pruning_units``: integers for an encoder that exists, tensors for
-expectations under gates. ``conv`` has the output channels of each convolution, ``heads`` and ``ffn`` the heads and FFN
-units of each layer, ``attention_layers`` and ``ffn_layers`` whether the sublayer is there: 1 or 0, or the probability;
-without these two all sublayers are there. One that is there without units keeps its output bias, one that is not adds
-nothing. Other kinds say in :mod:`skill_fairseq.modules.units` what theirs are."""
+"""Prunable widths by the names of ``model.pruning_units``: integers for an actual encoder, tensors for expectations
+under gates. ``conv`` has the output channels of each convolution, ``heads`` and ``ffn`` the heads and FFN units of each
+layer, ``attention_layers`` and ``ffn_layers`` whether the sublayer exists: 1 or 0, or the probability; without these
+two all sublayers exist. A sublayer without units keeps its output bias, a removed one adds nothing. Other kinds are
+defined in :mod:`skill_fairseq.modules.units`."""
 
 RELATIVE_GATE_OUTPUTS = 8
-"""Features from which WavLM's relative-position gate computes its two factors."""
+"""Outputs from which WavLM's relative-position gate computes its two factors."""
 
 
 def widths_of(config: EncoderConfig) -> Dict[str, Column]:
-    """The widths of an encoder as it is, integers."""
+    """The actual widths of an encoder, integers."""
     return {unit.name: [width or 0 for width in unit.left(config)] for unit in units_of(config)}
 
 
 def flat_widths(widths: Widths) -> list[Number]:
-    """(W,) all widths, one kind after another."""
+    """(W,), all widths, concatenated by kind."""
     return [width for column in widths.values() for width in column]
 
 
@@ -54,16 +54,16 @@ def count_parameters(config: EncoderConfig, widths: Widths) -> Number:
     """Number of parameters.
 
     The count is exact, and an int, for integer widths. Tensor widths give a differentiable scalar, the
-    expected count, gates being independent of each other (DPHuBERT, arXiv:2305.17651).
+    expected count for independent gates (DPHuBERT, arXiv:2305.17651).
 
-    The small gate of relative position (``8 head_dim + 8 + heads before pruning`` parameters a layer) goes when its
-    attention is gone for certain, which only plain numbers tell; under a gate it counts in full.
+    The small gate of relative position (``8 head_dim + 8 + heads before pruning`` parameters per layer) is removed only
+    if its attention certainly is, which requires plain numbers; under a gate it counts in full.
 
     Args:
-        config: what pruning never changes; for tensor columns also which layers have heads at all.
+        config: everything that pruning does not change; for tensor columns also the layers that have heads.
 
     Raises:
-        ValueError: if the widths do not fit the config.
+        ValueError: the widths do not match the config.
     """
     _check(config, widths)
     dim, head_dim, conv = config.encoder_embed_dim, config.head_dim, widths["conv"]
@@ -80,7 +80,7 @@ def count_parameters(config: EncoderConfig, widths: Widths) -> Number:
     adapter = config.adapter_dim
     norm = 2 * dim if config.adapter_form == "residual" else 0
     total += (2 * dim * adapter + adapter + dim + norm if adapter else 0) * config.encoder_layers
-    total += 4 * dim * config.encoder_layers  # two LayerNorms a layer
+    total += 4 * dim * config.encoder_layers  # two LayerNorms per layer
     if config.relative_position:
         total += config.num_buckets * config.encoder_attention_heads
 
@@ -96,17 +96,19 @@ def count_parameters(config: EncoderConfig, widths: Widths) -> Number:
 
 
 def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Number:
-    """Multiply-accumulates of one forward pass over one utterance; exact or expected as :func:`count_parameters`.
+    """Multiply-accumulates of one forward pass over one utterance; exact or expected, see :func:`count_parameters`.
 
     With T frames and T_i outputs of convolution i, D the Transformer's dimension, d a head's:
 
+    - log-mel features, T_0 windows of N samples: ``T_0 (N / 2 + 1) (2 N + bins)``, the spectrum counted as the matrix
+      product that exported graphs compute; torch takes a Fourier transform, which is faster
     - convolution i: ``T_i in out kernel``
     - feature projection: ``T in D``
-    - positional convolution: ``T D (D / groups) kernel``, as often as there are such layers
-    - time reduction by r: ``T' D D r``, and all that follows has ``T' = T // r`` in place of T
+    - positional convolution: ``T D (D / groups) kernel``, for each such layer
+    - time reduction by r: ``T' D D r``, and everything after has ``T' = T // r`` instead of T
     - attention of h heads: projections ``4 T D h d``, scores and weighted sum ``2 T^2 h d``; half with a reused map
     - relative position, of h heads: gate ``T h d 8``, gated bias ``T^2 h``; none with a reused map
-    - feed-forward of f units: ``2 T D f``; so an adapter of f features
+    - feed-forward of f units: ``2 T D f``; the same for an adapter of f features
 
     Biases, norms, activations, softmax and gate values are not counted.
 
@@ -114,14 +116,19 @@ def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Numbe
         num_samples: length of the utterance at 16 kHz.
 
     Raises:
-        ValueError: if the widths do not fit the config, or the utterance is too short for one frame.
+        ValueError: the widths do not match the config, or the utterance is too short for one frame.
     """
     _check(config, widths)
     dim, head_dim = config.encoder_embed_dim, config.head_dim
 
     macs: Number = 0
-    in_channels: Number = 1
+    in_channels: Number = config.mel_bins or 1
     length = num_samples
+    if config.mel_bins:
+        if length < config.mel_window:
+            raise ValueError(f"num_samples is {num_samples}, too short for one frame; give more audio")
+        length = (length + sum(config.mel_padding) - config.mel_window) // config.mel_hop + 1
+        macs += length * (config.mel_window // 2 + 1) * (2 * config.mel_window + config.mel_bins)
     for out_channels, (_, kernel, stride) in zip(widths["conv"], config.conv_feature_layers):
         if length < kernel:
             raise ValueError(f"num_samples is {num_samples}, too short for one frame; give more audio")
@@ -146,18 +153,18 @@ def count_macs(config: EncoderConfig, widths: Widths, num_samples: int) -> Numbe
 
 
 def _others(config: EncoderConfig) -> list[PrunableUnit]:
-    """The kinds of units that the formulas do not know."""
+    """Kinds of units that the formulas do not cover."""
     return [unit for unit in units_of(config) if unit.field is None]
 
 
 def _count_conv_stack(config: EncoderConfig, channels: Column) -> Number:
     total: Number = 0
-    in_channels: Number = 1
+    in_channels: Number = config.mel_bins or 1
     for i, (out_channels, (_, kernel, _)) in enumerate(zip(channels, config.conv_feature_layers)):
         total += in_channels * out_channels * kernel
         if config.conv_bias:
             total += out_channels
-        if i == 0 or config.extractor_mode == "layer_norm":
+        if config.extractor_mode == "layer_norm" or (i == 0 and not config.mel_bins):
             total += 2 * out_channels
         in_channels = out_channels
     return total
@@ -173,12 +180,12 @@ def _total(widths: Widths, units: str, sublayers: str, per_unit: int, bias: int 
 
 
 def _reusing_heads(config: EncoderConfig, widths: Widths) -> Number:
-    """Heads of all layers that take another's map; they have no gates."""
+    """Heads of all layers that reuse another's map; they have no gates."""
     return sum(widths["heads"][layer - 1] for layer in config.reuse_attention)
 
 
 def _relative_gates(config: EncoderConfig, widths: Widths) -> int:
-    """Layers whose attention has a gate of relative position; expectations are not asked, it would synchronise."""
+    """Layers whose attention has a relative-position gate; reading expectations would synchronise, so they count."""
     if isinstance(widths["heads"], Tensor):
         widths = widths_of(config)
     present = widths.get("attention_layers", [1] * config.encoder_layers)
@@ -191,4 +198,4 @@ def _check(config: EncoderConfig, widths: Widths) -> None:
     for name, column in widths.items():
         wanted = len(UNITS[name].full(config))
         if len(column) != wanted:
-            raise ValueError(f"{name} has {len(column)} entries, but must have {wanted}: one a layer")
+            raise ValueError(f"{name} has {len(column)} entries, but must have {wanted}: one per layer")

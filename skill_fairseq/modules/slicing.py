@@ -1,4 +1,4 @@
-"""Taking units out of weights, such that gradients go back to where the weights came from."""
+"""Slices units out of weights, with gradients for the full weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class _Take(torch.autograd.Function):
-    """``index_select`` for indices that do not repeat: its gradient is copied, not added up, which is far faster."""
+    """``index_select`` for unique indices: its gradient is copied instead of summed, which is much faster."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, dim: int, index: Tensor) -> Tensor:
@@ -32,11 +32,11 @@ class _Take(torch.autograd.Function):
 
 
 def take(source: Tensor, dim: int, index: Optional[Tensor]) -> Tensor:
-    """The entries ``index`` of a dimension; what is not taken gets gradient 0.
+    """Selects the entries ``index`` of a dimension; other entries get gradient 0.
 
     Args:
         source: any shape.
-        dim: the dimension to take from.
+        dim: the dimension.
         index: (k,) integers without repetition; None: everything.
 
     Returns:
@@ -46,25 +46,25 @@ def take(source: Tensor, dim: int, index: Optional[Tensor]) -> Tensor:
 
 
 class StandIn(nn.Module):
-    """A module in the place of a linear layer, which may have gates of its own.
+    """A module that replaces a linear layer, and may have its own gates.
 
     Attributes:
-        outputs: its parameters whose first dimension are the outputs.
-        inputs: those whose second dimension are the inputs.
+        outputs: its parameters whose first dimension is the outputs.
+        inputs: those whose second dimension is the inputs.
     """
 
     outputs: Sequence[str] = ("weight", "bias")
     inputs: Sequence[str] = ("weight",)
 
     def forward(self, x: Tensor, draw: Optional[Draw] = None) -> Tensor:
-        """(..., in) to (..., out), under the gates of this forward; None where there are none."""
+        """(..., in) to (..., out), with the gates of this forward, or None."""
         raise NotImplementedError
 
 
 def linear(layer: nn.Module, x: Tensor, outputs: Optional[Tensor] = None, draw: Optional[Draw] = None) -> Tensor:
-    """A linear layer; where only some outputs are wanted, those rows of its weight.
+    """Applies a linear layer, or only the rows of its weight for some outputs.
 
-    Without ``outputs`` the module itself is called: it may be a quantised one, or an adapter around the original.
+    Without ``outputs`` it calls the module itself, which may be quantised or wrapped by an adapter.
     """
     if isinstance(layer, StandIn):
         return layer(x, draw)  # type: ignore[no-any-return]
@@ -74,12 +74,12 @@ def linear(layer: nn.Module, x: Tensor, outputs: Optional[Tensor] = None, draw: 
 
 
 def has_plain_weight(layer: nn.Module) -> bool:
-    """Whether ``layer.weight`` is all there is to a linear layer: not where a tool has put another in its place."""
+    """Whether ``layer.weight`` fully describes a linear layer, not one that another tool has replaced."""
     return type(layer) is nn.Linear
 
 
 def computed_units(units: Optional[Units], number: int, *layers: nn.Module) -> Optional[Units]:
-    """The units to compute: all ``number`` of them where they cannot be sliced out of one of the layers."""
+    """The units to compute: all ``number`` of them if one of the layers cannot be sliced."""
     return units if all(has_plain_weight(layer) for layer in layers) else all_units(units, number)
 
 
@@ -91,11 +91,11 @@ def all_units(units: Optional[Units], number: int) -> Optional[Units]:
 
 
 class _Nothing(torch.autograd.Function):
-    """Zeros in the shape of the first argument, whose gradient is 0 for all of them."""
+    """Zeros with the shape of the first argument and a gradient of 0 for all arguments."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        ctx.likes = [(x.shape, x.dtype, x.device) for x in inputs]  # not the inputs, which may be large
+        ctx.likes = [(x.shape, x.dtype, x.device) for x in inputs]  # not the inputs themselves, which may be large
         return torch.zeros_like(inputs[0])
 
     @staticmethod
@@ -107,13 +107,13 @@ class _Nothing(torch.autograd.Function):
 def gated_output(
     sublayer: nn.Module, units: Optional[Units], inputs: Sequence[Optional[Tensor]], compute: Callable[[], Tensor]
 ) -> Tensor:
-    """The output of a whole sublayer times its gate; it is not computed where the gate is closed.
+    """The output of a whole sublayer times its gate; not computed if the gate is closed.
 
     Args:
-        sublayer: the module whose parameters get gradient 0 in that case.
-        units: the draw of its gate, or None without one.
-        inputs: of the sublayer, which get gradient 0 too; the first, (B, T, D), has the shape of its output.
-        compute: makes its output (B, T, D).
+        sublayer: the module, whose parameters get gradient 0 in that case.
+        units: the draw of its gate, or None.
+        inputs: the sublayer's inputs, which also get gradient 0; the first, (B, T, D), has the shape of its output.
+        compute: computes its output (B, T, D).
     """
     if units is None:
         return compute()

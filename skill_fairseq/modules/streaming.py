@@ -1,4 +1,4 @@
-"""Audio of any length in memory that does not grow with it: windows of frames that overlap."""
+"""Overlapping windows of frames, to encode audio of any length in constant memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 from skill_fairseq.modules.config import EncoderConfig
 
 BLOCK_SECONDS = 60
-"""Audio that statistics of the whole are taken from at a time."""
+"""Audio to read at a time for statistics of the whole."""
 
 
 class Window(NamedTuple):
-    """Frames that are encoded together, of which those in the middle are kept.
+    """Frames to encode together, of which those in the middle are kept.
 
     Attributes:
-        first, last: encoded, ``last`` not among them.
-        start, stop: kept, ``stop`` not among them.
+        first, last: encoded frames, without ``last``.
+        start, stop: kept frames, without ``stop``.
     """
 
     first: int
@@ -28,17 +28,17 @@ class Window(NamedTuple):
 
     @property
     def kept(self) -> slice:
-        """Where the kept frames stand among the encoded ones."""
+        """Slice of the kept frames among the encoded ones."""
         return slice(self.start - self.first, self.stop - self.first)
 
 
 def windows(num_frames: int, chunk: int, context: int) -> Iterator[Window]:
-    """Chunks of frames, one after another, each with the context that there is on either side.
+    """Consecutive chunks of frames, each with the available context on both sides.
 
     Args:
-        num_frames: of the whole.
-        chunk: frames that a window keeps; the last one has what is left.
-        context: frames that are encoded beyond those on either side.
+        num_frames: frames of the whole.
+        chunk: kept frames per window; the last window has the rest.
+        context: further frames to encode on each side.
     """
     for start in range(0, num_frames, chunk):
         stop = min(start + chunk, num_frames)
@@ -48,13 +48,13 @@ def windows(num_frames: int, chunk: int, context: int) -> Iterator[Window]:
 def plan(
     audio: Any, config: EncoderConfig, chunk_seconds: float, context_seconds: float
 ) -> Iterator[Tuple[Window, Tensor]]:
-    """Windows over audio, and the samples of each.
+    """Yields windows over audio, with their samples.
 
-    The convolutions make just the window's frames of the samples: a window of an extractor that is local has the very
-    frames of the whole.
+    The convolutions turn the samples into exactly the window's frames, which equal those of the whole if the extractor
+    is local. With log-mel features (``mel_bins``) that takes a context of ``mel_padding``, usually one frame.
 
     Args:
-        audio: (N,) samples: a tensor, an array, or anything that has a length and can be sliced.
+        audio: (N,) samples: a tensor, an array, or anything with a length that can be sliced.
         config: the encoder's shape.
         chunk_seconds, context_seconds: see :func:`windows`; rounded to frames.
 
@@ -62,7 +62,7 @@ def plan(
         window, and (1, n) samples.
 
     Raises:
-        ValueError: the audio is not (N,) or too short for a frame, or the chunk is not a frame long, or the context is
+        ValueError: the audio is not (N,) or too short for a frame, the chunk is shorter than a frame, or the context is
             negative.
     """
     samples = check_audio(audio, config)
@@ -76,19 +76,19 @@ def plan(
     for window in windows(num_frames, chunk, context):
         begin = window.first * config.downsampling
         end = (window.last - 1) * config.downsampling + config.receptive_field
-        if window.last == num_frames:  # and what is left over, which normalisations over time count
+        if window.last == num_frames:  # and the rest, which counts in normalisation over time
             end = samples
         yield window, cut(audio, begin, end)[None]
 
 
 def cut(audio: Any, begin: int, end: int) -> Tensor:
-    """(end - begin,) samples as a tensor; those of a file that is mapped are copied."""
+    """(end - begin,) samples as a tensor; memory-mapped ones are copied."""
     piece = audio[begin:end]
     return piece if isinstance(piece, Tensor) else torch.tensor(piece)
 
 
 def check_audio(audio: Any, config: EncoderConfig) -> int:
-    """How many samples there are.
+    """The number of samples.
 
     Raises:
         ValueError: it is not (N,), or too short for a frame.

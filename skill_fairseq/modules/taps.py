@@ -1,4 +1,4 @@
-"""What is asked of an encoder's forward pass: hidden states, their means over layers, attention maps."""
+"""Requests to an encoder's forward pass: hidden states, their means over layers, attention maps."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch import Tensor
 from skill_fairseq.modules.config import EncoderConfig
 
 FrameTransform = Callable[[Tensor, "Tensor | None"], Tensor]
-"""Called with the projected features (B, T, D) and their padding mask (B, T) or None; returns features (B, T, D)."""
+"""Maps the projected features (B, T, D) and their padding mask (B, T) or None to features (B, T, D)."""
 
 KINDS = ("states", "mean_map", "maps")
 
 
 @dataclass(frozen=True)
 class SpanMasking:
-    """How spans of frames are chosen that the Transformer does not hear, as fairseq's ``compute_mask_indices`` does.
+    """How to choose spans of masked frames, as in fairseq's ``compute_mask_indices``.
 
-    Equal ones hide the same frames of an utterance for every reader: student, teachers, several objectives.
+    Equal maskings mask the same frames of an utterance for student, teachers and all objectives.
 
     Attributes:
-        prob: share of the frames to hide; less where spans overlap or do not fit.
-        length: frames of a span; the mean where lengths vary.
-        selection: "static": each of this length; "uniform": from ``other`` to twice the length; "normal", with the
-            standard deviation ``other``; "poisson".
+        prob: share of the frames to mask; less if spans overlap or do not fit.
+        length: frames per span; the mean if lengths vary.
+        selection: "static": this length; "uniform": from ``other`` to twice the length; "normal", with the standard
+            deviation ``other``; "poisson".
         other: see ``selection``.
         no_overlap: spans neither overlap nor touch.
-        min_space: frames between two of them then.
+        min_space: frames between two spans, with ``no_overlap``.
     """
 
     prob: float
@@ -45,24 +45,24 @@ class SpanMasking:
 
 @dataclass(frozen=True)
 class Tap:
-    """One tensor that a forward pass hands out: the mean of what some layers compute.
+    """A tensor to return from a forward pass: the mean of the outputs of some layers.
 
-    The mean over one layer is that layer's own tensor. Means are taken in at least float32 (a sum of layers can
-    overflow float16), and have the layers' type again.
+    The mean over one layer is that layer's own tensor. Means are computed in at least float32 (a sum of layers can
+    overflow float16) and cast back to the layers' dtype.
 
     Attributes:
-        layers: which ones. States are numbered from 0, which precedes the positional convolution; attention maps and
-            other states from 1, after Transformer layer i.
+        layers: the layers. State 0 precedes the positional convolution; states and attention maps from 1 belong to
+            Transformer layer i.
         kind: "states" (B, T, D), before a final LayerNorm; "mean_map" (B, T, T), the attention map averaged over the
-            heads whose gates are open; "maps" (B, H, T, T), the maps of all heads that the layer has.
-        normalize: bring every frame of every state to zero mean and unit variance over its features first, so that
-            layers of large norm do not rule the mean.
-        transform: changes the projected features, as masking does. Taps with equal transforms (and
+            heads whose gates are open; "maps" (B, H, T, T), the maps of all heads of the layer.
+        normalize: first normalise every frame of every state to zero mean and unit variance over its features, so that
+            layers of large norm do not dominate the mean.
+        transform: changes the projected features, for example by masking. Taps with equal transforms (and
             ``adapters``) share a pass through the Transformer; the convolutions run once for all.
-        teacher: which of several teachers is asked, from 0; nothing to the encoder itself.
-        adapters: with the encoder's adapters, where it has any, or without; the passes differ then.
-        masking: in training some frames are hidden, see :func:`skill_fairseq.modules.masking.with_masks`, which turns
-            it into a transform; nothing to the encoder itself.
+        teacher: number of the teacher, from 0; ignored by the encoder.
+        adapters: run with or without the encoder's adapters, if any, in separate passes.
+        masking: frames to mask in training; :func:`skill_fairseq.modules.masking.with_masks` turns it into a
+            transform; ignored by the encoder.
     """
 
     layers: tuple[int, ...]
@@ -75,7 +75,7 @@ class Tap:
 
     def check(self, config: EncoderConfig) -> None:
         """Raises:
-        ValueError: an encoder of this shape does not have it.
+        ValueError: an encoder of this shape cannot return it.
         """
         if self.kind not in KINDS:
             raise ValueError(f"kind: {self.kind!r}; expected one of {', '.join(KINDS)}")
@@ -88,7 +88,9 @@ class Tap:
         assert config.heads is not None
         headless = [layer for layer in self.layers if first == 1 and not config.heads[layer - 1]]
         if headless:
-            raise ValueError(f"layers: {headless} have no attention map, all their heads are pruned; ask other layers")
+            raise ValueError(
+                f"layers: {headless} have no attention map, because all their heads are pruned; choose other layers"
+            )
 
 
 class AttentionMaps(NamedTuple):
@@ -96,14 +98,14 @@ class AttentionMaps(NamedTuple):
 
     Attributes:
         heads: (B, H, T, T) softmaxes before dropout, [b, h, i, j] from query i to key j.
-        gate: (H,) the heads' gates; None without gates.
+        gate: (H,), the heads' gates, or None.
     """
 
     heads: Tensor
     gate: Tensor | None
 
     def mean(self) -> Tensor:
-        """(B, T, T) mean over the heads whose gates are open; over all where none is."""
+        """(B, T, T) mean over heads with open gates, or over all heads if none is open."""
         if self.gate is None:
             return self.heads.mean(1)
         is_open = (self.gate > 0).to(self.heads.dtype)
@@ -112,22 +114,22 @@ class AttentionMaps(NamedTuple):
 
 
 def deepest(taps: Iterable[Tap]) -> int:
-    """The last layer that is asked for, 0 where none is."""
+    """The deepest requested layer, 0 if there is none."""
     return max((layer for tap in taps for layer in tap.layers), default=0)
 
 
 def map_layers(taps: Iterable[Tap]) -> set[int]:
-    """The layers whose attention maps are asked for."""
+    """The layers whose attention maps are requested."""
     return {layer for tap in taps if tap.kind != "states" for layer in tap.layers}
 
 
 def collect(taps: Sequence[Tap], layers: Iterable[tuple[Tensor, AttentionMaps | None]]) -> list[Tensor]:
-    """Takes what is asked for out of a pass.
+    """Collects the requested tensors from a pass.
 
     Args:
-        taps: what is asked for; their transforms are not looked at.
-        layers: the (B, T, D) state of each layer, from layer 0 on, and its attention maps where they are asked for. It
-            is not read beyond the deepest tap. Without gradients no state is kept but in sums.
+        taps: the requests; their transforms are ignored.
+        layers: yields the (B, T, D) state of each layer, from layer 0, and its attention maps if requested. It is not
+            read beyond the deepest tap. Without gradients, states are only kept in sums.
 
     Returns:
         a tensor for each tap, differentiable.
@@ -136,7 +138,7 @@ def collect(taps: Sequence[Tap], layers: Iterable[tuple[Tensor, AttentionMaps | 
     dtypes: list[Any] = [None] * len(taps)
     layers = itertools.islice(layers, deepest(taps) + 1)
     if torch.is_grad_enabled():
-        layers = list(layers)  # kept for the backward pass anyway, where sums of gradients begin with the deepest
+        layers = list(layers)  # kept for the backward pass anyway, which sums gradients from the deepest
     for layer, (state, maps) in enumerate(layers):
         normalized = None
         for index, tap in enumerate(taps):

@@ -1,4 +1,4 @@
-"""TF32: products of float32 matrices by tensor cores (Ampere and later), of numbers rounded to 11 bits."""
+"""TF32: float32 matrix products on tensor cores (Ampere and later), with inputs rounded to 11 bits."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _lock = threading.Lock()
 
 
 def allow_tf32(allowed: bool) -> None:
-    """For all products and convolutions of this process on NVIDIA GPUs.
+    """Enables TF32 for all products and convolutions of this process on NVIDIA GPUs.
 
-    torch's own default allows it only for convolutions. Where there is no GPU, do not call it: torch < 2.9 keeps one
-    setting for both kinds of device, and CPUs too may round then.
+    torch's default allows it only for convolutions. Do not call it without a GPU: torch < 2.9 has one setting for both
+    kinds of device, and CPUs may then round too.
     """
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
@@ -23,11 +23,11 @@ def allow_tf32(allowed: bool) -> None:
 
 @contextlib.contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Inside, products of float32 matrices on this device are float32 whatever else is allowed."""
+    """Forces full float32 for float32 matrix products on this device inside the block."""
     if device.type != "cuda" or not torch.backends.cuda.matmul.allow_tf32:
         yield
         return
-    with _lock:  # two threads would restore what the other has set
+    with _lock:  # two threads would restore each other's setting
         torch.backends.cuda.matmul.allow_tf32 = False
         try:
             yield

@@ -1,4 +1,4 @@
-"""Positional convolution and Transformer layers, each of its own width."""
+"""Positional convolution and Transformer layers, each with its own width."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from skill_fairseq.modules.taps import AttentionMaps
 
 
 class Dropouts(NamedTuple):
-    """Dropout probabilities; only training uses them, so they are no part of an encoder's shape."""
+    """Dropout probabilities. Only training uses them, so they are not part of an encoder's shape."""
 
     hidden: float = 0.0
     attention: float = 0.0
@@ -41,8 +41,8 @@ class Transformer(nn.Module):
         dropouts: dropout probabilities.
 
     Attributes:
-        checkpoint_activations: keep only the input of each layer for the backward pass, which computes the layer once
-            more, with the same dropout and the same gates (Chen et al. 2016, arXiv:1604.06174).
+        checkpoint_activations: keep only the input of each layer for the backward pass, which recomputes the layer with
+            the same dropout and gates (Chen et al. 2016, arXiv:1604.06174).
         layer_grad_scale: after layer i of L, from 0, multiply the gradient from the layers above by m = (L - i) / (L -
             i + 1), and that of a loss on the layer's own state by m (1 - m), as ARMHuBERT's code does.
     """
@@ -103,29 +103,28 @@ class Transformer(nn.Module):
         map_layers: Collection[int] = (),
         adapted: bool = True,
     ) -> Iterator[Tuple[Tensor, Optional[AttentionMaps]]]:
-        """Layer by layer, each computed when it is asked for.
+        """Computes layer by layer, on demand.
 
         Args:
             x: (B, T, D) projected features.
             padding_mask: (B, T) bool, True = padding, or None.
-            draw: the gates of this forward; None where there are none.
-            map_layers: 1-based layers whose attention maps are wanted; they are never dropped by layerdrop, nor are
-                those whose maps other layers take.
-            adapted: with the adapters, where there are any.
+            draw: the gates of this forward, or None.
+            map_layers: layers, from 1, whose attention maps to return; layerdrop never drops them, nor those whose
+                maps other layers reuse.
+            adapted: use the adapters, if any.
 
         Yields:
-            a layer's output (B, T / time_reduction, D), before a final LayerNorm, and its attention maps where they are
-            wanted.
+            a layer's output (B, T / time_reduction, D), before a final LayerNorm, and its attention maps if requested.
         """
         if padding_mask is not None:
-            # Only on the CPU: on a GPU the host would wait to learn whether the mask hides anything.
+            # Only on the CPU: on a GPU the host would wait to check whether the mask has any padding.
             if exporting() or padding_mask.device.type != "cpu" or padding_mask.any():
                 x = x.masked_fill(padding_mask.unsqueeze(-1), 0.0)
             else:
                 padding_mask = None
         if padding_mask is not None:
             padding_mask = reduce_padding_mask(padding_mask, self.config)
-            # Of an utterance without a frame nothing counts; with every key hidden, kernels differ or give NaN.
+            # An utterance without frames has no valid output, but with every key masked, kernels differ or give NaN.
             padding_mask = padding_mask & ~padding_mask.all(1, keepdim=True)
         x = x + self.pos_conv(x)
         if not self.layer_norm_first:
@@ -162,8 +161,8 @@ class Transformer(nn.Module):
         """Args:
             x: (B, T, D) projected features.
             padding_mask: (B, T) bool, True = padding, or None.
-            layer: 0-based index of the layer to stop after; None runs all and the final LayerNorm.
-            draw: the gates of this forward; None where there are none.
+            layer: index, from 0, of the layer to stop after; None runs all and the final LayerNorm.
+            draw: the gates of this forward, or None.
 
         Returns:
             (B, T, D) output, and the output (B, T, D) of every layer that ran.
@@ -178,7 +177,7 @@ def _scale_gradients(x: Tensor, layer: int, layers: int) -> Tensor:
     """Scales the gradient of a layer's output, see :attr:`Transformer.layer_grad_scale`.
 
     Args:
-        x: output of layer ``layer``, from 0, of ``layers``; what goes on from it passes the scale.
+        x: output of layer ``layer``, from 0, of ``layers``; later layers use it with the scale.
 
     Returns:
         the same for losses on this layer itself.
@@ -191,7 +190,7 @@ def _scale_gradients(x: Tensor, layer: int, layers: int) -> Tensor:
 
 
 def _init_like_bert(module: nn.Module) -> None:
-    """BERT's initialisation, as fairseq's speech encoders use it."""
+    """BERT's initialisation, as in fairseq's speech encoders."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

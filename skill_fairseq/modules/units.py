@@ -1,7 +1,7 @@
-"""The kinds of units that gates can close, each described once: where its gates sit, what cutting them means.
+"""Kinds of prunable units: where their gates are, and how to cut them.
 
-A kind of your own is a subclass of :class:`PrunableUnit` under :func:`register_unit`; ``model.pruning_units`` then
-takes its name. Where its gates need modules that the encoder does not have, :meth:`PrunableUnit.build` puts them in.
+To add a kind, decorate a subclass of :class:`PrunableUnit` with :func:`register_unit`; ``model.pruning_units`` then
+accepts its name. If its gates need modules that the encoder lacks, :meth:`PrunableUnit.build` adds them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _U = TypeVar("_U", bound="Type[PrunableUnit]")
 
 
 class Site(NamedTuple):
-    """Where one vector of gates sits.
+    """The place of a vector of gates.
 
     Attributes:
-        place: which entry of the kind's widths these units are.
+        place: index of these units in the kind's widths.
         owner: path in the encoder of the module that applies the gates.
-        num_units: how many units there are.
-        attribute: of the owner, which holds the gates.
+        num_units: number of units.
+        attribute: the owner's attribute for the gates.
     """
 
     place: int
@@ -38,17 +38,17 @@ class Site(NamedTuple):
 
 
 class PrunableUnit:
-    """One kind of unit.
+    """A kind of unit.
 
     Attributes:
-        name: its name in ``model.pruning_units``, and of its widths in :data:`skill_fairseq.modules.size.Widths`.
-        field: field of :class:`EncoderConfig` with what is left; None: ``unit_widths[name]``.
+        name: its name in ``model.pruning_units`` and in :data:`skill_fairseq.modules.size.Widths`.
+        field: field of :class:`EncoderConfig` with the remaining units; None: ``unit_widths[name]``.
         drop_rate: field of the student's config with the gates' initial drop rate.
-        least: units that cannot go.
+        least: number of units that must stay.
         multiple: a forward computes them in multiples of this number, see :class:`HardConcrete`.
-        label: what people call the units, for tables; None: they are not shown by themselves.
-        per_row: entries of its widths to a line of tables.
-        rows: what an entry of its widths belongs to, for tables.
+        label: readable name, for tables; None: not shown separately.
+        per_row: entries of its widths per row of tables.
+        rows: what a row belongs to, for tables.
         first: number of the first entry, for tables.
     """
 
@@ -67,86 +67,86 @@ class PrunableUnit:
         raise NotImplementedError
 
     def left(self, config: EncoderConfig) -> List[Optional[int]]:
-        """Widths as they are; None where what they are part of has been removed."""
+        """The actual widths; None where the sublayer has been removed."""
         return list(config.unit_widths.get(self.name) or self.full(config))
 
     def by_row(self, column: Sequence[_T]) -> List[Sequence[_T]]:
-        """The entries of a column of its widths, line by line of tables."""
+        """The entries of its widths by row of tables."""
         return [column[i : i + self.per_row] for i in range(0, len(column), self.per_row)]
 
     def smallest(self, config: EncoderConfig) -> List[int]:
-        """Widths if every gate closed that may close."""
+        """Widths with every closable gate closed."""
         return [self.least] * len(self.full(config))
 
     def build(self, encoder: nn.Module) -> None:
-        """Puts modules into a new encoder, as ``encoder.config`` says, that can hold these gates, or what they left."""
+        """Adds modules to a new encoder that can hold these gates, or the remaining units, of ``encoder.config``."""
 
     def convert(self, config: EncoderConfig, state: State) -> None:
-        """Changes the state of an encoder without these units to what :meth:`build`'s modules load, in place."""
+        """Converts, in place, the state of an encoder without these units for :meth:`build`'s modules."""
 
     def sites(self, encoder: Any) -> Iterator[Site]:
-        """Where gates go in a :class:`SpeechEncoder`; places without units may be among them."""
+        """The places of gates in a :class:`SpeechEncoder`, possibly some without units."""
         raise NotImplementedError
 
     def cut(self, encoder: Any, site: Site, kept: Tensor, factor: Tensor, state: State, shape: Dict[str, Any]) -> None:
-        """Cuts all but some units out.
+        """Removes all units but some.
 
         Args:
             encoder: the :class:`SpeechEncoder` before any cut.
-            site: which units.
-            kept: (k,) ascending indices of those that stay.
-            factor: (k,) values of their gates, to be folded into weights.
-            state: of the encoder without gates, as the cuts of other units have left it; changed in place. Tensors are
-                replaced, not written to. What the smaller encoder does not have may stay in it.
+            site: the units.
+            kept: (k,) ascending indices of the units to keep.
+            factor: (k,) values of their gates, to fold into weights.
+            state: state dict without gates, after earlier cuts; changed in place by replacing tensors, not by writing
+                to them. Entries that the smaller encoder lacks may stay.
             shape: the fields ``conv_channels``, ``heads``, ``ffn_dims`` and ``unit_widths`` of the smaller encoder's
                 config; changed in place.
         """
         raise NotImplementedError
 
     def finish(self, encoder: Any, state: State, shape: Dict[str, Any]) -> None:
-        """Called after all cuts, of whatever kinds, if the encoder has such units, gated or not; see :meth:`cut`."""
+        """Called after all cuts of all kinds if the encoder has such units, gated or not; see :meth:`cut`."""
 
     def scores(self, encoder: Any, site: Site) -> Tensor:
-        """(num_units,) how much each unit weighs, for pruning by magnitude.
+        """(num_units,) scores for magnitude pruning.
 
         Raises:
-            ValueError: no score is known.
+            ValueError: this kind has no score.
         """
-        raise ValueError(f"units: {self.name!r} has no score by magnitude; choose out of conv, heads, ffn, rank")
+        raise ValueError(f"units: {self.name!r} has no magnitude score; choose among conv, heads, ffn, rank")
 
     def parameters(self, config: EncoderConfig, widths: Widths) -> Number:
-        """What these units change in the number of parameters of an encoder that does not have them."""
+        """Change in the number of parameters compared to an encoder without these units."""
         return 0
 
     def macs(self, config: EncoderConfig, widths: Widths, frames: int) -> Number:
-        """What they change in the multiply-accumulates of a forward over so many frames."""
+        """Change in the multiply-accumulates of a forward over this many frames."""
         return 0
 
 
 UNITS: Dict[str, PrunableUnit] = {}
-"""Kinds of units by name. Their order is that of the widths, and of cutting: a whole sublayer after its parts."""
+"""Kinds of units by name, in the order of widths and of cutting: a whole sublayer after its parts."""
 
 
 def register_unit(kind: _U) -> _U:
-    """Class decorator: makes a kind of units known under its ``name``."""
+    """Class decorator that registers a kind of units under its ``name``."""
     UNITS[kind.name] = kind()
     return kind
 
 
 def units_of(config: EncoderConfig) -> List[PrunableUnit]:
-    """The kinds that an encoder has: our own always, others where it has been pruned or gated."""
+    """The kinds that an encoder has: the built-in ones always, others if pruned or gated."""
     names = {*config.unit_widths, *config.pruning_units}
     return [unit for unit in UNITS.values() if unit.field or unit.name in names]
 
 
 def new_units(config: EncoderConfig, before: EncoderConfig) -> List[PrunableUnit]:
-    """The kinds that an encoder has and one of the shape ``before`` lacks."""
+    """The kinds that an encoder has and the shape ``before`` lacks."""
     had = units_of(before)
     return [unit for unit in units_of(config) if unit not in had]
 
 
 def with_units(config: EncoderConfig, state: State, before: EncoderConfig) -> State:
-    """The state of an encoder of the shape ``before`` as one with the units of ``config`` loads it, gates left out."""
+    """Converts the state of an encoder of shape ``before`` for one with the units of ``config``, without gates."""
     state = dict(state)
     for unit in new_units(config, before):
         unit.convert(config, state)
@@ -173,14 +173,14 @@ class ConvChannels(PrunableUnit):
 
     def sites(self, encoder: Any) -> Iterator[Site]:
         layers = encoder.feature_extractor.layers
-        # Without a linear map behind them, the last channels are the model's features.
+        # Without a linear map after them, the last channels are the model's features.
         for i, layer in enumerate(layers if encoder.config.feature_linear else layers[:-1]):
             yield Site(i, f"feature_extractor.layers.{i}", layer.conv.out_channels)
 
     def cut(self, encoder: Any, site: Site, kept: Tensor, factor: Tensor, state: State, shape: Dict[str, Any]) -> None:
         if not len(kept):
             raise ValueError(
-                f"{site.owner}: all channels are gated off, which no audio can pass; train longer with a lower "
+                f"{site.owner}: all channels are closed, so no audio can pass; train longer with a lower "
                 "criterion.target_sparsity, or give shrink() a sparsity"
             )
         layers = encoder.feature_extractor.layers
@@ -189,7 +189,7 @@ class ConvChannels(PrunableUnit):
         cut_outputs(state, f"{site.owner}.norm", layer.norm, kept)
         if after < len(layers):
             cut_inputs(state, f"feature_extractor.layers.{after}.conv", layers[after].conv, kept, factor)
-        else:  # a LayerNorm may follow, which the gates cannot be folded through
+        else:  # a LayerNorm may follow, into which gates cannot be folded
             state["feature_extractor.scale"] = state["feature_extractor.scale"][kept] * factor
             projection = encoder.feature_projection
             if projection.norm is not None:
@@ -203,7 +203,7 @@ class ConvChannels(PrunableUnit):
 
 
 class _SublayerUnit(PrunableUnit):
-    """What belongs to the attention or the feed-forward sublayer of each layer.
+    """Base class of units of the attention or feed-forward sublayer of each layer.
 
     Attributes:
         sublayer: "attention" or "ffn".

@@ -1,4 +1,4 @@
-"""Features of plain waveforms: what a user has, made into what the encoder takes."""
+"""Features of raw waveforms: converts them to the encoder's input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Features(NamedTuple):
     """Features of one or several utterances.
 
     Attributes:
-        states: a tensor (B, T, D) for each layer that was asked for, in that order; zeros behind a shorter utterance.
+        states: one tensor (B, T, D) for each requested layer, in that order; zeros after the end of shorter utterances.
         lengths: (B,) int64, frames of each utterance.
     """
 
@@ -43,7 +43,7 @@ def features_of(
         raise ValueError("waves: an empty list; expected at least one waveform")
     found: list[list[Tensor]] = [[]] * len(prepared)
     with torch.no_grad():
-        # Utterances of one length go together: padding would change the features of Base models.
+        # Batches utterances of equal length, because padding would change the features of Base models.
         for length in {len(wave) for wave in prepared}:
             members = [index for index, wave in enumerate(prepared) if len(wave) == length]
             states = encoder(torch.stack([prepared[i] for i in members]), last_layer=max(layers)).hidden_states
@@ -54,7 +54,7 @@ def features_of(
 
 
 def _prepared(encoder: SpeechEncoder, wave: Any, sampling_rate: int, device: torch.device) -> Tensor:
-    """(N,) float32 at the encoder's rate, normalised where it wants that."""
+    """(N,) float32 at the encoder's rate, normalised if the encoder expects it."""
     wave = torch.as_tensor(wave)
     if wave.dim() != 1 or not wave.is_floating_point():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Classes of utterances: a pooled state through linear maps to a softmax, or to one with an additive angular margin."""
+"""Utterance classification: pooled states, linear maps, and a softmax with or without an additive angular margin."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,17 @@ POOLINGS = ("mean", "mean_std")
 
 @dataclass
 class ClassificationConfig(SupervisedConfig):
-    """From states to an embedding of the utterance, and how classes weigh."""
+    """Pooling, embedding and class weights."""
 
     pooling: str = field(
         default="mean", metadata={"help": "over time: mean, or mean_std: mean and unbiased standard deviation"}
     )
     embedding_dim: int = field(
         default=0,
-        metadata={"help": "width of a linear map and batch normalisation between pooling and classes; 0: none"},
+        metadata={"help": "width of a linear layer with batch normalisation between pooling and classes; 0: none"},
     )
     class_weights: bool = field(
-        default=False, metadata={"help": "weigh each class by N / n, n of the N training utterances being of it"}
+        default=False, metadata={"help": "weight each class by N / n: n of the N training utterances belong to it"}
     )
 
 
@@ -38,13 +38,13 @@ class ClassificationConfig(SupervisedConfig):
 class AAMSoftmaxConfig(ClassificationConfig):
     """Margin and scale."""
 
-    margin: float = field(default=0.2, metadata={"help": "added to the angle to the own class, radians"})
+    margin: float = field(default=0.2, metadata={"help": "margin added to the angle to the true class, radians"})
     scale: float = field(default=30.0, metadata={"help": "factor of the cosines"})
 
 
 @register_objective("classification", ClassificationConfig)
 class Classification(Supervised):
-    """loss = cross-entropy of a linear map of the pooled states, over the utterances with a label.
+    """Cross-entropy of a linear map of the pooled states, averaged over the utterances that have a label.
 
     Args:
         cfg: a :class:`ClassificationConfig`.
@@ -76,17 +76,17 @@ class Classification(Supervised):
             self.class_weights = torch.tensor([total / count for count in self.target.counts])
 
     def build_classes(self, width: int, count: int, field: str) -> None:
-        """Makes the parameters of the classes."""
+        """Creates the class parameters."""
         self.classes = nn.Linear(width, count)
 
     def logits(self, embeddings: Tensor, labels: Optional[Tensor]) -> Tensor:
-        """(B, C), from (B, E); with the labels, as the loss has them."""
+        """(B, E) embeddings to (B, C) logits; with labels, the logits that the loss uses."""
         return self.classes(embeddings)
 
     def embed(self, student: Sequence[Tensor], padding_mask: Optional[Tensor] = None) -> Tensor:
-        """(B, E), of the states of ``student_taps``, (B, T, D) each."""
+        """(B, E) embeddings of the states of ``student_taps``, (B, T, D) each."""
         pooled = pool(self.states(student), padding_mask, self.cfg.pooling == "mean_std")
-        # Half-precision weights expect their own type, which fairseq has given the student's states too.
+        # Half-precision weights need input of their own type; fairseq has cast the student's states to it too.
         pooled = pooled.to(next(self.parameters()).dtype)
         return pooled if self.embedding is None else self.embedding(pooled)
 
@@ -97,7 +97,7 @@ class Classification(Supervised):
         padding_mask: Optional[Tensor] = None,
         sample: Optional[Mapping[str, Any]] = None,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """See :class:`Objective`; the loss is a mean over utterances, and ``accuracy`` is logged."""
+        """See :class:`Objective`. The loss is a mean over utterances; logs ``accuracy``."""
         labels = self.labels(sample)
         embeddings = self.embed(student, padding_mask)
         weights = self.class_weights
@@ -118,8 +118,8 @@ class Classification(Supervised):
 
 @register_objective("aam_softmax", AAMSoftmaxConfig)
 class AAMSoftmax(Classification):
-    """loss = cross-entropy of scaled cosines, with a margin at the own class: additive angular margin (ArcFace,
-    arXiv:1801.07698), as speaker verification is trained.
+    """Cross-entropy of scaled cosines with an additive angular margin at the true class (ArcFace, arXiv:1801.07698),
+    the usual loss for speaker verification.
 
     Args:
         cfg: an :class:`AAMSoftmaxConfig`.
@@ -130,7 +130,7 @@ class AAMSoftmax(Classification):
     """
 
     def build_classes(self, width: int, count: int, field: str) -> None:
-        """Makes a direction for each class."""
+        """Creates one direction per class."""
         if not 0 <= self.cfg.margin < math.pi / 2:
             raise ValueError(f"{field}.margin: {self.cfg.margin}; expected a number from 0 to below pi / 2")
         if not 0 < self.cfg.scale < math.inf:
@@ -145,11 +145,11 @@ class AAMSoftmax(Classification):
 
 
 class Embedding(nn.Module):
-    """A linear map, and batch normalisation over the utterances of a batch; of one alone by the running statistics.
+    """A linear map, then batch normalisation over utterances; a batch of one uses the running statistics.
 
     Args:
-        width: features that come in.
-        dim: features that go out.
+        width: input features.
+        dim: output features.
     """
 
     def __init__(self, width: int, dim: int) -> None:
@@ -175,7 +175,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Optional[Tensor] = No
         weights: (C,) of the classes, or None for 1.
 
     Returns:
-        scalar, in at least float32; 0 where nobody has a label.
+        scalar, in at least float32; 0 where no utterance has a label.
     """
     logits = at_least_float32(logits)
     weights = torch.ones_like(logits[0]) if weights is None else weights.to(logits.dtype)
@@ -187,15 +187,15 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Optional[Tensor] = No
 def aam_logits(
     embeddings: Tensor, directions: Tensor, labels: Optional[Tensor], margin: float, scale: float, beyond: bool = True
 ) -> Tensor:
-    """s cos(theta_c), and for the own class s cos(theta_y + m).
+    """s cos(theta_c), and s cos(theta_y + m) for the true class.
 
     Args:
         embeddings: (B, E).
-        directions: (C, E), of the classes.
-        labels: (B,) int64, -1 = none; None: no margin anywhere.
+        directions: (C, E), one per class.
+        labels: (B,) int64, -1 = none; None: no margin.
         margin: m, radians.
         scale: s.
-        beyond: where theta_y + m is above pi, take cos(theta_y) - m sin(m), which still falls.
+        beyond: where theta_y + m exceeds pi, use cos(theta_y) - m sin(m), which keeps decreasing.
 
     Returns:
         (B, C), in at least float32.

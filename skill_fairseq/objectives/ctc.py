@@ -1,4 +1,4 @@
-"""Sequences of units, such as letters, by connectionist temporal classification (CTC)."""
+"""Connectionist temporal classification (CTC) of unit sequences, such as letters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from skill_fairseq.objectives.objective import register_objective
 from skill_fairseq.objectives.supervised import Supervised, SupervisedConfig, labelled
 
 BLANK = 0
-"""Output of the head that is no unit; unit n is output n + 1."""
+"""Index of the head's blank output; unit n is output n + 1."""
 
 
 @dataclass
 class CTCConfig(SupervisedConfig):
-    """The labels, and what of the student they are predicted from."""
+    """Labels and student layers."""
 
 
 @register_objective("ctc", CTCConfig)
 class CTC(Supervised):
-    """loss = -log p(units | utterance) a unit, over the utterances with units, p from a linear map of the states.
+    """Loss = -log p(units | utterance) per unit, over the utterances with units; p is a linear map of the states.
 
-    Graves et al. 2006. Utterances with fewer frames than their units need count as 0.
+    Graves et al. 2006. An utterance with too few frames for its units counts as 0.
 
     Args:
         cfg: a :class:`CTCConfig`.
@@ -55,8 +55,8 @@ class CTC(Supervised):
         padding_mask: Optional[Tensor] = None,
         sample: Optional[Mapping[str, Any]] = None,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """See :class:`Objective`; the loss is a mean over units. Validation logs ``unit_error_rate`` of the best path
-        (of letters, the letter error rate), spaces between words being units."""
+        """See :class:`Objective`. The loss is a mean over units. Validation logs ``unit_error_rate`` of the best path
+        (for letters, the letter error rate; the space between words is a unit)."""
         labels = self.labels(sample)
         log_probs = F.log_softmax(at_least_float32(self.units(self.states(student))), dim=-1)
         loss = ctc_loss(log_probs, labels, padding_mask)
@@ -69,11 +69,11 @@ class CTC(Supervised):
 
 
 def ctc_loss(log_probs: Tensor, labels: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
-    """Negative log likelihood a unit: the sum over utterances with units, divided by the number of all their units.
+    """Negative log likelihood per unit: the sum over utterances with units, divided by their total number of units.
 
     Args:
-        log_probs: (B, T, units + 1), the first output blank.
-        labels: (B, U) int64, units from 0 on, -1 behind their end.
+        log_probs: (B, T, units + 1), output 0 is the blank.
+        labels: (B, U) int64, units from 0, padded with -1.
         padding_mask: (B, T) bool, True = padding, or None.
 
     Returns:
@@ -96,14 +96,14 @@ def ctc_loss(log_probs: Tensor, labels: Tensor, padding_mask: Optional[Tensor] =
 
 
 def greedy_units(log_probs: Tensor, padding_mask: Optional[Tensor] = None) -> List[List[int]]:
-    """Units of the best path: repeats merged, then blanks left out.
+    """Units of the best path: repeats merged, then blanks removed.
 
     Args:
-        log_probs: (B, T, units + 1), the first output blank.
+        log_probs: (B, T, units + 1), output 0 is the blank.
         padding_mask: (B, T) bool, True = padding, or None.
 
     Returns:
-        units of each utterance, from 0 on.
+        the units of each utterance, from 0.
     """
     best = log_probs.argmax(-1)
     if padding_mask is not None:

@@ -1,4 +1,4 @@
-"""STaR's objectives: how frames relate to each other, in place of what they hold (arXiv:2312.09040)."""
+"""STaR's objectives, which compare relations between frames instead of the frames (arXiv:2312.09040)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from skill_fairseq.objectives.objective import Objective, register_objective, th
 
 @dataclass
 class GramConfig(StatePairsConfig):
-    """Layers, where both fields are null all from 0 on, and the two terms."""
+    """Layers (all from 0 where both fields are null) and the weights of the two terms."""
 
     layer_weight: float = field(default=1.0, metadata={"help": "weight of the layer-wise term"})
     intra_weight: float = field(default=1.0, metadata={"help": "weight of the intra-layer term"})
@@ -25,14 +25,14 @@ class GramConfig(StatePairsConfig):
 
 @register_objective("gram", GramConfig)
 class TemporalGram(Objective):
-    """Temporal Gram matrices: loss = a mean over pairs of |X_i X_i^T - Y_i Y_i^T|^2 + b mean over neighbours i of
-    |X_{i-1} X_i^T - Y_{i-1} Y_i^T|^2, X_i (T, D_S) and Y_i (T, D_T) the states of the i-th pair of layers.
+    """Temporal Gram matrices: loss = a mean over pairs i of |X_i X_i^T - Y_i Y_i^T|^2 + b mean over neighbours of
+    |X_{i-1} X_i^T - Y_{i-1} Y_i^T|^2, where X_i (T, D_S) and Y_i (T, D_T) are the states of the i-th pair of layers.
 
-    ``|.|^2`` is the mean of :func:`gram_distance`. No heads: the matrices are (T, T) whatever the widths. Memory
-    for them is 2 N - 1 times B T^2 float32 numbers for N pairs.
+    ``|.|^2`` is the mean of :func:`gram_distance`. It needs no heads: the matrices are (T, T) for any widths. For N
+    pairs they take 2 N - 1 times B T^2 float32 numbers of memory.
 
     Args:
-        cfg: a :class:`GramConfig`; what it leaves open is written into it.
+        cfg: a :class:`GramConfig`; null fields are filled in.
         student, teachers, field: see :class:`Objective`.
 
     Raises:
@@ -49,8 +49,8 @@ class TemporalGram(Objective):
         pairs = pair_layers(cfg, student, teacher, field, first=0)
         if cfg.intra_weight and len(pairs) < 2:
             raise ValueError(
-                f"{field}.intra_weight: {cfg.intra_weight}, but there is one pair of layers alone, in "
-                f"{field}.teacher_layers: {list(cfg.teacher_layers)}; expected two at least, or a weight of 0"
+                f"{field}.intra_weight: {cfg.intra_weight}, but there is only one pair of layers, in "
+                f"{field}.teacher_layers: {list(cfg.teacher_layers)}; expected at least two, or a weight of 0"
             )
         self.student_taps, self.teacher_taps = pair_taps(cfg, pairs, teacher)
 
@@ -61,7 +61,7 @@ class TemporalGram(Objective):
         padding_mask: Optional[Tensor] = None,
         sample: Optional[Mapping[str, Any]] = None,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """See :class:`Objective`; logged are ``layer_wise`` and ``intra_layer``, the unweighted terms."""
+        """See :class:`Objective`; logs the unweighted terms ``layer_wise`` and ``intra_layer``."""
         pairs = list(zip(student, teacher))
         loss, log = student[0].new_zeros((), dtype=torch.float32), {}
         for name, weight, before in (
@@ -81,8 +81,8 @@ def gram_distance(
 ) -> Tensor:
     """Mean of ``(X U^T - Y V^T)^2`` over the entries of the (T, T) matrices, a scalar of at least float32.
 
-    With padding, each frame outside it weighs the same, and so does each other frame of its utterance: the value does
-    not depend on which utterances share a batch.
+    With padding, every real frame has the same weight, and so has every real frame of its utterance that it is compared
+    with: the value does not depend on which utterances share a batch.
 
     Args:
         student: X, U, each (B, T, D_S).
@@ -96,7 +96,7 @@ def gram_distance(
         states = [state.masked_fill(padding_mask[..., None], 0.0) for state in states]
         frames = (~padding_mask).sum(1).to(states[0].dtype)
     x, u, y, v = states
-    # Entries are sums of squares over features, and differences of large ones matter: no half precision, no TF32.
+    # Entries are sums over features, and small differences of large entries matter: no half precision, no TF32.
     with torch.autocast(x.device.type, enabled=False), exact_products(x.device):
         difference = x @ u.transpose(1, 2) - y @ v.transpose(1, 2)
     squares = difference.square().sum((1, 2))
@@ -105,10 +105,10 @@ def gram_distance(
 
 @register_objective("attention_maps", PairsConfig)
 class AttentionMaps(Objective):
-    """loss = sum over pairs of layers of :func:`attention_distance`, tried and left out by STaR's paper.
+    """Sum over pairs of layers of :func:`attention_distance`; STaR's paper tried it and left it out.
 
     Args:
-        cfg: a :class:`PairsConfig`; what it leaves open is written into it.
+        cfg: a :class:`PairsConfig`; null fields are filled in.
         student, teachers, field: see :class:`Objective`.
 
     Raises:
@@ -129,7 +129,7 @@ class AttentionMaps(Objective):
         padding_mask: Optional[Tensor] = None,
         sample: Optional[Mapping[str, Any]] = None,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """See :class:`Objective`; nothing but the loss is logged."""
+        """See :class:`Objective`; logs only the loss."""
         return torch.stack([attention_distance(s, t, padding_mask) for s, t in zip(student, teacher)]).sum(), {}
 
 
@@ -144,5 +144,5 @@ def attention_distance(student: Tensor, teacher: Tensor, padding_mask: Optional[
     if padding_mask is not None:
         rows = without_padding(rows, padding_mask)
     own, theirs = rows
-    tiny = torch.finfo(own.dtype).tiny  # of keys that are padding both are 0
+    tiny = torch.finfo(own.dtype).tiny  # for padded keys both are 0
     return (torch.xlogy(theirs, theirs) - torch.xlogy(theirs, own.clamp(min=tiny))).sum(-1).mean()

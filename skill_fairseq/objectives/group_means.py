@@ -1,4 +1,4 @@
-"""SKILL's objective: mean states of groups of layers (arXiv:2402.16830). With singleton groups it is DPHuBERT's."""
+"""SKILL's objective: mean states of layer groups (arXiv:2402.16830). With singleton groups it is DPHuBERT's."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -34,18 +34,17 @@ class GroupMeansConfig:
     groups: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "groups of teacher layers, e.g. [[0],[1,2,3],[4,5]]; layer 0 precedes the transformer; 1/4 is "
+            "help": "groups of teacher layers, such as [[0],[1,2,3],[4,5]]; layer 0 precedes the Transformer; 1/4 is "
             "layer 4 of the second of several teachers"
         },
     )
     groups_file: Optional[str] = field(
-        default=None, metadata={"help": "YAML or JSON with the key 'groups', as skill-cluster writes it"}
+        default=None, metadata={"help": "YAML or JSON file with the key 'groups', as skill-cluster writes it"}
     )
     student_groups: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "the student's layers for each group, for a student of another depth; null: those at the same "
-            "share of the depth"
+            "help": "the student's layers for each group, if its depth differs; null: those at the same relative depth"
         },
     )
     group_weights: Optional[Any] = field(
@@ -54,8 +53,8 @@ class GroupMeansConfig:
     normalize_states: Optional[bool] = field(
         default=None,
         metadata={
-            "help": "layer-normalise every state before a group is averaged; null: where the teacher's layers begin "
-            "with their LayerNorm, whose states grow large and outweigh the size constraint"
+            "help": "layer-normalise every state before averaging a group; null: only for teachers with pre-LayerNorm "
+            "layers, whose states grow large and outweigh the size constraint"
         },
     )
     l1_weight: float = field(default=1.0, metadata={"help": "weight of the L1 term"})
@@ -67,22 +66,22 @@ class GroupMeansConfig:
     projection_sharing: Any = field(
         default="all",
         metadata={
-            "help": "none, all, or the projection's index for each group; DPHuBERT is [0,1,1,1]; each teacher has its "
-            "own"
+            "help": "none, all, or the projection's index for each group, such as DPHuBERT's [0,1,1,1]; teachers never "
+            "share projections"
         },
     )
 
 
 @register_objective("group_means", GroupMeansConfig)
 class GroupMeans(Objective):
-    """loss = sum over groups g of w_g [a mean|t_g - W_g s_g| + b C_g], t_g and s_g the mean states of the group.
+    """Loss = sum over groups g of w_g [a mean|t_g - W_g s_g| + b C_g], where t_g and s_g are the group's mean states.
 
-    A student of another depth averages ``student_groups``, or the layers of :func:`map_groups`. Of a group with layers
-    of several teachers, which may differ in width, each teacher has its own mean and projection, and the group's loss
-    is the mean of theirs (our choice); the student has one mean.
+    A student of another depth averages ``student_groups``, or the layers of :func:`map_groups`. If a group has layers
+    of several teachers (whose widths may differ), each teacher has its own mean and projection, and the group's loss is
+    the mean over teachers (our choice); the student has one mean.
 
     Args:
-        cfg: a :class:`GroupMeansConfig`; groups of a file and ``normalize_states`` are written into it.
+        cfg: a :class:`GroupMeansConfig`; groups read from a file and ``normalize_states`` are filled in.
         student, teachers, field: see :class:`Objective`.
 
     Raises:
@@ -110,7 +109,7 @@ class GroupMeans(Objective):
         for index, group in enumerate(self.groups):
             logger.info(f"group {index}: teacher layers {list(group)}, weight {self.weights[index]:.3f}")
         self.sharing = parse_sharing(cfg.projection_sharing, len(self.groups), f"{field}.projection_sharing")
-        own = sorted({(k, self.sharing[g]) for g, k, _ in parts})  # teacher, and its projection
+        own = sorted({(k, self.sharing[g]) for g, k, _ in parts})  # (teacher, projection)
         self.projections = nn.ModuleList(
             projection(cfg.projection, student.encoder_embed_dim, teachers[k].encoder_embed_dim, f"{field}.projection")
             for k, _ in own
@@ -123,7 +122,7 @@ class GroupMeans(Objective):
         name, found = f"{field}.student_groups", cfg.student_groups
         if not is_sequence(found) or len(found) != len(self.groups):
             raise ValueError(f"{name} is {found}, but {field}.groups has {len(self.groups)}; give layers for each")
-        # Two groups may share a layer of the student, so that each is checked alone.
+        # Groups may share a layer of the student, so each is checked separately.
         return tuple(parse_groups([group], layers, name)[0] for group in found)  # type: ignore[misc]
 
     def forward(
@@ -133,13 +132,13 @@ class GroupMeans(Objective):
         padding_mask: Optional[Tensor] = None,
         sample: Optional[Mapping[str, Any]] = None,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """See :class:`Objective`; logged are ``l1_gN`` and ``cos_gN``, L1 and mean cosine of each group."""
+        """See :class:`Objective`; logs ``l1_gN`` and ``cos_gN``, the L1 distance and mean cosine of each group."""
         means = [self.projections[index](student[g]) for g, index in self.parts]
         if padding_mask is not None:
             frames = without_padding([*means, *teacher], padding_mask)
             means, teacher = frames[: len(means)], frames[len(means) :]
         weights = self.cfg.l1_weight, self.cfg.cos_weight
-        parts: list[list[LossParts]] = [[] for _ in self.groups]  # of each group, one for each of its teachers
+        parts: list[list[LossParts]] = [[] for _ in self.groups]  # for each group, one per teacher
         for (g, _), s, t in zip(self.parts, means, teacher):
             parts[g].append(distillation_loss(s, t, None, *weights, self.cfg.cos_type))
         loss = torch.stack([w / len(group) * p.total for w, group in zip(self.weights, parts) for p in group]).sum()
@@ -161,11 +160,11 @@ class GroupMeans(Objective):
 def projection(kind: str, student: int, teacher: int, field: str = "criterion.projection") -> nn.Module:
     """A map from the student's width to the teacher's, (..., D_S) to (..., D_T).
 
-    A linear one starts as the identity with zero bias, so that training starts from the student's own representation.
-    Where the widths differ, the first ``min(D_S, D_T)`` features pass and the other outputs start at zero.
+    A linear map starts as the identity with zero bias, so that training starts from the student's own representation.
+    Where the widths differ, the first ``min(D_S, D_T)`` features pass through and the other outputs start at zero.
 
     Raises:
-        ValueError: ``kind`` is neither "linear" nor "identity", or the identity is asked for between other widths.
+        ValueError: ``kind`` is neither "linear" nor "identity", or it is "identity" and the widths differ.
     """
     if kind not in ("linear", "identity"):
         raise ValueError(f"{field}: {kind!r}; expected 'linear' or 'identity'")

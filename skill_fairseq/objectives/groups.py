@@ -1,8 +1,8 @@
-"""Groups of layers: reading and checking them.
+"""Reading and checking groups of layers.
 
-Layers are numbered as hidden states are: 0 before the positional convolution, i after Transformer layer i. A number
-alone is a layer of the first teacher; ``1/4`` is layer 4 of the second one (teachers count from 0). YAML reads that as
-text, with and without quotes, and so does hydra's command line; of ``1:4`` YAML 1.1 would make the number 64.
+Layers are numbered like hidden states: 0 before the positional convolution, i after Transformer layer i. A plain number
+is a layer of the first teacher; ``1/4`` is layer 4 of the second (teachers count from 0). YAML and hydra's command line
+read that as text, quoted or not; YAML 1.1 would read ``1:4`` as the number 64.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ MAX_GROUPS_FILE = 1_000_000
 
 
 def read_groups(groups: Any, groups_file: str | None, field: str = "criterion") -> Any:
-    """The raw value of the groups, as the config holds it or the file that it names.
+    """The groups as the config, or the file that it names, holds them; not yet checked.
 
     Args:
-        groups, groups_file: values of the config; one of them is None.
-        field: where the two stand, for messages.
+        groups, groups_file: values of the config; exactly one must be set.
+        field: config path of both, for messages.
 
     Raises:
         ValueError: neither or both are given, or the file has no groups.
@@ -58,8 +58,8 @@ def read_groups(groups: Any, groups_file: str | None, field: str = "criterion") 
         text = read_text(path)
     try:
         content = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # as dates, keys and nesting raise them
-        raise ValueError(f"{field}: {path} is no YAML ({error}); write it with skill-cluster") from error
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # dates, keys and nesting raise these
+        raise ValueError(f"{field}: {path} is not valid YAML ({error}); write it with skill-cluster") from error
     found = content.get("groups") if isinstance(content, dict) else None
     if found is None and isinstance(content, dict) and isinstance(content.get("criterion"), dict):
         found = content["criterion"].get("groups")
@@ -69,12 +69,12 @@ def read_groups(groups: Any, groups_file: str | None, field: str = "criterion") 
 
 
 def layer_name(teacher: int, layer: int) -> Layer:
-    """How configs write layer i of teacher k: only the number for the first teacher, ``k/i`` for the others."""
+    """Layer i of teacher k as configs write it: the number for the first teacher, ``k/i`` for the others."""
     return f"{teacher}/{layer}" if teacher else layer
 
 
 def layer_of(name: Any) -> tuple[int, int]:
-    """Teacher and layer, both from 0, of what :func:`layer_name` writes.
+    """Teacher and layer, both from 0, from a name that :func:`layer_name` wrote.
 
     Raises:
         ValueError: it is neither a number nor ``k/i``.
@@ -83,12 +83,12 @@ def layer_of(name: Any) -> tuple[int, int]:
         return 0, name
     parts = _OF_TEACHER.fullmatch(name) if isinstance(name, str) else None
     if parts is None:
-        raise ValueError(f"layer {_shown(name)}, which is neither an integer nor as 1/4, layer 4 of the second teacher")
+        raise ValueError(f"layer {_shown(name)}, neither an integer nor like 1/4, layer 4 of the second teacher")
     return int(parts[1]), int(parts[2])
 
 
 def by_teacher(group: Sequence[Layer]) -> dict[int, tuple[int, ...]]:
-    """The layers of a group for each teacher that it has layers of, teachers ascending."""
+    """A group's layers by teacher, teachers in ascending order."""
     found = [layer_of(name) for name in group]
     return {k: tuple(layer for of, layer in found if of == k) for k in sorted({k for k, _ in found})}
 
@@ -98,15 +98,15 @@ def parse_groups(value: Any, depths: int | Sequence[int], field: str = "criterio
 
     Args:
         value: sequence of sequences (lists, tuples, omegaconf's) of layers, such as ``[[0], [4, 1/2], [8, 1/3]]``.
-        depths: Transformer layers of each teacher, or of the one; valid are the layers from 0 to this.
+        depths: Transformer layers of the teacher, or of each; layers from 0 to this number are valid.
         field: where the value comes from, for messages.
 
     Returns:
-        The groups, in the order given; layers of the first teacher as numbers.
+        the groups, in the order given; layers of the first teacher as numbers.
 
     Raises:
-        ValueError: if there is no group, a group is empty or no sequence of layers, or a layer does not exist
-            or appears twice.
+        ValueError: there is no group, a group is empty or not a sequence of layers, or a layer does not exist or
+            appears twice.
     """
     depths = [depths] if isinstance(depths, int) else depths
     others = [f", {layer_name(k, 0)}..{layer_name(k, depth)}" for k, depth in enumerate(depths) if k]
@@ -116,7 +116,7 @@ def parse_groups(value: Any, depths: int | Sequence[int], field: str = "criterio
     seen: set[tuple[int, int]] = set()
     for group in value:
         if not is_sequence(group) or not len(group):
-            raise ValueError(f"{field} has the group {_shown(group)}, which is no list of layers; {remedy}")
+            raise ValueError(f"{field} has the group {_shown(group)}, which is not a list of layers; {remedy}")
         for name in group:
             try:
                 teacher, layer = layer_of(name)
@@ -133,11 +133,11 @@ def parse_groups(value: Any, depths: int | Sequence[int], field: str = "criterio
 
 
 def map_groups(groups: Sequence[Sequence[Layer]], depths: Sequence[int], student_layers: int) -> StudentGroups:
-    """Groups of a student's layers: layer i of a teacher of depth L becomes ``i student_layers / L``.
+    """Maps groups to a student's layers: layer i of a teacher with L layers becomes ``i student_layers / L``.
 
-    Rounded half up, but never from a Transformer layer to layer 0, the convolutional features (our choice).
-    Layers of a group that meet in one student layer count once, those of several teachers too; two groups may
-    share a student layer. With one teacher of equal depth the groups stay as they are.
+    Rounds half up, but never maps a Transformer layer to layer 0, the convolutional features (our choice). Layers of a
+    group that map to the same student layer count once, also across teachers; two groups may share a student layer.
+    With one teacher of equal depth the groups do not change.
     """
 
     def mapped(teacher: int, layer: int) -> int:
@@ -151,13 +151,13 @@ def parse_sharing(value: Any, num_groups: int, field: str = "criterion.projectio
     """Which projection each group uses.
 
     Args:
-        value: "none" or None (one projection a group), "all" (one for all), or the index of the projection
-            for each group: DPHuBERT, whose layers 4, 8 and 12 share one, is ``[0, 1, 1, 1]``.
+        value: "none" or None (one projection per group), "all" (one for all), or the projection's index for each
+            group: in DPHuBERT layers 4, 8 and 12 share one, which is ``[0, 1, 1, 1]``.
         num_groups: number of groups.
         field: where the value comes from, for messages.
 
     Raises:
-        ValueError: if the value is none of these, or a list that leaves out an index.
+        ValueError: the value is none of these, or a list that skips an index.
     """
     if value is None or value == "none":
         return tuple(range(num_groups))
@@ -174,12 +174,12 @@ def parse_sharing(value: Any, num_groups: int, field: str = "criterion.projectio
 
 
 def is_sequence(value: Any) -> bool:
-    """Lists, tuples and omegaconf's, but no text."""
+    """Whether it is a list, a tuple or omegaconf's list; text is not."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def _shown(value: Any) -> str:
-    """A config value on one line; omegaconf's lists look like lists. What is long or deep is cut."""
+    """A config value on one line, cut if long or deep; omegaconf's lists look like lists."""
     return _SHORT.repr(_plain(value))
 
 

@@ -1,4 +1,4 @@
-"""Heads: from states of the student's layers to the teacher's width, and to its frame rate."""
+"""Heads: they map states of the student's layers to the teacher's width and frame rate."""
 
 from collections.abc import Sequence
 from typing import Callable, Dict, List
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class LayerHeads(nn.ModuleList):
-    """A head of its own for each pair: N states (B, T, D_S) to N predictions (B, T, D_T)."""
+    """One head per pair: N states (B, T, D_S) to N predictions (B, T, D_T)."""
 
     def forward(self, states: Sequence[Tensor]) -> List[Tensor]:
         """Each state through its head."""
@@ -16,11 +16,11 @@ class LayerHeads(nn.ModuleList):
 
 
 class UpsampleLinear(nn.Module):
-    """FitHuBERT's: a transposed convolution back to the teacher's frame rate, then a linear map to its width.
+    """FitHuBERT's head: a transposed convolution up to the teacher's frame rate, then a linear map to its width.
 
     Args:
         student, teacher: widths D_S and D_T.
-        rate: frames that are made of each.
+        rate: output frames per input frame.
     """
 
     def __init__(self, student: int, teacher: int, rate: int) -> None:
@@ -34,9 +34,10 @@ class UpsampleLinear(nn.Module):
 
 
 class PredictionHeads(nn.Module):
-    """DistilHuBERT's: prediction n is ``W_n gelu(V h)_n + b_n``, (V h)_n the n-th D_S features of one linear map of h.
+    """DistilHuBERT's heads: prediction n is ``W_n gelu(V h)_n + b_n``, where (V h)_n is the n-th block of D_S features
+    of one linear map of h.
 
-    All weights start as torch's linear maps do, U(+-1/sqrt(D_S)), as in its code.
+    All weights use torch's default initialisation U(+-1/sqrt(D_S)), as in its code.
 
     Args:
         student, teacher: widths D_S and D_T.
@@ -49,7 +50,7 @@ class PredictionHeads(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(student, teacher) for _ in range(count))
 
     def forward(self, states: Sequence[Tensor]) -> List[Tensor]:
-        """``states`` are the same (B, T, D_S) one for each of the N predictions (B, T, D_T)."""
+        """``states`` holds the same (B, T, D_S) tensor N times; N predictions (B, T, D_T)."""
         parts = F.gelu(self.shared(states[0])).chunk(len(self.heads), dim=-1)
         return [head(part) for head, part in zip(self.heads, parts)]
 
@@ -62,5 +63,4 @@ HEADS: Dict[str, Callable[[int, int, int, int], nn.Module]] = {
         UpsampleLinear(student, teacher, rate) for _ in range(count)
     ),
 }
-"""By name: makes a module that turns the student's N states into N predictions, from both widths, N, and the frames
-that are made of each."""
+"""By name: a function (D_S, D_T, N, rate) to a module that turns the student's N states into N predictions."""

@@ -1,4 +1,4 @@
-"""Layers of the student against layers of the teacher, through heads.
+"""Distance between layers of the student and of the teacher, through heads.
 
 DistilHuBERT (arXiv:2110.01900); layer to layer as in Deep versus Wide (arXiv:2207.06867) and FitHuBERT (2207.00555);
 and masking distillation as in MaskHuBERT and ARMHuBERT (arXiv:2305.11685).
@@ -24,19 +24,19 @@ from skill_fairseq.objectives.objective import Objective, choose_normalization, 
 
 @dataclass
 class PairsConfig:
-    """Pairs of layers, for objectives that compare one with one."""
+    """Pairs of layers, for objectives that compare layer to layer."""
 
     teacher_layers: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "the teacher's layers, such as [4,8,12]; null: for each of the student's the one at the same share "
-            "of the depth"
+            "help": "the teacher's layers, such as [4,8,12]; null: for each of the student's, the one at the same "
+            "relative depth"
         },
     )
     student_layers: Any = field(
         default="same",
         metadata={
-            "help": "same: at the same share of the depth; last: the last one for all; or a layer for each of the "
+            "help": "same: at the same relative depth; last: the last one for all; or one layer for each of the "
             "teacher's"
         },
     )
@@ -49,21 +49,21 @@ class StatePairsConfig(PairsConfig):
     normalize_states: Optional[bool] = field(
         default=None,
         metadata={
-            "help": "layer-normalise every state first; null: where the teacher's layers begin with their LayerNorm, "
-            "whose states grow large"
+            "help": "layer-normalise every state first; null: only for teachers with pre-LayerNorm layers, whose "
+            "states grow large"
         },
     )
 
 
 @dataclass
 class LayersConfig(MaskingConfig, StatePairsConfig):
-    """Pairs of layers, heads and distance; and frames that the student does not hear."""
+    """Pairs of layers, heads, distance, and masked frames of the student."""
 
     layer_weights: Optional[Any] = field(
         default=None,
         metadata={
-            "help": "weight of each pair, a number for all, or {last: 1.0, others: 0.1}; null: 1 / number of pairs, "
-            "the mean"
+            "help": "weight of each pair, a number for all, or {last: 1.0, others: 0.1}; null: the mean, "
+            "1 / number of pairs"
         },
     )
     head: str = field(
@@ -80,30 +80,30 @@ class LayersConfig(MaskingConfig, StatePairsConfig):
     cos_type: str = field(default="raw", metadata={"help": "raw: -mean cos; log_sig: -mean log sigmoid(cos)"})
     cos_reduction: str = field(
         default="mean",
-        metadata={"help": "of the cosine term: mean over frames, or sum over those of an utterance (OS-KDFT's code)"},
+        metadata={"help": "cosine term: mean over frames, or sum over the frames of an utterance (OS-KDFT's code)"},
     )
     masked_frames: Optional[str] = field(
         default="whole",
         metadata={
-            "help": "what the student's masked frames are compared with: the teacher that heard the whole utterance "
-            "(whole), or the one with the same frames masked (masked); null: with nothing"
+            "help": "target of the student's masked frames: the teacher run on the whole utterance (whole) or with the "
+            "same frames masked (masked); null: none"
         },
     )
     unmasked_frames: Optional[str] = field(
-        default="masked", metadata={"help": "the same of its other frames, whole, masked or null"}
+        default="masked", metadata={"help": "target of its other frames: whole, masked or null"}
     )
 
 
 @register_objective("layers", LayersConfig)
 class Layers(Objective):
-    """loss = sum over pairs of w [a mean|h(s) - t| + b mean (h(s) - t)^2 + c C(h(s), t)], with a head h for each pair.
+    """Loss = sum over pairs of w [a mean|h(s) - t| + b mean (h(s) - t)^2 + c C(h(s), t)], with a head h for each pair.
 
-    With ``mask_prob`` above 0 the student hears masked frames in training, and t is chosen frame by frame: masking
-    distillation's of masked frames is from a teacher that heard everything, that of the others from one with the same
-    frames masked. Frames that are compared with nothing count as 0 in the means.
+    With ``mask_prob`` above 0 some of the student's frames are masked in training, and t is chosen per frame: masking
+    distillation takes t of masked frames from the teacher run on the whole utterance, and t of the other frames from
+    the teacher run with the same frames masked. Frames without a target count as 0 in the means.
 
     Args:
-        cfg: a :class:`LayersConfig`; the layers that it leaves open are written into it.
+        cfg: a :class:`LayersConfig`; null layers are filled in.
         student, teachers, field: see :class:`Objective`.
 
     Raises:
@@ -140,7 +140,7 @@ class Layers(Objective):
         if cfg.head == "identity" and own != theirs:
             raise ValueError(
                 f"{field}.head: identity, but the student's width is {own} and the teacher's {theirs}; expected equal "
-                "ones, or linear"
+                "widths, or linear"
             )
         if cfg.head == "prediction" and len({s for s, _ in self.pairs}) > 1:
             raise ValueError(
@@ -149,13 +149,13 @@ class Layers(Objective):
             )
         if (self.rate > 1) != (cfg.head == "upsample_linear"):
             raise ValueError(
-                f"{field}.head: {cfg.head}, but the student makes one frame of {self.rate} of the teacher's; expected "
-                f"{'upsample_linear' if self.rate > 1 else 'another one, which needs no up-sampling'}"
+                f"{field}.head: {cfg.head}, but one frame of the student covers {self.rate} of the teacher's; expected "
+                f"{'upsample_linear' if self.rate > 1 else 'a head without up-sampling'}"
             )
         self.heads = HEADS[cfg.head](own, theirs, count, self.rate)
 
     def _read_masking(self, field: str) -> None:
-        """Takes over the fields of masking: what the student's masked frames and the others are compared with."""
+        """Reads the masking fields: the targets of the student's masked and other frames."""
         cfg = self.cfg
         self.masking = parse_masking(cfg, field)
         self.compared = {"masked_frames": cfg.masked_frames, "unmasked_frames": cfg.unmasked_frames}
@@ -167,12 +167,12 @@ class Layers(Objective):
                 raise ValueError(f"{field}.{name}: {value!r}; expected whole, masked or null")
         if not any(self.compared.values()):
             raise ValueError(
-                f"{field}.masked_frames: null, as {field}.unmasked_frames, so that nothing is distilled; set one"
+                f"{field}.masked_frames: null, like {field}.unmasked_frames, so nothing is distilled; set one"
             )
         if self.masking is None:
             return
         self.student_taps = [dataclasses.replace(tap, masking=self.masking) for tap in self.student_taps]
-        # Of each kind that is wanted, a tap for each pair.
+        # For each kind in use, one tap per pair.
         hidden = [dataclasses.replace(tap, masking=self.masking) for tap in self.teacher_taps]
         kinds = {"whole": self.teacher_taps, "masked": hidden}
         self.heard = [kind for kind in kinds if kind in self.compared.values()]
@@ -185,16 +185,16 @@ class Layers(Objective):
         padding_mask: Optional[Tensor] = None,
         sample: Optional[Mapping[str, Any]] = None,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """See :class:`Objective`; logged are ``l1_sI_tJ``, ``mse_sI_tJ`` and ``cos_sI_tJ`` of student layer I and
-        teacher layer J, the last of them the mean of cos or log sigmoid(cos)."""
+        """See :class:`Objective`; logs ``l1_sI_tJ``, ``mse_sI_tJ`` and ``cos_sI_tJ`` (the mean of cos or
+        log sigmoid(cos)) of student layer I and teacher layer J."""
         predicted = self.heads(student)
         if self.rate > 1:
-            # An odd last frame of the teacher's has no counterpart; the mask is that of the student's frames.
+            # Leftover last frames of the teacher have no counterpart; the mask is for the student's frames.
             teacher = [t[:, : t.size(1) // self.rate * self.rate] for t in teacher]
             padding_mask = None if padding_mask is None else padding_mask.repeat_interleave(self.rate, 1)
         masked, share = masked_frames(sample, self.masking), None
         if masked is None:
-            teacher = teacher[: len(self.pairs)]  # all heard everything
+            teacher = teacher[: len(self.pairs)]  # all ran on the whole utterance
         else:
             teacher, padding_mask, share = self._compared(teacher, padding_mask, masked[:, : predicted[0].size(1)])
         if padding_mask is not None:
@@ -217,16 +217,16 @@ class Layers(Objective):
     def _compared(
         self, teacher: Sequence[Tensor], padding_mask: Optional[Tensor], masked: Tensor
     ) -> Tuple[List[Tensor], Optional[Tensor], Optional[Tensor]]:
-        """What each frame is compared with.
+        """The target of each frame.
 
         Args:
-            teacher: states (B, T, D_T) for each pair, of each kind that is heard.
+            teacher: states (B, T, D_T) for each kind in use and each pair.
             padding_mask: (B, T) bool, True = padding, or None.
             masked: (B, T) bool, True = masked.
 
         Returns:
-            states for each pair; the padding mask, where frames that are compared with nothing are padding too; and
-            their share to multiply the loss with, None where all count.
+            target states for each pair; the padding mask, which also marks frames without a target; and the share of
+            frames that count, to multiply the loss by (None: all count).
         """
         count = len(self.pairs)
         states = {kind: list(teacher[k * count : (k + 1) * count]) for k, kind in enumerate(self.heard)}
@@ -239,7 +239,7 @@ class Layers(Objective):
         counted = torch.ones_like(masked) if padding_mask is None else ~padding_mask
         kept = counted & (~masked if hidden is None else masked)
         share = kept.sum().double() / counted.sum()
-        kept = torch.where(share > 0, kept, counted)  # of none of them the loss is 0
+        kept = torch.where(share > 0, kept, counted)  # if none has a target, the loss is 0
         return states[self.heard[0]], ~kept, share
 
     def settings(self, cfg: Mapping[str, Any]) -> Dict[str, Any]:
@@ -252,19 +252,19 @@ Pairs = List[Tuple[int, int]]
 
 
 def pair_layers(cfg: Any, student: EncoderConfig, teacher: EncoderConfig, field: str, first: int = 1) -> Pairs:
-    """Which layer of the student learns from which of the teacher.
+    """Pairs the student's layers with the teacher's.
 
     Args:
         cfg: with ``teacher_layers`` and ``student_layers``, see :class:`PairsConfig`. Both become lists.
         student, teacher: shapes.
-        field: where ``cfg`` stands, for messages.
-        first: first layer of the student where both fields are open.
+        field: config path of ``cfg``, for messages.
+        first: first layer of the student where both fields are null.
 
     Returns:
-        (student layer, teacher layer), one at least.
+        (student layer, teacher layer), at least one.
 
     Raises:
-        ValueError: a field is no list of layers that the encoder has, lists differ in length, or a pair is named twice.
+        ValueError: a field is not a list of the encoder's layers, the lists differ in length, or a pair appears twice.
     """
     own, theirs = cfg.student_layers, cfg.teacher_layers
     depths = student.encoder_layers, teacher.encoder_layers
@@ -291,7 +291,7 @@ def pair_layers(cfg: Any, student: EncoderConfig, teacher: EncoderConfig, field:
 
 
 def pair_taps(cfg: Any, pairs: Pairs, teacher: EncoderConfig) -> Tuple[List[Tap], List[Tap]]:
-    """The states of student and teacher, one for each pair; fills in ``cfg.normalize_states``."""
+    """Taps of student and teacher, one for each pair; fills in ``cfg.normalize_states``."""
     choose_normalization(cfg, [teacher])
     own, theirs = ([Tap((i,), normalize=cfg.normalize_states) for i in layers] for layers in zip(*pairs))
     return own, theirs
@@ -307,7 +307,7 @@ def _layer_weights(value: Any, count: int, field: str) -> List[float]:
         value = [value] * count
     elif isinstance(value, Mapping) or OmegaConf.is_dict(value):
         if set(value) != {"last", "others"}:
-            raise ValueError(f"{field}: {value}; expected both of last and others, as in {{last: 1.0, others: 0.1}}")
+            raise ValueError(f"{field}: {value}; expected both last and others, as in {{last: 1.0, others: 0.1}}")
         value = [*[value["others"]] * (count - 1), value["last"]]
     return parse_weights(value, count, field, "pair of layers")
 

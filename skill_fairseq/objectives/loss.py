@@ -14,7 +14,7 @@ from skill_fairseq.objectives.groups import is_sequence
 
 COS_TYPES = ("raw", "log_sig")
 DISTANCES = ("l1_weight", "mse_weight", "cos_weight")
-"""Fields of a config that weigh the terms of :func:`distillation_loss`."""
+"""Config fields with the weights of the terms of :func:`distillation_loss`."""
 
 
 class LossParts(NamedTuple):
@@ -35,28 +35,28 @@ def distillation_loss(
     cos_type: str = "raw",
     mse_weight: float = 0.0,
 ) -> LossParts:
-    """Weighted sum of L1, cosine (DistilHuBERT, arXiv:2110.01900, eq. 1; DPHuBERT, eq. 1) and squared distances.
+    """Weighted sum of L1, cosine (DistilHuBERT, arXiv:2110.01900, eq. 1; DPHuBERT, eq. 1) and squared distance.
 
-    L1 and squared distance are means over the features of all frames outside the padding, the cosine term over the
-    frames. Lower precision is raised to float32 first.
+    L1 and squared distance are means over features and non-padding frames; the cosine term is a mean over non-padding
+    frames. Half precision is cast to float32 first.
 
     Args:
-        student: (B, T, D) or, with the padding gone, (N, D), projected to the teacher's dimension.
-        teacher: of the same shape.
-        padding_mask: (B, T) bool, True for padding; None: there is none.
+        student: (B, T, D), or (N, D) without padding, projected to the teacher's dimension.
+        teacher: same shape.
+        padding_mask: (B, T) bool, True = padding, or None.
         l1_weight: weight of ``mean |student - teacher|``.
         cos_weight: weight of the cosine term.
         cos_type: "raw" for ``-mean cos``, "log_sig" for ``-mean log sigmoid(cos)``.
         mse_weight: weight of ``mean (student - teacher)^2``.
 
     Raises:
-        ValueError: if shapes differ, every frame is padding, or ``cos_type`` is unknown.
+        ValueError: shapes differ, every frame is padding, or ``cos_type`` is unknown.
     """
     if cos_type not in COS_TYPES:
         raise ValueError(f"cos_type is {cos_type!r}, but must be one of {', '.join(COS_TYPES)}")
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student has shape {tuple(student.shape)}, teacher {tuple(teacher.shape)}, but they must agree; "
+            f"student has shape {tuple(student.shape)}, teacher {tuple(teacher.shape)}, but they must be equal; "
             "give both the same audio and project the student to the teacher's dimension"
         )
     student, teacher = at_least_float32(student), at_least_float32(teacher)
@@ -96,20 +96,20 @@ def check_weights(cfg: Any, names: Sequence[str], field: str) -> None:
             raise ValueError(f"{field}.{name}: {getattr(cfg, name)}; expected a number of at least 0")
     if not any(getattr(cfg, name) for name in names):
         others = ", ".join(f"{field}.{name}" for name in names[1:])
-        raise ValueError(f"{field}.{names[0]}: 0, as {others}, so that nothing is distilled; raise one")
+        raise ValueError(f"{field}.{names[0]}: 0, like {others}, so nothing is distilled; raise one")
 
 
 def parse_weights(value: Any, count: int, field: str, of: str) -> list[float]:
     """Weights of the terms of a sum.
 
     Args:
-        value: one for each, or None, which is the mean: 1 / count each.
+        value: one for each term, or None for 1 / count each.
         count: number of terms.
         field: where the value comes from, for messages.
-        of: what a term is of, for messages.
+        of: what each term belongs to, for messages.
 
     Raises:
-        ValueError: these are not ``count`` finite numbers of at least 0, or all are 0.
+        ValueError: the value is not ``count`` finite numbers of at least 0, or all are 0.
     """
     if value is None:
         return [1 / count] * count
@@ -121,22 +121,22 @@ def parse_weights(value: Any, count: int, field: str, of: str) -> list[float]:
 
 
 def at_least_float32(states: Tensor) -> Tensor:
-    """Half precision as float32, all else as it is."""
+    """Casts half precision to float32; other types do not change."""
     return states.float() if states.dtype in (torch.float16, torch.bfloat16) else states
 
 
 def without_padding(states: Sequence[Tensor], padding_mask: Tensor) -> list[Tensor]:
-    """Frames outside the padding. Selecting, unlike weighting, also stops NaNs there.
+    """Selects the frames outside the padding. Unlike weighting, this also drops NaNs in the padding.
 
     Args:
         states: (B, T, ...) each.
-        padding_mask: (B, T) bool, True for padding.
+        padding_mask: (B, T) bool, True = padding.
 
     Returns:
-        (N, ...) each; the host waits for N once.
+        (N, ...) each; the host synchronises once, for N.
 
     Raises:
-        ValueError: if shapes differ, or every frame is padding.
+        ValueError: shapes differ, or every frame is padding.
     """
     for frames in states:
         if padding_mask.shape != frames.shape[:2]:

@@ -1,7 +1,7 @@
-"""Prediction of the teacher's units: of masked frames as HuBERT's (arXiv:2106.07447), or of all.
+"""Prediction of the teacher's units, for masked frames as in HuBERT (arXiv:2106.07447) or for all frames.
 
-DiceHuBERT (arXiv:2507.02911) trains a student so. The units are not read from label files: the frozen teacher's states
-are assigned to centroids batch by batch, whatever crop of the audio the batch holds.
+DiceHuBERT (arXiv:2507.02911) trains a student this way. The units do not come from label files: each batch assigns the
+frozen teacher's states to centroids, so any crop of the audio works.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,27 +24,27 @@ from skill_fairseq.objectives.objective import Objective, register_objective
 
 @dataclass
 class MaskedUnitsConfig(MaskingConfig):
-    """Units, heads, and which frames count."""
+    """Units, heads and weights of frames."""
 
     codebooks: Optional[Any] = field(
         default=None, metadata={"help": "file, or list of files, that skill-labels --units kmeans wrote"}
     )
     codebooks_sha256: Optional[Any] = field(
-        default=None, metadata={"help": "hashes of the files; null: they are filled in and saved with the run"}
+        default=None, metadata={"help": "SHA-256 of the files; null: filled in and saved with the run"}
     )
-    teacher: int = field(default=0, metadata={"help": "which of several teachers the codebooks are of, from 0"})
+    teacher: int = field(default=0, metadata={"help": "number of the teacher that the codebooks belong to, from 0"})
     student_layer: Optional[int] = field(
         default=None, metadata={"help": "layer of the student that predicts the units; null: the last one"}
     )
     head: str = field(
         default="cosine",
         metadata={
-            "help": "cosine: a linear map to head_dim features, whose cosine with an embedding of each unit, divided "
-            "by the temperature, is the logit; linear: a linear map to the logits"
+            "help": "cosine: logits are cosines of a linear map to head_dim features with an embedding of each unit, "
+            "divided by the temperature; linear: a linear map to the logits"
         },
     )
-    head_dim: int = field(default=256, metadata={"help": "features of the cosine; HuBERT's final_dim"})
-    temperature: float = field(default=0.1, metadata={"help": "of the logits of cosine; HuBERT's logit_temp"})
+    head_dim: int = field(default=256, metadata={"help": "width of the cosine head; HuBERT's final_dim"})
+    temperature: float = field(default=0.1, metadata={"help": "temperature of the cosine head; HuBERT's logit_temp"})
     masked_weight: float = field(default=1.0, metadata={"help": "weight of masked frames; HuBERT's pred_masked_weight"})
     unmasked_weight: float = field(
         default=0.0, metadata={"help": "weight of the other frames; HuBERT's pred_nomask_weight"}
@@ -57,14 +57,14 @@ class MaskedUnitsConfig(MaskingConfig):
 
 @register_objective("masked_units", MaskedUnitsConfig)
 class MaskedUnits(Objective):
-    """loss = sum over codebooks of mean over frames of w_t * cross-entropy of the teacher's unit at frame t.
+    """Loss = sum over codebooks of the mean over frames of w_t * cross-entropy of the teacher's unit at frame t.
 
     w_t is ``masked_weight`` or ``unmasked_weight``. Where nothing is masked, with ``mask_prob: 0`` and in validation,
-    every frame weighs as masked ones do. The mean is over all frames, those of weight 0 too: HuBERT divides the same
-    sum by the number of masked ones.
+    every frame has ``masked_weight``. The mean is over all frames, including those of weight 0; HuBERT divides the
+    same sum by the number of masked frames.
 
     Args:
-        cfg: a :class:`MaskedUnitsConfig`; layer and hashes are written into it.
+        cfg: a :class:`MaskedUnitsConfig`; layer and hashes are filled in.
         student, teachers, field: see :class:`Objective`.
 
     Raises:
@@ -85,7 +85,7 @@ class MaskedUnits(Objective):
             )
         if not 0 <= cfg.teacher < len(teachers):
             raise ValueError(
-                f"{field}.teacher: {cfg.teacher}; expected a number below {len(teachers)}, of task.teacher"
+                f"{field}.teacher: {cfg.teacher}; expected a number below {len(teachers)}, the length of task.teacher"
             )
         self._read_codebooks(teachers[cfg.teacher], field)
         if cfg.student_layer is None:
@@ -94,7 +94,7 @@ class MaskedUnits(Objective):
             raise ValueError(
                 f"{field}.student_layer: {cfg.student_layer}; expected a layer from 0 to {student.encoder_layers}"
             )
-        # Where layers begin with their LayerNorm, HuBERT predicts behind a last one; here the head has its affine part.
+        # With pre-LayerNorm layers HuBERT predicts after a final LayerNorm; here the head holds its affine part.
         self.student_taps = [Tap((cfg.student_layer,), normalize=student.layer_norm_first, masking=self.masking)]
         self.teacher_taps = [Tap((book.layer,), teacher=cfg.teacher) for book in self.codebooks]
         kinds = {"cosine": CosineHead, "linear": LinearHead}
@@ -107,7 +107,7 @@ class MaskedUnits(Objective):
         self.heads = nn.ModuleList(kinds[cfg.head](student.encoder_embed_dim, size, cfg) for size in sizes)
 
     def _read_codebooks(self, teacher: EncoderConfig, field: str) -> None:
-        """Loads the files; they are no buffers, which half precision would round."""
+        """Loads the files. They are not buffers, because half precision would round them."""
         cfg, given = self.cfg, self.cfg.codebooks
         files = list(given) if is_sequence(given) else [given] if given else []
         if not files:
@@ -119,16 +119,16 @@ class MaskedUnits(Objective):
             width = book.centroids.size(2)
             if width != teacher.encoder_embed_dim or not 0 <= book.layer <= teacher.encoder_layers:
                 raise ValueError(
-                    f"{field}.codebooks: {file} is of layer {book.layer} of width {width} of {book.teacher}, but the "
-                    f"teacher has {teacher.encoder_layers} layers of width {teacher.encoder_embed_dim}; give that one, "
-                    "or make a codebook of this one by skill-labels"
+                    f"{field}.codebooks: {file} is for layer {book.layer} of width {width} of {book.teacher}, but the "
+                    f"teacher has {teacher.encoder_layers} layers of width {teacher.encoder_embed_dim}; give that "
+                    "teacher, or make a codebook of this one with skill-labels"
                 )
         found = [sha256(file) for file in files]
         wanted = cfg.codebooks_sha256
         if wanted is not None and (list(wanted) if is_sequence(wanted) else [wanted]) != found:
             raise ValueError(
-                f"{field}.codebooks_sha256: {wanted}, but those of {files} are {found}; give the files that the run "
-                "began with, or null"
+                f"{field}.codebooks_sha256: {wanted}, but {files} have {found}; give the files that the run "
+                "started with, or null"
             )
         cfg.codebooks, cfg.codebooks_sha256 = files, found
         self.made_with = {cfg.teacher: [(str(f), b.teacher, b.teacher_sha256) for f, b in zip(files, self.codebooks)]}
@@ -140,15 +140,15 @@ class MaskedUnits(Objective):
         padding_mask: Optional[Tensor] = None,
         sample: Optional[Mapping[str, Any]] = None,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """See :class:`Objective`; logged is ``accuracy``, of units predicted right those among frames of a weight above
-        0, in all codebooks."""
+        """See :class:`Objective`; logs ``accuracy``, the share of correctly predicted units over all codebooks and
+        frames with a weight above 0."""
         shape, masked = student[0].shape[:2], masked_frames(sample, self.masking)
         weights = torch.full(shape, self.cfg.masked_weight, device=student[0].device)
         if masked is not None:
             weights = weights.masked_fill(~masked, self.cfg.unmasked_weight)
         counted = torch.ones_like(weights, dtype=torch.bool) if padding_mask is None else ~padding_mask
         chosen = (counted & (weights > 0)).flatten().nonzero().flatten()
-        if not len(chosen):  # their loss is 0, and every parameter has its gradient
+        if not len(chosen):  # the loss is 0, and every parameter still gets a gradient
             chosen = counted.flatten().nonzero().flatten()
         weight = weights.flatten()[chosen]
         states = student[0].flatten(0, 1)[chosen]
@@ -164,7 +164,7 @@ class MaskedUnits(Objective):
 
     @staticmethod
     def _units(book: Any, states: Tensor, chosen: Tensor) -> Tuple[Tensor, ...]:
-        """(F,) for each codebook of a file, of the chosen frames of (B, T, D)."""
+        """Units (F,) of the chosen frames of (B, T, D), for each codebook of a file."""
         return tuple(book.assign(states.flatten(0, 1)[chosen]).unbind(-1))
 
     def settings(self, cfg: Mapping[str, Any]) -> Dict[str, Any]:
@@ -174,12 +174,12 @@ class MaskedUnits(Objective):
 
 
 class CosineHead(nn.Module):
-    """HuBERT's: logits cos(A s, e_k) / temperature, with a linear map A and an embedding e_k of each unit.
+    """HuBERT's head: logits cos(A s, e_k) / temperature, with a linear map A and an embedding e_k of each unit.
 
     Args:
-        width: D, of the states.
-        units: K.
-        cfg: with ``head_dim`` and ``temperature``.
+        width: D, width of the states.
+        units: K, number of units.
+        cfg: a config with ``head_dim`` and ``temperature``.
     """
 
     def __init__(self, width: int, units: int, cfg: Any) -> None:
@@ -196,7 +196,7 @@ class CosineHead(nn.Module):
 
 
 class LinearHead(nn.Linear):
-    """Logits by a linear map.
+    """Logits from a linear map.
 
     Args:
         width, units, cfg: see :class:`CosineHead`.

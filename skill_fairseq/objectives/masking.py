@@ -1,6 +1,6 @@
-"""Masked frames for objectives: the fields that say how many, and the draw of one batch.
+"""Masked frames for objectives: their config fields, and how a batch draws them.
 
-An objective that masks takes :class:`MaskingConfig` into its own config, and asks for masked passes::
+An objective that masks inherits its config from :class:`MaskingConfig` and asks for masked passes::
 
     @dataclass
     class MyConfig(MaskingConfig): ...
@@ -8,13 +8,13 @@ An objective that masks takes :class:`MaskingConfig` into its own config, and as
     self.masking = parse_masking(cfg, field)  # None where cfg.mask_prob is 0
     self.student_taps = [Tap((student.encoder_layers,), masking=self.masking)]
 
-In training the dataset draws the frames of every masking that is asked for, and the student puts its own mask embedding
-(``mask_emb``, which is then learned) in their place; a teacher whose taps have the same masking gets the same frames
-hidden by its own. What :meth:`Objective.forward` needs of them is ``masked_frames(sample, self.masking)``, (B, T) bool
-at the rate of the convolutions, or None: in validation nothing is hidden.
+In training the dataset draws the frames of each masking, and the student replaces them by its learned mask embedding
+(``mask_emb``); a teacher whose taps have the same masking replaces the same frames by its own.
+:meth:`Objective.forward` reads them with ``masked_frames(sample, self.masking)``: (B, T) bool at the rate of the
+convolutions, or None, as in validation, which masks nothing.
 
-The loss stays a mean over **all** frames outside the padding, masked or not (a sum over some of them, divided by the
-number of all): batches are weighed by that number, so that any division of the audio over ranks gives the same update.
+The loss stays a mean over **all** frames outside the padding, masked or not (a sum over some, divided by the number of
+all). Batches are weighted by that number, so the update does not depend on how the audio is divided over ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ from skill_fairseq.modules.taps import SpanMasking
 
 SELECTIONS = ("static", "uniform", "normal", "poisson")
 MIN_SPANS = 2
-"""Of an utterance, where they fit; as in HuBERT."""
+"""Least number of spans per utterance, where they fit; as in HuBERT."""
 
 
 @dataclass
@@ -41,23 +41,23 @@ class MaskingConfig:
 
     mask_prob: float = field(
         default=0.0,
-        metadata={"help": "share of the frames to mask, before spans overlap or find no room; 0: no masks"},
+        metadata={"help": "share of frames to mask, counted before spans overlap or fail to fit; 0: no masks"},
     )
     mask_length: int = field(default=10, metadata={"help": "frames of a masked span; the mean where lengths vary"})
     mask_selection: str = field(
         default="static",
         metadata={"help": "lengths: static, uniform (mask_other to twice mask_length), normal or poisson"},
     )
-    mask_other: float = field(default=0.0, metadata={"help": "least length of uniform, standard deviation of normal"})
+    mask_other: float = field(default=0.0, metadata={"help": "least length for uniform, standard deviation for normal"})
     no_mask_overlap: bool = field(default=False, metadata={"help": "spans neither overlap nor touch"})
     mask_min_space: int = field(default=1, metadata={"help": "frames between two spans with no_mask_overlap"})
 
 
 def parse_masking(cfg: Any, field: str) -> Optional[SpanMasking]:
-    """What the fields of a :class:`MaskingConfig` say; None without masks.
+    """The masking that a :class:`MaskingConfig` describes; None without masks.
 
     Raises:
-        ValueError: a value is out of range, or does nothing; names the field.
+        ValueError: a value is out of range or has no effect; names the field.
     """
     if not cfg.mask_prob:
         for other in fields(MaskingConfig):
@@ -83,22 +83,22 @@ def parse_masking(cfg: Any, field: str) -> Optional[SpanMasking]:
 def draw_spans(masking: SpanMasking, frames: int, seed: Sequence[int]) -> np.ndarray:
     """The masked frames of one utterance.
 
-    fairseq's draw, of one utterance at a time: in a batch it drops masked frames until all utterances have as many,
-    so that they would depend on each other.
+    Calls fairseq's draw for one utterance at a time: for a batch it would drop masked frames until all utterances have
+    the same number, and utterances would depend on each other.
 
     Args:
-        masking: how.
-        frames: T, of the utterance without padding.
-        seed: numbers that decide the draw, alone: numpy's own state plays no part.
+        masking: what to draw.
+        frames: T, the utterance's frames without padding.
+        seed: numbers that determine the draw; numpy's global state has no influence.
 
     Returns:
-        (T,) bool, True = masked; nothing is where no span fits.
+        (T,) bool, True = masked; all False where no span fits.
     """
     from fairseq.data.data_utils import compute_mask_indices  # here: skill-cluster needs no fairseq
 
     other: float = int(masking.other) if masking.selection == "uniform" else masking.other
     random = np.random.RandomState([int(number) % 2**32 for number in seed])
-    # fairseq's draws from numpy's own state, which the trainer seeds while the loader's thread is here.
+    # fairseq draws from numpy's global state, which the trainer may seed while the loader's thread is here.
     draw = FunctionType(
         compute_mask_indices.__code__,
         {**compute_mask_indices.__globals__, "np": _Numpy(random)},
@@ -116,12 +116,12 @@ def draw_spans(masking: SpanMasking, frames: int, seed: Sequence[int]) -> np.nda
             no_overlap=masking.no_overlap,
             min_space=masking.min_space,
         )[0]
-    except (IndexError, ValueError):  # so fairseq fails where no span finds room
+    except (IndexError, ValueError):  # fairseq raises these where no span fits
         return np.zeros(frames, dtype=bool)
 
 
 class _Numpy:
-    """numpy with random numbers of its own, and the name that fairseq still calls ``int`` by."""
+    """numpy with its own random state, and ``np.int``, which fairseq still uses."""
 
     int = int
 
@@ -139,17 +139,17 @@ def draw_masks(
     padding_mask: Optional[Tensor],
     seeds: Sequence[Sequence[int]],
 ) -> Dict[SpanMasking, Tensor]:
-    """The masked frames of a batch. Those of an utterance depend only on its seed and its length.
+    """The masked frames of a batch. An utterance's frames depend only on its seed and length.
 
     Args:
-        maskings: how, one or several.
-        config: shape of the encoder that hears the batch.
-        samples: N, of each row.
+        maskings: one or several.
+        config: shape of the encoder that reads the batch.
+        samples: N, samples per row.
         padding_mask: (B, N) bool, True = padding, or None.
-        seeds: of each of the B utterances, see :func:`draw_spans`.
+        seeds: one for each of the B utterances, see :func:`draw_spans`.
 
     Returns:
-        (B, T) bool for each masking, True = masked; no padding is.
+        (B, T) bool for each masking, True = masked; padding never is.
     """
     total = int(config.num_frames(samples))
     lengths: List[int] = [total] * len(seeds)
@@ -163,5 +163,5 @@ def draw_masks(
 
 
 def masked_frames(sample: Optional[Mapping[str, Any]], masking: Optional[SpanMasking]) -> Optional[Tensor]:
-    """(B, T) bool of a batch, True = masked; None where nothing is: without masking, and in validation."""
+    """(B, T) bool of a batch, True = masked; None without masking, and in validation."""
     return None if sample is None else (sample.get("masked") or {}).get(masking)

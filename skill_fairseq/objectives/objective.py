@@ -1,4 +1,4 @@
-"""What every objective has: what it asks of student and teacher, its parameters, its loss; and their names."""
+"""The base class of objectives, and their registry."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from skill_fairseq.modules.config import EncoderConfig
 from skill_fairseq.modules.taps import Tap
 
 OBJECTIVES: Dict[str, Tuple[type, type]] = {}
-"""By name: subclass of :class:`Objective`, and the dataclass of its config."""
+"""Name -> (subclass of :class:`Objective`, dataclass of its config)."""
 
 
 class Objective(nn.Module):
-    """A loss between what a student and its teacher compute.
+    """A loss between states of a student and of its teacher.
 
-    Its parameters (projections, prediction heads) are trained and saved with the criterion, and no part of the student.
-    Subclasses set ``student_taps`` and ``teacher_taps``, and implement :meth:`forward`::
+    Its parameters (projections, prediction heads) are trained and saved with the criterion; the student does not hold
+    them. Subclasses set ``student_taps`` and ``teacher_taps``, and implement :meth:`forward`::
 
         @register_objective("last_layer", LastLayerConfig)
         class LastLayer(Objective):
@@ -35,18 +35,18 @@ class Objective(nn.Module):
                 return F.mse_loss(*states), {}
 
     Args:
-        cfg: its config; values that it chooses itself are written there.
+        cfg: its config; null values that it chooses are filled in.
         student, teachers: shapes of the encoders.
-        field: where its config stands, for messages: ``criterion``, or ``criterion.objectives.NAME``.
+        field: path of its config, for messages: ``criterion``, or ``criterion.objectives.NAME``.
 
     Attributes:
-        student_taps: what it asks of the student.
-        teacher_taps: what it asks of the teachers, each tap of that which ``Tap.teacher`` says; nothing where it needs
-            labels alone.
-        made_with: files that it read and that hold for one teacher alone: by the teacher's number, each file and the
-            name and SHA-256 of that teacher. The task refuses another.
-        any_rate: whether it takes a student whose frames are longer than the teacher's (``model.time_reduction``).
-        supervised: of a class: it needs no teacher, and its constructor takes the task's labels as well, see
+        student_taps: the states that it needs of the student.
+        teacher_taps: the states that it needs of the teachers; ``Tap.teacher`` says of which. Empty if it needs only
+            labels.
+        made_with: files that it read and that are valid for one teacher only: for the teacher's number, each file and
+            the name and SHA-256 of that teacher. The task refuses any other.
+        any_rate: whether the student's frames may be longer than the teacher's (``model.time_reduction``).
+        supervised: class attribute: it needs no teacher, and its constructor also takes the task's labels, see
             :class:`~skill_fairseq.objectives.supervised.Supervised`.
     """
 
@@ -69,41 +69,41 @@ class Objective(nn.Module):
         sample: Optional[Mapping[str, Any]] = None,
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
         """Args:
-            student: a tensor for each of ``student_taps``, with gradients.
-            teacher: a tensor for each of ``teacher_taps``, float32, without.
+            student: one tensor per tap of ``student_taps``, with gradients.
+            teacher: one float32 tensor per tap of ``teacher_taps``, without gradients.
             padding_mask: (B, T) bool of the student's frames, True = padding, or None.
-            sample: the batch as the task's dataset made it, with labels where it has some.
+            sample: the batch from the task's dataset, with labels if it has any.
 
         Returns:
-            the loss, a scalar, a mean over all frames outside the padding; and what to log, by name: scalars, of which
-            means over frames are logged, and pairs (2,) of a sum and a count, of which the quotient is.
+            the loss, a scalar mean over all frames outside the padding; and the values to log, by name: scalars, which
+            are averaged over frames, and pairs (2,) of a sum and a count, which are logged as their quotient.
         """
         raise NotImplementedError
 
     def settings(self, cfg: Mapping[str, Any]) -> Dict[str, Any]:
-        """What the meaning of its parameters depends on: a run that starts from them must have the same.
+        """The settings that give its parameters their meaning; a run that starts from them must have the same.
 
         Args:
             cfg: config of this objective in this run or an earlier one; fields may be missing.
 
         Returns:
-            comparable values by name of the field, those that ``cfg`` does not have left out.
+            comparable values by field name, without the fields that ``cfg`` lacks.
         """
         return {}
 
 
 def choose_normalization(cfg: Any, teachers: Sequence[EncoderConfig]) -> None:
-    """Fills in ``cfg.normalize_states`` where it is null: yes where a teacher's layers begin with their LayerNorm.
+    """Fills in ``cfg.normalize_states`` where it is null: true if a teacher has pre-LayerNorm layers.
 
-    There (HuBERT and WavLM Large) nothing bounds what layers add up: their states differ in size by orders of
-    magnitude, and a distance between them would outweigh the size constraint.
+    In those (HuBERT and WavLM Large) nothing bounds the residual stream: states differ in size by orders of magnitude,
+    and a distance between them would outweigh the size constraint.
     """
     if cfg.normalize_states is None:
         cfg.normalize_states = any(teacher.layer_norm_first for teacher in teachers)
 
 
 def the_teacher(teachers: Sequence[EncoderConfig], field: str) -> EncoderConfig:
-    """The one teacher of an objective that takes no more.
+    """The teacher of an objective that takes exactly one.
 
     Raises:
         ValueError: there are several.

@@ -1,4 +1,4 @@
-"""What objectives that learn from labels have in common: their target, the student's states, and pooling over time."""
+"""Base class of objectives that learn from labels, and pooling over time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,36 +17,34 @@ from skill_fairseq.objectives.objective import Objective, choose_normalization
 
 @dataclass
 class SupervisedConfig:
-    """The labels, and what of the student they are predicted from."""
+    """Labels and student layers."""
 
     target: Optional[str] = field(default=None, metadata={"help": "name of the labels, one of task.targets"})
     layers: Any = field(
         default="last",
         metadata={
-            "help": "the student's layers: last, all (from 0 on), or a list; of several a sum is taken whose weights "
-            "are learned, from U(0, 1) on"
+            "help": "the student's layers: last, all (from 0), or a list; several are summed with learned weights, "
+            "initialised from U(0, 1)"
         },
     )
     normalize_states: Optional[bool] = field(
         default=None,
-        metadata={
-            "help": "layer-normalise every state first; null: where the student's layers begin with their LayerNorm"
-        },
+        metadata={"help": "layer-normalise every state first; null: only for students with pre-LayerNorm layers"},
     )
 
 
 class Supervised(Objective):
     """An objective that learns from labels and needs no teacher.
 
-    Subclasses say in ``sequences`` which kind of labels they take. Utterances without a label do not count.
+    Subclasses set ``sequences`` to the kind of labels they take. Utterances without a label do not count.
 
     Args:
-        cfg: a :class:`SupervisedConfig`; layers that it leaves open are written into it.
+        cfg: a :class:`SupervisedConfig`; null fields are filled in.
         student, teachers, field: see :class:`Objective`.
         targets: labels of the task by name.
 
     Raises:
-        ValueError: the target is not there or of another kind, or layers are not usable; names the field.
+        ValueError: the target does not exist or is of the wrong kind, or layers are not usable; names the field.
 
     Attributes:
         target: the labels.
@@ -86,13 +84,13 @@ class Supervised(Objective):
         self.layer_weights = nn.Parameter(torch.rand(len(layers))) if len(layers) > 1 else None
 
     def states(self, student: Sequence[Tensor]) -> Tensor:
-        """(B, T, D), the weighted sum of the states of ``student_taps``, (B, T, D) each."""
+        """(B, T, D), the weighted sum of the (B, T, D) states of ``student_taps``."""
         if self.layer_weights is None:
             return student[0]
         return weighted_sum(student, self.layer_weights)
 
     def labels(self, sample: Optional[Mapping[str, Any]]) -> Tensor:
-        """Labels of a batch, int64: (B,) classes or (B, U) units, padded, -1 where there is none.
+        """Labels of a batch, int64: (B,) classes or (B, U) units, -1 for padding and for no label.
 
         Raises:
             ValueError: the batch has none of this kind.
@@ -118,7 +116,7 @@ def pool(states: Tensor, padding_mask: Optional[Tensor] = None, deviation: bool 
     Args:
         states: (B, T, D).
         padding_mask: (B, T) bool, True = padding, or None.
-        deviation: the standard deviation too (unbiased; 0 of a single frame).
+        deviation: also the standard deviation (unbiased; 0 for a single frame).
 
     Returns:
         (B, D) means, or (B, 2 D) means and deviations.
@@ -137,5 +135,5 @@ def pool(states: Tensor, padding_mask: Optional[Tensor] = None, deviation: bool 
 
 
 def labelled(labels: Tensor) -> Tensor:
-    """(B,) bool: which utterances have a label, of (B,) classes or (B, U) units."""
+    """(B,) bool: which utterances have a label, from (B,) classes or (B, U) units."""
     return (labels if labels.dim() == 1 else labels[:, :1].flatten()) != NONE

@@ -1,4 +1,4 @@
-"""The frozen teacher: kept outside model, criterion, optimiser and checkpoint."""
+"""The frozen teacher, kept out of model, criterion, optimiser and checkpoint."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from skill_fairseq.modules.masking import with_masks
 from skill_fairseq.modules.taps import SpanMasking, Tap
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precisions a teacher may run in."""
+"""Precisions that a teacher may run in."""
 
 
 def check_alike(shapes: Sequence[EncoderConfig], names: Sequence[str], field: str = "task.teacher") -> None:
-    """Refuses several teachers that cannot hear the same waveforms and answer frame by frame.
+    """Refuses several teachers that cannot read the same waveforms and return the same frames.
 
     Args:
-        shapes, names: of each teacher, its shape and its file.
-        field: where they are named, for messages.
+        shapes, names: shape and file of each teacher.
+        field: config field that names them, for messages.
 
     Raises:
         ValueError: two differ in sample rate, normalisation or frames; names the files and values.
@@ -31,27 +31,27 @@ def check_alike(shapes: Sequence[EncoderConfig], names: Sequence[str], field: st
         for what, first, other in (
             ("sample_rate", shapes[0].sample_rate, shape.sample_rate),
             ("normalize", shapes[0].normalize, shape.normalize),
-            ("samples a frame", shapes[0].downsampling, shape.downsampling),
+            ("samples per frame", shapes[0].downsampling, shape.downsampling),
             (
-                "samples that the first frame hears",
+                "samples that the first frame covers",
                 shapes[0].feature_receptive_field,
                 shape.feature_receptive_field,
             ),
         ):
             if first != other:
                 raise ValueError(
-                    f"{field}: {name} has {what} = {other}, but {names[0]} has {first}; expected the same of all "
-                    "teachers, which hear the same waveforms: leave one out"
+                    f"{field}: {name} has {what} = {other}, but {names[0]} has {first}; expected the same for all "
+                    "teachers, which read the same waveforms: remove one"
                 )
 
 
 class FrozenTeacher:
-    """A teacher that is never trained, saved, half-cast or wrapped, because it is no submodule of anything.
+    """A teacher that is not a submodule of anything, so it is never trained, saved, cast or wrapped.
 
     Args:
-        encoder: the teacher; it is taken over and converted.
-        dtype: precision that it runs in, a key of :data:`DTYPES`.
-        compile: run its layers through ``torch.compile``, which takes some minutes at the start.
+        encoder: the teacher; it is converted in place.
+        dtype: the precision to run in, a key of :data:`DTYPES`.
+        compile: run its layers through ``torch.compile``, which takes a few minutes at the start.
 
     Raises:
         ValueError: the precision is unknown, or this torch cannot compile.
@@ -76,13 +76,13 @@ class FrozenTeacher:
         taps: Sequence[Tap],
         masked: Optional[Mapping[SpanMasking, Tensor]] = None,
     ) -> List[Tensor]:
-        """Runs the teacher as deep as it is asked for.
+        """Runs the teacher up to the deepest layer that the taps need.
 
         Args:
             source: (B, N) samples; the teacher moves to their device.
             padding_mask: (B, N) bool, True = padding, or None.
-            taps: what is asked for.
-            masked: (B, T) bool for each masking of the taps, True = hidden, or None for none: see ``with_masks``.
+            taps: the states to return.
+            masked: (B, T) bool for each masking of the taps, True = masked, or None: see ``with_masks``.
 
         Returns:
             a float32 tensor for each tap, see :class:`Tap`.
@@ -94,5 +94,5 @@ class FrozenTeacher:
         with torch.inference_mode(), torch.autocast(source.device.type, enabled=False):
             asked = with_masks(taps, masked or {}, self.encoder.mask_embedding)
             found, _ = self.encoder.tap(source, padding_mask, asked)
-        # Copies: what was made in inference mode cannot enter a graph.
+        # Copies, because inference tensors cannot enter an autograd graph.
         return [tensor.to(torch.float32, copy=True) for tensor in found]

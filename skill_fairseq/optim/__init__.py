@@ -1,1 +1,1 @@
-"""fairseq learning-rate scheduler ``linear_warmup_decay``."""
+"""fairseq learning-rate schedulers ``linear_warmup_decay`` and ``by_epoch``."""

@@ -1,4 +1,4 @@
-"""The learning-rate schedule: linear warm-up, then decay to 0 in a line (DPHuBERT, DistilHuBERT) or a cosine (STaR)."""
+"""A learning-rate schedule: linear warm-up, then linear (DPHuBERT, DistilHuBERT) or cosine (STaR) decay to 0."""
 
 from dataclasses import dataclass, field
 from typing import Any, List, Optional
@@ -15,10 +15,10 @@ class LinearWarmupDecayConfig(FairseqDataclass):
     """Warm-up, length and peak of the schedule."""
 
     warmup_updates: float = field(
-        default=15000, metadata={"help": "updates until the peak, or a fraction of all, such as 0.3"}
+        default=15000, metadata={"help": "updates until the peak, or a fraction of all updates, such as 0.3"}
     )
     total_num_update: int = field(
-        default=II("optimization.max_update"), metadata={"help": "update at which the rate has fallen to 0"}
+        default=II("optimization.max_update"), metadata={"help": "update at which the rate reaches 0"}
     )
     decay: ChoiceEnum(["linear", "cosine"]) = field(  # type: ignore[valid-type]
         default="linear", metadata={"help": "how the rate falls after the warm-up"}
@@ -30,11 +30,11 @@ class LinearWarmupDecayConfig(FairseqDataclass):
 class LinearWarmupDecay(FairseqLRScheduler):
     """Multiplies the peak rate by :func:`linear_warmup_decay`.
 
-    fairseq's ``polynomial_decay`` is one update late: its first update has rate 0.
+    fairseq's ``polynomial_decay`` is one update late: its first update has a rate of 0.
 
     Args:
         cfg: schedule.
-        optimizer: whose rate is set.
+        optimizer: the optimizer whose rate to set.
     """
 
     def __init__(self, cfg: LinearWarmupDecayConfig, optimizer: Any) -> None:
@@ -43,17 +43,17 @@ class LinearWarmupDecay(FairseqLRScheduler):
         if cfg.total_num_update <= self.warmup:
             raise ValueError(
                 f"lr_scheduler.warmup_updates: {self.warmup} is not below the {cfg.total_num_update} updates of "
-                "the run (optimization.max_update); lower the one or raise the other"
+                "the run (optimization.max_update); lower it or raise the other"
             )
         self.step_update(0)
 
     def step(self, epoch: int, val_loss: Optional[float] = None) -> float:
-        """Nothing happens at the end of an epoch."""
+        """Does nothing at the end of an epoch."""
         super().step(epoch, val_loss)
         return self.optimizer.get_lr()
 
     def step_update(self, num_updates: int) -> float:
-        """Sets the rate for the update with this 0-based index."""
+        """Sets the rate for the update with this index, from 0."""
         factor = linear_warmup_decay(num_updates, self.warmup, self.cfg.total_num_update, self.cfg.decay)
         self.optimizer.set_lr(self.cfg.lr[0] * factor)
         return self.optimizer.get_lr()

@@ -1,4 +1,4 @@
-"""Classification of frozen features: weighted sum of layers, then logistic regression."""
+"""Classification of frozen features: a weighted sum of layers, then logistic regression."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from skill_fairseq.probing.intervals import accuracy_interval
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(-5, 3))
-"""Values of C (inverse regularisation) that the valid set chooses from."""
+"""Values of C (inverse regularisation) to choose from on the valid set."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +21,13 @@ class ProbeResult:
     """Outcome of one probe.
 
     Attributes:
-        accuracy: share of test recordings classified right.
-        interval: 95 % interval of it over speakers; None with fewer than three.
-        correct, total: test recordings.
+        accuracy: share of test recordings classified correctly.
+        interval: its 95 % interval over speakers; None with fewer than three.
+        correct, total: numbers of test recordings.
         classes: number of classes.
         strength: C chosen on the valid set.
         layer_weights: softmax weight of each layer; sums to 1.
-        right: of each test recording, whether it was classified right; two models' are pairs.
+        right: whether each test recording was classified correctly; two models' values can be paired.
     """
 
     accuracy: float
@@ -43,17 +43,17 @@ class ProbeResult:
 def learn_layer_weights(
     features: np.ndarray, targets: np.ndarray, penalty: float = 0.01, steps: int = 100
 ) -> np.ndarray:
-    """Weights of a sum over layers, learnt together with a linear classifier.
+    """Weights of a sum over layers, learned together with a linear classifier.
 
     The weighted sum is SUPERB's (arXiv 2105.01051, section 3). Minimises mean cross-entropy + penalty / 2 *
-    |W|^2 by L-BFGS over softmax weights, which start equal, and a linear head, which starts at zero: there is
-    nothing random in it.
+    |W|^2 by L-BFGS over softmax weights, which start equal, and a linear head, which starts at zero. Nothing is
+    random.
 
     Args:
         features: (N, layers, F) float32, each dimension of each layer standardised.
         targets: (N,) class indices.
-        penalty: on the squared weights of the head.
-        steps: at most so many L-BFGS iterations.
+        penalty: factor of the head's squared weights.
+        steps: maximum number of L-BFGS iterations.
 
     Returns:
         (layers,) positive, sum 1.
@@ -81,16 +81,16 @@ def learn_layer_weights(
 def probe(
     features: Mapping[str, np.ndarray], labels: Mapping[str, Sequence[str]], speakers: Sequence[str]
 ) -> ProbeResult:
-    """Train a probe on frozen features and test it.
+    """Trains a probe on frozen features and tests it.
 
-    Layer weights are learnt on the training set. The weighted sum, standardised by the training set, goes to
-    scikit-learn's LogisticRegression; its C is the one with the best valid accuracy, ties going to the lower
-    valid cross-entropy. The test set is used once, at the end.
+    Layer weights are learned on the training set. The weighted sum, standardised on the training set, goes to
+    scikit-learn's LogisticRegression; C is the value with the best valid accuracy, or in a tie the lowest valid
+    cross-entropy. The test set is used once, at the end.
 
     Args:
-        features: (N, layers, F) of the splits `train`, `valid` and `test`.
-        labels: N labels of each split; every label must occur in `train`.
-        speakers: who speaks in each test recording.
+        features: (N, layers, F) for each of the splits `train`, `valid` and `test`.
+        labels: N labels for each split; every label must occur in `train`.
+        speakers: speaker of each test recording.
 
     Returns:
         see `ProbeResult`.

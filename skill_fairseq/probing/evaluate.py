@@ -1,4 +1,4 @@
-"""Probes of one model: an entry a task, as skill-probe writes and comparisons read it."""
+"""Probes one model: one entry per task, which skill-probe writes and comparisons read."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from skill_fairseq.probing.verify import verify
 
 
 def evaluate(features: Features, tasks: Sequence[Task], name: str) -> dict[str, dict[str, Any]]:
-    """What frozen features get in each task, with an outcome for each of what is a sample in it.
+    """Results of frozen features in each task, with the outcome of every sample.
 
     Args:
         features: samples to hidden states.
-        tasks: recordings that they share are encoded once, but for letters, which need every frame.
-        name: beside the progress bar.
+        tasks: recordings that they share are encoded once, except for letters, which need every frame.
+        name: label of the progress bar.
 
     Returns:
-        an entry a task, for JSON: ``metric`` ("accuracy", "equal error rate" or "letter error rate"), ``value`` and
-        ``interval`` (0 to 1; None where there is none, and ``no_interval`` says why), ``samples`` (what the task
-        consists of, in words), ``skipped`` (recordings that cannot be read; the log names them) and details, with what
-        each sample got, so that any statistic can be computed again; see :func:`outcomes`.
+        one entry per task, for JSON: ``metric`` ("accuracy", "equal error rate" or "letter error rate"), ``value`` and
+        ``interval`` (0 to 1; None where there is none, and ``no_interval`` says why), ``samples`` (the test data, in
+        words), ``skipped`` (recordings that cannot be read; the log names them) and details with each sample's
+        outcome, from which any statistic can be computed again; see :func:`outcomes`.
     """
     files = [file for task in tasks if not task.transcribed for file in task.files]
     pooled = pool_files(features, files, name) if files else {}
@@ -106,21 +106,21 @@ def _verify(features: np.ndarray, task: Task) -> dict[str, Any]:
 
 
 def outcomes(entry: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
-    """Numbers whose mean is the entry's value, and the speaker of each.
+    """Numbers whose mean is the entry's value, and the speaker of each number.
 
-    Accuracy: 0 or 1 a test recording. Error rates: a pseudo-value a speaker
+    Accuracy: 0 or 1 per test recording. Error rates: a pseudo-value per speaker
     (:class:`skill_fairseq.probing.verify.VerificationResult`, :func:`skill_fairseq.probing.letters.by_speaker`);
-    without speakers only the rate.
+    without speakers, only the rate.
     """
     if "right" in entry:
         return np.array([int(digit) for digit in entry["right"]], dtype=float), list(entry["speakers"])
-    if not entry["by_speaker"]:
+    if not entry.get("by_speaker"):
         return np.array([entry["value"]]), ["unknown"]
     return np.array(entry["by_speaker"], dtype=float), list(entry["speakers"])
 
 
 def require_scikit_learn(tasks: Sequence[Task]) -> None:
-    """Before any work.
+    """Checks before any work that what the tasks need is installed.
 
     Raises:
         ValueError: a task needs scikit-learn, which is not installed.

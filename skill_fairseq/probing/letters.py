@@ -1,4 +1,4 @@
-"""Letters from frozen features: a weighted sum of layers and one linear map over a few frames, trained by CTC."""
+"""Letters from frozen features: a weighted sum of layers and one linear map over a few frames, trained with CTC."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ EPOCHS = 15
 BATCH = 8
 RATE = 0.01
 KERNEL = 9
-"""Frames that the linear map sees at a time: 0.18 s."""
+"""Input frames of the linear map: 0.18 s."""
 BLANK = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class LetterResult:
-    """Outcome of one task of letters.
+    """Outcome of one letter task.
 
     Attributes:
-        rate: edits over letters of the test set, spaces among them; lower is better, above 1 is possible.
-        interval: 95 % interval of it over speakers, or None.
-        letters: in the test set.
-        symbols: letters in all splits; those that are not in training are never written.
-        epoch: chosen on the valid set, from 1.
+        rate: edits divided by letters of the test set, including spaces; lower is better, above 1 is possible.
+        interval: its 95 % interval over speakers, or None.
+        letters: number of letters in the test set.
+        symbols: letters in all splits; the probe never outputs those that training lacks.
+        epoch: the epoch chosen on the valid set, from 1.
         layer_weights: softmax weight of each layer; sums to 1.
         errors, lengths: edits and letters of each test recording.
         speakers: sorted by name.
-        by_speaker: a value a speaker whose mean is the rate, see :func:`by_speaker`.
-        no_interval: why there is none.
+        by_speaker: a value per speaker; their mean is the rate, see :func:`by_speaker`.
+        no_interval: why there is no interval.
     """
 
     rate: float
@@ -53,7 +53,7 @@ class LetterResult:
 
 
 def edits(found: Sequence[object], wanted: Sequence[object]) -> int:
-    """Insertions, deletions and substitutions that make one sequence the other, at least (Levenshtein)."""
+    """Levenshtein distance: the least number of insertions, deletions and substitutions between two sequences."""
     row = list(range(len(wanted) + 1))
     for i, symbol in enumerate(found, start=1):
         diagonal, row[0] = row[0], i
@@ -63,16 +63,16 @@ def edits(found: Sequence[object], wanted: Sequence[object]) -> int:
 
 
 def greedy(logits: Tensor) -> list[int]:
-    """(T, symbols) to the best symbol of each frame, repeats and blanks left out."""
+    """(T, symbols) to the best symbol of each frame, without repeats and blanks."""
     best = logits.argmax(-1)
     return [int(symbol) for symbol in torch.unique_consecutive(best) if symbol != BLANK]
 
 
 def by_speaker(errors: Sequence[int], lengths: Sequence[int], speakers: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """A value a speaker whose mean is the error rate and whose spread is that of speakers.
+    """A value per speaker, whose mean is the error rate and whose spread is that of speakers.
 
-    The linearised ratio estimator: with rate r, a speaker of E edits in n letters gets r + (E - r n) / mean(n). Two
-    models' differences of these values stand for the difference of their rates.
+    The linearised ratio estimator: with rate r, a speaker with E edits in n letters gets r + (E - r n) / mean(n). The
+    differences between two models' values give the spread of the difference of their rates.
     """
     names, index = np.unique(np.asarray(speakers, dtype=str), return_inverse=True)
     edited, length = (np.bincount(index, np.asarray(values, dtype=float)) for values in (errors, lengths))
@@ -86,18 +86,18 @@ def probe_letters(
     speakers: Sequence[str],
     seed: int = 0,
 ) -> LetterResult:
-    """Train a probe on frozen features and test it.
+    """Trains a probe on frozen features and tests it.
 
-    Each dimension of each layer is standardised over the frames of the training set; Adam learns the layers' softmax
-    weights, which start equal, and the linear map, which starts at zero, over :data:`EPOCHS` epochs of batches that the
-    seed draws, at a rate that falls to zero. The epoch of the lowest valid error rate is taken. Words are decoded by
-    the best symbol of every frame, without a language model. The test set is used once, at the end.
+    Each dimension of each layer is standardised over the frames of the training set. Adam learns the layers' softmax
+    weights, which start equal, and the linear map, which starts at zero, over :data:`EPOCHS` epochs of seeded batches,
+    with a learning rate that falls to zero. The epoch with the lowest valid error rate is used. Decoding takes the best
+    symbol of every frame, without a language model. The test set is used once, at the end.
 
     Args:
-        features: (layers, T, D) of each recording of the splits `train`, `valid` and `test`.
-        transcripts: of each recording; a space is a letter too.
-        speakers: who speaks in each test recording.
-        seed: of the order of batches.
+        features: (layers, T, D) for each recording of the splits `train`, `valid` and `test`.
+        transcripts: one for each recording; a space is a letter too.
+        speakers: speaker of each test recording.
+        seed: seed of the order of batches.
 
     Returns:
         see `LetterResult`.

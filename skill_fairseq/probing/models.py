@@ -1,4 +1,4 @@
-"""What `skill-probe` can probe: encoder files, the same shape with random weights, and log-mel features."""
+"""Models for `skill-probe`: encoder files, the same shapes with random weights, and log-mel features."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ RANDOM = "random:"
 
 @dataclasses.dataclass(frozen=True)
 class ProbedModel:
-    """A model under its name in the table.
+    """A model and its name in the table.
 
     Attributes:
-        name: for table, JSON and plot.
+        name: name in table, JSON and plot.
         features: samples to hidden states.
         parameters: number of parameters; None for log-mel, which has none.
         kind: "encoder", "random" (weights) or "logmel".
-        sha256: of the file or folder; None for log-mel.
+        sha256: hash of the file or folder; None for log-mel.
     """
 
     name: str
@@ -36,23 +36,23 @@ class ProbedModel:
 
 
 def level_free_log_mel(wave: Tensor) -> list[list[Tensor]]:
-    """(N,) samples to [[(T, 80)]], log-mel features less their mean over the recording: its gain has no effect.
+    """(N,) samples to [[(T, 80)]], log-mel features less their mean over the recording, which cancels gain.
 
-    Encoders whose first convolution is normalised over time ignore gain as well; without this the baseline
-    mostly measures how loud a speaker was recorded.
+    Encoders whose first convolution is normalised over time ignore gain as well; without this the baseline would
+    mostly measure how loudly a speaker was recorded.
     """
     energies = log_mel(wave)
     return [[energies - energies.mean()]]
 
 
 def resolve_model(word: str, device: str = "cpu", seed: int = 0) -> ProbedModel:
-    """From a word of the command line to a model.
+    """The model that a command-line word describes.
 
     Args:
         word: `logmel`, a file or folder for `skill_fairseq.load_encoder`, or `random:FILE` for the shape of
-            FILE with fresh random weights; `NAME=` before it gives it a name for the table.
-        device: where encoders run.
-        seed: of random weights.
+            FILE with fresh random weights; a prefix `NAME=` sets its name in the table.
+        device: device of the encoders.
+        seed: seed of random weights.
 
     Returns:
         see `ProbedModel`.

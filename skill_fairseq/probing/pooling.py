@@ -1,4 +1,4 @@
-"""From recordings to vectors: mean and standard deviation over time of every layer, or its frames as they are."""
+"""Features of recordings: mean and standard deviation over time of every layer, or all of its frames."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from skill_fairseq.audio.pieces import pieces
 from skill_fairseq.modules.encoder import SpeechEncoder
 
 Features = Callable[[Tensor], Iterable[Sequence[Tensor]]]
-"""(N,) samples to the states of their pieces, one after another: one (T, D) tensor a layer."""
+"""(N,) samples to the states of their pieces, in order: one (T, D) tensor per layer."""
 
 
 def temporal_statistics(parts: Iterable[Sequence[Tensor]]) -> Tensor:
     """Mean and (biased) standard deviation over time.
 
     Args:
-        parts: pieces of a recording, one (T, D) tensor a layer; no piece is kept.
+        parts: pieces of a recording, one (T, D) tensor per layer; pieces are not kept in memory.
 
     Returns:
-        (layers, 2 D) float32: the means, then the standard deviations; those are 0 where T = 1 in all.
+        (layers, 2 D) float32: the means, then the standard deviations, which are 0 if T = 1 in total.
     """
     lengths, means, deviations = [], [], []
     for states in parts:
@@ -46,10 +46,10 @@ def temporal_statistics(parts: Iterable[Sequence[Tensor]]) -> Tensor:
 class EncoderFeatures:
     """The hidden states of an encoder.
 
-    One recording at a time: no padding, so that neither batch nor order can change a number.
+    Runs one recording at a time, without padding, so results depend neither on batches nor on their order.
 
     Args:
-        encoder: as `skill_fairseq.load_encoder` gives it; is put in eval mode.
+        encoder: an encoder from `skill_fairseq.load_encoder`; it is put in eval mode.
     """
 
     def __init__(self, encoder: SpeechEncoder) -> None:
@@ -57,7 +57,7 @@ class EncoderFeatures:
         self.device = next(encoder.parameters()).device
 
     def __call__(self, wave: Tensor) -> Iterator[list[Tensor]]:
-        """(N,) samples to L + 1 tensors (T, D), once for each piece of a minute at most."""
+        """(N,) samples to L + 1 tensors (T, D) for each piece of at most a minute."""
         if self.encoder.normalize:
             wave = F.layer_norm(wave, wave.shape)
         for piece in pieces(wave[None], self.encoder.config.sample_rate):
@@ -67,15 +67,15 @@ class EncoderFeatures:
 
 
 def pool_files(features: Features, files: Iterable[Path], description: str = "pooling") -> dict[Path, np.ndarray]:
-    """Statistics of every recording, each computed once however often it is named.
+    """Statistics of every recording, computed once even if it is named several times.
 
     Args:
         features: see `Features`.
         files: audio, 16 kHz mono.
-        description: beside the progress bar.
+        description: label of the progress bar.
 
     Returns:
-        (layers, 2 D) float32 of each file that can be read; the log names the others.
+        (layers, 2 D) float32 for each readable file; the log names the others.
 
     Raises:
         ValueError: no recording can be read, or features are not finite.
@@ -87,10 +87,10 @@ def pool_files(features: Features, files: Iterable[Path], description: str = "po
 
 
 def frames_of(features: Features, files: Iterable[Path], description: str = "encoding") -> dict[Path, Tensor]:
-    """Every frame of every recording, in float16: 2 bytes times layers times width, 50 times a second.
+    """Every frame of every recording in float16: 2 bytes times layers times width, 50 times per second.
 
     Returns:
-        (layers, T, D) of each file that can be read; the log names the others.
+        (layers, T, D) for each readable file; the log names the others.
 
     Raises:
         ValueError: no recording can be read, or features are not finite.

@@ -1,12 +1,12 @@
 """Probe tasks on disk: a folder with manifests and labels or transcripts, or with verification trials.
 
 Classification: `{train,valid,test}.tsv` and beside each a `.labels.tsv` (header `utterance TAB speaker TAB
-label`). Letters: the same, `transcript` in place of `label`. Verification: `test.tsv`, `trials.tsv` (header
+label`). Letters: the same, with `transcript` instead of `label`. Verification: `test.tsv`, `trials.tsv` (header
 `same TAB utterance_a TAB utterance_b`, same = 1 for the same speaker) and, for intervals, `test.speakers.tsv` (header
 `utterance TAB speaker`).
 
-Labels and speakers have one row a recording in the manifest's order; there an utterance is its path in the manifest or
-its file name, with or without the ending. Trials name recordings by path in the manifest, with or without the ending.
+Labels and speakers have one row per recording in the manifest's order; an utterance is its path in the manifest or its
+file name, with or without the suffix. Trials name recordings by path in the manifest, with or without the suffix.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Task:
 
     Attributes:
         name: name of its folder.
-        manifests: by split; verification has `test` only.
-        labels: by split, one a recording; empty for verification. Transcripts where they are ``transcribed``.
-        speakers: of each test recording; None where a verification task does not say.
-        hashes: SHA-256 of each file of the folder that was read, by name.
-        trials: (same speaker, index, index) into the test manifest; None but for verification.
-        transcribed: whether letters are to be found, not classes.
+        manifests: by split; verification has only `test`.
+        labels: by split, one per recording; empty for verification. They are transcripts if ``transcribed``.
+        speakers: speaker of each test recording; None if a verification task does not give them.
+        hashes: SHA-256 of each file that was read, by name.
+        trials: (same speaker, index, index) into the test manifest; only for verification, else None.
+        transcribed: whether the task is to find letters, not classes.
     """
 
     name: str
@@ -57,12 +57,12 @@ class Task:
 
 
 def read_task(folder: PathLike) -> Task:
-    """Read a task and check that its audio exists, its labels fit its manifests and its classes suffice.
+    """Reads a task and checks that its audio exists, its labels match its manifests and it has enough classes.
 
     Raises:
         FileNotFoundError: folder, manifest, labels or audio missing.
-        ValueError: labels or trials do not fit the manifest, a recording stands twice, a test label never occurs in
-            training, fewer than 2 classes, or a transcript is empty.
+        ValueError: labels or trials do not match the manifest, a recording appears twice, a test label never occurs in
+            training, there are fewer than 2 classes, or a transcript is empty.
     """
     where = Path(folder)
     if not where.is_dir():
@@ -103,14 +103,14 @@ def read_task(folder: PathLike) -> Task:
 
 
 def readable_part(task: Task, files: Container[Path]) -> Task:
-    """The task without the recordings that are not among these; labels, speakers and trials go with them.
+    """The task restricted to these recordings, with their labels, speakers and trials.
 
     Args:
-        task: as it was read.
-        files: recordings that can be used.
+        task: the full task.
+        files: recordings to keep.
 
     Raises:
-        ValueError: nothing is left of a split, or no trial.
+        ValueError: a split or the trials would be empty.
     """
     kept = {s: [i for i, file in enumerate(m.files) if file in files] for s, m in task.manifests.items()}
     if all(len(kept[split]) == len(manifest) for split, manifest in task.manifests.items()):
@@ -130,15 +130,15 @@ def readable_part(task: Task, files: Container[Path]) -> Task:
         place = {old: new for new, old in enumerate(kept["test"])}
         changes["trials"] = [(s, place[a], place[b]) for s, a, b in task.trials if a in place and b in place]
         if not changes["trials"]:
-            raise ValueError(f"{task.manifests['test'].source}: no trial is left whose recordings can be read")
+            raise ValueError(f"{task.manifests['test'].source}: no trial has two readable recordings")
     return dataclasses.replace(task, **changes)
 
 
 def read_speakers(manifest: Manifest) -> Optional[list[str]]:
-    """Who speaks in each recording, by the `.speakers.tsv` beside the manifest; None where there is none.
+    """The speaker of each recording, from the `.speakers.tsv` beside the manifest; None without such a file.
 
     Raises:
-        ValueError: it does not fit the manifest, or a speaker has no name.
+        ValueError: it does not match the manifest, or a speaker has no name.
     """
     path = manifest.source.with_suffix(".speakers.tsv")
     return [row[1] for row in _read_rows(path, SPEAKER_HEADER, manifest)] if path.is_file() else None
@@ -155,23 +155,23 @@ def _read_audio(path: Path) -> Manifest:
 
 
 def _refuse_twice(manifests: Sequence[Manifest]) -> None:
-    """A recording that stands twice counts twice, or is tested on after training on it."""
+    """A repeated recording would count twice, or be in both training and test set."""
     seen: dict[Path, str] = {}
     for manifest in manifests:
         for number, file in enumerate(manifest.files, start=2):
             place = f"{manifest.source}, line {number}"
             if file in seen:
-                raise ValueError(f"{place}: {file} stands in {seen[file]} too, expected once; remove one line")
+                raise ValueError(f"{place}: {file} is also in {seen[file]}, expected once; remove one line")
             seen[file] = place
 
 
 def _read_rows(path: Path, header: Sequence[str], manifest: Manifest) -> list[list[str]]:
-    """Rows of a table that goes with a manifest, an utterance and its speaker first."""
+    """Rows of a table beside a manifest, which start with an utterance and its speaker."""
     _, rows = read_table(path, header)
     check_utterances(path, [row[0] for row in rows], manifest)
     for number, row in enumerate(rows, start=2):
         if not row[1].strip():
-            raise ValueError(f"{path}, line {number}: no speaker, expected a name; intervals go by speakers")
+            raise ValueError(f"{path}, line {number}: no speaker, expected a name; intervals need speakers")
     return rows
 
 
@@ -184,7 +184,7 @@ def _read_trials(path: Path, manifest: Manifest, speakers: Optional[Sequence[str
     for number, (same, *pair) in enumerate(read_table(path, TRIAL_HEADER)[1], start=2):
         where = f"{path}, line {number}"
         if same not in ("0", "1"):
-            raise ValueError(f"{where}: same is {same!r}, expected 0 or 1; mend the line")
+            raise ValueError(f"{where}: same is {same!r}, expected 0 or 1; correct the line")
         first, second = (_place(name, places, manifest, where) for name in pair)
         if first == second:
             raise ValueError(f"{where}: {pair[0]!r} is paired with itself, expected two recordings; remove the line")
@@ -193,8 +193,8 @@ def _read_trials(path: Path, manifest: Manifest, speakers: Optional[Sequence[str
             raise ValueError(f"{where}: the same pair as line {before}, expected each pair once; remove one of them")
         if speakers and (speakers[first] == speakers[second]) != (same == "1"):
             raise ValueError(
-                f"{where}: same is {same}, but the speakers are {speakers[first]!r} and {speakers[second]!r} by "
-                f"{manifest.source.with_suffix('.speakers.tsv').name}; mend one of the files"
+                f"{where}: same is {same}, but the speakers are {speakers[first]!r} and {speakers[second]!r} in "
+                f"{manifest.source.with_suffix('.speakers.tsv').name}; correct one of the files"
             )
         trials.append((same == "1", first, second))
     if len({same for same, _, _ in trials}) != 2:
@@ -206,10 +206,10 @@ def _place(name: str, places: dict[str, list[int]], manifest: Manifest, where: s
     found = places.get(name, [])
     if len(found) > 1:
         both = " and ".join(repr(manifest.paths[index]) for index in found[:2])
-        raise ValueError(f"{where}: {name!r} may be {both} of {manifest.source}; write the path with its ending")
+        raise ValueError(f"{where}: {name!r} may be {both} of {manifest.source}; write the path with its suffix")
     if not found:
         raise ValueError(
-            f"{where}: {name!r} is not in {manifest.source}, expected a path as it stands there, such as "
-            f"{manifest.paths[0]!r}, with or without its ending"
+            f"{where}: {name!r} is not in {manifest.source}, expected a path from it, such as "
+            f"{manifest.paths[0]!r}, with or without its suffix"
         )
     return found[0]

@@ -12,7 +12,7 @@ import numpy as np
 from skill_fairseq.probing.intervals import MIN_SPEAKERS, student_t, why_none
 
 Trial = tuple[bool, int, int]
-"""Same speaker, and the indices of two recordings."""
+"""(same speaker, the indices of two recordings)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +21,12 @@ class VerificationResult:
 
     Attributes:
         eer: equal error rate, 0 to 1; lower is better, 0.5 is chance.
-        interval: 95 % interval of it, over speakers, or None.
-        scores: of each pair.
-        speakers: sorted by name; empty where there are no pseudo-values.
-        by_speaker: a pseudo-value a speaker; their mean is the rate, and the difference of two models' stands for the
-            difference of their rates.
-        no_interval: why there is none.
+        interval: its 95 % interval over speakers, or None.
+        scores: score of each pair.
+        speakers: sorted by name; empty if there are no pseudo-values.
+        by_speaker: a pseudo-value per speaker; their mean is the rate, and the differences between two models' values
+            give the spread of the difference of their rates.
+        no_interval: why there is no interval.
     """
 
     eer: float
@@ -40,8 +40,8 @@ class VerificationResult:
 def cosine_scores(features: np.ndarray, pairs: Union[np.ndarray, Sequence[tuple[int, int]]]) -> np.ndarray:
     """Cosine similarity of pairs of recordings.
 
-    Every dimension of every layer is standardised over all recordings given (no labels are used), then the
-    layers are averaged with equal weights.
+    Standardises every dimension of every layer over all given recordings (without labels), then averages the layers
+    with equal weights.
 
     Args:
         features: (N, layers, F) statistics.
@@ -59,10 +59,9 @@ def cosine_scores(features: np.ndarray, pairs: Union[np.ndarray, Sequence[tuple[
 
 
 def equal_error_rate(scores: np.ndarray, same: np.ndarray) -> float:
-    """Rate at which false rejections and false acceptances are equally frequent.
+    """The rate at which false rejections and false acceptances are equally frequent.
 
-    A pair is accepted where its score is at least the threshold. Between two thresholds the rates are
-    interpolated linearly.
+    A pair is accepted if its score is at least the threshold. Rates are interpolated linearly between thresholds.
 
     Args:
         scores: (n,) higher = more alike.
@@ -72,7 +71,7 @@ def equal_error_rate(scores: np.ndarray, same: np.ndarray) -> float:
         0 to 1.
 
     Raises:
-        ValueError: not both kinds of pairs are there.
+        ValueError: one kind of pair is missing.
     """
     same = np.asarray(same, dtype=bool)
     if not same.any() or same.all():
@@ -89,18 +88,18 @@ def equal_error_rate(scores: np.ndarray, same: np.ndarray) -> float:
 
 
 def verify(features: np.ndarray, trials: Sequence[Trial], speakers: Optional[Sequence[str]]) -> VerificationResult:
-    """Score trials and give the equal error rate with its interval.
+    """Scores trials and returns the equal error rate with its interval.
 
-    Trials that share a speaker are not independent; speakers are. So the rate is computed again without each speaker
-    (delete-a-group jackknife, Shao and Wu 1989) and brought to centred pseudo-values, whose mean is the rate itself
-    and whose variance over the number of speakers is the rate's; the interval is Student's, cut off at 0 and 1. An
-    equal error rate is no smooth function of the scores, so this is an approximation: in the simulations of
-    tests/probing/test_verify.py it errs to the wide side.
+    Trials that share a speaker are not independent; speakers are. So the rate is recomputed without each speaker
+    (delete-a-group jackknife, Shao and Wu 1989), which gives centred pseudo-values: their mean is the rate itself, and
+    their variance over the number of speakers is the variance of the rate. The interval is Student's, clipped to 0 and
+    1. The equal error rate is not a smooth function of the scores, so this is an approximation: in the simulations of
+    tests/probing/test_verify.py the interval is rather too wide.
 
     Args:
         features: (N, layers, F) statistics.
         trials: pairs of recordings.
-        speakers: of each recording; None: unknown, and no interval.
+        speakers: speaker of each recording; None: unknown, which gives no interval.
 
     Returns:
         see `VerificationResult`.
@@ -119,7 +118,7 @@ def verify(features: np.ndarray, trials: Sequence[Trial], speakers: Optional[Seq
     for name in names:
         rest = (who != name).all(1)
         if same[rest].all() or not same[rest].any():
-            why = f"without speaker {name} both kinds of pairs are not left"
+            why = f"without speaker {name} only one kind of pair is left"
             return dataclasses.replace(result, no_interval=why)
         without.append(equal_error_rate(scores[rest], same[rest]))
     pseudo = rate + (number - 1) * (np.mean(without) - np.array(without))

@@ -1,7 +1,7 @@
-"""Structured pruning: expected cost, the constraint on it, and what follows from learned gates.
+"""Structured pruning: gates, expected costs and constraints on them, and shrinking.
 
-The names in ``__all__`` are a library of their own: gates for any training loop and any loss. They need only torch
-(and numpy); what they do follows the package's semantic version. ::
+The names in ``__all__`` are a library for any training loop and any loss. They need only torch and numpy; their
+behaviour follows the package's semantic version. ::
 
     from transformers import WavLMForSequenceClassification
 
@@ -19,11 +19,11 @@ The names in ``__all__`` are a library of their own: gates for any training loop
     model.wavlm = shrink(model.wavlm, sparsity=0.7)
 
 ``SpeechEncoder``, ``WavLMModel``, ``HubertModel``, ``Wav2Vec2Model`` and ``Data2VecAudioModel`` can be gated.
-``CostConstraint`` takes another :class:`Cost`, ``MacCost()`` or one's own, which ``gates.expected_sparsity(cost)`` and
-``shrink(model, sparsity, cost)`` then take too; or a list of :class:`Target`, all of which are to be met.
-``ExactConstraint`` needs no multipliers: called as ``constraint.impose(gates, update)`` before each forward, it keeps
-the expected cost at its target. ``as_encoder`` turns a model of transformers into a ``SpeechEncoder``,
-which this package writes into files.
+``CostConstraint`` takes any :class:`Cost`, such as ``MacCost()`` or your own; then pass it also to
+``gates.expected_sparsity(cost)`` and ``shrink(model, sparsity, cost)``. It also takes a list of :class:`Target`, all of
+which must be met.
+``ExactConstraint`` needs no multipliers: ``constraint.impose(gates, update)`` before each forward keeps the expected
+cost at its target. ``as_encoder`` turns a transformers model into a ``SpeechEncoder``, which this package can save.
 """
 
 from skill_fairseq.pruning.costs import Cost, MacCost, ParameterCost, register_cost

@@ -1,7 +1,7 @@
-"""What can be constrained: a cost is a number for an encoder's config and widths, differentiable in tensor widths.
+"""Costs to constrain: a cost is a function of an encoder's config and widths, differentiable in tensor widths.
 
-A cost of your own is a subclass of :class:`Cost` under :func:`register_cost`; the config's ``criterion.cost`` then
-takes its name.
+To add a cost, decorate a subclass of :class:`Cost` with :func:`register_cost`; ``criterion.cost`` then accepts its
+name.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _C = TypeVar("_C", bound="Type[Cost]")
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """A cost of encoders. Its settings are fields of the dataclass, plain values.
+    """A cost of encoders. Its settings are dataclass fields with plain values.
 
     ``str(cost)`` completes "1,000,000 ...", for reports.
     """
 
     name: ClassVar[str]
     absolute: ClassVar[Optional[str]] = None
-    """Name under which a target gives the cost itself and not the share that is left of ``unpruned()``."""
+    """Name under which a target sets the cost itself instead of a share of ``unpruned()``."""
 
     def __call__(self, config: EncoderConfig, widths: Widths) -> Number:
-        """The cost: exact, and an int where that can be, for integer widths; a scalar with gradient for tensors."""
+        """The cost: exact (an int if possible) for integer widths, a scalar with gradient for tensors."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -36,19 +36,19 @@ class Cost:
 
     def original(self, config: EncoderConfig) -> int | float:
         """The cost before any pruning, which sparsity refers to."""
-        full = config.full().replace(pruning_units=[])  # which may stand in for smaller modules
+        full = config.full().replace(pruning_units=[])  # may differ from the actual modules
         return self(full, widths_of(full))  # type: ignore[return-value]
 
     def sparsity(self, config: EncoderConfig, widths: Widths) -> Any:
-        """Fraction of the original cost that is gone; a scalar with gradient for tensor widths."""
+        """Removed fraction of the original cost; a scalar with gradient for tensor widths."""
         return 1 - self(config, widths) / self.original(config)
 
     def unpruned(self) -> float:
-        """The cost before any pruning where it is known without the encoder; where ``absolute`` has a name."""
+        """The cost before any pruning, if known without the encoder; only used if ``absolute`` is set."""
         raise NotImplementedError
 
     def settings(self) -> Dict[str, Any]:
-        """What :func:`make_cost` makes it of again; plain values."""
+        """Plain values from which :func:`make_cost` rebuilds it."""
         return {"cost": self.name, **{f"cost_{name}": value for name, value in dataclasses.asdict(self).items()}}
 
 
@@ -57,7 +57,7 @@ COSTS: Dict[str, Type[Cost]] = {}
 
 
 def register_cost(cost: _C) -> _C:
-    """Class decorator: makes the cost known under its ``name``."""
+    """Class decorator that registers a cost under its ``name``."""
     COSTS[cost.name] = cost
     return cost
 
@@ -73,7 +73,7 @@ class ParameterCost(Cost):
         return count_parameters(config, widths)
 
     def original(self, config: EncoderConfig) -> int:
-        """What ``config.original_parameters`` says, where it says something."""
+        """``config.original_parameters``, if set."""
         return config.original_parameters or int(super().original(config))
 
 
@@ -100,11 +100,11 @@ PARAMETERS = ParameterCost()
 
 
 def make_cost(cost: str | None = None, **settings: Any) -> Cost:
-    """A cost by its name.
+    """Creates a cost by name.
 
     Args:
         cost: a name of :data:`COSTS`; None: parameters.
-        settings: ``cost_`` and the name of a field; what this cost has no field for, or is None, is passed over.
+        settings: values by ``cost_`` and the name of a field; None and fields that this cost lacks are ignored.
 
     Raises:
         ValueError: there is no such cost, or a setting is not usable.
@@ -117,9 +117,9 @@ def make_cost(cost: str | None = None, **settings: Any) -> Cost:
 
 
 def saved_cost(provenance: Mapping[str, Any]) -> Cost:
-    """The cost that a checkpoint's target is of, from its provenance.
+    """The cost of a checkpoint's target, from its provenance.
 
     Raises:
-        ValueError: it is of a cost that is not registered here, or its settings are not usable.
+        ValueError: the cost is not registered here, or its settings are not usable.
     """
     return make_cost(**{name: value for name, value in provenance.items() if name.partition("_")[0] == "cost"})

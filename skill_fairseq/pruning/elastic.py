@@ -1,7 +1,7 @@
-"""Elastic training: every size between two ends from one run.
+"""Elastic training: all sizes between two ends in one run.
 
-Each update trains the largest size, the smallest one and some drawn in between (the "sandwich rule" of Yu & Huang 2019,
-arXiv:1903.05134), each against the teacher.
+Each update trains the largest size, the smallest size and some random sizes between (the "sandwich rule" of Yu & Huang
+2019, arXiv:1903.05134), each against the teacher.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from skill_fairseq.pruning.targets import target_sparsity
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Shares of a cost that are to be left, in (0, 1).
+    """Shares of a cost to keep, in (0, 1).
 
     Attributes:
         smallest, largest: the ends.
-        between: how many are drawn between them in an update.
-        valid: those that validation hears; empty: smallest, middle and largest.
+        between: number of random sizes between them per update.
+        valid: sizes to validate; empty: smallest, middle and largest.
 
     Raises:
         ValueError: a field is out of range.
@@ -44,7 +44,7 @@ class Sizes:
         for name in ("smallest", "largest"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise ValueError(f"{name}: {value!r}; expected a share that is left, above 0 and below 1, such as 0.25")
+                raise ValueError(f"{name}: {value!r}; expected a share to keep, above 0 and below 1, such as 0.25")
         if self.smallest >= self.largest:
             raise ValueError(f"smallest: {self.smallest}; expected less than largest={self.largest}")
         if isinstance(self.between, bool) or not isinstance(self.between, int) or not 0 <= self.between <= 16:
@@ -57,19 +57,19 @@ class Sizes:
             object.__setattr__(self, "valid", (self.smallest, middle, self.largest))
 
     def has(self, size: float) -> bool:
-        """Whether a size is among those that are trained."""
+        """Whether a size is in the trained range."""
         return self.smallest - 1e-9 <= size <= self.largest + 1e-9
 
 
 def read_sizes(given: Any, field: str) -> Sizes:
-    """Sizes as a config gives them, ``{smallest: 0.1, largest: 0.5, between: 1}``.
+    """Parses sizes from a config, ``{smallest: 0.1, largest: 0.5, between: 1}``.
 
     Raises:
-        ValueError: names the field, what was found and what is expected.
+        ValueError: names the field, the value and the expectation.
     """
     names = [each.name for each in dataclasses.fields(Sizes)]
     if not isinstance(given, Mapping) or not {"smallest", "largest"} <= set(given) or set(given) - set(names):
-        raise ValueError(f"{field}: {given!r}; expected {{smallest: 0.1, largest: 0.5}}, and perhaps between and valid")
+        raise ValueError(f"{field}: {given!r}; expected {{smallest: 0.1, largest: 0.5}} (and between, valid)")
     fields = dict(given)
     valid = fields.pop("valid", None)
     if valid is not None and not isinstance(valid, (list, tuple)):
@@ -81,7 +81,7 @@ def read_sizes(given: Any, field: str) -> Sizes:
 
 
 class _Shift(torch.autograd.Function):
-    """``log_alpha`` plus a shift that keeps a cost; the gradient is that of both, see :mod:`pruning.exact`."""
+    """``log_alpha`` plus a shift that keeps a cost; the gradient includes the shift, see :mod:`pruning.exact`."""
 
     @staticmethod
     def forward(ctx: Any, log_alpha: Tensor, shift: Tensor, worth: Tensor) -> Tensor:
@@ -96,12 +96,12 @@ class _Shift(torch.autograd.Function):
 
 
 class ElasticConstraint(ExactConstraint):
-    """Stage 1: gates are held at the largest size, and further shifts give the others.
+    """Stage 1: keeps gates at the largest size; further shifts give the other sizes.
 
     Args:
-        sizes: what is trained.
+        sizes: the sizes to train.
         warmup, schedule: how the sparsity of every size rises from 0.
-        cost: what sizes are shares of.
+        cost: the cost that sizes refer to.
     """
 
     def __init__(self, sizes: Sizes, warmup: int = 0, cost: Cost = PARAMETERS, schedule: str = "linear") -> None:
@@ -109,7 +109,7 @@ class ElasticConstraint(ExactConstraint):
         self.sizes = sizes
 
     def sizes_at(self, update: int, seed: int) -> List[float]:
-        """The sizes of an update: largest, smallest, and those between, drawn from seed and update."""
+        """The sizes of an update: largest, smallest, and random ones between, seeded by seed and update."""
         draws, sizes = random.Random(f"{seed} {update}"), self.sizes
         return [
             *(sizes.largest, sizes.smallest),
@@ -117,7 +117,8 @@ class ElasticConstraint(ExactConstraint):
         ]
 
     def log_alpha(self, encoder: SpeechEncoder, size: float, update: int) -> Optional[Tensor]:
-        """(n,) ``log_alpha`` under which the gates expect a size, with gradient; None for the largest, whose they are.
+        """(n,) ``log_alpha`` at which the gates expect a size, with gradient; None for the largest, which they already
+        have.
 
         Call :meth:`impose` first.
         """
@@ -131,17 +132,17 @@ class ElasticConstraint(ExactConstraint):
 
 
 class NestedSizes(ElasticConstraint):
-    """Stage 2: a size is the first units of an order that stays, see :func:`pruning.nested.settle`."""
+    """Stage 2: a size is the first units of a fixed order, see :func:`pruning.nested.settle`."""
 
     def __init__(self, sizes: Sizes, cost: Cost = PARAMETERS) -> None:
         super().__init__(sizes, 0, cost)
         self._order: Optional[Tuple[Any, NestedOrder]] = None
 
     def impose(self, gates: Any, update: int) -> None:
-        """Nothing is shifted."""
+        """Does nothing."""
 
     def log_alpha(self, encoder: SpeechEncoder, size: float, update: int) -> Optional[Tensor]:
-        """(n,) that opens the units of a size, with the value 1, and shuts the others."""
+        """(n,) ``log_alpha`` that opens the units of a size, with the value 1, and closes the others."""
         assert encoder.gates is not None
         order = encoder.gates.log_alpha.detach()
         if size == self.sizes.largest:

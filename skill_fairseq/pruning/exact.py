@@ -1,9 +1,9 @@
-"""The constraint by construction: one shift of all gates' ``log_alpha`` makes the expected cost the target.
+"""An exact constraint: one shift of all gates' ``log_alpha`` makes the expected cost equal to the target.
 
-With ``a`` the gates' ``log_alpha`` and ``c`` the shift that solves ``E[cost](a + c) = target``, training is that of the
-unconstrained function ``a -> loss(a + c(a))``. As ``dc/da_i = -e_i / sum e`` with ``e = dE[cost]/da`` at ``a + c``, its
-gradient is ``g - (sum g) w``, where ``g`` is the loss's and ``w = e / sum e``: a gate opens only as far as it is worth
-more than what it costs. That is the Lagrangian's gradient with the multiplier which keeps the cost in this update.
+Let ``a`` be the gates' ``log_alpha`` and ``c`` the shift that solves ``E[cost](a + c) = target``. Training minimises
+the unconstrained function ``a -> loss(a + c(a))``. As ``dc/da_i = -e_i / sum e`` with ``e = dE[cost]/da`` at ``a + c``,
+its gradient is ``g - (sum g) w``, where ``g`` is the loss's gradient and ``w = e / sum e``: a gate opens only if it is
+worth more than it costs. This is the Lagrangian's gradient with the multiplier that keeps the cost in this update.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from skill_fairseq.pruning.selection import check_reachable
 from skill_fairseq.pruning.targets import Constraint, least_excess
 
 EXACT = 1e-6
-"""Difference from the target, in sparsity, up to which nothing is shifted: gates that have been shifted stay as they
-are when they are shifted again, bit for bit. Rounding of ``log_alpha`` to float32 is far below."""
+"""Largest difference from the target sparsity that needs no shift: a repeated shift changes no bit. Rounding of
+``log_alpha`` to float32 is far below."""
 BISECTIONS = 18
-"""Of an interval some 100 wide, which leaves 4e-4: a line through its ends is off by less than 1e-8."""
+"""Bisections of an interval about 100 wide, which leaves 4e-4: a line through its ends is off by less than 1e-8."""
 _SATURATED = 30.0  # sigmoid of it differs from 1 by 1e-13
 
 
 def solve_shift(excess: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> Tensor:
-    """Where a function that falls as the shift rises crosses 0; the nearer end where it does not between two ends.
+    """The zero of a function that falls as the shift rises; the nearer end if there is no zero between the ends.
 
-    Bisection, and a line through the ends of the last interval. The number of steps is fixed and nothing is asked of
-    the device, so that the host need not wait for it.
+    Bisects, then takes a line through the ends of the last interval. The number of steps is fixed and no value is read
+    from the device, so the host does not wait.
 
     Args:
-        excess: of a float64 scalar, to a float64 scalar.
-        low, high: ends, float64 scalars.
+        excess: maps a float64 scalar to a float64 scalar.
+        low, high: the ends, float64 scalars.
 
     Returns:
-        float64 scalar on the device of the ends.
+        a float64 scalar on the device of the ends.
     """
     above, below = excess(low), excess(high)
     for _ in range(BISECTIONS):
@@ -52,14 +52,14 @@ def solve_shift(excess: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -
 
 
 def _none() -> None:
-    """Nothing: a weak reference to what is gone."""
+    """A dead weak reference."""
 
 
 class ExactConstraint(Constraint):
-    """Keeps the expected cost at its target in every update by a shift of all gates, without multipliers.
+    """Keeps the expected cost at its target in every update by shifting all gates, without multipliers.
 
-    It has no state: the shift goes into ``log_alpha``. Gates are never opened beyond where they start, so that the
-    first updates of a target that rises from 0 keep the start's sparsity. All gates move, also those of which no cost
+    It has no state: the shift is added to ``log_alpha``. Gates never open further than at the start, so the first
+    updates of a target that rises from 0 keep the initial sparsity. All gates move, including those on which no cost
     depends. Arguments are those of :class:`Constraint`. In your own loop::
 
         constraint = ExactConstraint(target=0.7, warmup=5000)
@@ -68,28 +68,28 @@ class ExactConstraint(Constraint):
             loss = model(batch)
             ...
 
-    and ``constraint.impose(gates, updates)`` after the last update.
+    Call ``constraint.impose(gates, updates)`` after the last update.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._worth: Optional[Tensor] = None  # w above, of the present gates
-        self._start: Optional[List[float]] = None  # sparsity of each cost where gates start
+        self._worth: Optional[Tensor] = None  # w above, for the current gates
+        self._start: Optional[List[float]] = None  # initial sparsity of each cost
         self._hook: Any = None
         self._hooked: Callable[[], Any] = _none  # the parameter, weakly
 
     def forward(self, sparsity: Any, update: int) -> float:
-        """What the loss gets for the constraint: nothing."""
+        """The constraint's term of the loss: none."""
         return 0.0
 
     def impose(self, gates: Any, update: int) -> None:
-        """Shifts all ``log_alpha`` in place so that the expected cost is the target at an update.
+        """Shifts all ``log_alpha`` in place so that the expected cost meets the target at an update.
 
-        Gradients that reach ``log_alpha`` from then on take into account that a shift follows.
+        From then on, gradients of ``log_alpha`` take the next shift into account.
 
         Args:
-            gates: what :func:`gate` gave, or a gated encoder.
-            update: about to be made; the first is 0.
+            gates: the result of :func:`gate`, or a gated encoder.
+            update: index of the next update, from 0.
 
         Raises:
             ValueError: the gates cannot reach a target.
@@ -106,7 +106,7 @@ class ExactConstraint(Constraint):
             self._hooked, self._hook = weakref.ref(log_alpha), log_alpha.register_hook(self._gradient)
 
     def shift_to(self, encoder: SpeechEncoder, held: List[float]) -> Tensor:
-        """What added to all ``log_alpha`` makes the expected sparsities those ``held``, a float64 scalar."""
+        """The shift of all ``log_alpha`` that makes the expected sparsities equal to ``held``, a float64 scalar."""
         excess = self._excess(encoder, held)
         with torch.no_grad():
             values = encoder.gates.log_alpha.double()  # type: ignore[union-attr]
@@ -114,16 +114,16 @@ class ExactConstraint(Constraint):
             return torch.where(excess(torch.zeros_like(shift)).abs() <= EXACT, torch.zeros_like(shift), shift)
 
     def worth(self, encoder: SpeechEncoder, held: List[float], shift: Optional[Tensor] = None) -> Tensor:
-        """w of each gate, (n,) float32, with all moved by a shift; 0 for those that are shut or open for good."""
+        """w of each gate at a shift, (n,) float32; 0 for gates that are saturated."""
         log_alpha = encoder.gates.log_alpha  # type: ignore[union-attr]
-        with torch.enable_grad():  # by each gate's own shift: a gradient of log_alpha would pass the hook
+        with torch.enable_grad():  # through per-gate shifts: a gradient of log_alpha would run the hook
             shifts = torch.zeros_like(log_alpha, dtype=torch.float64) if shift is None else shift.expand_as(log_alpha)
             shifts = shifts.detach().clone().requires_grad_()
             (slope,) = torch.autograd.grad(self._excess(encoder, held)(shifts), shifts)
         return torch.nan_to_num(slope / slope.sum()).float()
 
     def _excess(self, encoder: SpeechEncoder, held: List[float]) -> Callable[[Tensor], Tensor]:
-        """Of a shift, the expected sparsity less the one that is held."""
+        """A function from a shift to the expected sparsity less the target."""
         originals = [target.cost.original(encoder.config) for target in self.targets]
 
         def excess(shift: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class ExactConstraint(Constraint):
         return excess
 
     def held_at(self, encoder: SpeechEncoder, update: int) -> List[float]:
-        """The sparsity of each cost that the gates are shifted to at an update."""
+        """The target sparsity of each cost at an update."""
         if self._start is None:
             for target in self.targets:
                 check_reachable(encoder.config, target.sparsity, "target", target.cost)

@@ -1,4 +1,4 @@
-"""What encoders cost as they are, as their gates expect them to become, and at the least."""
+"""Costs of encoders: original, expected under the gates, and least possible."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from skill_fairseq.pruning.costs import PARAMETERS, Cost
 
 
 def full_parameters(config: EncoderConfig) -> int:
-    """Parameters of the original, unpruned shape: what sparsity refers to."""
+    """Parameters of the original, unpruned shape, which sparsity refers to."""
     return PARAMETERS.original(config)
 
 
 def expected_widths(encoder: SpeechEncoder, shift: float | Tensor = 0.0) -> Widths:
-    """Widths under the gates' probabilities; differentiable where there are gates, integers where not.
+    """Expected widths under the gates; differentiable with gates, integers without.
 
     Args:
         encoder: with or without gates.
@@ -41,12 +41,12 @@ def expected_parameters(encoder: SpeechEncoder, shift: float = 0.0) -> Tensor:
 
 @torch.no_grad()
 def expected_sparsity(encoder: SpeechEncoder, shift: float = 0.0, cost: Cost = PARAMETERS) -> float:
-    """Fraction of the original cost that the gates expect to go, their ``log_alpha`` moved by ``shift``."""
+    """Expected removed fraction of the original cost, with ``shift`` added to every ``log_alpha``."""
     return 1 - float(cost(encoder.config, expected_widths(encoder, shift))) / cost.original(encoder.config)
 
 
 def starting_widths(encoder: SpeechEncoder) -> Widths:
-    """Widths that the gates expect where training starts them, by their drop rates: numbers."""
+    """Expected widths at the start of training, from the gates' drop rates; numbers."""
     exact = widths_of(encoder.config)
     flat = flat_widths(exact)
     for _, gate in encoder.named_gates():
@@ -56,7 +56,7 @@ def starting_widths(encoder: SpeechEncoder) -> Widths:
 
 
 def smallest_widths(config: EncoderConfig) -> Widths:
-    """Widths if every gate closed that may close: the least that can be reached."""
+    """Widths with every closable gate closed: the least possible."""
     return {
         name: UNITS[name].smallest(config) if name in config.pruning_units else column
         for name, column in widths_of(config).items()

@@ -1,4 +1,4 @@
-"""Gates for anyone's training loop: put on a model in place, held to a size, sorted into optimizer groups."""
+"""Gates for any training loop: adding them to a model in place, expected costs, and optimizer groups."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from skill_fairseq.pruning.expected import expected_widths, full_parameters
 
 
 class Gates:
-    """The gates that :func:`gate` put on a model.
+    """The gates that :func:`gate` added to a model.
 
     Attributes:
-        encoder: an encoder with these gates. It is the model itself where that is a :class:`SpeechEncoder`. For a model
-            of transformers it is one of the same shape without weights, from which sizes are counted.
+        encoder: an encoder with these gates: the model itself if it is a :class:`SpeechEncoder`; for a transformers
+            model an encoder of the same shape without weights, for counting sizes.
     """
 
     def __init__(self, encoder: SpeechEncoder) -> None:
         self.encoder = encoder
 
     def expected_cost(self, cost: Cost = PARAMETERS) -> Tensor:
-        """What the gates expect the encoder to cost, a float32 scalar with gradient.
+        """The encoder's expected cost, a float32 scalar with gradient.
 
-        Counted are the conv stack, feature projection, positional convolution and Transformer; the mask embedding of
-        transformers' models, heads and the gates themselves are not.
+        Counts the conv stack, feature projection, positional convolution and Transformer, but not the mask embedding of
+        transformers models, heads and the gates themselves.
         """
         return cost(self.encoder.config, expected_widths(self.encoder))  # type: ignore[return-value]
 
     def expected_sparsity(self, cost: Cost = PARAMETERS) -> Tensor:
-        """Expected fraction of the unpruned encoder's cost that is gone, a float32 scalar with gradient."""
+        """Expected removed fraction of the unpruned encoder's cost, a float32 scalar with gradient."""
         return cost.sparsity(self.encoder.config, expected_widths(self.encoder))  # type: ignore[no-any-return]
 
 
 def gate(model: nn.Module, units: Sequence[str] = ("conv", "heads", "ffn"), drop_rate: float = 0.01) -> Gates:
-    """Puts hard-concrete gates on an encoder, in place; its own forward and the loss on it stay as they are.
+    """Adds hard-concrete gates to an encoder in place; its forward and your loss do not change.
 
-    In training every forward draws new gates, one value a unit for the whole batch. In evaluation they are
-    deterministic. Build the optimizer afterwards: the gates are a new parameter of the model.
+    In training every forward draws new gates, one value per unit for the whole batch. In evaluation they are
+    deterministic. Build the optimizer afterwards, because the gates are a new parameter of the model.
 
     Args:
-        model: without gates, a :class:`SpeechEncoder`, or a ``WavLMModel``, ``HubertModel``, ``Wav2Vec2Model`` or
-            ``Data2VecAudioModel`` of transformers. It may have been shrunk before.
-        units: what may be pruned: "conv" (channels of the convolutions), "heads", "ffn" (units of the feed-forward
-            sublayers), "attention_layers" and "ffn_layers" (whole sublayers); of our encoder also "rank" (components of
-            its linear maps) and registered kinds.
-        drop_rate: how far the gates are closed at the start, in (0, 1).
+        model: a :class:`SpeechEncoder`, or a ``WavLMModel``, ``HubertModel``, ``Wav2Vec2Model`` or
+            ``Data2VecAudioModel`` of transformers, without gates. It may have been shrunk before.
+        units: units to prune: "conv" (channels of the convolutions), "heads", "ffn" (units of the feed-forward
+            sublayers), "attention_layers" and "ffn_layers" (whole sublayers); for our encoder also "rank" (components
+            of its linear maps) and registered kinds.
+        drop_rate: initial drop rate of the gates, in (0, 1).
 
     Raises:
-        TypeError: another model.
-        ValueError: the model has gates already, a unit or the drop rate is unknown, or the model has something that
-            :class:`SpeechEncoder` lacks.
+        TypeError: the model is of another class.
+        ValueError: the model already has gates, a unit or the drop rate is not usable, or the model has a feature
+            that :class:`SpeechEncoder` lacks.
     """
     if not units or not set(units) <= set(UNITS):
         raise ValueError(f"units: {units!r}; expected some of {', '.join(UNITS)}")
@@ -83,7 +83,7 @@ def _gated(config: EncoderConfig, units: Sequence[str]) -> EncoderConfig:
 
 
 def _place(encoder: SpeechEncoder, config: EncoderConfig) -> None:
-    """Puts the gates of ``config.pruning_units`` on an encoder without gates."""
+    """Adds the gates of ``config.pruning_units`` to an encoder without gates."""
     state, new = with_units(config, encoder.state_dict(), encoder.config), new_units(config, encoder.config)
     encoder.config = encoder.feature_extractor.config = config
     for unit in new:
@@ -103,18 +103,18 @@ def parameter_groups(
     multipliers_lr: float = 0.02,
     weight_decay: float = 0.0,
 ) -> List[Dict[str, Any]]:
-    """Groups for an optimizer of torch: weights, gates and multipliers learn at rates of their own.
+    """Parameter groups for a torch optimizer, with separate learning rates of weights, gates and multipliers.
 
-    Gates move far slower than weights need to (DPHuBERT, arXiv:2305.17651, uses 0.02 with weights at 2e-4). Gates
-    and multipliers never decay. A schedule that multiplies every group's rate suits all three.
+    Gates need a far higher rate than weights (DPHuBERT, arXiv:2305.17651, uses 0.02 with weights at 2e-4). Gates and
+    multipliers get no weight decay. A schedule that multiplies every group's rate suits all three.
 
     Args:
-        modules: the gated model, its constraint, and whatever else is trained.
-        lr, weight_decay: of the weights.
-        gates_lr, multipliers_lr: of the gates, and of the constraint's multipliers.
+        modules: the gated model, its constraint, and other trained modules.
+        lr, weight_decay: learning rate and weight decay of the weights.
+        gates_lr, multipliers_lr: learning rates of the gates and of the constraint's multipliers.
 
     Returns:
-        groups that are not empty, each with ``name``, ``params``, ``lr`` and ``weight_decay``.
+        the non-empty groups, each with ``name``, ``params``, ``lr`` and ``weight_decay``.
     """
     groups: Dict[str, Dict[str, Any]] = {
         "weights": {"lr": lr, "weight_decay": weight_decay},

@@ -1,4 +1,4 @@
-"""Gates on models of transformers, and what such a model is as our encoder. transformers itself is not imported."""
+"""Gates on transformers models, and conversion to our encoder, without importing transformers."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _SHRUNK_NAMES = (
     (_LAYER + r"attention\.position_gate\.", r"encoder.layers.\1.attention.position_gate."),
     (r"transformer\.relative_position\.", "encoder.layers.0.attention.relative_position."),
 )
-"""From our names to those of a shrunk model, where they differ from an unpruned one's."""
+"""Our names to a shrunk model's, where these differ from an unpruned model's."""
 
 
 def encoder_config(model: Any, caller: str) -> EncoderConfig:
-    """The shape of a model of transformers as our encoder's.
+    """The config of our encoder for a transformers model.
 
     Args:
-        model: may have been shrunk.
-        caller: public function to name in messages.
+        model: a model, which may have been shrunk.
+        caller: the public function's name, for messages.
 
     Raises:
-        TypeError: no encoder that we know.
+        TypeError: it is not a supported encoder.
         ValueError: it has a feature that our encoder lacks.
     """
     from skill_fairseq.checkpoints.huggingface import MODEL_TYPES, SUPPORTED, config_of_fields
@@ -43,9 +43,9 @@ def encoder_config(model: Any, caller: str) -> EncoderConfig:
         inner = f": model.{model.base_model_prefix}" if kind in MODEL_TYPES else ""
         raise TypeError(
             f"{caller}() got {type(model).__name__}; expected SpeechEncoder, or WavLMModel, HubertModel, Wav2Vec2Model "
-            f"or Data2VecAudioModel of transformers; of a model with a head, give the encoder inside{inner}"
+            f"or Data2VecAudioModel of transformers; from a model with a head, give the encoder inside{inner}"
         )
-    shape: Optional[EncoderConfig] = getattr(model, "encoder_shape", None)  # what shrinking left
+    shape: Optional[EncoderConfig] = getattr(model, "encoder_shape", None)  # set by shrinking
     if shape is not None:
         return shape
     fields = model.config.to_dict()
@@ -54,15 +54,15 @@ def encoder_config(model: Any, caller: str) -> EncoderConfig:
 
 
 def as_encoder(model: Any) -> SpeechEncoder:
-    """A copy of a model of transformers as our encoder: with its gates if it has some, or as shrinking left it.
+    """Copies a transformers model, gated or shrunk or neither, to our encoder.
 
-    What it computes is the same. :func:`skill_fairseq.checkpoints.save_encoder` writes it into one file that
+    It computes the same. :func:`skill_fairseq.checkpoints.save_encoder` writes it to a file that
     :func:`skill_fairseq.load_encoder` and ``skill-export`` read, and
-    :func:`skill_fairseq.exporting.huggingface_folder.save_huggingface` into a folder for ``AutoModel``. Whether waves
-    are normalised is not part of a model of transformers: ``config.normalize`` follows the published models.
+    :func:`skill_fairseq.exporting.huggingface_folder.save_huggingface` to a folder for ``AutoModel``. A transformers
+    model does not know whether its waveforms are normalised: ``config.normalize`` follows the published models.
 
     Raises:
-        TypeError, ValueError: as :func:`skill_fairseq.pruning.gate`.
+        TypeError, ValueError: see :func:`skill_fairseq.pruning.gate`.
     """
     from skill_fairseq.checkpoints.huggingface import ENCODER_NAMES, TASK_HEADS
     from skill_fairseq.checkpoints.source import (
@@ -90,13 +90,13 @@ def as_encoder(model: Any) -> SpeechEncoder:
 
 
 class ModelGates:
-    """Applies the gates of an encoder in the modules of a model of transformers, by hooks.
+    """Applies the gates of an encoder to the modules of a transformers model, through hooks.
 
-    The model holds it as ``pruning_gates``, and its :class:`GateBank` as the submodule ``gates``.
+    The model stores it as ``pruning_gates``, and its :class:`GateBank` as the submodule ``gates``.
 
     Attributes:
-        encoder: without weights; says which gate belongs where.
-        handles: of the hooks.
+        encoder: an encoder without weights, which maps gates to modules.
+        handles: handles of the hooks.
     """
 
     def __init__(self, encoder: SpeechEncoder) -> None:
@@ -110,13 +110,13 @@ class ModelGates:
         return self.encoder.gates
 
     def draw(self, *arguments: Any) -> None:
-        """Before every forward of the model: its noise, one draw for all gates. Recomputed layers need it once more."""
+        """Draws the noise of all gates before every forward of the model; recomputed layers use it again."""
         self._noise = self.bank.noise(self.bank.log_alpha.numel()) if self.bank.training else None
 
     def values(self, gate: HardConcrete, like: Tensor) -> Tensor:
-        """(num_units,) values of one vector of gates, in the type of ``like``.
+        """(num_units,) values of a vector of gates, in the dtype of ``like``.
 
-        They are computed wherever they are asked for: reentrant checkpointing may go through no graph twice.
+        Computed on every call, because reentrant checkpointing must not use a graph twice.
         """
         if not self.bank.training:
             return gate().to(like.dtype)
@@ -126,47 +126,48 @@ class ModelGates:
         return hard_concrete_sample(gate.log_alpha, self._noise[gate.part]).to(like.dtype)
 
     def scale_channels(self, gate: HardConcrete, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """(B, C, T) output of a convolution's layer times its gates."""
+        """Multiplies the (B, C, T) output of a convolutional layer by its gates."""
         return output * self.values(gate, output)[:, None]
 
     def close_inputs(self, gate: HardConcrete, module: nn.Module, inputs: Tuple[Tensor]) -> Tensor:
-        """(..., C) input of a norm with closed channels at zero, as they count in its statistics once cut out."""
+        """The (..., C) input of a norm with closed channels at zero, as they count in its statistics after
+        shrinking."""
         return inputs[0] * (self.values(gate, inputs[0]) > 0).to(inputs[0].dtype)
 
     def close_outputs(self, gate: HardConcrete, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """(..., C) output of a norm without what its bias and mean make of closed channels."""
+        """The (..., C) output of a norm with closed channels at zero, without effects of its bias and mean."""
         return output * (self.values(gate, output) > 0).to(output.dtype)
 
     def scale_columns(self, gate: HardConcrete, width: int, weight: Tensor) -> Tensor:
-        """(out, in) weight times the gates of its inputs, ``width`` columns a unit."""
+        """The (out, in) weight times the gates of its inputs, ``width`` columns per unit."""
         return weight * self.values(gate, weight).repeat_interleave(width)
 
     def scale_sublayer(self, gate: HardConcrete, module: nn.Module, inputs: Any, output: Any) -> Any:
-        """(B, T, D) output of a sublayer, alone or first in a tuple, times its gate."""
+        """The (B, T, D) output of a sublayer, a tensor or the first of a tuple, times its gate."""
         if isinstance(output, tuple):
             return (self.scale_sublayer(gate, module, inputs, output[0]), *output[1:])
         return output * self.values(gate, output)
 
 
 class GatedLinear(nn.Linear):
-    """A linear layer whose inputs are gated, by its weight: WavLM's attention reads weights and calls no layer."""
+    """A linear layer that gates its inputs through its weight: WavLM's attention reads weights and calls no layer."""
 
     columns: Callable[[Tensor], Tensor]
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """(out, in), gates multiplied in."""
+        """(out, in), multiplied by the gates."""
         weight = self._parameters["weight"]
         assert weight is not None
         return self.columns(weight)
 
 
 def attach(model: Any, encoder: SpeechEncoder) -> None:
-    """Makes a model of transformers apply the gates of an encoder of its shape.
+    """Makes a transformers model apply the gates of an encoder of its shape.
 
     Raises:
-        ValueError: a kind of unit needs modules of our own, or a linear layer that reads gated units has been replaced,
-            by an adapter or a quantised one.
+        ValueError: a kind of unit needs our own modules, or a linear layer that reads gated units was replaced by an
+            adapter or a quantised layer.
     """
     added = [name for name in encoder.config.pruning_units if UNITS[name].field is None]
     if added:
@@ -192,7 +193,7 @@ def attach(model: Any, encoder: SpeechEncoder) -> None:
 
     gates, bank = ModelGates(encoder), encoder.gates
     encoder.gates = None
-    encoder.to("meta")  # of its weights nothing is needed
+    encoder.to("meta")  # its weights are not needed
     like = model.feature_projection.projection.weight
     model.gates = encoder.gates = bank.train(model.training).to(like.device)
     model.pruning_gates = gates
@@ -218,7 +219,7 @@ def attach(model: Any, encoder: SpeechEncoder) -> None:
 
 
 def detach(model: Any) -> None:
-    """Removes hooks and gates; gated linear layers are plain again."""
+    """Removes hooks and gates; gated linear layers become plain again."""
     for handle in model.pruning_gates.handles:
         handle.remove()
     for module in model.modules():

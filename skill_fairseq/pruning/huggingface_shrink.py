@@ -1,4 +1,4 @@
-"""A smaller model of transformers: the modules of a shrunk encoder in their places."""
+"""Shrinks transformers models by replacing modules with those of a shrunk encoder."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from skill_fairseq.pruning.targets import Asked
 
 @torch.no_grad()
 def shrink_model(model: Any, sparsity: Optional[Asked] = None, cost: Cost = PARAMETERS) -> Any:
-    """:func:`skill_fairseq.pruning.shrink` for models of transformers.
+    """:func:`skill_fairseq.pruning.shrink` for transformers models.
 
-    The result is a copy of the model, of the same class, whose modules are smaller; it holds its shape as
-    ``encoder_shape``. ``from_pretrained`` cannot rebuild that: see :func:`as_encoder` for files. Attention of WavLM
-    hands out no attention maps any more.
+    The result is a copy of the model with smaller modules, of the same class, with its shape in ``encoder_shape``.
+    ``from_pretrained`` cannot rebuild it: see :func:`as_encoder` for saving. WavLM's attention no longer returns
+    attention maps.
     """
-    encoder_config(model, "shrink")  # refuses what is no encoder
+    encoder_config(model, "shrink")  # refuses other models
     small = shrink(as_encoder(model), sparsity, cost)
     like = model.feature_projection.projection.weight
     small.to(like.device, like.dtype)
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    # Of weight norm as torch < 2.1 has it, the weight is a result, which cannot be copied and is computed again.
+    # With weight norm of torch < 2.1 the weight is a computed tensor, which cannot be copied and is recomputed.
     results = [v for module in model.modules() for v in vars(module).values() if isinstance(v, Tensor) and v.grad_fn]
     result = copy.deepcopy(model, {id(v): v.detach() for v in results}).eval()
     detach(result)
@@ -44,7 +44,7 @@ def shrink_model(model: Any, sparsity: Optional[Asked] = None, cost: Cost = PARA
 
 
 def _transplant(model: Any, small: SpeechEncoder) -> None:
-    """Puts the modules of the small encoder into the model, which keeps its own forward."""
+    """Moves the small encoder's modules into the model, which keeps its own forward."""
     stack = small.feature_extractor
     for theirs, ours in zip(model.feature_extractor.conv_layers, stack.layers):
         theirs.conv = ours.conv
@@ -61,7 +61,7 @@ def _transplant(model: Any, small: SpeechEncoder) -> None:
     for layer, small_layer in zip(model.encoder.layers, small.transformer.layers):
         layer.attention = _attention(layer.attention, small_layer.attention, small)
         layer.feed_forward = _feed_forward(layer.feed_forward, small_layer.ffn)
-        if small.config.relative_position:  # the table goes where transformers has it
+        if small.config.relative_position:  # the table's place in transformers
             layer.attention.relative_position = small.transformer.relative_position if layer is first else None
 
 
@@ -90,11 +90,11 @@ def _feed_forward(theirs: Any, ours: Optional[FeedForward]) -> nn.Module:
 
 
 class ScaledActivation(nn.Module):
-    """An activation and the gates' soft values after it, which the LayerNorm that follows cannot take in.
+    """An activation, then the gates' soft values, which cannot be folded into the following LayerNorm.
 
     Args:
         function: the activation.
-        scale: (C,) a factor for every channel.
+        scale: (C,), one factor per channel.
     """
 
     scale: Tensor
@@ -110,7 +110,7 @@ class ScaledActivation(nn.Module):
 
 
 class PrunedWavLMAttention(SelfAttention):
-    """Our attention under the interface of transformers' ``WavLMAttention``; layer 0 holds the table of positions."""
+    """Our attention with the interface of transformers' ``WavLMAttention``; layer 0 holds the position table."""
 
     relative_position: Optional[RelativePosition]
 
@@ -126,11 +126,11 @@ class PrunedWavLMAttention(SelfAttention):
         """Args:
             hidden_states: (B, T, D).
             attention_mask: (B, T), 1 = audio, 0 = padding; or None.
-            position_bias: (full heads, 2T - 1), what layer 0 returned.
+            position_bias: (full heads, 2T - 1), from layer 0.
             output_attentions, index, kwargs: not used.
 
         Returns:
-            (B, T, D), None in place of attention maps, and the position bias for the layers that follow.
+            (B, T, D), None instead of attention maps, and the position bias for the following layers.
         """
         if position_bias is None and self.relative_position is not None:
             position_bias = self.relative_position(hidden_states.size(1))
@@ -141,11 +141,11 @@ class PrunedWavLMAttention(SelfAttention):
 
 
 class NoHeads(nn.Module):
-    """In place of an attention that lost its heads: its output bias, or nothing where the sublayer went altogether.
+    """Replaces an attention without heads: returns its output bias, or zeros if the whole sublayer was removed.
 
     Args:
-        out_proj: what is left, or None.
-        num_outputs: length of the tuple that the original returns.
+        out_proj: the remaining output projection, or None.
+        num_outputs: length of the original's output tuple.
     """
 
     def __init__(self, out_proj: Optional[nn.Module], num_outputs: int) -> None:
@@ -162,7 +162,7 @@ class NoHeads(nn.Module):
         *args: Any,
         **kwargs: Any,
     ) -> Tuple[Optional[Tensor], ...]:
-        """As :meth:`PrunedWavLMAttention.forward`; models without relative position give and get no position bias."""
+        """See :meth:`PrunedWavLMAttention.forward`; models without relative positions have no position bias."""
         if position_bias is None and self.relative_position is not None:
             position_bias = self.relative_position(hidden_states.size(1))
         y = torch.zeros_like(hidden_states) if self.out_proj is None else self.out_proj(hidden_states)
@@ -170,7 +170,7 @@ class NoHeads(nn.Module):
 
 
 class NoUnits(nn.Module):
-    """In place of a feed-forward sublayer that went altogether."""
+    """Replaces a removed feed-forward sublayer."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, T, D) to zeros."""

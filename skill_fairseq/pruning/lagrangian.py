@@ -1,4 +1,4 @@
-"""The constraint on the student's cost as an augmented Lagrangian, and the learning-rate factor."""
+"""An augmented Lagrangian constraint on the student's cost, and the learning-rate factor."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def lagrangian(sparsity: Tensor, target: float, lambda1: float | Tensor, lambda2
 
 
 def ascending(multiplier: Tensor) -> Tensor:
-    """The same value with the gradient's sign flipped, so that an optimizer that descends ascends on it."""
+    """Identity with a negated gradient, so that a descending optimizer ascends."""
     return 2 * multiplier.detach() - multiplier
 
 
 def linear_warmup_decay(update: int, warmup: int, max_update: int, decay: str = "linear") -> float:
-    """Factor on every learning rate: rises to 1 over ``warmup`` updates, falls to 0 at the last one.
+    """Factor on every learning rate: rises to 1 over ``warmup`` updates, falls to 0 at the last update.
 
-    ``update`` is the index of the update about to be made; the first is 0, and its factor ``1 / warmup``. It falls in
-    a line, or with ``decay`` "cosine" as half a period of it.
+    ``update`` is the index of the next update, from 0; the first factor is ``1 / warmup``. The fall is linear, or with
+    ``decay`` "cosine" half a cosine period.
     """
     step = update + 1
     if step <= warmup:
@@ -37,15 +37,15 @@ def linear_warmup_decay(update: int, warmup: int, max_update: int, decay: str = 
 
 
 def updates_of(value: float, total: int, field: str) -> int:
-    """Updates that a config's value means: a whole number of them, or a fraction of all.
+    """Converts a config's value, a number of updates or a fraction of all, to updates.
 
     Args:
-        value: 0 or a whole number, or a fraction above 0 and below 1.
-        total: updates of the run; used only for fractions.
+        value: a whole number of at least 0, or a fraction above 0 and below 1.
+        total: updates of the run, only used for fractions.
         field: where the value comes from, for messages.
 
     Raises:
-        ValueError: it is neither, or a fraction of a run without an end.
+        ValueError: it is neither, or a fraction without a total.
     """
     if 0 < value < 1:
         if total <= 0:
@@ -59,11 +59,11 @@ def updates_of(value: float, total: int, field: str) -> int:
 
 
 class CostConstraint(Constraint):
-    """Holds the multipliers and gives the regulariser that drives the student to its target sparsity.
+    """Holds the multipliers and computes the regulariser that drives the student to its target sparsity.
 
-    The student minimises the regulariser while ``lambda1`` and ``lambda2`` maximise it: they are parameters
-    (scalars, float32 at any precision, zero at the start, optimizer group ``multipliers``) whose gradient is
-    flipped, so that they take part in ordinary, descending optimisation. They must have no weight decay.
+    The student minimises the regulariser while ``lambda1`` and ``lambda2`` maximise it: they are parameters (scalars,
+    float32 at any precision, initially zero, optimizer group ``multipliers``) with a negated gradient, so that an
+    ordinary optimizer can train them. They must have no weight decay.
 
     Arguments are those of :class:`Constraint`.
     """
@@ -79,8 +79,8 @@ class CostConstraint(Constraint):
         """Regulariser at an update, a float32 scalar.
 
         Args:
-            sparsity: the expected sparsity, a float32 scalar; of several targets that of each.
-            update: the first is 0.
+            sparsity: the expected sparsity, a float32 scalar, or one per target.
+            update: index of the update, from 0.
         """
         sparsities = [sparsity] if isinstance(sparsity, Tensor) else sparsity
         excess = least_excess(sparsities, self.targets_at(update))

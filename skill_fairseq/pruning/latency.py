@@ -1,9 +1,9 @@
-"""Measured time as a cost: a table of whole students' times on one machine, interpolated between their widths.
+"""Measured time as a cost: a table of whole students' times on one machine, interpolated between widths.
 
-An encoder's time is that of what gates never close, and of its parts: each attention sublayer by its heads, each
-feed-forward sublayer by its units, the conv stack by its multiply-accumulates. A table of `skill-bench table` has each
-part at several widths; between them it is a line, so that expected widths have a gradient. Measured tables of other
-models are ZipLM's (arXiv:2302.04089).
+An encoder's time is the time of what gates never close plus that of its parts: each attention sublayer by its heads,
+each feed-forward sublayer by its units, the conv stack by its multiply-accumulates. A table from `skill-bench table`
+has each part at several widths and is linear between them, so that expected widths have a gradient. ZipLM
+(arXiv:2302.04089) uses measured tables for other models.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, ClassVar, Dict, List, Tuple
 
 from torch import Tensor
 
-from skill_fairseq.modules.config import EncoderConfig
+from skill_fairseq.modules.config import UNWRITTEN, EncoderConfig
 from skill_fairseq.modules.size import Number, Widths
 from skill_fairseq.pruning.costs import Cost, register_cost
 
 PARTS = ("conv", "heads", "ffn")
-"""What a table has times of, by width: the conv stack's share of its MACs, a layer's heads, a layer's FFN units."""
+"""Parts of a table and their widths: the conv stack's share of its MACs, a layer's heads, a layer's FFN units."""
 SHAPE = (
     "conv_feature_layers",
     "encoder_layers",
@@ -32,12 +32,13 @@ SHAPE = (
     "extractor_mode",
     "time_reduction",
     "reuse_attention",
+    "mel_bins",
 )
-"""Fields of :class:`EncoderConfig` in which an encoder must be like the one that was measured."""
+"""Fields of :class:`EncoderConfig` that must equal those of the measured encoder."""
 
 
 def interpolate(x: Any, knots: Sequence[float], values: Sequence[float]) -> Any:
-    """A line from knot to knot, constant outside: of a number a float, of a tensor one of its shape, with gradient."""
+    """Linear interpolation between knots, constant outside: number to float, tensor to tensor with gradient."""
     result: Any = values[0]
     for left, right, low, high in zip(knots, knots[1:], values, values[1:]):
         slope = (high - low) / (right - left)
@@ -49,10 +50,10 @@ def interpolate(x: Any, knots: Sequence[float], values: Sequence[float]) -> Any:
 
 
 def conv_share(config: EncoderConfig, channels: Any) -> Any:
-    """The conv stack's multiply-accumulates for these output channels, as a share of those before pruning."""
+    """The conv stack's multiply-accumulates for these output channels, relative to those before pruning."""
     found: Any = 0
     full: float = 0
-    frames, before, before_full = 1.0, 1, 1  # frames relative to each other
+    frames, before, before_full = 1.0, config.mel_bins or 1, config.mel_bins or 1  # frames relative to each other
     for out, (most, kernel, stride) in zip(channels, config.conv_feature_layers):
         frames /= stride
         found = found + frames * kernel * before * out
@@ -63,15 +64,15 @@ def conv_share(config: EncoderConfig, channels: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def read_table(text: str) -> Dict[str, Any]:
-    """A table's content, checked.
+    """Parses and checks a table.
 
     Raises:
-        ValueError: it is none; names the entry.
+        ValueError: it is not a table; names the entry.
     """
     try:
         table = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"latency table: no JSON: {error}; give a file of skill-bench table") from error
+        raise ValueError(f"latency table: not JSON: {error}; give a file of skill-bench table") from error
     if not isinstance(table, dict) or not {"rest_ms", "shape", *PARTS} <= table.keys():
         raise ValueError(
             f"latency table: expected rest_ms, shape, {', '.join(PARTS)}; give a file of skill-bench table"
@@ -81,24 +82,24 @@ def read_table(text: str) -> Dict[str, Any]:
         widths, times = entry.get("widths"), entry.get("ms")
         fine = isinstance(widths, list) and isinstance(times, list) and len(widths) == len(times) > 1
         if not fine or any(not isinstance(v, (int, float)) for v in [*widths, *times]):
-            raise ValueError(f"latency table: {part}: expected two lists of numbers, widths and ms, of one length")
+            raise ValueError(f"latency table: {part}: expected two lists of numbers, widths and ms, of equal length")
         if any(a >= b for a, b in zip(widths, widths[1:])) or any(a > b for a, b in zip(times, times[1:])):
             raise ValueError(f"latency table: {part}: widths must ascend, and times must not fall")
     return table
 
 
 def table_text(table: Mapping[str, Any]) -> str:
-    """What of a table a cost needs, as JSON."""
+    """The parts of a table that a cost needs, as JSON."""
     return json.dumps({name: table[name] for name in ("rest_ms", "shape", *PARTS) if name in table}, sort_keys=True)
 
 
 @register_cost
 @dataclasses.dataclass(frozen=True)
 class LatencyCost(Cost):
-    """Milliseconds of one forward, by a table.
+    """Milliseconds of one forward, from a table.
 
     Attributes:
-        table: JSON, see :func:`table_text`; made of a table's content where that is given.
+        table: JSON, see :func:`table_text`; a table's content is converted.
     """
 
     name = "latency"
@@ -120,15 +121,16 @@ class LatencyCost(Cost):
         table = read_table(self.table)
         for name in SHAPE:
             mine = json.loads(json.dumps(getattr(config, name)))
-            if mine != table["shape"].get(name):
+            measured = table["shape"].get(name, UNWRITTEN.get(name))
+            if mine != measured:
                 raise ValueError(
-                    f"latency table: of an encoder with {name}={table['shape'].get(name)}, but this one has {mine}; "
+                    f"latency table: measured with {name}={measured}, but this encoder has {mine}; "
                     "measure one of this shape with skill-bench table"
                 )
         others = [name for name in config.pruning_units if name not in (*PARTS, "attention_layers", "ffn_layers")]
         if others:
             raise ValueError(
-                f"latency table: has no times of the units {others}; leave them out of model.pruning_units"
+                f"latency table: has no times for the units {others}; remove them from model.pruning_units"
             )
         conv = [*widths["conv"]]
         time = table["rest_ms"] + _time(table, "conv", conv_share(config, conv))
@@ -151,7 +153,7 @@ def _time(table: Mapping[str, Any], part: str, width: Any) -> Any:
 
 
 def ascending(times: Sequence[float]) -> List[float]:
-    """Measured times made not to fall with the width: each at least the one before."""
+    """Makes times non-decreasing in width: each is at least the one before."""
     found: List[float] = []
     for time in times:
         found.append(max(time, found[-1]) if found else time)
@@ -159,12 +161,12 @@ def ascending(times: Sequence[float]) -> List[float]:
 
 
 def fit(full: EncoderConfig, measured: Mapping[str, Sequence[Tuple[float, float]]]) -> Dict[str, Any]:
-    """A table from times of whole students.
+    """Builds a table from times of whole students.
 
     Args:
         full: the encoder before pruning.
-        measured: for each of :data:`PARTS` pairs (width, ms of the student), all its layers that wide and all other
-            parts as narrow as they become; the narrowest first, which is the same student for all parts.
+        measured: for each of :data:`PARTS` pairs (width, ms of the student), where all its layers have that width and
+            all other parts are as narrow as possible; the narrowest comes first, the same student for all parts.
     """
     rest = min(pairs[0][1] for pairs in measured.values())
     table: Dict[str, Any] = {"rest_ms": rest, "shape": {name: getattr(full, name) for name in SHAPE}}

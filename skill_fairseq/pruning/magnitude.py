@@ -1,7 +1,7 @@
-"""Pruning without training: the units of the smallest weights go, an equal share of every gate's.
+"""Magnitude pruning without training: removes the units with the smallest weights, the same share of every gate.
 
-A baseline for what distillation and learnt gates add. A unit's score is the norm of its filter (conv channels), or the
-product of the norms of what makes it and what reads it (heads, FFN units).
+A baseline for distillation and learned gates. A unit's score is the norm of its filter (conv channels), or the product
+of the norms of its input and output weights (heads, FFN units).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from skill_fairseq.modules.units import UNITS, with_units
 from skill_fairseq.pruning.costs import PARAMETERS, Cost
 from skill_fairseq.pruning.shrink import shrink
 
-_OPEN = 30.0  # sigmoid(0.8 * 30 / beta) is 1 in float32: gates scale nothing
+_OPEN = 30.0  # sigmoid(0.8 * 30 / beta) is 1 in float32, so gates do not scale
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Place of each unit among its gate's, (n,) float32 in (0, 1), ascending with the score; equal ones by index."""
+    """Relative rank of each unit within its gate, (n,) float32 in (0, 1), ascending with the score, ties by index."""
     n = len(scores)
     places = torch.empty(n)
     places[scores.sort(stable=True).indices] = (torch.arange(n) + 0.5) / n  # torch 1.13's argsort has no stable
@@ -31,16 +31,16 @@ def ranks(scores: Tensor) -> Tensor:
 def prune_by_magnitude(
     encoder: SpeechEncoder, sparsity: float, units: List[str], cost: Cost = PARAMETERS
 ) -> SpeechEncoder:
-    """A smaller encoder of the same weights, of those that are left.
+    """Prunes an encoder without changing the remaining weights.
 
     Args:
         encoder: without gates.
         sparsity: fraction of the cost to remove, in [0, 1).
-        units: kinds of units that may go, of those that have a score.
-        cost: what the sparsity is of.
+        units: kinds of units to remove, among those with a score.
+        cost: the cost that the sparsity refers to.
 
     Returns:
-        a new encoder; its size is right to the smallest unit.
+        a new encoder, of the requested size to within the smallest unit.
 
     Raises:
         ValueError: the encoder has gates, a kind has no score, or the sparsity cannot be reached.

@@ -1,7 +1,7 @@
-"""Sizes out of one encoder, nested: each unit has its place in one order, and a smaller size leaves out more of it.
+"""Nested sizes of one encoder: units have one order, of which a smaller size drops more.
 
-An encoder of stage 1 orders its units by its gates: by the shift of all ``log_alpha`` at which rounding lets a unit go.
-In stage 2 weights are those of the largest size, and gates hold nothing but the order: see :func:`settle`.
+A stage 1 encoder orders its units by its gates: by the shift of all ``log_alpha`` at which rounding drops a unit. In
+stage 2 the weights are those of the largest size, and gates only hold the order, see :func:`settle`.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from skill_fairseq.pruning.selection import Ranked, Selection, check_reachable, 
 from skill_fairseq.pruning.shrink import cut_units
 
 SETTLED = 30.0
-"""The least ``log_alpha`` of gates that only hold an order: such a gate is open, and its value 1 in float32, in
-training and evaluation alike."""
+"""The least ``log_alpha`` of gates that only hold an order: such a gate is open, with the value 1 in float32, in
+training and evaluation."""
 WHOLE = 1e-3
-"""Difference in size up to which an encoder as it is has the size asked for: a largest one, once it has been cut."""
-_GRID = 4096  # shifts at which a vector's expected number of units is known; between them a line
+"""An encoder whose size differs by at most this much from the requested one is used uncut, such as the largest."""
+_GRID = 4096  # shifts with a known expected number of units; linear between them
 
 
 def is_settled(encoder: SpeechEncoder) -> bool:
-    """Whether the gates only hold an order, as :func:`settle` leaves them."""
+    """Whether the gates only hold an order, see :func:`settle`."""
     return encoder.gates is not None and bool((encoder.gates.log_alpha.detach() >= SETTLED).all())
 
 
 @torch.no_grad()
 def staying(encoder: SpeechEncoder) -> Tensor:
-    """How long each unit stays as sizes fall, (n,) float64 on the CPU, in the bank's order: the more the longer.
+    """How long each unit stays as sizes fall, (n,) float64 on the CPU, in the bank's order; larger stays longer.
 
-    Units that cannot go have infinity. Within a vector of gates the order is that of ``log_alpha``.
+    Units that cannot be removed have infinity. Within a vector of gates the order is that of ``log_alpha``.
     """
     assert encoder.gates is not None
     settled, found = is_settled(encoder), []
@@ -51,7 +51,7 @@ def staying(encoder: SpeechEncoder) -> Tensor:
 
 
 def _by_rounding(values: Tensor) -> Tensor:
-    """(n,) for each unit, the most wanted first, how far all ``log_alpha`` (n,) fall until rounding lets it go."""
+    """(n,) for each unit, most wanted first: how far all ``log_alpha`` (n,) fall until rounding drops it."""
     ends = float(values.min()) - 40, float(values.max()) + 40
     falls = torch.linspace(*ends, _GRID, dtype=torch.float64)
     kept = torch.cat([keep_probability(values - part[:, None]).sum(1) for part in falls.split(64)])  # falling
@@ -62,11 +62,11 @@ def _by_rounding(values: Tensor) -> Tensor:
 
 
 class NestedOrder:
-    """The order of an encoder's units, and how many of them a size has.
+    """The order of an encoder's units, and the number of units for each size.
 
     Args:
         encoder: with gates.
-        cost: what sizes are shares of, before any pruning.
+        cost: the cost, before any pruning, that sizes are shares of.
     """
 
     def __init__(self, encoder: SpeechEncoder, cost: Cost = PARAMETERS) -> None:
@@ -79,12 +79,12 @@ class NestedOrder:
         self.always = int(torch.isinf(self.sorted).sum())
 
     def counts(self, number: int) -> Dict[str, int]:
-        """Units that each vector keeps where ``number`` are kept in all; all that stay as long as the last of them."""
+        """Units that each vector keeps if ``number`` are kept in total, including ties with the last of them."""
         last = self._last(number)
         return {name: int((stays >= last).sum()) for name, stays in zip(self.names, self.vectors)}
 
     def number(self, size: float) -> int:
-        """Of units with which the cost is nearest to a share of what it was before any pruning."""
+        """The number of units whose cost is closest to a share of the cost before any pruning."""
         wanted = size * self.cost.original(self.encoder.config)
         low, high = self.always, len(self.sorted)
         while high - low > 1:
@@ -93,8 +93,7 @@ class NestedOrder:
         return min((low, high), key=lambda number: abs(self._cost(number) - wanted))
 
     def mask(self, size: float) -> Tensor:
-        """(n,) bool on the CPU, the units of a size, to within one unit's cost; those of a smaller size are among
-        them."""
+        """(n,) bool on the CPU: the units of a size, to within one unit's cost; a smaller size's units are a subset."""
         return self.stays >= self._last(self.number(size))
 
     def _last(self, number: int) -> Tensor:
@@ -106,16 +105,16 @@ class NestedOrder:
 
 
 def nested_selections(encoder: SpeechEncoder, sizes: Sequence[float], cost: Cost = PARAMETERS) -> List[Selection]:
-    """Units of each size: as the order has them, then opened or closed one by one until the cost is as near to its
-    share as single units bring it. A smaller size's units are among a larger one's.
+    """Units of each size: the first of the order, then single units are opened or closed until the cost is as close to
+    its share as possible. A smaller size's units are a subset of a larger one's.
 
     Args:
         encoder: with gates.
         sizes: shares of the cost before any pruning, in (0, 1).
-        cost: what they are shares of.
+        cost: the cost that they are shares of.
 
     Returns:
-        a selection for each size, in their order.
+        a selection for each size, in the same order.
 
     Raises:
         ValueError: a size cannot be reached.
@@ -148,11 +147,11 @@ def _selection(encoder: SpeechEncoder, kept: Dict[str, List[int]]) -> Selection:
 
 
 def cut_sizes(encoder: SpeechEncoder, sizes: Sequence[float], cost: Cost = PARAMETERS) -> List[SpeechEncoder]:
-    """Students of several sizes out of one encoder, nested, each of its size to within the smallest unit's cost.
+    """Nested students of several sizes from one encoder, each of its size to within the smallest unit's cost.
 
-    In one that stage 1 has trained, a size's gates have the values of the shift that makes it the expected one.
+    For a stage 1 encoder, a size's gates have their values at the shift that makes this size the expected one.
 
-    Args, Raises: as :func:`nested_selections`. Returns a new encoder without gates for each size, in their order.
+    Args, Raises: see :func:`nested_selections`. Returns a new encoder without gates for each size, in the same order.
     """
     selections = nested_selections(encoder, sizes, cost)
     return [_cut(encoder, selection, size, cost) for size, selection in zip(sizes, selections)]
@@ -165,16 +164,16 @@ def _cut(encoder: SpeechEncoder, selection: Selection, size: float, cost: Cost) 
 
 
 def settle(encoder: SpeechEncoder, size: float, cost: Cost = PARAMETERS) -> SpeechEncoder:
-    """Stage 2's student: the encoder cut to its largest size, with gates that hold the order of what is left.
+    """Stage 2's student: the encoder cut to its largest size, with gates that hold the order of the remaining units.
 
     Args:
-        encoder: with gates, as stage 1 has trained it.
+        encoder: a gated encoder from stage 1.
         size: the largest, a share of the cost before any pruning.
-        cost: what it is a share of.
+        cost: the cost that it is a share of.
 
     Returns:
-        a new encoder whose gates have the ``log_alpha`` 30 to 60, the later a unit goes the more: all are open, with
-        the value 1.
+        a new encoder whose gates have ``log_alpha`` from 30 to 60, higher for units that stay longer; all are open,
+        with the value 1.
 
     Raises:
         ValueError: the size cannot be reached.
@@ -194,7 +193,7 @@ def settle(encoder: SpeechEncoder, size: float, cost: Cost = PARAMETERS) -> Spee
 
 
 def range_of(encoder: SpeechEncoder, ends: Tuple[float, float], trained: Cost, cost: Cost) -> Tuple[float, float]:
-    """The smallest and largest size that were trained, as shares of another cost."""
+    """The smallest and largest trained size, as shares of another cost."""
     if cost == trained:
         return ends
     low, high = (

@@ -1,7 +1,7 @@
-"""Whether stage 1 can get to its target sparsity, and whether it got there.
+"""Checks whether stage 1 can reach its target sparsity, and whether it did.
 
-An update moves a gate's ``log_alpha`` by about the gates' learning rate and hardly more: Adam divides each gradient by
-its own size. Over a run that is a travel of at most the sum of all rates, which the schedule fixes in advance.
+An update moves a gate's ``log_alpha`` by about the gates' learning rate and hardly more, because Adam divides each
+gradient by its magnitude. Over a run, gates move by at most the sum of all rates, which the schedule fixes in advance.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from skill_fairseq.pruning.targets import Asked, Target, as_targets
 logger = logging.getLogger(__name__)
 
 MARGIN = 1.5
-"""How far gates should be able to move in a run, as a multiple of the distance from open to closed: they do not start
-to close in the first update, and not every gate closes. Measured: 100 updates of config/distill/tiny.yaml end at 0.745
+"""How far gates should be able to move in a run, as a multiple of the distance from open to closed: gates do not start
+to close in the first update, and not all of them close. Measured: 100 updates of config/distill/tiny.yaml end at 0.745
 with 1.5, at 0.607 with 1."""
 SETTLING = 0.1
-"""Part of the updates that should be left once the target has risen to its full value."""
+"""Share of the updates that should remain after the target has reached its full value."""
 ARRIVED = 0.02
-"""Difference of expected and target sparsity at the end of stage 1 from which a warning is due."""
+"""Difference between expected and target sparsity at the end of stage 1 that causes a warning."""
 NEAR = 0.05
-"""Difference of asked and expected sparsity from which shrinking chooses badly."""
+"""Difference between requested and expected sparsity at which shrinking chooses badly."""
 
 
 class GateSchedule(NamedTuple):
@@ -38,7 +38,7 @@ class GateSchedule(NamedTuple):
     Attributes:
         field: config field of the peak rate.
         peak: peak rate.
-        factors: sum over all updates of the schedule's factor on the peak; exact, or an upper bound.
+        factors: sum of the schedule's factors on the peak over all updates; exact, or an upper bound.
     """
 
     field: str
@@ -47,15 +47,15 @@ class GateSchedule(NamedTuple):
 
     @property
     def travel(self) -> float:
-        """How far a ``log_alpha`` can move in all, about."""
+        """About how far a ``log_alpha`` can move in total."""
         return self.peak * self.factors
 
 
 def schedule_factors(scheduler: Any, max_update: int) -> float:
-    """Sum over the updates 0 .. max_update - 1 of what the scheduler multiplies the peak rate by.
+    """Sum of the scheduler's factors on the peak rate over the updates 0 .. max_update - 1.
 
     Args:
-        scheduler: config of an lr_scheduler. ``linear_warmup_decay`` is summed exactly; of any other the factor is
+        scheduler: config of an lr_scheduler. ``linear_warmup_decay`` is summed exactly; for any other the factor is
             taken as 1.
         max_update: updates of the run.
     """
@@ -68,7 +68,7 @@ def schedule_factors(scheduler: Any, max_update: int) -> float:
 
 
 def gate_schedule(cfg: Any) -> Optional[GateSchedule]:
-    """The gates' learning rate, from fairseq's whole config; None where the run has no optimization.max_update.
+    """The gates' learning rate, from fairseq's whole config; None if the run has no optimization.max_update.
 
     The optimizer may be ``composite`` with a group ``gates``, or one for all parameters.
     """
@@ -88,9 +88,9 @@ def gate_schedule(cfg: Any) -> Optional[GateSchedule]:
 
 
 def travel_to(encoder: SpeechEncoder, sparsity: float, cost: Cost = PARAMETERS) -> float:
-    """How far every ``log_alpha`` must move down together for the gates to expect this sparsity, 0 if they do.
+    """How far every ``log_alpha`` must fall for the gates to expect this sparsity; 0 if they already do.
 
-    It is found to 1e-3; infinite where even closed gates leave more.
+    Accurate to 1e-3; infinite if even closed gates leave more.
     """
     low, high = 0.0, 1.0
     if expected_sparsity(encoder, cost=cost) >= sparsity:
@@ -108,32 +108,32 @@ def travel_to(encoder: SpeechEncoder, sparsity: float, cost: Cost = PARAMETERS) 
 def reach_warnings(
     encoder: SpeechEncoder, schedule: GateSchedule, max_update: int, target: float, cost: Cost = PARAMETERS
 ) -> List[str]:
-    """What stands between the gates, as they are, and the target; empty if they can get there with some margin."""
+    """Why the gates may not reach the target from here; empty if they can with some margin."""
     needed = travel_to(encoder, target, cost)
     if schedule.travel >= MARGIN * needed:
         return []
     best = expected_sparsity(encoder, -schedule.travel, cost)
-    verdict = "cannot be reached" if best < target else "is hardly within reach"
+    verdict = "cannot be reached" if best < target else "can hardly be reached"
     remedies = f"Set {schedule.field} to {_round_up(MARGIN * needed / schedule.factors)} or more"
     if schedule.travel > 0:
         remedies += f", or optimization.max_update to {_round_up(MARGIN * needed / schedule.travel * max_update):.0f}"
     return [
         f"criterion.target_sparsity: {target} {verdict}: with {schedule.field}={schedule.peak:g} over "
-        f"optimization.max_update={max_update} updates the gates can move by {schedule.travel:.3g}, which would bring "
-        f"the student to {best:.4f} if all closed at full speed from the start. The target takes {needed:.3g}, and "
+        f"optimization.max_update={max_update} updates the gates can move by {schedule.travel:.3g}, which would "
+        f"give {best:.4f} if all closed at full speed from the start. The target needs {needed:.3g}, and "
         f"{MARGIN:g} times as much is advisable. {remedies}, or lower criterion.target_sparsity"
     ]
 
 
 def warmup_warnings(warmup: int, max_update: int, target: float) -> List[str]:
-    """What is wrong with a target that rises over ``warmup`` of ``max_update`` updates; empty if nothing is."""
+    """The problem with a target that rises over ``warmup`` of ``max_update`` updates; empty if there is none."""
     advisable = int((1 - SETTLING) * max_update)
     if warmup <= advisable:
         return []
     if warmup > max_update:
-        found = f"at the end the target is {target * max_update / warmup:.4f} and not {target}"
+        found = f"at the end the target is {target * max_update / warmup:.4f}, not {target}"
     else:
-        found = f"only {max_update - warmup} updates are left to reach {target} once it is asked for in full"
+        found = f"only {max_update - warmup} updates remain after the target has risen to {target}"
     return [
         f"criterion.sparsity_warmup: {warmup} updates, of optimization.max_update={max_update}: {found}. Set "
         f"criterion.sparsity_warmup to {advisable} or less (a tenth to a third of the run is usual), or raise "
@@ -142,15 +142,15 @@ def warmup_warnings(warmup: int, max_update: int, target: float) -> List[str]:
 
 
 def check_reach(cfg: Any, encoder: SpeechEncoder, criterion: Any) -> List[str]:
-    """Warns before training if the gates, as they are, cannot get to the target sparsity in the run's updates.
+    """Warns before training if the gates cannot reach the target sparsity within the run's updates.
 
     Args:
         cfg: fairseq's whole config.
-        encoder: the student's.
-        criterion: ``skill_group_kd``; without a constraint there is nothing to warn of.
+        encoder: the student's encoder.
+        criterion: ``skill_group_kd``; without a constraint there are no warnings.
 
     Returns:
-        the warnings, which have been logged.
+        the warnings, which are also logged.
     """
     constraint = getattr(criterion, "constraint", None)
     schedule = None if constraint is None else gate_schedule(cfg)
@@ -159,7 +159,7 @@ def check_reach(cfg: Any, encoder: SpeechEncoder, criterion: Any) -> List[str]:
     max_update = int(cfg.optimization.max_update)
     found = []
     for target in constraint.targets:
-        if not isinstance(constraint, ExactConstraint):  # which shifts gates as far as need be
+        if not isinstance(constraint, ExactConstraint):  # it shifts gates as far as needed
             found += reach_warnings(encoder, schedule, max_update, target.sparsity, target.cost)
         found += warmup_warnings(constraint.warmup, max_update, target.sparsity)
     for warning in found:
@@ -170,9 +170,9 @@ def check_reach(cfg: Any, encoder: SpeechEncoder, criterion: Any) -> List[str]:
 def sparsity_report(
     encoder: SpeechEncoder, target: float, cost: Cost = PARAMETERS, together: Sequence[Target] = ()
 ) -> str:
-    """At the end of stage 1, in one line: what the gates expect, what they round to, what shrinking gives, the target.
+    """Sparsity at the end of stage 1, in one line: expected by the gates, after rounding, after shrinking, and target.
 
-    All are fractions of the original cost that are gone. ``together`` are all targets, where there are others.
+    All are removed fractions of the original cost. ``together`` holds all targets, if there are several.
     """
     full = cost.original(encoder.config)
     rounded, shrunk = (selected_cost(encoder, sparsity, cost) for sparsity in (None, together or target))
@@ -184,7 +184,7 @@ def sparsity_report(
 
 
 def arrival_warning(expected: float, target: float) -> Optional[str]:
-    """What to do at the end of stage 1 if the gates expect another sparsity than the target; None if they do not."""
+    """Advice for the end of stage 1 if the gates expect another sparsity than the target; otherwise None."""
     if abs(expected - target) <= ARRIVED:
         return None
     short = expected < target
@@ -205,7 +205,7 @@ def arrival_warning(expected: float, target: float) -> Optional[str]:
 
 
 def log_sparsity(encoder: SpeechEncoder, target: Asked, cost: Cost = PARAMETERS) -> None:
-    """Logs :func:`sparsity_report` of each target, a warning if gates have not arrived at the one that binds."""
+    """Logs :func:`sparsity_report` of each target, and a warning if gates missed the binding one."""
     targets = as_targets(target, cost)
     found = {each: expected_sparsity(encoder, cost=each.cost) for each in targets}
     for each in targets:
@@ -217,13 +217,13 @@ def log_sparsity(encoder: SpeechEncoder, target: Asked, cost: Cost = PARAMETERS)
 
 
 def far_from_gates(encoder: SpeechEncoder, asked: Asked, field: str, cost: Cost = PARAMETERS) -> Optional[str]:
-    """What is wrong with shrinking to a sparsity far from what the gates expect; None if it is near.
+    """A warning about shrinking to a sparsity far from the expected one; None if it is close.
 
     Args:
         encoder: with gates.
-        asked: sparsity, or targets, of which the one that binds is looked at; none: nothing is wrong.
-        field: where it was asked for.
-        cost: what the sparsity is of.
+        asked: sparsity, or targets, of which the binding one counts; None: no warning.
+        field: config field or option, for messages.
+        cost: the cost that the sparsity refers to.
     """
     if not isinstance(asked, float):
         if not asked:
@@ -235,19 +235,19 @@ def far_from_gates(encoder: SpeechEncoder, asked: Asked, field: str, cost: Cost 
     low, high = max(expected - NEAR, 0.0), min(expected + NEAR, 0.999)
     return (
         f"{field}: {asked} is {abs(asked - expected):.2f} away from the {expected:.4f} that the gates expect. Units "
-        "are then opened or closed by their gates alone, whatever they weigh (attention heads tend to go before FFN "
-        "units): the student will be worse than one trained for that size. Choose between "
+        "are then opened or closed by their gates only, regardless of their cost (attention heads tend to go before "
+        "FFN units): the student will be worse than one trained for that size. Choose between "
         f"{low:.2f} and {high:.2f}, or train stage 1 with criterion.target_sparsity={asked}"
     )
 
 
 def _get(config: Any, name: str) -> Any:
-    """A field of a dictionary or a config, None where it has none."""
+    """A field of a dictionary or a config, None if missing."""
     return config[name] if name in config else None
 
 
 def _round_up(value: float) -> float:
-    """To two significant digits, upwards."""
+    """Rounds up to two significant digits."""
     if value <= 0 or not math.isfinite(value):
         return value
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)

@@ -1,4 +1,4 @@
-"""Which units stay: by each gate's own rounding, then one global correction to hit a cost exactly."""
+"""Selects the units to keep: rounding of each gate, then a global correction to match a cost."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from skill_fairseq.pruning.expected import smallest_widths
 from skill_fairseq.pruning.targets import Asked, as_targets
 
 Selection = Dict[str, Tensor]
-"""Gate name -> (num_units,) bool, True for each unit that stays."""
+"""Gate name -> (num_units,) bool, True for each kept unit."""
 
 
 class Ranked(NamedTuple):
-    """Units of a vector of gates, the most wanted first.
+    """Units of a vector of gates, most wanted first.
 
     Attributes:
-        name: of the vector.
+        name: name of the vector.
         order: the units.
-        log_alpha: how much each is wanted, in that order.
-        at_least: units that cannot go.
+        log_alpha: their ``log_alpha``, in that order.
+        at_least: number of units that must stay.
     """
 
     name: str
@@ -35,18 +35,19 @@ class Ranked(NamedTuple):
 
 
 def select_units(encoder: SpeechEncoder, sparsity: Optional[Asked] = None, cost: Cost = PARAMETERS) -> Selection:
-    """Units that stay when the encoder is shrunk.
+    """Selects the units to keep when shrinking an encoder.
 
     Without a sparsity these are the units that evaluation keeps. With one, gates are opened or closed one unit at a
-    time, always the least wanted open (or the most wanted closed) unit of all whose cost brings the encoder nearer to
-    ``(1 - sparsity) * original cost``, until none does: the cost is then off by less than the smallest unit's. Units
-    that cost nothing by themselves, as ranks of a matrix that is smaller whole, move with the first one that does. With
-    several targets no cost is above its own, and the one that binds is below by less than that.
+    time, always the least wanted open (or the most wanted closed) unit whose cost brings the encoder closer to ``(1 -
+    sparsity) * original cost``, until there is none: the cost is then off by less than the smallest unit's. Units
+    without a cost of their own, such as ranks of a matrix that is smaller unfactored, move with the next one that has a
+    cost. With several targets no cost exceeds its target, and the binding one is below by less than the smallest
+    unit's.
 
     Args:
         encoder: with gates.
         sparsity: fraction of the original cost to remove, in [0, 1); or several targets.
-        cost: what is to become less.
+        cost: the cost to reduce.
 
     Raises:
         ValueError: no gates, or the sparsity cannot be reached with them.
@@ -88,17 +89,17 @@ def select_units(encoder: SpeechEncoder, sparsity: Optional[Asked] = None, cost:
 
 
 def selected_cost(encoder: SpeechEncoder, sparsity: Optional[Asked] = None, cost: Cost = PARAMETERS) -> float:
-    """The cost that shrinking to a sparsity, or to targets, leaves, by rounding where it is None; nothing is changed.
+    """The cost after shrinking to a sparsity or targets (None: by rounding), without changing the encoder.
 
     Raises:
-        ValueError: as :func:`select_units`.
+        ValueError: see :func:`select_units`.
     """
     selection = select_units(encoder, sparsity, cost)
     return _cost_with(encoder, {name: int(mask.sum()) for name, mask in selection.items()}, cost)
 
 
 def apply_selection(encoder: SpeechEncoder, selection: Optional[Selection]) -> None:
-    """Makes evaluation of the gated encoder keep exactly these units; None returns to rounding."""
+    """Makes evaluation of the gated encoder keep exactly these units; None restores rounding."""
     for name, gate in encoder.named_gates():
         gate.set_kept(None if selection is None else selection[name])
 
@@ -107,10 +108,10 @@ def check_reachable(config: EncoderConfig, sparsity: float, field: str, cost: Co
     """Refuses a sparsity that the encoder's gates cannot reach.
 
     Raises:
-        ValueError: names ``field``, the value and what can be reached.
+        ValueError: names ``field``, the value and the reachable range.
     """
     if not 0 <= sparsity < 1:
-        raise ValueError(f"{field}: {sparsity} is no sparsity; expected a number in [0, 1): 0.75 leaves a quarter")
+        raise ValueError(f"{field}: {sparsity} is not a sparsity; expected a number in [0, 1): 0.75 leaves a quarter")
     most = float(cost.sparsity(config, smallest_widths(config)))
     least = float(cost.sparsity(config, widths_of(config)))
     if not least - 1e-9 <= sparsity <= most:
@@ -123,7 +124,7 @@ def check_reachable(config: EncoderConfig, sparsity: float, field: str, cost: Co
 def correct(
     gates: Sequence[Ranked], counts: Dict[str, int], target: float, cost_with: Callable[[Dict[str, int]], float]
 ) -> None:
-    """Moves ``counts`` unit by unit until the cost is as near to ``target`` as single units bring it."""
+    """Moves ``counts`` unit by unit until the cost is as close to ``target`` as single units allow."""
     found, by_name = cost_with(counts), {gate.name: gate for gate in gates}
     while found != target:
         step = -1 if found > target else 1
@@ -131,11 +132,11 @@ def correct(
         for gate in gates:
             count = counts[gate.name]
             if (step < 0 and count > gate.at_least) or (step > 0 and count < len(gate.order)):
-                # The unit at stake: the least wanted open one, or the most wanted closed one.
+                # The candidate: the least wanted open unit, or the most wanted closed one.
                 moves.append((-step * gate.log_alpha[count - 1 if step < 0 else count], gate.name))
         for _, name in sorted(moves):
             count, new = _first_that_counts(counts, by_name[name], step, found, cost_with)
-            # A unit behind a closed gate costs nothing: moving it is no progress.
+            # A unit behind a closed gate costs nothing, so moving it is no progress.
             if new != found and abs(new - target) < abs(found - target):
                 counts[name] = count
                 found = new
@@ -147,9 +148,9 @@ def correct(
 def _first_that_counts(
     counts: Dict[str, int], gate: Ranked, step: int, found: float, cost_with: Callable[[Dict[str, int]], float]
 ) -> Tuple[int, float]:
-    """The nearest count of open units, in a direction, at which the cost is another than ``found``, and that cost.
+    """The nearest count of open units, in a direction, whose cost differs from ``found``, and that cost.
 
-    The cost never falls as units open. Where no count of this gate changes it, the farthest one.
+    The cost never falls as units open. If no count of this gate changes it, returns the farthest one.
     """
 
     def cost_at(count: int) -> float:
@@ -168,7 +169,7 @@ def _first_that_counts(
 def _keep_below(
     gates: List[Ranked], counts: Dict[str, int], limit: float, cost_with: Callable[[Dict[str, int]], float]
 ) -> None:
-    """Closes the least wanted units until the cost is not above the limit, then opens those that still fit in."""
+    """Closes the least wanted units until the cost is within the limit, then opens those that still fit."""
     found, by_name = cost_with(counts), {gate.name: gate for gate in gates}
     while found > limit:
         moves = [(g.log_alpha[counts[g.name] - 1], g.name) for g in gates if counts[g.name] > g.at_least]
@@ -197,7 +198,7 @@ def _cost_with(encoder: SpeechEncoder, kept: Dict[str, int], cost: Cost) -> floa
 
 
 def kept_widths(encoder: SpeechEncoder, kept: Dict[str, int]) -> Widths:
-    """Widths of the encoder with so many units kept by each gate (gate name -> count)."""
+    """Widths of the encoder if each gate keeps this many units (gate name -> count)."""
     exact = widths_of(encoder.config)
     flat = flat_widths(exact)
     for name, gate in encoder.named_gates():

@@ -1,4 +1,4 @@
-"""Cutting closed gates out: a smaller encoder with the same outputs."""
+"""Shrinking: removes the units of closed gates, with unchanged outputs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ Encoder = TypeVar("Encoder", bound=nn.Module)
 
 @torch.no_grad()
 def shrink(encoder: Encoder, sparsity: Optional[Asked] = None, cost: Cost = PARAMETERS) -> Encoder:
-    """A physically smaller encoder that computes what the gated one computes in evaluation.
+    """Builds a smaller encoder that computes what the gated one computes in evaluation.
 
-    Units whose gate is closed are cut out; the soft value of an open gate is folded into the next weights. Without
-    ``sparsity`` the gates decide, and outputs agree to float rounding. With it, a global correction first makes the
-    cost right (see :func:`select_units`), and outputs agree with the gated encoder under the same selection.
+    Removes units with closed gates; folds the soft value of an open gate into the next weights. Without ``sparsity``
+    the gates decide, and outputs agree to float rounding. With it, a global correction first matches the cost (see
+    :func:`select_units`), and outputs agree with the gated encoder under the same selection.
 
     Args:
-        encoder: with gates; left as it is. It may have been shrunk and gated before. Besides our encoder, a model of
-            transformers that :func:`skill_fairseq.pruning.gate` takes.
-        sparsity: fraction of the original cost to remove, in [0, 1); or several targets; None: as the gates round.
-        cost: what the sparsity is of.
+        encoder: a gated encoder, ours or a transformers model that :func:`skill_fairseq.pruning.gate` accepts; it is
+            not modified. It may have been shrunk and gated before.
+        sparsity: fraction of the original cost to remove, in [0, 1); or several targets; None: round the gates.
+        cost: the cost that the sparsity refers to.
 
     Returns:
-        A new encoder of the same class without gates, in evaluation mode, on the same device and of the same dtype.
+        a new encoder of the same class without gates, in evaluation mode, with the same device and dtype.
 
     Raises:
         ValueError: the encoder has no gates, a convolution would lose all its channels, or the sparsity cannot be
@@ -49,11 +49,11 @@ def shrink(encoder: Encoder, sparsity: Optional[Asked] = None, cost: Cost = PARA
 
 @torch.no_grad()
 def cut_units(encoder: SpeechEncoder, selection: Selection, shift: float = 0.0) -> SpeechEncoder:
-    """:func:`shrink` for units that have been selected.
+    """:func:`shrink` for selected units.
 
     Args:
-        encoder: with gates; left as it is.
-        selection: the units that stay.
+        encoder: a gated encoder; it is not modified.
+        selection: the units to keep.
         shift: added to every ``log_alpha`` before the gates' values are folded into weights.
     """
     fields = encoder.config.to_dict()
@@ -79,7 +79,7 @@ def cut_units(encoder: SpeechEncoder, selection: Selection, shift: float = 0.0) 
 
 
 def kept_tables(config: EncoderConfig) -> Dict[str, List[List[str]]]:
-    """What is left of each layer, for people: by what a line is of ("layer"), lines of cells, the first is the head."""
+    """Readable tables of what is left of each layer: by kind of row ("layer"), rows of cells, header first."""
     tables: Dict[str, List[List[str]]] = {}
     for unit in units_of(config):
         left, full = unit.left(config), unit.full(config)
@@ -95,11 +95,11 @@ def kept_tables(config: EncoderConfig) -> Dict[str, List[List[str]]]:
 
 
 def describe_units(left: Optional[int], full: int) -> str:
-    """What is left of a sublayer, for people: "3 / 12"; without units "bias only", of none "removed".
+    """What is left of a sublayer, as text: "3 / 12", "bias only" without units, or "removed".
 
     Args:
         left: number of units; 0 and None as in EncoderConfig.
-        full: before pruning.
+        full: number before pruning.
     """
     if left is None:
         return "removed"

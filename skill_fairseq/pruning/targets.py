@@ -1,4 +1,4 @@
-"""What a student is held to: targets for its costs, how they rise over a run, and how far it is from them.
+"""Targets for a student's costs, how they rise over a run, and the distance to them.
 
 Costs enter as sparsity, ``s = 1 - E[cost] / original cost``, see :mod:`skill_fairseq.pruning.costs`.
 """
@@ -18,11 +18,11 @@ from skill_fairseq.pruning import latency  # noqa: F401  (registers its cost)
 from skill_fairseq.pruning.costs import COSTS, PARAMETERS, Cost, make_cost, saved_cost
 
 SCHEDULES = ("linear", "cosine", "exponential")
-"""How a target may rise."""
+"""Schedules of a target's rise."""
 
 
 class Target(NamedTuple):
-    """One cost and how much of it is to go.
+    """One cost and its target sparsity.
 
     Attributes:
         cost: the cost.
@@ -34,37 +34,37 @@ class Target(NamedTuple):
 
 
 Asked = Union[float, Sequence[Target]]
-"""A sparsity of some cost, or targets that are all to be met."""
+"""A sparsity of some cost, or a list of targets, all of which must be met."""
 
 
 def as_targets(asked: Asked, cost: Cost = PARAMETERS) -> Tuple[Target, ...]:
-    """A sparsity of a cost as a target, targets as they are.
+    """Converts a sparsity of a cost to a target; returns targets unchanged.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no target.
     """
     targets = (Target(cost, asked),) if isinstance(asked, (int, float)) else tuple(Target(*each) for each in asked)
     if not targets:
-        raise ValueError("target: none is given; expected a sparsity such as 0.75, or a list of targets")
+        raise ValueError("target: empty; expected a sparsity such as 0.75, or a list of targets")
     return targets
 
 
 def read_targets(asked: Any, field: str) -> Tuple[Target, ...]:
-    """Targets as a config gives them: how much of which cost is to be left, such as ``{macs: 0.25, seconds: 10}``.
+    """Parses a config's targets: which share of each cost to keep, such as ``{macs: 0.25, seconds: 10}``.
 
     Args:
-        asked: name of a cost to the share of it that is to be left, in (0, 1], or ``latency_ms`` to milliseconds, for
-            one cost or several; and settings of these costs by their names.
-        field: where it was asked for, for messages.
+        asked: name of a cost -> share to keep, in (0, 1], or ``latency_ms`` -> milliseconds, for one or several costs;
+            and settings of these costs by name.
+        field: config field, for messages.
 
     Raises:
-        ValueError: names the field and what is wrong.
+        ValueError: names the field and the problem.
     """
     names = {name: kind for kind in COSTS.values() for name in (kind.name, kind.absolute) if name}
     if not isinstance(asked, Mapping) or not any(name in names for name in asked):
         raise ValueError(
-            f"{field}: {asked!r}; expected the share that is to be left of one or several costs, as {{macs: 0.25}}; "
-            f"known are {', '.join(names)}"
+            f"{field}: {asked!r}; expected the share to keep of one or several costs, such as {{macs: 0.25}}; known "
+            f"costs are {', '.join(names)}"
         )
     given = {name: names[name] for name in asked if name in names}
     settings = {name: value for name, value in asked.items() if name not in names}
@@ -85,16 +85,16 @@ def read_targets(asked: Any, field: str) -> Tuple[Target, ...]:
             expected = (
                 f"at most the {most:.4g} before pruning" if name == kind.absolute else "at most 1: 0.25 is a quarter"
             )
-            raise ValueError(f"{field}.{name}: {value!r}; expected what is to be left, above 0 and {expected}")
+            raise ValueError(f"{field}.{name}: {value!r}; expected the share or amount to keep, above 0 and {expected}")
         targets.append(Target(cost, 1 - value / most))
     return tuple(targets)
 
 
 def saved_targets(provenance: Mapping[str, Any]) -> Tuple[Target, ...]:
-    """What a checkpoint was trained for, from its provenance; empty where it says nothing.
+    """A checkpoint's targets, from its provenance; empty if it has none.
 
     Raises:
-        ValueError: it is of a cost that is not registered here, or not usable.
+        ValueError: the cost is not registered here, or a target is not usable.
     """
     if provenance.get("target"):
         return read_targets(provenance["target"], "target")
@@ -105,8 +105,8 @@ def saved_targets(provenance: Mapping[str, Any]) -> Tuple[Target, ...]:
 def target_sparsity(update: int, warmup: int, final: float, schedule: str = "linear") -> float:
     """Target at an update (the first is 0): rises from 0 to ``final`` over ``warmup`` updates.
 
-    It rises in a line (DPHuBERT, arXiv:2305.17651), with "cosine" as half a period of it, slow at both ends, and with
-    "exponential" so that what is left of the cost falls by the same factor in every update.
+    The rise is linear (DPHuBERT, arXiv:2305.17651), "cosine" (half a period, slow at both ends), or "exponential" (the
+    remaining cost falls by the same factor in every update).
     """
     if update >= warmup:
         return final
@@ -118,23 +118,23 @@ def target_sparsity(update: int, warmup: int, final: float, schedule: str = "lin
 
 
 def least_excess(sparsities: Sequence[Tensor], targets: Sequence[float]) -> Tensor:
-    """Sparsity less its target, a scalar with gradient: of several the smallest, that of the target which binds."""
+    """Sparsity less its target, a scalar with gradient; with several targets the smallest, of the binding target."""
     found = [sparsity - target for sparsity, target in zip(sparsities, targets)]
     return found[0] if len(found) == 1 else torch.stack(found).min()
 
 
 class Constraint(Float32Module):
-    """Targets for the student's costs and their rise; subclasses say how the gates are brought there.
+    """Targets for the student's costs and their rise; subclasses implement how gates reach them.
 
     Args:
-        target: sparsity to reach, in [0, 1), of ``cost``; or a list of targets, all of which are to be met: the one
-            that is farthest off binds.
+        target: sparsity to reach, in [0, 1), of ``cost``; or a list of targets, all of which must be met: the
+            farthest one binds.
         warmup: number of updates over which targets rise from 0.
-        cost: what the sparsity is of.
-        schedule: how they rise, one of :data:`SCHEDULES`.
+        cost: the cost that the sparsity refers to.
+        schedule: one of :data:`SCHEDULES`.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Constraint(Float32Module):
         return [target_sparsity(update, self.warmup, each.sparsity, self.schedule) for each in self.targets]
 
     def impose(self, gates: Any, update: int) -> None:
-        """Called before the forward of an update, with :class:`Gates` or a gated encoder; most need nothing."""
+        """Called before the forward of an update, with :class:`Gates` or a gated encoder; does nothing by default."""
 
     def extra_repr(self) -> str:
         held = ", ".join(f"{each.sparsity} of {each.cost.name}" for each in self.targets)

@@ -1,1 +1,1 @@
-"""The report of a run or a benchmark: reading what is in its folder, pictures, one page of HTML."""
+"""Reports of runs and benchmarks: reading a folder, drawing pictures, writing one HTML page."""

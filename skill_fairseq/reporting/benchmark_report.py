@@ -1,4 +1,4 @@
-"""The report of a benchmark: which way of choosing what is distilled does better, and by how much."""
+"""The report of a benchmark: which method does better, and by how much."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Row = Mapping[str, Any]
 
 
 def benchmark_report(folder: RunFolder, out: Path) -> str:
-    """The page; writes its pictures into a folder.
+    """Builds the page; writes its pictures into a folder.
 
     Args:
-        folder: with the content of results.json, as examples/benchmark/run.py writes it.
+        folder: holds the content of results.json from examples/benchmark/run.py.
         out: folder of the pictures.
     """
     summary = folder.benchmark
@@ -64,7 +64,7 @@ def _sparsity(rows: Sequence[Row], summary: Mapping[str, Any], sparsity: Any, ou
             pictures.forest(path, lines, label, 0.0, zoom=True)
             alt = f"difference of each method to {baseline} on {task}"
             why = summary["tasks"][task]["no_interval"]
-            caption = f"no interval: {why}" if why else "in colour: intervals without 0"
+            caption = f"no interval: {why}" if why else "in colour: intervals that exclude 0"
             if pictures.beyond(lines, 0.0):
                 caption += "; \u25c2 \u25b8: beyond the axis"
             shown.append(page.figure(path, alt, caption))
@@ -93,7 +93,7 @@ def _repeat(rows: Sequence[Row]) -> str:
     command = ["python", "examples/benchmark/run.py", "OUT", "--grid", "GRID", "--name", "NAME"]
     command += ["--methods", *methods, "--sparsities", *sparsities, "--seeds", *map(str, seeds)]
     text = (
-        "GRID and NAME: a grid whose stages have the settings above; examples/benchmark/grid.yaml has those shipped. "
+        "GRID and NAME: a grid whose stages have the settings above; examples/benchmark/grid.yaml is the shipped one. "
         "Curves and kept units of one run: skill-report OUT/runs/METHOD-SPARSITY-SEED."
     )
     return page.command(command) + page.paragraph(text)

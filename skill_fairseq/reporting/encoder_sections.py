@@ -1,4 +1,4 @@
-"""The report's parts on encoders: size and time, what is left of each layer, distance to the teacher."""
+"""The report's sections on encoders: size and time, units left in each layer, distance to the teacher."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Encoders = Mapping[str, SpeechEncoder]
 
 
 def first_recordings(valid: Path, max_seconds: float, rate: int = 16000) -> tuple[list[Path], float]:
-    """Recordings of a manifest until there is so much audio, the first in any case; and how much that is, in seconds.
+    """The first recordings of a manifest up to this much audio, at least one; and their length in seconds.
 
     Raises:
         ValueError, OSError: the manifest cannot be used.
@@ -38,7 +38,7 @@ def first_recordings(valid: Path, max_seconds: float, rate: int = 16000) -> tupl
 
 
 def cost_section(encoders: Encoders, files: Mapping[str, Path]) -> str:
-    """Table of parameters, work and time, each beside the first encoder's, the teacher's where there is one."""
+    """Table of parameters, work and time, relative to the first encoder: the teacher, if there is one."""
     found = {name: costs(encoder) for name, encoder in encoders.items()}
     first = next(iter(found.values()))
     rows = []
@@ -57,13 +57,13 @@ def cost_section(encoders: Encoders, files: Mapping[str, Path]) -> str:
         )
     head = ["encoder", "parameters", "of them left", "G MACs", "of them left", "CPU ms", "times faster", "file, MB"]
     return page.table(head, rows) + page.paragraph(
-        f"MACs and processor time of one forward of {SECONDS:g} s of audio; time is the least of several forwards, on "
-        f"the machine that made this page ({first['threads']} thread{'s' * (first['threads'] > 1)})."
+        f"MACs and processor time of one forward of {SECONDS:g} s of audio; time is the minimum over several forwards, "
+        f"on the machine that made this page ({first['threads']} thread{'s' * (first['threads'] > 1)})."
     )
 
 
 def units_section(config: EncoderConfig, out: Path) -> str:
-    """What is left of each layer: picture and tables."""
+    """Units left in each layer: picture and tables."""
     shares: dict[str, Sequence[Optional[float]]] = {
         unit.label.partition(" (")[0]: [
             _share(*row) for row in zip(unit.by_row(unit.left(config)), unit.by_row(unit.full(config)))
@@ -82,17 +82,17 @@ def units_section(config: EncoderConfig, out: Path) -> str:
 
 
 def _share(left: Sequence[Optional[int]], full: Sequence[int]) -> Optional[float]:
-    """What is left of a line of tables; None where all of it has been removed."""
+    """The share left in one table row; None where everything was removed."""
     return None if set(left) == {None} else sum(width or 0 for width in left) / sum(full)
 
 
 def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups: Any, out: Path) -> str:
-    """How far each student's states are from the teacher's.
+    """Distance of each student's states to the teacher's.
 
     Args:
         encoders: "teacher" and others.
         valid: manifest of the recordings.
-        max_seconds: take the first recordings until this much audio.
+        max_seconds: use the first recordings up to this much audio.
         groups: layers of each group, or None.
         out: folder of the pictures.
 
@@ -110,16 +110,17 @@ def distance_section(encoders: Encoders, valid: Path, max_seconds: float, groups
         path = pictures.curves(out / f"distance_{kind}.png", lines, label, xlabel="layer of the teacher")
         shown.append(page.figure(path, f"{label} between student and teacher, by layer"))
     text = (
-        f"States of layers at the same share of the depth, on {number} recordings of {valid.name} ({seconds:.1f} s, "
-        f"{next(iter(found.values())).num_frames} frames), no projection in between. L1 is shown of states as they "
-        "are, and of states brought to zero mean and unit variance frame by frame; 1 - CKA, of a recording's frames, "
-        "asks nothing of rotation and scale, and is all that other widths allow. Layer 0 precedes the transformer."
+        f"States of layers at the same relative depth, on {number} recordings of {valid.name} ({seconds:.1f} s, "
+        f"{next(iter(found.values())).num_frames} frames), without projections. L1 is shown for raw "
+        "states and for states normalised to zero mean and unit variance per frame; 1 - CKA, over a recording's "
+        "frames, ignores rotation and scale, and is the only distance between different widths. Layer 0 precedes the "
+        "Transformer."
     )
     return page.paragraph(text) + page.figures(shown) + _distance_table(found, groups)
 
 
 def _distance_table(found: Mapping[str, LayerDistances], groups: Any) -> str:
-    """A row for each of the teacher's layers that a student's was compared with."""
+    """One row per teacher layer that a student's layer was compared with."""
     labels = {"l1": "L1", "l1_normalized": "L1 normalised", "cos": "1 - cos", "cka": "1 - CKA"}
     columns = [(name, d, kind) for name, d in found.items() for kind in KINDS if kind in d.layers]
     number = {layer: str(g) for g, group in enumerate(groups or []) for layer in group}

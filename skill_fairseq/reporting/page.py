@@ -1,4 +1,4 @@
-"""A page of HTML that needs nothing but itself: no network, no script, no other file."""
+"""A self-contained HTML page: no network, no scripts, no other files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ details{margin:.5rem 0}
 summary{cursor:pointer;padding:.3rem 0}
 """
 
-LONGEST_STAYING = 19  # characters of a first column that stays in view: less than half of a phone's width
+LONGEST_STAYING = 19  # characters of a first column that stays in view: less than half of a phone screen
 
 
 def page(title: str, about: str, sections: Sequence[tuple[str, str]]) -> str:
@@ -69,13 +69,12 @@ def page(title: str, about: str, sections: Sequence[tuple[str, str]]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], words_last: bool = False) -> str:
-    """A table in a box of its own, which scrolls where the screen is narrower; first column to the left, and staying
-    there where it is short.
+    """A table in a box that scrolls on narrow screens; its first column is left-aligned, and sticky if it is short.
 
     Args:
-        head: of each column, plain text.
+        head: column names, plain text.
         rows: plain text.
-        words_last: the last column too stands to the left.
+        words_last: left-align the last column too.
     """
     short = all(len(line[0]) <= LONGEST_STAYING for line in [head, *rows] if line)
     kinds = " ".join(kind for kind, holds in (("short", short), ("words", words_last)) if holds)
@@ -90,23 +89,30 @@ def paragraph(text: str) -> str:
 
 
 def bullets(lines: Sequence[str]) -> str:
-    """A list of plain text, what stands between ** in bold."""
+    """A list of plain text, with ** ** for bold."""
     bold = (re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", escape(line)) for line in lines)
     return "<ul>" + "".join(f"<li>{line}</li>" for line in bold) + "</ul>"
 
 
 def code(text: str) -> str:
-    """Lines as they are; long ones scroll."""
+    """Preformatted lines; long ones scroll."""
     return f"<pre>{escape(text)}</pre>"
 
 
-def command(words: Sequence[str]) -> str:
-    """A command for a shell, its words quoted; long ones are wrapped, between words where that is possible."""
-    return f'<pre class="command">{" ".join(f"<span>{escape(shell_quote(word))}</span>" for word in words)}</pre>'
+def command(words: Sequence[str], into: Optional[str] = None) -> str:
+    """A shell command, its words quoted; long ones wrap, between words if possible.
+
+    Args:
+        words: words of the command.
+        into: file for its standard output.
+    """
+    shown = [escape(shell_quote(word)) for word in words]
+    shown += [] if into is None else [escape(f"> {shell_quote(into)}")]
+    return f'<pre class="command">{" ".join(f"<span>{word}</span>" for word in shown)}</pre>'
 
 
 def folded(summary: str, html: str) -> str:
-    """HTML that shows when asked for."""
+    """Collapsed HTML that the reader can open."""
     return f"<details><summary>{escape(summary)}</summary>{html}</details>"
 
 
@@ -117,7 +123,7 @@ def figure(picture: Path, alt: str, caption: Optional[str] = None, wide: bool = 
         picture: the file.
         alt: what it shows, in words.
         caption: below it.
-        wide: keep it 860 px wide and scroll where the screen is narrower, for pictures with small writing.
+        wide: keep it 860 px wide and scroll on narrower screens, for pictures with small text.
     """
     data = base64.b64encode(picture.read_bytes()).decode()
     image = f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'

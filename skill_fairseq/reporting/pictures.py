@@ -1,4 +1,4 @@
-"""The report's pictures, PNG, drawn without a display."""
+"""The report's PNG pictures, drawn without a display."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from skill_fairseq.files import atomic_write
 
 Curve = tuple[Sequence[float], Sequence[float]]
 Bounded = tuple[float, Optional[float], Optional[float]]
-"""A value, and the low and high end of its interval; None where it has none."""
+"""A value, and the ends of its interval or None."""
 
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)))
 MARKERS = "os^Dv<>P"
@@ -27,18 +27,18 @@ STYLES = tuple(
     for j, dashes in enumerate(DASHES)
     for i, colour in enumerate(COLOURS)
 )
-"""Colour, line style and marker of each curve of a picture: 32, of which any two differ in two of these or more."""
+"""Colour, line style and marker of each curve: 32 combinations, any two of which differ in at least two of these."""
 MOST_MARKERS = 13
 MOST_INSIDE, LONGEST_BESIDE = 2, 19  # lines of a legend inside the axes; characters of two names side by side
-WIDTH = 4.4  # inches: on a phone 10 pt are then as many pixels
+WIDTH = 4.4  # inches: on a phone 10 pt are then about 10 pixels
 DPI = 220
 MOST_IN_LINE = 44  # characters of that width
 
 
 def file_of(out: Path, *words: str) -> Path:
-    """A PNG file in a folder, and not elsewhere: words may come from a file, hold anything, and be of any length.
+    """A PNG path inside a folder: words may come from a file, hold any characters, and have any length.
 
-    Letters, digits and ``. _ -`` stay; where others had to go, a hash keeps names distinct.
+    Keeps letters, digits and ``. _ -``; if others were dropped, a hash keeps names distinct.
     """
     name = "_".join(words)
     safe = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)[:100]
@@ -49,16 +49,16 @@ def file_of(out: Path, *words: str) -> Path:
 
 @contextlib.contextmanager
 def drawing(path: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """A figure of matplotlib's to draw on, saved when the block ends.
+    """Yields a matplotlib figure, and saves it when the block ends.
 
     Args:
         path: file to write.
-        size: in inches.
+        size: inches.
     """
-    from matplotlib import rc_context  # an extra; without pyplot no display is needed
+    from matplotlib import rc_context  # an optional dependency; without pyplot no display is needed
     from matplotlib.figure import Figure
 
-    with rc_context({"text.parse_math": False}):  # a $ in a name is no formula
+    with rc_context({"text.parse_math": False}):  # a $ in a name is not a formula
         figure = Figure(figsize=size, dpi=DPI, layout="constrained")
         yield figure
         with atomic_write(path) as temporary:
@@ -66,12 +66,12 @@ def drawing(path: Path, size: tuple[float, float]) -> Iterator[Any]:
 
 
 def draw(path: Path, painter: Callable[[Any], None], size: tuple[float, float]) -> Path:
-    """Saves what the painter draws on a set of matplotlib's axes; returns the path.
+    """Saves what the painter draws on matplotlib axes; returns the path.
 
     Args:
         path: PNG file to write.
         painter: called with the axes.
-        size: in inches.
+        size: inches.
     """
     with drawing(path, size) as figure:
         axes = figure.add_subplot()
@@ -95,9 +95,9 @@ def curves(
     Args:
         path: PNG file to write.
         lines: label -> x and y values; at most 32 look different from each other.
-        ylabel, xlabel: of the axes.
+        ylabel, xlabel: axis labels.
         dashed: labels of lines to draw dashed and grey, such as a target.
-        log: logarithmic y axis, where all values are above 0.
+        log: logarithmic y axis, if all values are above 0.
     """
     below = len(lines) > MOST_INSIDE
     columns = 2 if max(map(len, lines), default=0) <= LONGEST_BESIDE else 1
@@ -118,7 +118,7 @@ def curves(
 
 
 def pareto(path: Path, lines: Mapping[str, Curve], ylabel: str) -> Path:
-    """Quality against cost: a line for each way of training, a point for each size, G MACs on a logarithmic x axis."""
+    """Quality against cost: one line per training method, one point per size, G MACs on a logarithmic x axis."""
 
     def paint(axes: Any) -> None:
         for (label, (x, y)), (colour, dashes, marker) in zip(lines.items(), STYLES):
@@ -131,7 +131,7 @@ def pareto(path: Path, lines: Mapping[str, Curve], ylabel: str) -> Path:
 
 
 def draw_curves(axes: Any, lines: Mapping[str, Curve], dashed: Sequence[str] = ()) -> None:
-    """Only the lines, each in its own style; those of ``dashed`` in grey."""
+    """Draws the lines, each in its own style; those of ``dashed`` in grey."""
     styles = itertools.cycle(STYLES)
     for label, (x, y) in lines.items():
         if label in dashed:
@@ -148,7 +148,7 @@ def _log_axis(axes: Any) -> None:
 
 
 def _log_ticks(axis: Any) -> None:
-    """Ticks at 1, 2 and 5, written out."""
+    """Ticks at 1, 2 and 5, without exponents."""
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -157,7 +157,7 @@ def _log_ticks(axis: Any) -> None:
 
 
 def kept_units(path: Path, shares: Mapping[str, Sequence[Optional[float]]]) -> Path:
-    """Share of units left in each layer, a panel a kind.
+    """Share of units left in each layer, one panel per kind.
 
     Args:
         path: PNG file to write.
@@ -183,14 +183,14 @@ def kept_units(path: Path, shares: Mapping[str, Sequence[Optional[float]]]) -> P
 def forest(
     path: Path, rows: Sequence[tuple[str, Bounded]], xlabel: str, reference: Optional[float], zoom: bool = False
 ) -> Path:
-    """Values with intervals, one a line, from the top.
+    """Values with intervals, one per line, from the top.
 
     Args:
         path: PNG file to write.
-        rows: label, and what is drawn; without an interval only the value, in grey.
-        xlabel: of the axis.
-        reference: where a vertical line stands: 0 for differences, a teacher's value; None: no line.
-        zoom: what lies so far from the reference that the others could not be told apart is written at the edge.
+        rows: label and value; without an interval only the value is drawn, in grey.
+        xlabel: axis label.
+        reference: position of a vertical line: 0 for differences, or a teacher's value; None: no line.
+        zoom: write outliers at the edge if drawing them would squeeze the other rows.
     """
 
     def paint(axes: Any) -> None:
@@ -219,7 +219,7 @@ def forest(
             axes.plot([value], [place], "o", color=colour, ms=5)
         axes.set_yticks(range(len(rows)), [label for label, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.figure.supxlabel(textwrap.fill(xlabel, MOST_IN_LINE), fontsize="medium")  # wider than the axes may be
+        axes.figure.supxlabel(textwrap.fill(xlabel, MOST_IN_LINE), fontsize="medium")  # may be wider than the axes
         axes.grid(visible=False, axis="y")
         if reference is not None:
             axes.axvline(reference, color="#222222", lw=1, ls=(0, (4, 3)), zorder=0)
@@ -233,8 +233,8 @@ def in_percent(value: float, low: Optional[float], high: Optional[float]) -> Bou
 
 
 def beyond(rows: Sequence[tuple[str, Bounded]], reference: float) -> list[int]:
-    """Which rows would squeeze the others: those whose intervals (or values, without one) go more than three times as
-    far from the reference as all others; always fewer than half of them."""
+    """Outliers: rows whose intervals (or values, without one) reach more than three times as far from the reference as
+    all others; always fewer than half of the rows."""
     reaches = [max(abs(n - reference) for n in numbers if n is not None) for _, numbers in rows]
     order = sorted(range(len(rows)), key=reaches.__getitem__)
     for i in range(len(order) - 1, 0, -1):

@@ -1,4 +1,4 @@
-"""What lies in a folder of results: found by content and by the names that the examples use; nothing is required."""
+"""Finds the results in a folder, by content and by the names that the examples use; nothing is required."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from skill_fairseq.reporting.shapes import HYDRA, PROBES, check, check_benchmark
 from skill_fairseq.reporting.training_log import LOGGED, Entry, read_log
 
 MODELS = ("shrunk", "student")
-"""File stems of encoders, in the order of their making."""
+"""File stems of encoders, in the order in which they are made."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Stage:
     """One training.
 
     Attributes:
-        name: of its folder.
+        name: its folder's name.
         log: kind -> entries, see :func:`skill_fairseq.reporting.training_log.parse_log`.
-        config: what hydra saved of the settings, or None.
-        command: the words of the command that trained, as far as hydra saved them.
-        cwd: the folder that it was given in, which relative paths start from.
-        checkpoint: its last one, relative to the run's folder where it lies in that.
+        config: the settings that hydra saved, or None.
+        command: the words of the training command, as far as hydra saved them.
+        cwd: the command's working folder, which relative paths start from.
+        checkpoint: its last one, relative to the run's folder if inside it.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Stage:
 
     @property
     def prunes(self) -> bool:
-        """Whether it learns gates under a size constraint."""
+        """Whether this stage learns gates under a size constraint."""
         return any(
             name.startswith("target_sparsity")
             for entry in [*self.log["train_inner"], *self.log["train"]]
@@ -50,17 +50,17 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """A run, or a benchmark where ``benchmark`` is not None; what was not found is None or empty.
+    """A run, or a benchmark if ``benchmark`` is not None; fields that were not found are None or empty.
 
     Attributes:
         path: the folder.
         clusters: content of clusters.json.
         stages: trainings, by name.
-        models: encoders to describe: "teacher", "shrunk", "student", as far as their files are there.
+        models: encoders to describe: "teacher", "shrunk", "student", if their files exist.
         probes: entries of probe.json.
-        valid: manifest of validation, for distances to the teacher.
+        valid: the validation manifest, for distances to the teacher.
         benchmark: content of results.json.
-        missing: what was looked for and not found, one line each, with what the report lacks for it.
+        missing: one line for each thing not found, with what the report lacks without it.
     """
 
     path: Path
@@ -74,15 +74,15 @@ class RunFolder:
 
 
 def read_run_folder(path: Path, teacher: Optional[Path] = None, data: Optional[Path] = None) -> RunFolder:
-    """Looks through a folder.
+    """Reads a folder.
 
     Args:
-        path: of a run, as examples/tiny/run.sh makes it, or of a benchmark, as examples/benchmark/run.py makes it.
-        teacher, data: in place of the paths that the training's settings name.
+        path: the folder of a run from examples/tiny/run.sh, or of a benchmark from examples/benchmark/run.py.
+        teacher, data: override the paths in the training settings.
 
     Raises:
-        FileNotFoundError: no such folder, or the teacher or data given is not there.
-        ValueError: nothing of what a report shows is in it, or a file is damaged.
+        FileNotFoundError: no such folder, or the given teacher or data do not exist.
+        ValueError: it holds nothing to report, or a file is damaged.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder; give the folder of a run, such as examples/tiny/out")
@@ -105,7 +105,7 @@ def read_run_folder(path: Path, teacher: Optional[Path] = None, data: Optional[P
         models = {"teacher": teacher, **models}
     folder = data or _named(stages, "data")
     valid = folder / "valid.tsv" if folder and (folder / "valid.tsv").is_file() else None
-    sizes = any(path.glob("*-0.*.safetensors"))  # of an elastic run
+    sizes = any(path.glob("*-0.*.safetensors"))  # from an elastic run
     if not (clusters or stages or probes or sizes or set(models) - {"teacher"}):
         raise ValueError(
             f"{path}: holds nothing to report; expected clusters/, stage1/, stage2/, shrunk.safetensors, "
@@ -121,7 +121,7 @@ def read_run_folder(path: Path, teacher: Optional[Path] = None, data: Optional[P
     if valid is None:
         missing.append("valid.tsv of the training data: no distance to the teacher; give --data DIR")
     if not probes:
-        missing.append("probe.json: no probes; skill-probe --json writes it")
+        missing.append("probe.json: no probes; skill-probe --json prints it")
     return RunFolder(path, clusters, stages, models, probes, valid, None, missing)
 
 
@@ -137,8 +137,8 @@ def _stages(path: Path) -> list[Stage]:
 
 
 def _command(folder: Path) -> tuple[list[str], Path]:
-    """The training's command, and the folder that it was given in: hydra saves the config's name and the overrides,
-    but not --config-dir."""
+    """The training command and its working folder; hydra saves the config's name and the overrides, but not
+    --config-dir."""
     saved = _read(folder / ".hydra" / "hydra.yaml", lambda content: check(content, HYDRA))
     overrides = _read(folder / ".hydra" / "overrides.yaml", lambda content: check(content, [str])) or []
     if saved is None:
@@ -150,8 +150,8 @@ def _command(folder: Path) -> tuple[list[str], Path]:
 
 
 def _checkpoint(path: Path, folder: Path, config: Optional[Mapping[str, Any]]) -> str:
-    """``checkpoint_last.pt`` where the settings or fairseq's default put it, or beside the log: the first that exists,
-    else the first."""
+    """``checkpoint_last.pt`` at the place in the settings, at fairseq's default, or beside the log: the first that
+    exists, else the first."""
     places = [_setting(config, "checkpoint", "save_dir"), ".", "checkpoints"]
     files = [folder.absolute() / place / "checkpoint_last.pt" for place in places if isinstance(place, str)]
     file = next(filter(os.path.isfile, files), files[0])
@@ -159,7 +159,7 @@ def _checkpoint(path: Path, folder: Path, config: Optional[Mapping[str, Any]]) -
 
 
 def _named(stages: Sequence[Stage], field: str) -> Optional[Path]:
-    """A path in the settings of the first training that has some, of a list the first, where it exists on this
+    """A path from the settings of the first training that has one (the first of a list), if it exists on this
     machine."""
     for stage in stages:
         if stage.config:
@@ -176,10 +176,10 @@ def _setting(config: Optional[Mapping[str, Any]], block: str, field: str) -> Any
 
 
 def _read(path: Path, checked: Callable[[Any], None]) -> Any:
-    """Content of a JSON or YAML file, once it is checked; None where there is no such file.
+    """Checked content of a JSON or YAML file; None if there is no such file.
 
     Raises:
-        ValueError: it is damaged, or is not what it should be; names the file.
+        ValueError: it is damaged or has the wrong content; names the file.
     """
     if not path.is_file():
         return None
@@ -187,11 +187,11 @@ def _read(path: Path, checked: Callable[[Any], None]) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if kind == "JSON" else yaml.safe_load(text)
-    except Exception as error:  # PyYAML raises nearly anything for odd dates, numbers and keys
+    except Exception as error:  # PyYAML raises almost anything for odd dates, numbers and keys
         if isinstance(error, OSError):
             raise
         said = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ValueError(f"{path}: is no {kind} ({said}); make it again, or remove it to leave it out") from error
+        raise ValueError(f"{path}: is not {kind} ({said}); make it again, or remove it to leave it out") from error
     try:
         checked(content)
     except (ValueError, RecursionError) as error:

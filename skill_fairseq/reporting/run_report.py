@@ -27,12 +27,12 @@ CHECKED_OUT = Path(skill_fairseq.__file__).parents[1] / "config"
 
 
 def run_report(folder: RunFolder, out: Path, max_seconds: float) -> str:
-    """The page; writes its pictures into a folder.
+    """Builds the page; writes its pictures into a folder.
 
     Args:
-        folder: what there is.
+        folder: the results that were found.
         out: folder of the pictures.
-        max_seconds: of audio for the distance to the teacher.
+        max_seconds: audio for the distance to the teacher, seconds.
 
     Raises:
         ValueError: an encoder's file is damaged.
@@ -103,7 +103,7 @@ def probe_section(entries: list[dict[str, Any]], out: Path) -> str:
         teacher = cells.get(("teacher", task))
         reference = None if teacher is None else 100 * teacher["value"]
         path = pictures.forest(pictures.file_of(out, "probe", task), lines, f"{task}: {metric}, %", reference)
-        caption = "dashed: the teacher's value; in colour: what has it outside its interval" if teacher else None
+        caption = "dashed: the teacher's value; in colour: intervals that exclude it" if teacher else None
         shown.append(page.figure(path, f"{metric} on {task} with intervals", caption))
     head = ["model", "parameters", *(f"{task}: {metric}, %" for task, metric in tasks.items())]
     about = "In brackets, and as bars, 95 % intervals over speakers."
@@ -145,7 +145,7 @@ def cluster_section(clusters: Mapping[str, Any], out: Path) -> str:
 
 
 def settings_section(clusters: Optional[Mapping[str, Any]], stages: list[Stage], provenance: Mapping[str, Any]) -> str:
-    """Versions, and every setting that was saved."""
+    """Versions, and all saved settings."""
     made = {"this page": versions()}
     if clusters is not None:
         made = {"clustering": dict(clusters["versions"]), **made}
@@ -165,22 +165,22 @@ def settings_section(clusters: Optional[Mapping[str, Any]], stages: list[Stage],
 
 
 class _Dumper(yaml.SafeDumper):
-    """A setting a line, as in configs; lists stay in theirs."""
+    """One setting per line, as in configs; lists stay on one line."""
 
     def represent_sequence(self, tag: str, sequence: Any, flow_style: Optional[bool] = None) -> yaml.Node:
         return super().represent_sequence(tag, sequence, flow_style=True)
 
 
 def as_yaml(content: Any) -> str:
-    """Settings as they would stand in a config."""
+    """Settings as YAML."""
     try:
         return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=100)).strip()
-    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number with thousands of digits
         return f"cannot be shown: {error}"
 
 
 def repeat_section(folder: RunFolder, provenance: Mapping[str, Mapping[str, Any]]) -> str:
-    """The commands that make such a folder, with the options that made this one."""
+    """The commands that made this folder, with their options."""
     commands = []
     if folder.clusters is not None:
         commands.append(cluster_command(folder.clusters))
@@ -200,26 +200,25 @@ def repeat_section(folder: RunFolder, provenance: Mapping[str, Mapping[str, Any]
         models = list(dict.fromkeys(entry["model"] for entry in folder.probes))
         files = {name: str(path.absolute()) if name == "teacher" else path.name for name, path in folder.models.items()}
         words = [f"{model}={files.get(model, 'MODEL')}" if model != "logmel" else model for model in models]
-        commands.append(
-            ["skill-probe", *words, *(w for t in tasks for w in ("--task", f"TASKS/{t}")), "--json", "probe.json"]
-        )
+        commands.append(["skill-probe", *words, *(w for t in tasks for w in ("--task", f"TASKS/{t}")), "--json"])
     commands.append(["skill-report", str(folder.path)])
     if "teacher" in folder.models:
         commands[-1] += ["--teacher", str(folder.models["teacher"].absolute())]
     if folder.valid is not None:
         commands[-1] += ["--data", str(folder.valid.parent.absolute())]
-    said = "To be run in the run's folder; config/ is skill_fairseq's."
+    said = "Run these in the run's folder; config/ is skill_fairseq's."
     if folder.clusters is not None:
-        said += " Of skill-cluster's files only the names, not the folders, were saved."
+        said += " Of skill-cluster's files only the names were saved, not the folders."
     text = " ".join(word for command in commands for word in command)
     unknown = [word for word in ("CONFIG_DIR", "MODEL", "TASKS") if re.search(rf"\b{word}\b", text)]
     if unknown:
-        said += f" Words in capitals ({', '.join(unknown)}) stand for what the folder does not say."
-    return "".join(page.command(command) for command in commands) + page.paragraph(said)
+        said += f" Words in capitals ({', '.join(unknown)}) stand for values that the folder does not hold."
+    into = {"skill-probe": "probe.json"}
+    return "".join(page.command(command, into.get(command[0])) for command in commands) + page.paragraph(said)
 
 
 def _shrink_options(provenance: Mapping[str, Any]) -> list[str]:
-    """How the size was chosen, as far as the file says it."""
+    """How the size was chosen, as far as the file records it."""
     sizes = provenance.get("sparsity")
     asked = sizes.get("asked", "") if isinstance(sizes, dict) else ""
     if isinstance(asked, (int, float)):
@@ -228,7 +227,7 @@ def _shrink_options(provenance: Mapping[str, Any]) -> list[str]:
 
 
 def cluster_command(clusters: Mapping[str, Any]) -> list[str]:
-    """skill-cluster with every option that is not its default written out."""
+    """The skill-cluster command, with every option that differs from its default."""
     settings = clusters["settings"]
     teachers = clusters["teacher"] if isinstance(clusters["teacher"], list) else [clusters["teacher"]]
     command = ["skill-cluster", "--teacher", *(teacher["name"] for teacher in teachers)]
@@ -249,7 +248,7 @@ def cluster_command(clusters: Mapping[str, Any]) -> list[str]:
 
 
 def _with_config_dir(stage: Stage) -> list[str]:
-    """The command, its config's folder filled in where this package has a config of that name."""
+    """The command; its config's folder is filled in if this package has a config of that name."""
     kind = "distill" if stage.prunes else "final"
     name = stage.command[stage.command.index("--config-name") + 1]
     known = any((configs / kind / f"{name}.yaml").is_file() for configs in (CONFIGS, CHECKED_OUT))

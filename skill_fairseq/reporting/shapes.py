@@ -1,4 +1,4 @@
-"""What the files that a report reads must hold, and one message for what they do not."""
+"""Schemas of the files that a report reads, with one form of message for violations."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from skill_fairseq.comparison.layer_distance import SHOWN
 from skill_fairseq.comparison.summary import DISTANCE_VERDICTS, NOT_TOLD, OVERALL, PROBE_VERDICTS
 
 Shape = Any
-"""A type; None; ``[shape]``: a list of any length; ``[shape, shape]``: of that length; ``{"name": shape}``: these
-fields and perhaps others, those with a ``?`` at the end only if they are there; ``{str: shape}``: any fields; ``{}``:
-none; a tuple: one of these shapes; a set: one of these values."""
+"""A type; None; ``[shape]``: a list of any length; ``[shape, shape]``: a list of that length; ``{"name": shape}``:
+these fields and possibly others (a trailing ``?`` marks optional ones); ``{str: shape}``: any fields; ``{}``: no
+fields; a tuple: one of these shapes; a set: one of these values."""
 
 INTERVAL = ([float, float], None)
 ESTIMATE = [float, (float, None), (float, None)]
@@ -68,12 +68,12 @@ def check(value: Any, shape: Shape, where: str = "") -> None:
     """Compares a value read from JSON or YAML with a shape.
 
     Args:
-        value: what was read.
-        shape: what is expected, see :data:`Shape`.
+        value: the value.
+        shape: the expected shape, see :data:`Shape`.
         where: name of the value, such as ``results[3].interval``.
 
     Raises:
-        ValueError: names the first value that differs, and what was expected.
+        ValueError: names the first wrong value, and what was expected.
     """
     if isinstance(shape, dict) and shape and isinstance(value, dict):
         for name, inner in shape.items():
@@ -96,7 +96,7 @@ def check(value: Any, shape: Shape, where: str = "") -> None:
 
 
 def _fits(value: Any, shape: Shape) -> bool:
-    """Whether a value has a shape without parts, or one of several shapes."""
+    """Whether a value matches a shape without parts, or one of several shapes."""
     if isinstance(shape, tuple):
         for each in shape:
             try:
@@ -119,9 +119,9 @@ def _fits(value: Any, shape: Shape) -> bool:
 
 
 _MOST = 1e30
-"""Pictures of larger numbers overflow; NaN and infinity are not below it."""
+"""Pictures of larger numbers overflow; NaN and infinity fail this comparison too."""
 _SURROGATES = re.compile("[\ud800-\udfff]")
-"""Halves of a character: JSON can hold one alone, a page and a picture cannot."""
+"""Surrogates: JSON can hold a single one, pages and pictures cannot."""
 
 
 def _words(shape: Shape) -> str:
@@ -137,7 +137,7 @@ def _words(shape: Shape) -> str:
 
 
 def check_clusters(clusters: Any) -> None:
-    """The content of clusters.json: fields, and that layers, groups, tree and matrix are those of one clustering.
+    """Checks the content of clusters.json: its fields, and that layers, groups, tree and matrix belong together.
 
     Raises:
         ValueError: names the field.
@@ -147,7 +147,7 @@ def check_clusters(clusters: Any) -> None:
     number = len(layers)
     matrix = clusters["matrices"].get(measure)
     if matrix is None or len(matrix) != number or any(len(row) != number for row in matrix):
-        raise ValueError(f"matrices: expected {measure!r}, {number} rows of {number} numbers, as there are layers")
+        raise ValueError(f"matrices: expected {measure!r}, {number} rows of {number} numbers, one per layer")
     merged = [child for row in merges for child in row[:2]]
     earlier = all(child < number + place for place, row in enumerate(merges) for child in row[:2])
     if len(set(layers)) != number:
@@ -164,15 +164,15 @@ def check_clusters(clusters: Any) -> None:
 
 
 def check_benchmark(summary: Any) -> None:
-    """The content of results.json, as examples/benchmark/run.py writes it.
+    """Checks the content of results.json from examples/benchmark/run.py.
 
     Raises:
         ValueError: names the field.
     """
     if isinstance(summary, dict) and summary.get("rows") == []:
-        raise ValueError("rows: has no results, expected those of one run or more")
+        raise ValueError("rows: has no results, expected those of at least one run")
     check(summary, BENCHMARK)
-    tasks, kinds = summary["tasks"], [f"{kind}?" for kind in SHOWN]  # of students of another width, CKA alone
+    tasks, kinds = summary["tasks"], [f"{kind}?" for kind in SHOWN]  # students of another width have only CKA
     for name, reference in summary["references"].items():
         check(reference["probes"], _each(tasks, ESTIMATE), f"references.{name}.probes")
     judged = ({"estimate": ESTIMATE, "verdict": {NOT_TOLD}, "within": float}, {"estimate": ESTIMATE, "verdict": TOLD})
@@ -196,7 +196,7 @@ def check_benchmark(summary: Any) -> None:
     for place, found in enumerate(summary["rows"]):
         check(found, row, f"rows[{place}]")
         if not found["groups"] or bool(found["difference"]) != bool(found["distance_difference"]):
-            raise ValueError(f"rows[{place}]: expected groups, and differences of tasks and distances or of neither")
+            raise ValueError(f"rows[{place}]: expected groups, and differences of tasks and distances, or of neither")
 
 
 def _each(names: Iterable[str], shape: Shape) -> dict[str, Shape]:

@@ -1,4 +1,4 @@
-"""Every size of an elastic run in one picture: its cost against its distance to the teacher, and against probes."""
+"""Sizes of an elastic run in one picture: cost against the distance to the teacher, and against probes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.reporting import page, pictures
 
 DEDICATED = "dedicated"
-"""Folder, in a run's, of students that were trained for one size each."""
+"""Subfolder of a run with students that were each trained for one size."""
 Point = Dict[str, Any]
 
 
@@ -36,9 +36,9 @@ def sizes_section(
 
     Args:
         files: kind of run to its students.
-        teacher: what distances are to; None: none are shown.
-        recordings: to take distances on.
-        probes: entries of probe.json, by the stems of the students' files.
+        teacher: reference of the distances; None: no distances.
+        recordings: audio for the distances.
+        probes: entries of probe.json, by file stem of the students.
         out: folder of the pictures.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Numbers out of fairseq's training log, of log_format json or simple."""
+"""Reads numbers from fairseq's training log, log_format json or simple."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Entry = dict[str, float]
 LOGGED = ("train_inner", "train", "valid")
 _LINE = re.compile(r"(?:\[(?P<hydra>\w+)\]\[INFO\] - |\| INFO \| (?P<plain>\w+) \| )(?P<rest>.*)$")
 _SEPARATORS = str.maketrans("=,|", "   ")
-_LONGEST = 100_000  # characters of a line: those of numbers are shorter
+_LONGEST = 100_000  # characters; lines with numbers are shorter
 
 
 def parse_log(lines: Iterable[str]) -> dict[str, list[Entry]]:
-    """The logged numbers of each kind, in the order of updates.
+    """The logged numbers of each kind, in update order.
 
-    A run that was interrupted goes on from its last checkpoint, and logs some updates twice: the later stay, and what
-    was logged beyond the point of return is dropped.
+    A resumed run starts from its last checkpoint and logs some updates twice: the later entries count, and entries
+    logged after that checkpoint before the interruption are dropped.
 
     Args:
-        lines: of ``hydra_train.log`` or of the screen; those without numbers are passed over.
+        lines: lines of ``hydra_train.log`` or of the screen; those without numbers are skipped.
 
     Returns:
         "train_inner", "train" (means over epochs) and "valid" -> entries, each with ``num_updates``. Other numbers may
-        be NaN or infinite, as they were logged.
+        be NaN or infinite.
     """
     found: dict[str, list[Entry]] = {kind: [] for kind in LOGGED}
     for line in lines:
@@ -50,7 +50,7 @@ def _numbers(rest: str, kind: str) -> Entry:
     if rest.lstrip().startswith("{"):
         try:
             pairs = [(name, value) for name, value in json.loads(rest).items() if isinstance(value, (str, int, float))]
-        except (ValueError, RecursionError):  # a line that was cut off, or a printed dictionary
+        except (ValueError, RecursionError):  # a truncated line, or a printed dictionary
             return {}
     else:  # name=value, or | name value |
         words = rest.translate(_SEPARATORS).split()
@@ -68,10 +68,10 @@ def _numbers(rest: str, kind: str) -> Entry:
 
 
 def read_log(folder: Path) -> dict[str, list[Entry]]:
-    """The log in a run's folder: ``hydra_train.log``, else ``log``, where the examples keep what was on the screen.
+    """Parses the log in a run's folder: ``hydra_train.log``, else ``log``, where the examples keep the screen's output.
 
     Returns:
-        as :func:`parse_log`; no entries where there is no log.
+        see :func:`parse_log`; no entries without a log.
     """
     for file in (folder / "hydra_train.log", folder / "log"):
         if file.is_file():
@@ -83,6 +83,6 @@ def read_log(folder: Path) -> dict[str, list[Entry]]:
 
 
 def series(entries: Iterable[Entry], name: str) -> tuple[list[float], list[float]]:
-    """Updates and the values of one name, where it has a finite one."""
+    """Updates and values of one name, where it is finite."""
     pairs = [(entry["num_updates"], entry[name]) for entry in entries if math.isfinite(entry.get(name, math.nan))]
     return [update for update, _ in pairs], [value for _, value in pairs]

@@ -1,4 +1,4 @@
-"""The report's part on training: curves, and their numbers."""
+"""The report's section on training: curves and their numbers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def training_section(stages: Sequence[Stage], out: Path) -> str:
 
 
 def summary(stage: Stage) -> str:
-    """What a stage came to, in a sentence or two."""
+    """A summary of a stage, in a sentence or two."""
     train, valid = stage.log["train_inner"] or stage.log["train"], stage.log["valid"]
     if not train:
         return "Nothing of its training is in the log."
@@ -64,7 +64,7 @@ def summary(stage: Stage) -> str:
     said = [f"{last['num_updates']:.0f} updates."]
     losses = [(entry["num_updates"], entry["distillation_loss"]) for entry in train if "distillation_loss" in entry]
     if losses:
-        said.append(f"Distillation loss {losses[0][1]:.4f} at first, {losses[-1][1]:.4f} at last.")
+        said.append(f"Distillation loss {losses[0][1]:.4f} at the start, {losses[-1][1]:.4f} at the end.")
         bad = [update for update, loss in losses if not math.isfinite(loss)]
         if bad:
             said.append(f"{len(bad)} of {len(losses)} logged are not finite, the first at update {bad[0]:.0f}.")
@@ -77,19 +77,19 @@ def summary(stage: Stage) -> str:
     if constraint and targets([last]):
         said.append(f"Constraint: {constraint}.")
     if "wall" in last:
-        said.append(f"{last['wall']:.0f} s by fairseq's own clock, since its last start.")
+        said.append(f"{last['wall']:.0f} s by fairseq's clock, since its last start.")
     return " ".join(said)
 
 
 def targets(entries: Sequence[Entry]) -> dict[str, str]:
-    """Ends of the names under which sparsities are logged, and of what each is: nothing where there is one target."""
+    """Suffixes of the logged sparsities' names, and the cost of each; empty for a single target."""
     logged = dict.fromkeys(name for entry in entries for name in entry)
     suffixes = [name[len("target_sparsity") :] for name in logged if name.startswith("target_sparsity")]
     return {suffix: suffix.replace("_", " of ", 1) for suffix in suffixes if f"expected_sparsity{suffix}" in logged}
 
 
 def points_table(entries: Sequence[Entry]) -> str:
-    """The curves' points; where there are many, evenly thinned, the last one among them."""
+    """The curves' points; if there are many, evenly thinned, including the last one."""
     several = [
         (f"{what} sparsity{of}", f"{what}_sparsity{suffix}", "{:.4f}")
         for suffix, of in targets(entries).items()
@@ -104,7 +104,7 @@ def points_table(entries: Sequence[Entry]) -> str:
 
 
 def thinned(number: int, most: int) -> list[int]:
-    """At most so many of the indices below a number, evenly, the first and the last among them."""
+    """At most this many of the indices below a number, evenly spaced, including the first and the last."""
     if number <= most:
         return list(range(number))
     return [round(i * (number - 1) / (most - 1)) for i in range(most)]
@@ -114,8 +114,8 @@ def terms(entries: Sequence[Entry]) -> dict[tuple[str, str], dict[str, str]]:
     """The logged distances of groups and of pairs of layers, by objective and measure.
 
     Returns:
-        (name of the objective, "" where the criterion has one alone; key of :data:`MEASURES`) -> what each curve is
-        of -> the name that it is logged by.
+        (name of the objective, "" if the criterion has only one; key of :data:`MEASURES`) -> label of each curve ->
+        its name in the log.
     """
     found: dict[tuple[str, str], dict[str, str]] = {}
     for name in dict.fromkeys(name for entry in entries for name in entry):

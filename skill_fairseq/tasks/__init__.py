@@ -1,1 +1,1 @@
-"""fairseq task ``skill_distillation``: manifests in, frozen teacher beside the model."""
+"""The fairseq task ``skill_distillation``: reads manifests and holds the frozen teacher beside the model."""

@@ -1,4 +1,4 @@
-"""The distillation task's config, and what is refused of it."""
+"""The distillation task's config and its checks."""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional
@@ -13,7 +13,7 @@ from skill_fairseq.objectives.groups import is_sequence
 
 @dataclass
 class SkillDistillationConfig(AudioPretrainingConfig):
-    """fairseq's audio task and what distillation adds."""
+    """fairseq's audio task with the fields of distillation."""
 
     teacher: Optional[Any] = field(
         default=None,
@@ -23,67 +23,67 @@ class SkillDistillationConfig(AudioPretrainingConfig):
         },
     )
     teacher_dtype: ChoiceEnum(["fp32", "bf16", "fp16"]) = field(  # type: ignore[valid-type]
-        default="fp32", metadata={"help": "precision that the teacher runs in, whatever the student's"}
+        default="fp32", metadata={"help": "precision of the teacher, independent of the student's"}
     )
     teacher_compile: bool = field(
-        default=False, metadata={"help": "run the teacher's layers through torch.compile (minutes at the start)"}
+        default=False, metadata={"help": "run the teacher's layers through torch.compile (takes minutes at the start)"}
     )
     max_valid_sample_size: Optional[int] = field(
         default=960000,
         metadata={
-            "help": "validation hears so many samples of a recording, from its beginning (960000: 60 s at 16 kHz); the "
-            "log names longer ones; null: all of every recording"
+            "help": "samples of each recording to validate on, from its start (960000: 60 s at 16 kHz); the log names "
+            "longer ones; null: whole recordings"
         },
     )
     tf32: bool = field(
         default=True,
         metadata={
-            "help": "float32 matrix products in TF32 (11 bits) on GPUs from Ampere on, as torch does convolutions; the "
-            "first convolution, gates, sizes and losses stay float32; no effect on CPUs, in bf16 or fp16"
+            "help": "float32 matrix products in TF32 (11 bits) on Ampere and later GPUs, as torch does convolutions; "
+            "the first convolution, gates, sizes and losses stay float32; no effect on CPUs, in bf16 or fp16"
         },
     )
     targets: Optional[Any] = field(
         default=None,
         metadata={
             "help": "labels beside the manifests, by names of your choice: {speaker: {column: speaker}, letters: "
-            "{file: ltr}}. A file that ends in tsv (null: labels.tsv) is a table whose header is utterance and other "
-            "columns (null: label), an empty field being no label; another one holds units with spaces between, those "
-            "of dict.FILE.txt. classes and counts are those of the training set, and are saved"
+            "{file: ltr}}. A file that ends in tsv (default: labels.tsv) is a table with the header utterance and "
+            "other columns (default: label); an empty field is no label. Any other file holds units of dict.FILE.txt, "
+            "separated by spaces. classes and counts come from the training set and are saved"
         },
     )
     separate_biases: bool = field(
         default=False,
         metadata={
-            "help": "biases of the student and of heads are the optimizer's group 'biases', so that weight decay can "
-            "leave them out; needs optimizer._name=composite"
+            "help": "put biases of student and heads into the optimizer's group 'biases', for example without weight "
+            "decay; needs optimizer._name=composite"
         },
     )
     separate_heads: bool = field(
         default=False,
         metadata={
-            "help": "parameters of the objectives are the optimizer's group 'heads', for a rate of their own; needs "
-            "optimizer._name=composite"
+            "help": "put the objectives' parameters into the optimizer's group 'heads', with its own learning rate; "
+            "needs optimizer._name=composite"
         },
     )
     separate_adapters: bool = field(
         default=False,
-        metadata={"help": "those of the student's adapters are the group 'adapters'; needs optimizer._name=composite"},
+        metadata={"help": "put the adapters' parameters into the group 'adapters'; needs optimizer._name=composite"},
     )
     crop_multiple: int = field(
         default=1,
-        metadata={"help": "crop training batches to a multiple of so many samples: fewer shapes, fewer kernels"},
+        metadata={"help": "crop training batches to a multiple of this many samples: fewer shapes, fewer kernels"},
     )
     check_all_files: bool = field(
         default=False,
-        metadata={"help": "look for every file of the manifests before training; false: for 1,000 of each"},
+        metadata={"help": "check that every file of the manifests exists before training; false: check 1,000 of each"},
     )
     max_unreadable_files: int = field(
         default=100,
-        metadata={"help": "files of an epoch that may turn out unreadable: they are skipped; one more ends the run"},
+        metadata={"help": "unreadable files to skip per epoch; one more ends the run"},
     )
     max_skipped_updates: int = field(
         default=10,
-        metadata={"help": "updates in a row that may be skipped for a loss or gradients that are NaN or infinite"},
+        metadata={"help": "consecutive updates to skip for a NaN or infinite loss or gradient; one more ends the run"},
     )
 
 
@@ -91,11 +91,11 @@ NOT_HERE = (
     *("labels", "binarized_dataset", "precompute_mask_indices", "inferred_w2v_config", "tpu"),
     "text_compression_level",
 )
-"""Fields of fairseq's audio task that distillation does not have: a value is refused."""
+"""Fields of fairseq's audio task that distillation does not support; values are refused."""
 
 
 def several(value: Any) -> List[str]:
-    """A path or a list of paths, as a list; empty where nothing is given."""
+    """A path or a list of paths as a list; empty for None."""
     return list(value) if is_sequence(value) else [value] if value else []
 
 
@@ -111,10 +111,10 @@ def check_teachers(value: Any) -> None:
 
 
 def check_task_fields(cfg: Any) -> None:
-    """Refuses, before training, what would do nothing or is out of range.
+    """Refuses, before training, fields that have no effect or are out of range.
 
     Raises:
-        ValueError: names the field, its value and what is expected.
+        ValueError: names the field, its value and the expectation.
     """
     for name in NOT_HERE:
         if getattr(cfg, name, None) not in (None, False, "none"):
@@ -129,13 +129,13 @@ def check_task_fields(cfg: Any) -> None:
             raise ValueError(f"task.{name}: {value}; expected a whole number of at least {least}")
     if cfg.enable_padding and cfg.crop_multiple > 1:
         raise ValueError(
-            f"task.crop_multiple: {cfg.crop_multiple} beside task.enable_padding, which does not crop to the shortest; "
-            "set one of them"
+            f"task.crop_multiple: {cfg.crop_multiple} with task.enable_padding, which does not crop to the shortest; "
+            "set only one of them"
         )
 
 
 def update_fields(cfg: Any, values: Dict[str, Any]) -> None:
-    """Writes into a config of whatever kind: hydra's, a dictionary or a namespace."""
+    """Writes into any kind of config: hydra's, a dictionary or a namespace."""
     if isinstance(cfg, dict) or OmegaConf.is_config(cfg):
         with open_dict(cfg):
             for name, value in values.items():

@@ -1,4 +1,4 @@
-"""The distillation task: speech without labels, and the teacher's answer to it."""
+"""The distillation task: reads speech and holds the frozen teachers."""
 
 import logging
 import os
@@ -51,7 +51,7 @@ class SkillDistillationTask(AudioPretrainingTask):
 
     def __init__(self, cfg: SkillDistillationConfig) -> None:
         super().__init__(cfg)
-        whole = cfg._get_parent()  # fairseq reads task.data there too, and saves it; this is a copy of its task
+        whole = cfg._get_parent()  # fairseq also reads and saves task.data there; cfg is a copy
         check_teachers(cfg.teacher)
         for name in ("data", "teacher"):
             if cfg.get(name):
@@ -68,9 +68,10 @@ class SkillDistillationTask(AudioPretrainingTask):
         self.student_config: Optional[EncoderConfig] = None
         self.nested = False  # whether the student's gates only hold an order
         self.num_updates = 0
+        self.epoch = 1
         self.maskings: List[SpanMasking] = []  # of all objectives
-        self.losses: List[Tuple[Tensor, List[str]]] = []  # of the present update, with the files of each batch
-        self.frames_of_weight_1: Optional[float] = None  # in the present update
+        self.losses: List[Tuple[Tensor, List[str]]] = []  # of the current update, with the files of each batch
+        self.frames_of_weight_1: Optional[float] = None  # in the current update
         self._constraint: Optional[Constraint] = None
         self._model: Any = None
         self._ranges: Optional[Ranges] = None
@@ -78,10 +79,10 @@ class SkillDistillationTask(AudioPretrainingTask):
 
     @property
     def teachers(self) -> List[FrozenTeacher]:
-        """The teachers, loaded when first asked for: a checkpoint loads without them.
+        """The teachers, loaded on first use, so that checkpoints load without them.
 
         Raises:
-            ValueError, FileNotFoundError: no teacher is given, or one is not usable.
+            ValueError, FileNotFoundError: there is no teacher, or one is not usable.
         """
         if self._teachers is None:
             files, encoders = several(self.cfg.teacher), []
@@ -97,37 +98,37 @@ class SkillDistillationTask(AudioPretrainingTask):
         return self._teachers
 
     def teacher_sha256(self) -> Optional[str]:
-        """Hash of each teacher's file or folder, by which a run that goes on knows them again; None without one."""
+        """Hash of each teacher's file or folder, with which a resumed run recognises them; None without a teacher."""
         return ", ".join(content_sha256(file) for file in several(self.cfg.teacher)) or None
 
     def check_mask_embedding(self, index: int, field: str) -> None:
-        """Refuses a teacher that cannot be heard with masked frames.
+        """Refuses a teacher that cannot run with masked frames.
 
         Args:
-            index: which of the teachers, from 0.
-            field: the objective that wants it, for the message.
+            index: the teacher's number, from 0.
+            field: the objective that needs it, for the message.
 
         Raises:
-            ValueError: its file holds no mask embedding; names it and the remedy.
+            ValueError: its file has no mask embedding; names it and the remedy.
         """
         if self.teachers[index].encoder.mask_embedding is None:
             raise ValueError(
-                f"task.teacher: {several(self.cfg.teacher)[index]} holds no mask embedding, but {field} asks what the "
-                "teacher makes of masked frames; give a pre-trained checkpoint that holds one (fairseq's mask_emb, "
-                "transformers' masked_spec_embed), or let that teacher hear everything: with the objective layers by "
+                f"task.teacher: {several(self.cfg.teacher)[index]} has no mask embedding, but {field} runs the teacher "
+                "on masked frames; give a pre-trained checkpoint that has one (fairseq's mask_emb, transformers' "
+                "masked_spec_embed), or run that teacher on whole utterances: with the objective layers, set "
                 f"{field}.unmasked_frames=whole"
             )
 
     def check_made_with(self, index: int, made: Sequence[Tuple[str, str, str]], field: str) -> None:
-        """Refuses a teacher for which what an objective has read was not made.
+        """Refuses a teacher if an objective's files were made with another one.
 
         Args:
-            index: which of the teachers, from 0.
-            made: files, and the name and SHA-256 of the teacher that each was made with.
-            field: the objective that has read them, for the message.
+            index: the teacher's number, from 0.
+            made: files, with the name and SHA-256 of the teacher that each was made with.
+            field: the objective that read them, for the message.
 
         Raises:
-            ValueError: the teacher's file is another one; names both and the remedy.
+            ValueError: the teacher's file differs; names both and the remedy.
         """
         teacher = several(self.cfg.teacher)[index]
         found = content_sha256(teacher)
@@ -135,11 +136,11 @@ class SkillDistillationTask(AudioPretrainingTask):
             if wanted != found:
                 raise ValueError(
                     f"{field}: {file} was made with {name} of SHA-256 {wanted}, but task.teacher is {teacher} of "
-                    f"{found}; give that teacher, or make the file again with this one (skill-labels --teacher)"
+                    f"{found}; use that teacher, or make the file again with this one (skill-labels --teacher)"
                 )
 
     def _check_waveforms(self, encoder: SpeechEncoder, what: str) -> None:
-        """Refuses an encoder that expects other waveforms than the task gives it."""
+        """Refuses an encoder that expects other waveforms than the task provides."""
         for name in ("normalize", "sample_rate"):
             wanted, found = getattr(encoder.config, name), self.cfg[name]
             if wanted != found:
@@ -153,23 +154,24 @@ class SkillDistillationTask(AudioPretrainingTask):
         if self.cfg.max_sample_size is not None and self.cfg.max_sample_size < least:
             raise ValueError(
                 f"task.max_sample_size: {self.cfg.max_sample_size} samples; the student's convolutions need at least "
-                f"{least}; null crops to the shortest utterance of a batch alone"
+                f"{least}; null crops only to the shortest utterance of a batch"
             )
 
     def load_dataset(self, split: str, task_cfg: Any = None, **kwargs: Any) -> None:
-        """Reads ``<data>/<split>.tsv``. Validation hears the same every time: its loss is comparable between epochs.
+        """Reads ``<data>/<split>.tsv``. Validation uses the same audio every time, so its loss is comparable between
+        epochs.
 
         Raises:
-            FileNotFoundError, ValueError: the manifest cannot be used, or a field of the task; names the field.
+            FileNotFoundError, ValueError: the manifest or a field of the task cannot be used; names it.
         """
         check_task_fields(self.cfg)
         cropped = [name for name, target in self.targets.items() if target.is_sequence and not self.cfg.enable_padding]
         if cropped:
             raise ValueError(
-                f"task.targets.{cropped[0]}: the units of whole utterances, but task.enable_padding=false crops those "
-                "of a batch to the shortest; set task.enable_padding=true"
+                f"task.targets.{cropped[0]}: units need whole utterances, but task.enable_padding=false crops "
+                "batches to their shortest; set task.enable_padding=true"
             )
-        train = split == "train" or "data_selector" in kwargs  # which fairseq gives only with dataset.train_subset
+        train = split == "train" or "data_selector" in kwargs  # fairseq passes it only with dataset.train_subset
         with named("dataset.train_subset" if train else "dataset.valid_subset"):
             self.datasets[split] = SpeechDataset(
                 os.path.join(self.cfg.data, f"{split}.tsv"),
@@ -187,7 +189,7 @@ class SkillDistillationTask(AudioPretrainingTask):
             )
 
     def get_batch_iterator(self, dataset: Any, *args: Any, num_shards: int = 1, **kwargs: Any) -> Any:
-        """fairseq's, with as many training batches on every rank, none of them empty.
+        """Like fairseq's, but every rank gets equally many training batches, none of them empty.
 
         Raises:
             ValueError: there are too few utterances for the number of ranks.
@@ -200,10 +202,10 @@ class SkillDistillationTask(AudioPretrainingTask):
         return super().get_batch_iterator(dataset, *args, num_shards=num_shards, **kwargs)
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> Any:
-        """Builds the student; in training its shape and weights come from :func:`initial_student`.
+        """Builds the student; in training, :func:`initial_student` gives its shape and weights.
 
-        The shape and every default are written into ``cfg``, which fairseq saves: a checkpoint's config alone
-        rebuilds the model.
+        Writes the shape and every default into ``cfg``, which fairseq saves, so a checkpoint's config is enough to
+        rebuild the model.
         """
         encoder = None
         self.nested = bool(getattr(cfg, "nested", False))
@@ -211,16 +213,16 @@ class SkillDistillationTask(AudioPretrainingTask):
             check_task_fields(self.cfg)
             check_student_fields(cfg)
         if not from_checkpoint and getattr(cfg, "init_from", None):
-            update_fields(cfg, {"init_from": from_shell(several(cfg.init_from)[0])})  # of ${task.teacher} the first
+            update_fields(cfg, {"init_from": from_shell(several(cfg.init_from)[0])})  # the first of ${task.teacher}
             encoder = initial_student(cfg)
             self._check_waveforms(encoder, f"model.init_from={cfg.init_from}")
             update_fields(cfg, fairseq_fields(encoder.config))
-        for name in ("normalize", "sample_rate"):  # a student without a file, or one saved before it held the rate
+        for name in ("normalize", "sample_rate"):  # no file, or one from before the rate was saved
             if getattr(cfg, name, None) is None:
                 update_fields(cfg, {name: self.cfg[name]})
         model = super().build_model(cfg, from_checkpoint)
         if encoder is not None:
-            # Gates keep the start that the model's config gave them, unless they hold an order.
+            # Gates keep the config's initial values, unless they hold an order.
             state = {k: v for k, v in encoder.state_dict().items() if self.nested or not k.startswith("gates.")}
             model.speech_encoder.load_state_dict(state, strict=False)
             if encoder.mask_embedding is not None:
@@ -234,8 +236,8 @@ class SkillDistillationTask(AudioPretrainingTask):
         return model
 
     def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        """fairseq's; what objectives choose (groups of a file, null until the teacher is known) is written into
-        ``cfg``, which fairseq saves."""
+        """Like fairseq's; writes the fields that objectives fill in (groups of a file, values that depend on the
+        teacher) into ``cfg``, which fairseq saves."""
         objectives: Any = getattr(cfg, "objectives", None)
         for part in [cfg, *(objectives.values() if OmegaConf.is_dict(objectives) else ())]:
             for name in ("groups_file", "init_from", "codebooks"):
@@ -248,9 +250,9 @@ class SkillDistillationTask(AudioPretrainingTask):
         self._constraint = getattr(criterion, "constraint", None)
         if isinstance(criterion, DistillationCriterion):
             update_fields(cfg, criterion.chosen())
-            if criterion.cfg.target is not None:  # with the latency table itself where a file was named
+            if criterion.cfg.target is not None:  # with the latency table itself if a file was named
                 update_fields(cfg, {"target": plain(criterion.cfg.target)})
-            if criterion.cfg.elastic is not None:  # which the sparsity of the largest size follows from
+            if criterion.cfg.elastic is not None:  # it determines the sparsity of the largest size
                 update_fields(cfg, {"target_sparsity": criterion.cfg.target_sparsity})
             self.maskings = criterion.maskings
             if self._model is not None:
@@ -259,7 +261,7 @@ class SkillDistillationTask(AudioPretrainingTask):
         return criterion
 
     def _group_parameters(self, criterion: Any) -> None:
-        """Gives parameters their groups of the optimizer, heads and adapters before biases; gates have theirs."""
+        """Assigns parameters to optimizer groups, heads and adapters before biases; gates have their own."""
         for module, part, whole in (
             (criterion, "heads", self.cfg.separate_heads),
             (self._model, "adapters", self.cfg.separate_adapters),
@@ -272,8 +274,13 @@ class SkillDistillationTask(AudioPretrainingTask):
                 elif self.cfg.separate_biases and "bias" in name.rpartition(".")[2]:
                     parameter.param_group = "biases"
 
+    def begin_epoch(self, epoch: int, model: Any) -> None:
+        """Remembers the epoch, counted from 1, for weights that change with it."""
+        super().begin_epoch(epoch, model)
+        self.epoch = epoch
+
     def begin_valid_epoch(self, epoch: int, model: Any) -> None:
-        """Makes sure that gates and multipliers are still equal on all ranks.
+        """Checks that gates and multipliers are still equal on all ranks.
 
         Raises:
             RuntimeError: they are not; names the rank, the quantity and the values.
@@ -282,12 +289,12 @@ class SkillDistillationTask(AudioPretrainingTask):
         check_ranks(model.speech_encoder, self._constraint)
 
     def batch_weight(self, frames: int) -> float:
-        """The weight of a training batch among those of an update: in proportion to its frames, so that any way of
-        dividing audio over batches and ranks gives the gradients of one large batch.
+        """The weight of a training batch within its update. It is proportional to the batch's frames, so any division
+        of the audio over batches and ranks gives the gradients of one large batch.
 
-        What counts as 1 is the same for all of an update, and otherwise free. It keeps weights near 1, for half
-        precision: with one process the update's first batch (one batch an update has the weight 1), with several the
-        mean batch of the epoch, which all know (batches of one size have the weight 1).
+        The unit is arbitrary but constant within an update. It keeps weights near 1, for half precision: one process
+        uses the update's first batch (a single batch per update has weight 1), several use the epoch's mean batch,
+        which all ranks know (batches of equal size have weight 1).
         """
         if self.frames_of_weight_1 is None:
             several = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -295,7 +302,7 @@ class SkillDistillationTask(AudioPretrainingTask):
             if several and torch.distributed.get_world_size() > 1:
                 assert self._training_data is not None and self.student_config is not None
                 data = self._training_data
-                if data.mean_frames is None:  # once an epoch
+                if data.mean_frames is None:  # once per epoch
                     data.mean_frames = float(self.student_config.num_output_frames(data.heard).sum()) / data.num_batches
                 self.frames_of_weight_1 = data.mean_frames
         return frames / self.frames_of_weight_1
@@ -303,7 +310,7 @@ class SkillDistillationTask(AudioPretrainingTask):
     def train_step(
         self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, ignore_grad: bool = False
     ) -> Any:
-        """fairseq's, remembering the update for the sparsity target, and each loss with its files."""
+        """Like fairseq's; also records the update for the sparsity target, and each loss with its files."""
         self.num_updates = update_num
         if self._ranges is not None:
             self._ranges.watch(False if ignore_grad else None)

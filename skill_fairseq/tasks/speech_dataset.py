@@ -1,4 +1,4 @@
-"""fairseq's manifest dataset, with checked audio and batches that differ from epoch to epoch."""
+"""fairseq's manifest dataset, with checked audio and new batches in every epoch."""
 
 import logging
 import os
@@ -22,15 +22,15 @@ from skill_fairseq.objectives.masking import draw_masks
 
 logger = logging.getLogger(__name__)
 
-SAMPLE = 1000  # files that are looked for at the start: one in 300 missing is found with a probability of 96 %
+SAMPLE = 1000  # files checked at the start: if one in 300 is missing, this finds it with a probability of 96 %
 
 
 def check_once(manifest: Manifest, everything: bool = False) -> None:
-    """Looks for the files of a manifest, on the first rank only; a missing file ends every rank.
+    """Checks that the files of a manifest exist, on the first rank only; a missing file ends every rank.
 
     Args:
-        manifest: what lists them.
-        everything: look for all of them, in place of ``SAMPLE`` chosen at random.
+        manifest: the manifest.
+        everything: check all files instead of ``SAMPLE`` random ones.
 
     Raises:
         FileNotFoundError: files are missing.
@@ -52,21 +52,21 @@ def check_once(manifest: Manifest, everything: bool = False) -> None:
 
 
 class SpeechDataset(FileAudioDataset):
-    """fairseq's manifest dataset with checked audio and batches that differ from epoch to epoch.
+    """fairseq's manifest dataset, with checked audio and new batches in every epoch.
 
     A relative root in the manifest is relative to the manifest's folder. Training batches (``shuffle=True``) are
     cropped to their shortest utterance, or with ``pad=True`` padded to their longest. Validation batches hold
-    utterances of one length: padding changes what Base models hear, and so would the loss with the batch size.
+    utterances of one length: padding changes the features of Base models, so the loss would depend on the batch size.
 
     Args:
         manifest_path: fairseq manifest.
-        crop_multiple: crop training batches to a multiple of so many samples.
-        check_all_files: look for every file of the manifest, not for a sample of them.
-        num_buckets: crop (or pad) batches to one of so many lengths, which split the utterances into equal parts;
-            0: to any. Utterances of one bucket share batches.
-        most_samples: hear so many samples of a recording, from its beginning; None: all.
+        crop_multiple: crop training batches to a multiple of this many samples.
+        check_all_files: check that every file of the manifest exists, not only a sample.
+        num_buckets: crop (or pad) batches to one of this many lengths, which split the utterances into equal parts;
+            0: any length. Utterances of one bucket share batches.
+        most_samples: use only the first samples of a recording, up to this many; None: all.
         targets: labels beside the manifest.
-        kwargs: of :class:`RawAudioDataset`.
+        kwargs: arguments of :class:`RawAudioDataset`.
 
     Raises:
         FileNotFoundError, ValueError: the manifest or files in it are missing, or no utterance is long enough.
@@ -82,7 +82,7 @@ class SpeechDataset(FileAudioDataset):
         targets: Sequence[Target] = (),
         **kwargs: Any,
     ) -> None:
-        RawAudioDataset.__init__(self, **kwargs)  # FileAudioDataset's would read the manifest once more
+        RawAudioDataset.__init__(self, **kwargs)  # FileAudioDataset's would read the manifest again
         manifest = read_manifest(manifest_path)
         check_once(manifest, check_all_files)
         sizes = np.array(manifest.sizes, dtype=np.int64)
@@ -107,12 +107,12 @@ class SpeechDataset(FileAudioDataset):
         self.epoch = 1
         self.num_shards = 1  # ranks that share the batches, set by the task
         self.num_batches = 0  # for training, in this epoch
-        self.heard = np.zeros(0, dtype=np.int64)  # samples of each utterance in them
-        self.mean_frames: Optional[float] = None  # of them, kept here by the task
+        self.heard = np.zeros(0, dtype=np.int64)  # samples of each of their utterances
+        self.mean_frames: Optional[float] = None  # of these batches, set by the task
         self.masking: Tuple[Sequence[SpanMasking], Optional[EncoderConfig]] = (), None  # set by the task
 
     def _labels(self, target: Target, found: List[Label], kept: np.ndarray) -> List[Label]:
-        """Labels of the utterances that are kept; what is not heard to its end has no units."""
+        """Labels of the kept utterances; a truncated utterance has no units."""
         labels = [found[i] for i in kept]
         if target.is_sequence:
             most = self.max_sample_size if self.most_samples is None else min(self.most_samples, self.max_sample_size)
@@ -122,22 +122,22 @@ class SpeechDataset(FileAudioDataset):
             if longer:
                 logger.warning(
                     f"task.targets.{target.name}: {len(longer)} of {len(labels)} utterances are longer than the {most} "
-                    f"samples that are heard, such as {self.file_name(longer[0])}; they count as without a label"
+                    f"samples in use, such as {self.file_name(longer[0])}; they count as unlabelled"
                 )
         if not any(label is not None for label in labels):
             logger.warning(f"task.targets.{target.name}: none of {len(labels)} utterances has a label")
         return labels
 
     def _shorten(self, most: int) -> None:
-        """Cuts lengths down, and says whose."""
+        """Truncates lengths, and logs whose."""
         sizes = np.asarray(self.sizes)
         longer = np.flatnonzero(sizes > most)
         if len(longer):
             first = ", ".join(f"{self.file_name(i)} ({sizes[i] / self.sample_rate:.0f} s)" for i in longer[:3])
             logger.warning(
-                f"{len(longer)} recordings are longer than {most / self.sample_rate:g} s, and the rest of them is not "
-                f"heard: {first}{', ...' if len(longer) > 3 else ''}; raise task.max_valid_sample_size={most} to hear "
-                "more (attention takes time by the square of the length)"
+                f"{len(longer)} recordings are longer than {most / self.sample_rate:g} s, and their rest is not "
+                f"used: {first}{', ...' if len(longer) > 3 else ''}; raise task.max_valid_sample_size={most} to use "
+                "more (the time of attention grows with the square of the length)"
             )
         self.sizes = np.minimum(sizes, most)
 
@@ -146,7 +146,7 @@ class SpeechDataset(FileAudioDataset):
         return os.path.join(self.root_dir, self.fnames[index])
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
-        """One utterance: ``id``, ``file``, and ``source`` (N,) samples; None, and a message ``unreadable``, where the
+        """One utterance: ``id``, ``file``, and ``source`` (N,) samples; None, and a message ``unreadable``, if the
         file cannot be read."""
         file = self.file_name(index)
         try:
@@ -156,14 +156,14 @@ class SpeechDataset(FileAudioDataset):
         return {"id": index, "file": file, "source": self.postprocess(wave, self.sample_rate)}
 
     def collater(self, samples: Any) -> Dict[str, Any]:
-        """fairseq's, except that padding of equal lengths is no padding and that crops come in few lengths.
+        """Like fairseq's, but batches of equal lengths have no padding mask, and crops have few lengths.
 
-        ``source_bits`` is the source (B, N) again, float32 read as int32: fairseq rounds every float32 tensor of a
-        batch to the student's precision, which would change what the teacher hears. ``files`` are the utterances'
-        paths. Where a crop begins depends only on seed, epoch and utterance: a resumed run hears the same. So do
-        the masked frames of objectives that mask; ``masked`` holds a (B, T) bool tensor for each masking. ``targets``
-        holds the labels by name, see :func:`pad_labels`.
-        Messages on files that could not be read are ``unreadable``; nothing else is there if none could.
+        ``source_bits`` is a copy of the source (B, N), float32 viewed as int32: fairseq casts every float32 tensor of a
+        batch to the student's precision, which would change the teacher's input. ``files`` are the utterances' paths.
+        The start of a crop depends only on seed, epoch and utterance, so a resumed run uses the same audio. The same
+        holds for the masked frames; ``masked`` has a (B, T) bool tensor for each masking. ``targets`` holds the labels
+        by name, see :func:`pad_labels`.
+        ``unreadable`` has messages on unreadable files; if all files are, the batch has no other field.
         """
         unreadable = [s["unreadable"] for s in samples if "unreadable" in s]
         samples = [s for s in samples if s["source"] is not None]
@@ -195,7 +195,7 @@ class SpeechDataset(FileAudioDataset):
         return batch
 
     def crop_length(self, sizes: Sequence[int]) -> int:
-        """Samples to which a training batch of utterances with these numbers of samples is cropped."""
+        """The length, in samples, to which a training batch of these utterance lengths is cropped."""
         shortest = min(min(sizes), self.max_sample_size)
         if self._buckets is not None:
             shortest = int(self._to_bucket(np.array([shortest]))[0])
@@ -206,12 +206,12 @@ class SpeechDataset(FileAudioDataset):
         return wave[start : start + length]
 
     def set_bucket_info(self, num_buckets: int) -> None:
-        """Chooses the lengths of batches; fairseq's own asks for padding, and for an older numpy.
+        """Chooses the lengths of batches; fairseq's version needs padding and an older numpy.
 
         Cropping rounds down to a length, padding up.
         """
         self._buckets: Optional[np.ndarray] = None
-        self.num_buckets = 0  # fairseq's collater pads to them where there are any
+        self.num_buckets = 0  # fairseq's collater would pad to them
         if num_buckets:
             lengths = np.minimum(self.sizes, self.max_sample_size)
             ranks = np.linspace(0, len(lengths) - 1, num_buckets + 1).astype(int)
@@ -221,7 +221,7 @@ class SpeechDataset(FileAudioDataset):
             logger.info(f"task.num_batch_buckets: batches have one of the lengths {self._buckets.tolist()}")
 
     def _to_bucket(self, lengths: np.ndarray) -> np.ndarray:
-        """Lengths in batches, by :meth:`set_bucket_info`; those beyond all buckets stay as they are."""
+        """Lengths in batches, see :meth:`set_bucket_info`; those beyond all buckets do not change."""
         if self._buckets is None:
             return lengths
         if self.pad:
@@ -237,7 +237,7 @@ class SpeechDataset(FileAudioDataset):
 
     @property
     def can_reuse_epoch_itr_across_epochs(self) -> bool:
-        """No: every epoch makes new batches."""
+        """False: every epoch makes new batches."""
         return False
 
     def set_epoch(self, epoch: int) -> None:
@@ -246,14 +246,14 @@ class SpeechDataset(FileAudioDataset):
         self.epoch = epoch
 
     def ordered_indices(self) -> np.ndarray:
-        """Utterances of like length side by side, in an order that depends on fairseq's seed and the epoch."""
+        """An order with utterances of similar length together, which depends on fairseq's seed and the epoch."""
         if not self.shuffle:
             return np.arange(len(self))
         # fairseq seeds numpy with the same number in every epoch.
         self.seed = np.random.randint(2**31)
         random = np.random.default_rng([self.seed, self.epoch])
-        # How far an utterance may move, as a part of its length: the more there are, the nearer its new neighbours,
-        # and the less is cropped off a batch (at 5 % a batch of LibriSpeech holds 6 % less audio than at 0.5 %).
+        # How far an utterance may move, relative to its length: with more utterances, neighbours are closer in
+        # length, and batches lose less to cropping (at 5 % a LibriSpeech batch holds 6 % less audio than at 0.5 %).
         reach = min(0.05, max(0.005, 50 / len(self)))
         sizes = np.minimum(self.sizes, self.max_sample_size)
         noise = random.uniform(1 - reach, 1 + reach, len(self))
@@ -262,10 +262,10 @@ class SpeechDataset(FileAudioDataset):
         return np.argsort(-(sizes * noise), kind="stable")
 
     def batch_by_size(self, indices: np.ndarray, max_tokens: Optional[int] = None, **limits: Any) -> Any:
-        """fairseq's, which stops at an utterance above ``max_tokens``; whole ones in validation get through.
+        """Like fairseq's, which stops at an utterance above ``max_tokens``; validation lets whole ones pass.
 
-        Training batches are as many as make every rank's share equal: fairseq would make up for missing ones by
-        empty batches, on which ranks idle. In validation utterances of different lengths share no batch.
+        Every rank gets equally many training batches: fairseq would fill up with empty batches, on which ranks idle.
+        Validation batches hold utterances of one length.
 
         Raises:
             ValueError: ``max_tokens`` is below every utterance, or there are too few for the number of ranks.
@@ -274,7 +274,7 @@ class SpeechDataset(FileAudioDataset):
             shortest = min(self.size(index) for index in range(len(self)))
             raise ValueError(
                 f"dataset.max_tokens: {max_tokens}; the shortest of {len(self)} utterances has {shortest} samples in a "
-                "batch, so that no batch holds one. Raise it, or lower task.max_sample_size"
+                "batch, so no batch can hold one. Raise it, or lower task.max_sample_size"
             )
         if not self.shuffle:
             batches: List[Any] = []

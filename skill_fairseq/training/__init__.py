@@ -1,4 +1,4 @@
-"""Training that survives a cluster: whole checkpoints, preemption, unreadable files, losses that are not finite.
+"""Fault-tolerant training: complete checkpoints, preemption, unreadable files, losses that are not finite.
 
-fairseq's trainer is subclassed, and put in its place when the user dir is imported by ``fairseq-hydra-train``.
+A subclass of fairseq's trainer replaces it when ``fairseq-hydra-train`` imports the user dir.
 """

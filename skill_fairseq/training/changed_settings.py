@@ -1,4 +1,4 @@
-"""What has changed between the settings that a checkpoint was made with and those of the run that goes on from it."""
+"""Compares a checkpoint's settings with those of the run that resumes from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ORDINARY = (
     "dataset.num_workers",
     "dataset.validate_*",
     "distributed_training.*",
-    "*.distributed_world_size",  # these three repeat a field above
+    "*.distributed_world_size",  # these three duplicate a field above
     "*.ddp_backend",
     "*.data_buffer_size",
     "optimization.max_epoch",
@@ -33,19 +33,19 @@ ORDINARY = (
     "task.max_skipped_updates",
     "task.max_unreadable_files",
 )
-"""Fields that change without a word: where, how often and on how many processes, how long, and what is tolerated."""
+"""Fields that may change without a warning: places, intervals, processes, lengths and tolerances."""
 
 NOT_SET = "not set"
-_MOST = 10  # fields that are named
-_LENGTH = 60  # of a value's text
+_MOST = 10  # fields to name
+_LENGTH = 60  # characters of a value
 
 
 def warn_of_changes(checkpoint: Path, cfg: Mapping[str, Any]) -> None:
-    """Logs one warning that names the fields whose values differ from the checkpoint's; none if there are none.
+    """Logs a warning that names the fields whose values differ from the checkpoint's, if there are any.
 
     Args:
-        checkpoint: fairseq's file; silence if it is missing or holds no config that can be compared.
-        cfg: config of the present run, plain.
+        checkpoint: fairseq's file; no warning if it is missing or has no comparable config.
+        cfg: the current run's config, plain.
     """
     changes = changed_settings(saved_settings(checkpoint), cfg)
     if not changes:
@@ -53,36 +53,36 @@ def warn_of_changes(checkpoint: Path, cfg: Mapping[str, Any]) -> None:
     named = [f"{name}: {_short(old)} -> {_short(new)}" for name, (old, new) in list(changes.items())[:_MOST]]
     more = f", and {len(changes) - _MOST} more" if len(changes) > _MOST else ""
     logger.warning(
-        f"settings have changed since {checkpoint} was written, and the run goes on from it: {', '.join(named)}{more}. "
-        "To start from the beginning, give it another hydra.run.dir"
+        f"settings have changed since {checkpoint} was written, and the run resumes from it: {', '.join(named)}{more}. "
+        "To start from the beginning, set another hydra.run.dir"
     )
 
 
 def warn_of_another_teacher(checkpoint: str, before: Optional[str], now: Optional[str], task: Any) -> None:
-    """Logs a warning where a run goes on with a teacher of other content.
+    """Logs a warning if a run resumes with a teacher of other content.
 
     Args:
         checkpoint: fairseq's file.
-        before: SHA-256 that it holds; None in those of earlier versions and of tasks without a teacher.
-        now: SHA-256 of the teacher of the present run.
-        task: config of the task.
+        before: the SHA-256 that it holds; None in those of earlier versions and of tasks without a teacher.
+        now: SHA-256 of the current run's teacher.
+        task: the task's config.
     """
     if before is not None and before != now:
         logger.warning(
             f"another teacher: task.teacher={getattr(task, 'teacher', None)} has the SHA-256 {now}, that of "
-            f"{checkpoint} had {before}. The run goes on with it; to start from the beginning, give it another "
+            f"{checkpoint} had {before}. The run resumes with it; to start from the beginning, set another "
             "hydra.run.dir"
         )
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Dict[str, Tuple[Any, Any]]:
-    """Fields with other values now, by dotted name: old and new, :data:`NOT_SET` where one side has none.
+    """Changed fields by dotted name: old and new value, :data:`NOT_SET` where one side has none.
 
-    :data:`ORDINARY` ones are left out, and those that follow ``optimization.max_update``, as schedules do.
+    Leaves out :data:`ORDINARY` fields, and those that follow ``optimization.max_update``, such as schedules.
 
     Args:
         before: plain nested config; empty if there is nothing to compare.
-        now: the same of the present run.
+        now: the same for the current run.
     """
     old, new = _leaves(before), _leaves(now)
     if not old:
@@ -98,16 +98,16 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> Dict[
 
 
 def saved_settings(checkpoint: Path) -> Dict[str, Any]:
-    """The config in fairseq's checkpoint, without reading a tensor or running code of the file.
+    """Reads the config in a fairseq checkpoint, without reading tensors or running the file's code.
 
     Returns:
-        a nested dictionary; empty where the file is missing, of another format, has no plain config, or holds objects
-        that are not read.
+        a nested dictionary; empty if the file is missing, has another format or no plain config, or holds objects of
+        unknown classes.
     """
     try:
         with open(checkpoint, "rb") as file:
             cfg = read(file, tensors=False)["cfg"]
-    except Exception:  # damaged pickles raise nearly anything; whether the file is of use is fairseq's affair
+    except Exception:  # damaged pickles raise almost anything; fairseq decides whether the file is usable
         return {}
     return cfg if isinstance(cfg, dict) else {}
 

@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or absent, and the newest whole one of a folder."""
+"""Writes checkpoints atomically, and finds the newest undamaged one in a folder."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointNotWritten(Exception):
-    """A checkpoint could not be written; the older ones are as they were."""
+    """A checkpoint could not be written; older ones are unchanged."""
 
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Around the writing of ``path`` by way of ``path + ".tmp"``: no half-written file stays, and the error says more.
+    """Wraps writing ``path`` through ``path + ".tmp"``: leaves no half-written file, and explains errors.
 
-    An error in which the system had no part is passed on as it is.
+    Errors that do not come from the operating system pass unchanged.
 
     Raises:
-        CheckpointNotWritten: the system refused, for example because the disk is full.
+        CheckpointNotWritten: the operating system refused, for example because the disk is full.
     """
-    before = sys.exc_info()[1]  # fairseq writes crash.pt while it handles another error
+    before = sys.exc_info()[1]  # fairseq writes crash.pt while handling another error
     try:
         yield
     except Exception as error:
@@ -44,13 +44,14 @@ def writing(path: str) -> Iterator[None]:
             raise
         reason = (str(refusal) or type(refusal).__name__).splitlines()[0]
         raise CheckpointNotWritten(
-            f"{path}: the checkpoint could not be written ({reason}). {_space(path)}; older checkpoints are whole. "
-            "Make room, or keep fewer (checkpoint.keep_interval_updates), and start the same command again"
+            f"{path}: the checkpoint could not be written ({reason}). {_space(path)}; older checkpoints are intact. "
+            "Free some space, or keep fewer (checkpoint.keep_interval_updates), and run the same command again"
         ) from error
 
 
 def _refusal(error: BaseException, before: Optional[BaseException]) -> Optional[OSError]:
-    """The system's error behind another: torch's writer says that it failed, the one that says why came first."""
+    """The operating system's error behind another one: torch's writer only says that it failed; the cause came
+    first."""
     link: Optional[BaseException] = error
     while link is not None and link is not before:
         if isinstance(link, OSError):
@@ -63,20 +64,20 @@ def _space(path: str) -> str:
     try:
         free = shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free
     except OSError as error:
-        return f"The folder cannot be looked at ({error})"
+        return f"The folder cannot be read ({error})"
     return f"{free / 1e9:.2f} GB are free there"
 
 
 class WholeCopies(PathManager):
-    """fairseq's file manager, except that a copy is whole or absent.
+    """fairseq's file manager with atomic copies.
 
-    fairseq writes one checkpoint by renaming, and copies it to ``checkpoint_last.pt`` byte by byte: a run killed
-    meanwhile is left without a last checkpoint.
+    fairseq renames one checkpoint into place, but copies it to ``checkpoint_last.pt`` byte by byte: a run killed
+    meanwhile has no last checkpoint.
     """
 
     @staticmethod
     def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-        """Copies a local file by way of a temporary name; others as fairseq does."""
+        """Copies a local file through a temporary name; others like fairseq."""
         if PathManager.path_requires_pathmanager(dst_path):
             return PathManager.copy(src_path, dst_path, overwrite=overwrite)
         with writing(dst_path):
@@ -86,12 +87,12 @@ class WholeCopies(PathManager):
 
 
 def damage(path: Path) -> Optional[str]:
-    """What is wrong with a checkpoint file, None if nothing is: every byte is read and its checksum compared."""
+    """The problem of a checkpoint file, or None: reads every byte and verifies checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a place before the file's begin; anything else is the disk's affair
+        if error.errno != errno.EINVAL:  # a position before the file's start; other errors come from the disk
             raise
         return str(error)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
@@ -100,7 +101,7 @@ def damage(path: Path) -> Optional[str]:
 
 
 def older_checkpoints(last: Path) -> List[Path]:
-    """Numbered checkpoints beside ``checkpoint_last.pt``, the newest first."""
+    """Numbered checkpoints beside ``checkpoint_last.pt``, newest first."""
     suffix = re.escape(last.stem[len("checkpoint_last") :])
     pattern = re.compile(rf"checkpoint(?:_(?P<e>\d+)_(?P<updates>\d+)|(?P<epoch>\d+)){suffix}\.pt")
     found: List[Tuple[int, float, Path]] = []
@@ -113,15 +114,15 @@ def older_checkpoints(last: Path) -> List[Path]:
 
 
 def newest_whole_checkpoint(last: Path) -> Path:
-    """The checkpoint to go on from: ``last`` or, where it is damaged or missing, the newest whole one before it.
+    """The checkpoint to resume from: ``last`` or, if it is damaged or missing, the newest undamaged one before it.
 
-    Damaged files are set aside as ``*.damaged``, and half-written ones of a killed run are removed.
+    Renames damaged files to ``*.damaged``, and removes half-written ones of a killed run.
 
     Args:
-        last: ``checkpoint_last.pt`` of a run's folder; nothing needs to exist.
+        last: ``checkpoint_last.pt`` of a run's folder; it need not exist.
 
     Returns:
-        A whole file, or ``last`` if the folder has no checkpoint.
+        an undamaged file, or ``last`` if the folder has no checkpoint.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged.
@@ -135,16 +136,16 @@ def newest_whole_checkpoint(last: Path) -> Path:
         problem = damage(path)
         if problem is None:
             if damaged or path != last:
-                logger.warning(f"going on from {path}, the newest whole checkpoint")
+                logger.warning(f"resuming from {path}, the newest undamaged checkpoint")
             return path
         aside = path.with_name(path.name + ".damaged")
         os.replace(path, aside)
-        logger.warning(f"{path}: truncated or damaged ({problem}); set aside as {aside.name}")
+        logger.warning(f"{path}: truncated or damaged ({problem}); renamed to {aside.name}")
         damaged.append(str(aside))
     damaged = damaged or sorted(str(path) for path in last.parent.glob("checkpoint*.pt.damaged"))
     if damaged:
         raise ValueError(
-            f"{last.parent}: no whole checkpoint is left; damaged are {', '.join(damaged)}. Bring back a copy of one, "
+            f"{last.parent}: no undamaged checkpoint is left; damaged are {', '.join(damaged)}. Restore a copy of one, "
             "or remove them to start from the beginning"
         )
     return last

@@ -1,4 +1,4 @@
-"""fairseq's data-parallel backends: which ones train and which are refused, and what the former need to be exact."""
+"""fairseq's data-parallel backends: refuses those that cannot train a student, and makes the others exact."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 REFUSED = {
-    "fully_sharded": "it keeps parameters as flat pieces on different ranks, where gates and sizes need whole ones",
-    "slowmo": "its ranks train apart between their averages, where gates and multipliers must stay equal",
+    "fully_sharded": "it keeps parameters as flat pieces on different ranks, but gates and sizes need whole ones",
+    "slowmo": "its ranks train separately between averages, but gates and multipliers must stay equal",
 }
-"""``distributed_training.ddp_backend``, and the reason."""
+"""Refused values of ``distributed_training.ddp_backend``, and the reason."""
 
 
 def check_backend(cfg: Any, use_bmuf: bool = False) -> None:
-    """Refuses what would not train one student.
+    """Refuses backends that would not train a single student.
 
     Args:
         cfg: ``distributed_training``.
@@ -29,15 +29,15 @@ def check_backend(cfg: Any, use_bmuf: bool = False) -> None:
     backend = str(getattr(cfg.ddp_backend, "value", cfg.ddp_backend))
     if backend in REFUSED:
         raise ValueError(
-            f"distributed_training.ddp_backend: {backend}, but {REFUSED[backend]}; expected legacy_ddp, as the recipes "
-            "have it, or pytorch_ddp"
+            f"distributed_training.ddp_backend: {backend}, but {REFUSED[backend]}; expected legacy_ddp, as in the "
+            "recipes, or pytorch_ddp"
         )
     if use_bmuf:
         raise ValueError(f"optimization.use_bmuf: true, but {REFUSED['slowmo']}; leave it out")
 
 
 def refusing(fsdp_enable_wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """fairseq's context for ``fully_sharded``, which would ask for fairscale first."""
+    """fairseq's context for ``fully_sharded``, which would require fairscale first."""
 
     def checked(cfg: Any) -> Any:
         check_backend(cfg)
@@ -47,7 +47,7 @@ def refusing(fsdp_enable_wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class DistributedAnywhere(DistributedDataParallel):
-    """torch's, as fairseq makes it for ``pytorch_ddp``, on CPUs too: there a device number is an error."""
+    """torch's DDP, as fairseq builds it for ``pytorch_ddp``, but also for CPUs, where a device number is an error."""
 
     def __init__(self, module: nn.Module, device_ids: Any = None, output_device: Any = None, **settings: Any) -> None:
         if next(module.parameters()).device.type == "cpu":
@@ -56,10 +56,10 @@ class DistributedAnywhere(DistributedDataParallel):
 
 
 class DistributedByType(LegacyDistributedDataParallel):
-    """``legacy_ddp`` and ``no_c10d``, with a buffer of its own for each type of parameter.
+    """``legacy_ddp`` and ``no_c10d``, with a separate buffer for each parameter dtype.
 
-    fairseq adds up all gradients in one buffer of the first parameter's type: float32 gradients of gates and
-    multipliers in a half-precision model would be rounded to half, or overflow.
+    fairseq sums all gradients in one buffer of the first parameter's dtype: in a half-precision model, float32
+    gradients of gates and multipliers would be rounded to half precision, or overflow.
     """
 
     def __init__(self, module: Any, process_group: Any, buffer_size: int = 2**28) -> None:
@@ -71,7 +71,7 @@ class DistributedByType(LegacyDistributedDataParallel):
         self._buffers_by_type: List[Any] = [None] * len(self._by_type)
 
     def all_reduce_grads(self) -> None:
-        """fairseq's, for one type after the other."""
+        """Like fairseq's, for one dtype after the other."""
         if self.accumulate_grads:
             return
         for i, parameters in enumerate(self._by_type):

@@ -1,4 +1,4 @@
-"""Going on in the middle of an epoch: only where its batches are those that the checkpoint was written among."""
+"""Resumes in the middle of an epoch only if its batches are the same as when the checkpoint was written."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 KEY = "train_batches"
-"""Where ``extra_state`` holds the fingerprint."""
+"""Key of the fingerprint in ``extra_state``."""
 
 
 def fingerprint(iterator: Any) -> str:
-    """Hexadecimal SHA-256 of an epoch's batches, of all ranks, and of what their order depends on.
+    """Hexadecimal SHA-256 of an epoch's batches of all ranks, and of everything that their order depends on.
 
     Args:
-        iterator: fairseq's ``EpochBatchIterator``; "" for other kinds, which have no batches to look at.
+        iterator: fairseq's ``EpochBatchIterator``; other kinds, which have no fixed batches, give "".
     """
     if not hasattr(iterator, "frozen_batches"):
         return ""
@@ -30,14 +30,14 @@ def fingerprint(iterator: Any) -> str:
 
 
 def skips_to_next_epoch(extra_state: Dict[str, Any], iterator: Any) -> bool:
-    """Whether a run cannot go on inside its epoch; then the place in ``extra_state`` becomes the next epoch's begin.
+    """Whether a run cannot resume inside its epoch; if so, sets the position in ``extra_state`` to the next epoch.
 
-    fairseq would go on among batches that are others, or end with "Cannot resume training due to dataloader mismatch,
+    fairseq would continue with different batches, or fail with "Cannot resume training due to dataloader mismatch,
     please report this to the fairseq developers".
 
     Args:
-        extra_state: of the checkpoint, before fairseq gives its "train_iterator" to the iterator.
-        iterator: of the checkpoint's epoch, as the present run makes it.
+        extra_state: the checkpoint's, before fairseq passes its "train_iterator" to the iterator.
+        iterator: the current run's iterator for the checkpoint's epoch.
     """
     place = extra_state["train_iterator"]
     done, epoch = place.get("iterations_in_epoch", 0), place["epoch"]
@@ -46,8 +46,8 @@ def skips_to_next_epoch(extra_state: Dict[str, Any], iterator: Any) -> bool:
         return False
     logger.warning(
         f"epoch {epoch} has other batches than when the checkpoint was written, after {done} of them: another "
-        "manifest, dataset.max_tokens or seed, or another number of processes. The rest of it is skipped, the run goes "
-        f"on with epoch {epoch + 1}"
+        "manifest, dataset.max_tokens or seed, or another number of processes. Its rest is skipped, and the run "
+        f"resumes with epoch {epoch + 1}"
     )
     place.update(epoch=epoch + 1, iterations_in_epoch=0)
     return True

@@ -1,4 +1,4 @@
-"""What fairseq's half precision forgets at a restart: float32 weights, moments, and the loss scale's history."""
+"""Saves what fairseq's half precision loses at a restart: float32 weights, moments, and the loss scale's history."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SCALER = ("_iter", "_last_overflow_iter", "_last_rescale_iter", "_overflows_sin
 
 
 def check_memory_efficient(common: Any) -> str:
-    """What a run with ``common.memory_efficient_*`` gives up, in words; empty for other runs.
+    """A warning about what a run with ``common.memory_efficient_*`` gives up; empty for other runs.
 
     Raises:
         ValueError: the option is set without ``common.fp16`` or ``common.bf16``; hydra runs would ignore it.
@@ -36,23 +36,23 @@ def check_memory_efficient(common: Any) -> str:
 class MasterWeights:
     """The float32 weights behind a half-precision model.
 
-    fairseq casts the model, and makes the float32 copy that the optimizer works on ("master weights") of what is
-    left; it saves the cast model, and makes the copy of that again. Here masters start as the weights before the cast,
-    a checkpoint holds the masters in place of the cast weights, and loading it gives them back.
+    fairseq casts the model, makes the optimizer's float32 copy ("master weights") from the cast weights, and saves only
+    the cast model. Here master weights start as the weights before the cast, a checkpoint holds them instead of the
+    cast weights, and loading restores them.
 
     Args:
-        model: before it is cast.
-        criterion: before it is cast.
+        model: the model before the cast.
+        criterion: the criterion before the cast.
     """
 
     def __init__(self, model: nn.Module, criterion: nn.Module) -> None:
         self._modules = {"model": model, "criterion": criterion}
-        # Casting gives parameters another storage; this one stays as it is.
+        # Casting gives parameters new storage; this one does not change.
         self._known = {part: {k: p.detach() for k, p in self._saved(part)} for part in self._modules}
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Notes the weights that are loaded into model and criterion, before they are rounded."""
+        """Records the weights to be loaded into model and criterion, before they are rounded."""
         with contextlib.ExitStack() as stack:
             for part, module in self._modules.items():
                 handle = module._register_load_state_dict_pre_hook(functools.partial(self._note, part))
@@ -60,7 +60,7 @@ class MasterWeights:
             yield
 
     def restore(self, optimizer: Any) -> None:
-        """Gives the optimizer the noted weights, once."""
+        """Copies the recorded weights to the optimizer, once."""
         known, self._known = self._known, {}
         masters = _masters(optimizer)
         for part, state in known.items():
@@ -69,13 +69,13 @@ class MasterWeights:
                     masters[id(parameter)].copy_(state[name])
 
     def follow(self, optimizer: Any, parameter: Tensor) -> None:
-        """Gives the optimizer a weight that was changed in the model, one that is not cast."""
+        """Copies a changed weight of the model, one that is not cast, to the optimizer."""
         master = _masters(optimizer).get(id(parameter))
         if master is not None:
             master.copy_(parameter.detach())
 
     def fill(self, state: Dict[str, Any], optimizer: Any) -> None:
-        """Puts the masters into a checkpoint, in place of the cast weights."""
+        """Replaces the cast weights in a checkpoint by the master weights."""
         masters = _masters(optimizer)
         for part in self._modules:
             for name, parameter in self._saved(part):
@@ -90,13 +90,13 @@ class MasterWeights:
 
 
 def _masters(optimizer: Any) -> Dict[int, Tensor]:
-    """Float32 weights of each parameter, by the parameter's id."""
+    """Float32 weights by the parameter's id."""
     if not isinstance(optimizer, FP16Optimizer):
         return {}
     if not isinstance(optimizer.fp32_params, dict):
         return {id(p): master.data for p, master in zip(optimizer.fp16_params, optimizer.fp32_params)}
     found, offsets = {}, dict.fromkeys(optimizer.fp32_params, 0)
-    for p in optimizer.fp16_params:  # one flat tensor a device
+    for p in optimizer.fp16_params:  # one flat tensor per device
         begin = offsets[p.device.index]
         offsets[p.device.index] += p.numel()
         flat = optimizer.fp32_params[p.device.index].data
@@ -105,9 +105,9 @@ def _masters(optimizer: Any) -> Dict[int, Tensor]:
 
 
 def load_moments_exactly(optimizer: Any) -> None:
-    """Lets ``common.memory_efficient_*`` load its moments as they were saved.
+    """Makes ``common.memory_efficient_*`` load its moments in the precision in which they were saved.
 
-    torch casts them to the half precision of the parameters; fairseq's remedy fails with ``composite``:
+    torch casts them to the parameters' half precision; fairseq's workaround fails with ``composite``:
     "'CompositeOptimizer' object has no attribute 'param_groups'".
     """
     if not isinstance(optimizer, MemoryEfficientFP16Optimizer):
@@ -132,13 +132,13 @@ def load_moments_exactly(optimizer: Any) -> None:
 
 
 def scaler_state(optimizer: Any) -> Dict[str, int]:
-    """How far fairseq's loss scale is from its next rise; fairseq saves only the scale."""
+    """The state of fairseq's loss scaler up to its next rise; fairseq saves only the scale."""
     scaler = getattr(optimizer, "scaler", None)
     return {name: getattr(scaler, name) for name in _SCALER if hasattr(scaler, name)}
 
 
 def load_scaler_state(optimizer: Any, state: Dict[str, int]) -> None:
-    """Takes over what :func:`scaler_state` gave."""
+    """Restores the result of :func:`scaler_state`."""
     for name, value in state.items():
         if name in _SCALER and hasattr(optimizer.scaler, name):
             setattr(optimizer.scaler, name, value)

@@ -1,4 +1,4 @@
-"""Data-loading workers that outlive a signal meant for the training process, whatever the dataset is."""
+"""Data-loading workers that survive a signal meant for the training process, with any dataset."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from _skill_fairseq_hook import View
 from torch.utils.data import DataLoader
 
 _END: Optional[int] = getattr(signal, "SIGRTMIN", None)
-"""From the training process: end. No other process sends it, and none is lost: real-time signals queue, where the
-kernel makes one of two pending SIGTERMs. macOS has none; there workers are torch's."""
+"""Signal from the training process to end. No other process sends it, and none is lost: real-time signals queue, while
+the kernel merges two pending SIGTERMs. macOS has none, and uses torch's workers."""
 
 
 class ShieldedLoader(DataLoader):
-    """torch's, except that its workers stay when SIGTERM goes to every process of a job, as Slurm's does.
+    """Like torch's, but its workers survive a SIGTERM to every process of a job, such as Slurm's.
 
-    torch's worker would die of it, and its parent, in the middle of an update, of "DataLoader worker is killed by
-    signal: Terminated". The parent still ends the worker, by ``terminate`` or by its own end.
+    It would kill torch's worker, and in the middle of an update its parent, with "DataLoader worker is killed by
+    signal:
+    Terminated". The parent still ends the worker, with ``terminate`` or at its own exit.
     """
 
     def __init__(
@@ -31,11 +32,11 @@ class ShieldedLoader(DataLoader):
         super().__init__(dataset, worker_init_fn=functools.partial(_begin, worker_init_fn), **settings)
 
     def __iter__(self) -> Any:
-        """torch's; workers that it starts have the signals blocked from their first moment."""
+        """Like torch's, but starts workers with these signals blocked."""
         with _blocked():
             iterator: Any = super().__iter__()
         if self.num_workers > 0 and _END is not None:
-            for worker in iterator._workers:  # multiprocessing ends them by the _popen, at exit as in terminate()
+            for worker in iterator._workers:  # multiprocessing ends them through _popen, at exit and in terminate()
                 worker._popen.terminate = functools.partial(worker._popen._send_signal, _END)
         return iterator
 
@@ -46,7 +47,7 @@ def _block() -> set[int]:
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """The signals come afterwards, in this thread and in processes that it starts meanwhile."""
+    """Delays the signals in this thread, and in processes that it starts meanwhile, until the block ends."""
     before = _block()
     try:
         yield
@@ -55,9 +56,9 @@ def _blocked() -> Iterator[None]:
 
 
 def _begin(worker_init_fn: Optional[Callable[[int], None]], worker: int) -> None:
-    """The first call of a worker."""
+    """Called first in a worker."""
     if _END is not None:
-        _block()  # not inherited by a forkserver's workers
+        _block()  # a forkserver's workers do not inherit it
         threading.Thread(target=_wait_for, args=[_END], daemon=True).start()
     if worker_init_fn is not None:
         worker_init_fn(worker)
@@ -69,7 +70,7 @@ def _wait_for(end: int) -> None:
 
 
 def shield_workers(iterators: Any) -> None:
-    """Gives fairseq's epoch iterators, which make their loaders as ``torch.utils.data.DataLoader``, the shielded one.
+    """Makes fairseq's epoch iterators use the shielded loader as ``torch.utils.data.DataLoader``.
 
     Args:
         iterators: the module ``fairseq.data.iterators``.

@@ -1,4 +1,4 @@
-"""Paths of a config, which mean what they mean in the shell that the command was typed in."""
+"""Resolves paths of a config relative to the folder where the command was started."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from skill_fairseq.checkpoints.hub import is_hub_name, local_copy
 
 
 def from_shell(path: Any) -> Any:
-    """The path, or each of a list, absolute: relative to where the command was started, for hydra has changed into the
-    run's folder since; of a repository of the hub (`hf://user/repo`) the local copy.
+    """Makes a path, or each of a list, absolute. Relative paths start where the command was started, because hydra has
+    since changed to the run's folder; a hub repository (`hf://user/repo`) becomes its local copy.
 
-    fairseq starts a process for each GPU of a node, which knows nothing of hydra, but where its parent was started.
+    fairseq starts a process for each GPU of a node, which knows where its parent was started, but not hydra.
     """
     if isinstance(path, Sequence) and not isinstance(path, str):
         return [from_shell(each) for each in path]
     if is_hub_name(path):
         return str(local_copy(path))
-    expanded = Path(str(path)).expanduser()  # a name of digits is a number to YAML
+    expanded = Path(str(path)).expanduser()  # YAML reads a name of digits as a number
     if not HydraConfig.initialized() and multiprocessing.parent_process() is not None:
         started: str = multiprocessing.process.ORIGINAL_DIR  # type: ignore[attr-defined]
         return str(Path(started) / expanded)

@@ -1,4 +1,4 @@
-"""Puts the trainer into ``fairseq-hydra-train`` and ``fairseq-train``."""
+"""Installs the trainer in ``fairseq-hydra-train`` and ``fairseq-train``."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ Validated = Tuple[List[Optional[float]], bool]
 
 
 def register_trainer() -> None:
-    """Called when the user dir is imported by a program that trains.
+    """Called when a training program imports the user dir.
 
     Raises:
         OSError: this is not Linux.
     """
     require_linux("training with skill_fairseq")
     program: Any = sys.modules["fairseq_cli.train"]
-    if program.Trainer is not Trainer:  # it is there already, or the program has its own
+    if program.Trainer is not Trainer:  # already installed, or the program has its own
         return
     program.Trainer = SkillTrainer
     program.validate_and_save = _stopping(program.validate_and_save)
@@ -47,18 +47,18 @@ def register_trainer() -> None:
 
 
 def give_amp_one_optimizer() -> None:
-    """``common.amp``: hand on to fairseq's optimizer, not to the torch optimizer inside it.
+    """``common.amp``: passes calls to fairseq's optimizer, not to the torch optimizer inside it.
 
-    With ``composite``: "AttributeError: 'CompositeOptimizer' object has no attribute 'param_groups'", and at the
-    first checkpoint "... no attribute '_optimizer_state_dict_pre_hooks'". With all others no error, but gradients
-    are divided by the loss scale twice, and soon are nothing beside Adam's epsilon: torch's scaler remembers by
-    object what it has unscaled, and was handed torch's optimizer to unscale, fairseq's to step.
+    With ``composite``: "AttributeError: 'CompositeOptimizer' object has no attribute 'param_groups'", and at the first
+    checkpoint "... no attribute '_optimizer_state_dict_pre_hooks'". With all others there is no error, but gradients
+    are divided by the loss scale twice, and soon vanish against Adam's epsilon: torch's scaler remembers unscaled
+    optimizers by object, and gets torch's optimizer to unscale but fairseq's to step.
     """
     AMPOptimizer.optimizer = property(lambda self: self.fp32_optimizer, AMPOptimizer.optimizer.fset)
 
 
 def _stopping(validate_and_save: Any) -> Any:
-    """fairseq's ``validate_and_save``, called after every update, which also stops a preempted run."""
+    """Like fairseq's ``validate_and_save``, which is called after every update, but also stops a preempted run."""
 
     def validate_save_and_stop(
         cfg: Any, trainer: Trainer, task: Any, epoch_itr: Any, valid_subsets: List[str], end_of_epoch: bool
@@ -71,7 +71,7 @@ def _stopping(validate_and_save: Any) -> Any:
         elif trainer.preempted:
             checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
             if torch.distributed.is_initialized():
-                torch.distributed.barrier()  # a rank that exits early would end the rank that writes
+                torch.distributed.barrier()  # a rank that exits early would kill the rank that writes
             preemption.leave(trainer.data_parallel_rank)
         return result
 
@@ -81,6 +81,6 @@ def _stopping(validate_and_save: Any) -> Any:
 @functools.cache  # once
 def _say_whose(trainer: str) -> None:
     logger.warning(
-        f"{trainer} trains (as with common.model_parallel_size > 1), not skill_fairseq's trainer: signals, damaged "
-        "checkpoints, unreadable files and losses that are not finite are as in stock fairseq"
+        f"{trainer} (as with common.model_parallel_size > 1) replaces skill_fairseq's trainer: signals, damaged "
+        "checkpoints, unreadable files and losses that are not finite are handled as in stock fairseq"
     )

@@ -1,4 +1,4 @@
-"""One run, one folder of checkpoints."""
+"""Locks a checkpoint folder for one run."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import IO, Dict
 logger = logging.getLogger(__name__)
 
 NAME = "run.lock"
-_GRACE = 5.0  # s in which a killed run's lock must be gone; its server may need a moment
+_GRACE = 5.0  # s; a killed run's lock may need a moment to go away
 _held: Dict[Path, IO[str]] = {}
 
 
 def lock_run(folder: Path, grace: float = _GRACE) -> None:
-    """Keeps other trainings out of a folder as long as this process lives.
+    """Locks a folder against other trainings for the lifetime of this process.
 
-    The lock is the kernel's (``fcntl``): it ends with the process, however that ends, and a file that is left behind
-    locks nothing. On NFS it holds between machines; when a machine is lost, its server gives the lock back after its
-    lease, about 90 s. A file system without locks (Lustre mounted without ``flock``) is named in a warning.
+    The lock is the kernel's (``fcntl``): it ends with the process in any case, and a leftover file locks nothing. On
+    NFS it works between machines; if a machine is lost, the server releases the lock after its lease, about 90 s. A
+    file system without locks (Lustre mounted without ``flock``) causes a warning.
 
     Args:
-        folder: ``checkpoint.save_dir``, which exists.
-        grace: seconds to wait for a run that is ending.
+        folder: ``checkpoint.save_dir``, which must exist.
+        grace: seconds to wait for a run that is about to end.
 
     Raises:
         ValueError: another process trains there; names it.
@@ -51,19 +51,19 @@ def lock_run(folder: Path, grace: float = _GRACE) -> None:
             owner = file.read().strip() or "another process"
             file.close()
             raise ValueError(
-                f"checkpoint.save_dir: {folder}: {owner} trains there. Wait until it has ended, or give this run "
-                "another hydra.run.dir and checkpoint.save_dir"
+                f"checkpoint.save_dir: {folder}: {owner} trains there. Wait until it ends, or set another "
+                "hydra.run.dir and checkpoint.save_dir"
             )
         time.sleep(0.2)
     job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}{job}\n")
     file.flush()
-    _held[path] = file  # closing it would give the lock back
+    _held[path] = file  # closing it would release the lock
 
 
 def unlock_run(folder: Path) -> None:
-    """Lets others in, before the process ends."""
+    """Releases the lock before the process ends."""
     file = _held.pop(folder.resolve() / NAME, None)
     if file is not None:
         file.close()

@@ -1,4 +1,4 @@
-"""fairseq's trainer, made to survive what happens on a cluster."""
+"""fairseq's trainer, made fault-tolerant for clusters."""
 
 from __future__ import annotations
 
@@ -47,21 +47,20 @@ def _without_messages(batch: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class UpdateSkipped(Exception):
-    """The gradients of this update are of no use."""
+    """The gradients of this update are not usable."""
 
 
 class SkillTrainer(Trainer):
-    """Goes on from the newest whole checkpoint; skips what cannot be used; knows when every rank must stop.
+    """Resumes from the newest undamaged checkpoint, skips bad data, and stops all ranks together.
 
-    What one rank sees (a signal, an unreadable file, a loss that is not finite) travels with the statistics that
-    fairseq sums over ranks in every update, so that all ranks act alike, in the same update, without further messages.
+    Events of one rank (a signal, an unreadable file, a loss that is not finite) travel with the statistics that fairseq
+    sums over ranks in every update, so that all ranks act in the same update, without extra communication.
 
-    The task's config says how much is tolerated, where it has the fields: ``max_unreadable_files`` in an epoch and
-    ``max_skipped_updates`` in a row. Other tasks keep fairseq's behaviour: the first loss that is not finite ends the
-    run.
+    The task's config sets the tolerance: ``max_unreadable_files`` per epoch and consecutive ``max_skipped_updates``.
+    Tasks without these fields keep fairseq's behaviour: the first loss that is not finite ends the run.
 
     Attributes:
-        preempted: every rank knows that one of them was asked to stop.
+        preempted: whether a rank was asked to stop, equal on all ranks.
     """
 
     _dummy_batch: Any
@@ -78,7 +77,7 @@ class SkillTrainer(Trainer):
                 with open_dict(groups):  # fairseq refuses a group without parameters
                     del groups["multipliers"]
         lost = check_memory_efficient(cfg.common)
-        sharded = cfg.distributed_training.ddp_backend == "fully_sharded"  # keeps float32 weights itself
+        sharded = cfg.distributed_training.ddp_backend == "fully_sharded"  # it keeps float32 weights itself
         cast = (cfg.common.fp16 or cfg.common.bf16) and not lost and not sharded
         self._masters = MasterWeights(model, criterion) if cast else None
         self._ranges = Ranges(model)
@@ -90,20 +89,20 @@ class SkillTrainer(Trainer):
             logger.warning(lost)
         self._teacher = self._on_first_rank(task.teacher_sha256) if hasattr(task, "teacher_sha256") else None
         self._resumed: Optional[Dict[str, Any]] = None  # extra_state, until the iterator is made
-        self._batches = ""  # fingerprint of the epoch's
+        self._batches = ""  # fingerprint of the epoch's batches
         self.preempted = False
         self._skipped_in_a_row = 0
-        self._unreadable = {"train": 0, "valid": 0}  # of all ranks, in the epoch
-        self._unreadable_here = 0  # of this rank, in the step
-        self._not_finite = False  # a loss of any rank, in the update
-        self._empty = False  # no rank could read a file, in the update
-        self._logged: Dict[str, Dict[str, bool]] = {}  # names of what a step logs, and whether it is a tensor
+        self._unreadable = {"train": 0, "valid": 0}  # of all ranks, in this epoch
+        self._unreadable_here = 0  # of this rank, in this step
+        self._not_finite = False  # whether a loss of any rank is not finite
+        self._empty = False  # whether no rank could read a file in this update
+        self._logged: Dict[str, Dict[str, bool]] = {}  # names that a step logs, and whether they are tensors
         if self._constraint is not None and self.data_parallel_rank == 0:
             check_reach(cfg, model.speech_encoder, criterion)
         preemption.install()
 
     def end(self) -> None:
-        """Called when the run is at its end: says what has become of the size, and gives signals back."""
+        """Called at the end of the run: logs the final size, and restores signal handlers."""
         constraint = None if isinstance(self._constraint, NestedSizes) else self._constraint
         if constraint is not None and self.data_parallel_rank == 0:
             log_sparsity(self.get_model().speech_encoder, constraint.targets)
@@ -111,7 +110,7 @@ class SkillTrainer(Trainer):
         unlock_run(Path(self.cfg.checkpoint.save_dir))
 
     def _on_first_rank(self, act: Callable[[], Any]) -> Any:
-        """What ``act`` returns on rank 0, on every rank; its errors are every rank's.
+        """Runs ``act`` on rank 0 and returns its result, or raises its error, on every rank.
 
         Raises:
             ValueError: ``act`` raised it, or an OSError.
@@ -131,18 +130,18 @@ class SkillTrainer(Trainer):
         return found[0]
 
     def load_checkpoint(self, filename: str, *args: Any, **kwargs: Any) -> Optional[Dict[str, Any]]:
-        """fairseq's; in place of a damaged ``checkpoint_last.pt`` the newest whole one, on every rank the same.
+        """Like fairseq's, but if ``checkpoint_last.pt`` is damaged, all ranks load the newest undamaged checkpoint.
 
-        Settings that have changed since it was written are named in the log.
+        Logs settings that have changed since it was written.
         """
         last = Path(self.cfg.checkpoint.save_dir) / f"checkpoint_last{self.checkpoint_suffix}.pt"
-        if Path(filename) != last or self.checkpoint_suffix:  # every rank has a file of its own
+        if Path(filename) != last or self.checkpoint_suffix:  # every rank has its own file
             return self._load(filename, *args, **kwargs)
 
         def newest() -> str:
             path = newest_whole_checkpoint(last)
             if OmegaConf.is_config(self.cfg):
-                cfg: Any = OmegaConf.to_container(self.cfg, resolve=True, enum_to_str=True)  # as it is saved
+                cfg: Any = OmegaConf.to_container(self.cfg, resolve=True, enum_to_str=True)  # in its saved form
                 warn_of_changes(path, cfg)
             return str(path)
 
@@ -151,7 +150,7 @@ class SkillTrainer(Trainer):
     def _load(
         self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
     ) -> Optional[Dict[str, Any]]:
-        """fairseq's load_checkpoint, with what it forgets of half precision."""
+        """Like fairseq's load_checkpoint, but restores the full state of half precision."""
         try:
             with contextlib.nullcontext() if self._masters is None else self._masters.listening():
                 extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
@@ -160,8 +159,8 @@ class SkillTrainer(Trainer):
                 raise
             raise ValueError(
                 f"{filename}: its optimizer state does not fit ({error}). Up to version 0.1 of skill_fairseq every "
-                "vector of gates was a parameter of its own, and weights that no loss reaches were trained. Finish the "
-                "run with the version that began it, or go on with fresh moments: checkpoint.reset_optimizer=true"
+                "vector of gates was a separate parameter, and weights without a loss were trained. Finish the run "
+                "with the version that started it, or resume with new moments: checkpoint.reset_optimizer=true"
             ) from error
         if extra_state is not None:
             if self.data_parallel_rank == 0:
@@ -175,14 +174,14 @@ class SkillTrainer(Trainer):
         return self._unless_finished(extra_state)
 
     def _build_optimizer(self) -> None:
-        """fairseq's, whose float32 weights are those from before the model was cast."""
+        """Like fairseq's, but float32 weights are those before the cast."""
         super()._build_optimizer()
         load_moments_exactly(self._optimizer)
         if self._masters is not None:
             self._masters.restore(self._optimizer)
 
     def state_dict(self) -> Dict[str, Any]:
-        """fairseq's, with float32 weights where the model is in half precision."""
+        """Like fairseq's, but with float32 weights if the model is in half precision."""
         state: Dict[str, Any] = super().state_dict()
         if self._masters is not None:
             self._masters.fill(state, self.optimizer)
@@ -190,7 +189,7 @@ class SkillTrainer(Trainer):
         return state
 
     def get_train_iterator(self, epoch: int, *args: Any, **kwargs: Any) -> Any:
-        """fairseq's; that of the next epoch where a run cannot go on in the one that its checkpoint names."""
+        """Like fairseq's, but for the next epoch if the run cannot resume in the checkpoint's epoch."""
         iterator = super().get_train_iterator(epoch, *args, **kwargs)
         resumed, self._resumed = self._resumed, None
         if resumed is not None and skips_to_next_epoch(resumed, iterator):
@@ -199,20 +198,20 @@ class SkillTrainer(Trainer):
         return iterator
 
     def _set_seed(self) -> None:
-        """fairseq's, and numpy's: layers to drop and spans to mask depend only on seed and update, as dropout does."""
+        """Also seeds numpy: layer drop and mask spans depend only on seed and update, like dropout."""
         super()._set_seed()
         np.random.seed((self.cfg.common.seed + self.get_num_updates()) % 2**32)
 
     def _unless_finished(self, extra_state: Optional[Dict[str, Any]]) -> Optional[Dict[str, Any]]:
-        """Keeps fairseq, which looks at max_update after an update only, from making one too many."""
+        """Prevents one update too many, because fairseq checks max_update only after an update."""
         most = self.cfg.optimization.max_update
         if most and self.get_num_updates() >= most:
-            logger.info(f"nothing is left to do: {self.get_num_updates()} of optimization.max_update={most} updates")
-            self.cfg.optimization.stop_min_lr = float("inf")  # the one thing that fairseq asks before
+            logger.info(f"nothing to do: {self.get_num_updates()} of optimization.max_update={most} updates done")
+            self.cfg.optimization.stop_min_lr = float("inf")  # the only condition that fairseq checks before
         return extra_state
 
     def save_checkpoint(self, filename: str, extra_state: Dict[str, Any]) -> None:
-        """fairseq's.
+        """Like fairseq's, with errors that explain the cause.
 
         Raises:
             CheckpointNotWritten: the disk is full, for example.
@@ -221,22 +220,22 @@ class SkillTrainer(Trainer):
             super().save_checkpoint(filename, {**extra_state, BATCHES: self._batches, "teacher_sha256": self._teacher})
 
     def begin_epoch(self, epoch: int) -> None:
-        """fairseq's; starts the counts again."""
+        """Like fairseq's; resets the counts."""
         self._unreadable["train"] = 0
         super().begin_epoch(epoch)
         self._impose()
 
     def begin_valid_epoch(self, epoch: int) -> None:
-        """fairseq's; starts the counts again."""
+        """Like fairseq's; resets the counts."""
         self._unreadable["valid"] = 0
         super().begin_valid_epoch(epoch)
 
     @metrics.aggregate("train")
     def train_step(self, samples: List[Dict[str, Any]], raise_oom: bool = False) -> Optional[Dict[str, Any]]:
-        """fairseq's; None also for an update that was skipped.
+        """Like fairseq's; also returns None for a skipped update.
 
         Raises:
-            FloatingPointError: too many updates in a row were skipped.
+            FloatingPointError: too many consecutive updates were skipped.
         """
         self._not_finite = False
         self.task.losses = []
@@ -246,12 +245,12 @@ class SkillTrainer(Trainer):
         self._ranges.forget()
         samples = [sample for sample in samples if sample] or samples[:1]
         try:
-            # The undecorated one: fairseq's aggregator does not survive an exception.
+            # The undecorated method, because fairseq's aggregator does not survive an exception.
             output = Trainer.train_step.__wrapped__(self, samples, raise_oom)  # type: ignore[attr-defined]
         except UpdateSkipped as reason:
             self.zero_grad()
             if getattr(self.optimizer, "scaler", self) is None and hasattr(self.optimizer, "_multiply_factor"):
-                self.optimizer._multiply_factor = 1.0  # in bf16, fairseq's zero_grad leaves that of the skipped update
+                self.optimizer._multiply_factor = 1.0  # in bf16, fairseq's zero_grad keeps that of the skipped update
             self._skipped_in_a_row += 1
             update = self.get_num_updates() + 1
             self._check_weights(update, reason)
@@ -259,7 +258,7 @@ class SkillTrainer(Trainer):
             if self._skipped_in_a_row > self._limit("max_skipped_updates"):
                 raise FloatingPointError(
                     f"{self._skipped_in_a_row} updates in a row were skipped, the last because {reason}; "
-                    f"task.max_skipped_updates allows {self._limit('max_skipped_updates')}. Look at the files that the "
+                    f"task.max_skipped_updates allows {self._limit('max_skipped_updates')}. Check the files that the "
                     "log names, lower the learning rate, or train in bf16 or fp32"
                 ) from None
             return None
@@ -270,7 +269,7 @@ class SkillTrainer(Trainer):
         return output
 
     def _impose(self) -> None:
-        """Brings the gates to what the constraint asks of the next update, and so for checkpoints and validation."""
+        """Applies the constraint to the gates for the next update, and thus for checkpoints and validation."""
         if self._constraint is not None:
             encoder = self.get_model().speech_encoder
             self._constraint.impose(encoder, self.get_num_updates())
@@ -278,21 +277,21 @@ class SkillTrainer(Trainer):
                 self._masters.follow(self.optimizer, encoder.gates.log_alpha)
 
     def _check_weights(self, update: int, reason: UpdateSkipped) -> None:
-        """Raises FloatingPointError where weights, and no audio file, are at fault: all further updates would fail."""
+        """Raises FloatingPointError if weights are the cause, not an audio file: all further updates would fail."""
         teachers = [("teacher", teacher.encoder) for teacher in getattr(self.task, "_teachers", None) or ()]
         for whose, module in (("student", self.get_model()), ("criterion", self.get_criterion()), *teachers):
             for name, weight in module.named_parameters():
                 if not torch.isfinite(weight).all():
                     raise FloatingPointError(
                         f"update {update}: {reason}, as the weight {name} of the {whose} is NaN or infinite; no audio "
-                        "file is at fault. Go on from an older checkpoint, or from a sound file of the model"
+                        "file is the cause. Resume from an older checkpoint, or start from an intact model file"
                     ) from None
 
     def clip_grad_norm(self, clip_norm: float) -> Any:
-        """fairseq's, called when the gradients of all ranks have been summed.
+        """Like fairseq's, called after the gradients of all ranks were summed.
 
         Raises:
-            UpdateSkipped: the gradients are of no use, and the task tolerates that.
+            UpdateSkipped: the gradients are not usable, and the task tolerates that.
         """
         if self.data_parallel_world_size == 1:
             not_finite = float(to_host(self._loss_here_not_finite(), "losses"))
@@ -303,13 +302,13 @@ class SkillTrainer(Trainer):
         if tolerant and self._not_finite:
             raise UpdateSkipped("a loss is NaN or infinite")
         norm = super().clip_grad_norm(clip_norm)
-        scaled = self.cfg.common.fp16 or self.cfg.common.amp  # there it is the loss scale's affair
+        scaled = self.cfg.common.fp16 or self.cfg.common.amp  # there the loss scale handles it
         if tolerant and not scaled and not to_host(torch.isfinite(torch.as_tensor(norm)).all(), "norm"):
             raise UpdateSkipped("gradients are NaN or infinite, though the losses are not")
         return norm
 
     def valid_step(self, sample: Dict[str, Any], raise_oom: bool = False) -> Any:
-        """fairseq's."""
+        """Like fairseq's."""
         output = super().valid_step(self._readable(sample), raise_oom)
         if self.data_parallel_world_size == 1:
             self._agree(self._unreadable_here, preemption.received is not None, False)
@@ -318,7 +317,7 @@ class SkillTrainer(Trainer):
     def _aggregate_logging_outputs(
         self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
     ) -> Tuple[List[Dict[str, Any]], List[Any]]:
-        """fairseq's sum over ranks, which carries four numbers more."""
+        """Like fairseq's sum over ranks, with four more numbers."""
         split = "train" if self.model.training else "valid"
         mine = (
             self._unreadable_here,
@@ -328,7 +327,7 @@ class SkillTrainer(Trainer):
         )
         if logging_outputs:
             self._logged[split] = {name: torch.is_tensor(value) for name, value in logging_outputs[0].items()}
-        elif split in self._logged:  # out of memory: what is summed over ranks must have one shape
+        elif split in self._logged:  # out of memory: all ranks must sum tensors of the same shape
             zero = torch.zeros((), dtype=torch.float64, device=self.device)
             logging_outputs = [{name: zero if tensor else 0 for name, tensor in self._logged[split].items()}]
             ignore = True
@@ -343,13 +342,13 @@ class SkillTrainer(Trainer):
     def _reduce_and_log_stats(
         self, logging_outputs: List[Dict[str, Any]], sample_size: Any, grad_norm: Any = None
     ) -> Any:
-        """fairseq's, with all numbers fetched at once."""
+        """Like fairseq's, but fetches all numbers from the device at once."""
         *outputs, own = numbers([*logging_outputs, {"size": sample_size, "norm": grad_norm}], "statistics")
-        norm = None if own["norm"] is None else torch.tensor(own["norm"])  # fairseq asks a tensor
+        norm = None if own["norm"] is None else torch.tensor(own["norm"])  # fairseq expects a tensor
         return super()._reduce_and_log_stats(outputs, own["size"], norm)
 
     def _agree(self, unreadable: float, preempted: float, not_finite: float) -> None:
-        """Takes over what all ranks have seen, in the same step on every rank."""
+        """Applies the events of all ranks, in the same step on every rank."""
         split = "train" if self.model.training else "valid"
         self._unreadable_here = 0
         self._unreadable[split] += int(unreadable)
@@ -359,11 +358,11 @@ class SkillTrainer(Trainer):
         if self._unreadable[split] > most:
             raise ValueError(
                 f"{self._unreadable[split]} {split} files of this epoch could not be read; task.max_unreadable_files "
-                f"allows {most}. The log names them: repair them, take them out of the manifest, or raise the limit"
+                f"allows {most}. The log names them: repair them, remove them from the manifest, or raise the limit"
             )
 
     def _readable(self, sample: Any) -> Any:
-        """The batch without the messages on files that could not be read, which are logged and counted."""
+        """Removes the messages on unreadable files from the batch, and logs and counts them."""
         if not isinstance(sample, dict) or "unreadable" not in sample:
             return sample
         for message in sample["unreadable"]:
@@ -372,13 +371,13 @@ class SkillTrainer(Trainer):
         return _without_messages(sample)
 
     def _prepare_sample(self, sample: Any, is_dummy: bool = False) -> Any:
-        """fairseq's; any batch serves as the dummy one if the epoch's first does not."""
+        """Like fairseq's, but any batch can be the dummy batch if the epoch's first cannot."""
         if self._dummy_batch is None and sample:
             self._dummy_batch = sample
         return super()._prepare_sample(sample, is_dummy)
 
     def reset_dummy_batch(self, batch: Any) -> None:
-        """fairseq's; a batch without any readable file does not serve."""
+        """Like fairseq's, but a batch without readable files cannot be the dummy batch."""
         if isinstance(batch, dict):
             batch = _without_messages(batch)
         super().reset_dummy_batch(batch or self._dummy_batch)
@@ -387,7 +386,7 @@ class SkillTrainer(Trainer):
         super()._log_oom(exc)
         if self.model.training:
             name, where = "max_tokens", ""
-            more = "; with optimization.update_freq=[2] half the batch twice is the same update"
+            more = "; with optimization.update_freq=[2], two batches of half the size give the same update"
         else:
             name, where, more = "max_tokens_valid", " in validation", ""
         most = self.cfg.dataset[name]

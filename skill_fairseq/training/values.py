@@ -1,4 +1,4 @@
-"""Numbers of a config that no run can use, refused before the first update."""
+"""Refuses unusable numbers in a config before the first update."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Tuple
 
 LARGEST = 1e30
-"""Beyond it a float32 product soon overflows; no field of a training means so much."""
+"""Products of larger float32 numbers soon overflow; no field of a training needs them."""
 
 BLOCKS = ("common", "criterion", "dataset", "model", "optimization", "optimizer", "lr_scheduler", "task")
 
 FAIRSEQS_RATE = [0.25]
-"""Default of ``optimization.lr``: nobody has set it."""
+"""Default of ``optimization.lr``, which means that it is not set."""
 
 
 def check_values(cfg: Mapping[str, Any]) -> None:
-    """Refuses numbers that are NaN, infinite or absurd, and a learning rate that nothing uses.
+    """Refuses numbers that are NaN, infinite or absurd, and an unused learning rate.
 
     Args:
         cfg: fairseq's whole config, plain.
 
     Raises:
-        ValueError: names the field, its value and what is expected.
+        ValueError: names the field, its value and the expectation.
     """
     for block in BLOCKS:
         for name, value in _numbers(cfg.get(block), block):
@@ -37,13 +37,13 @@ def check_values(cfg: Mapping[str, Any]) -> None:
 
 
 def check_rate(cfg: Mapping[str, Any]) -> None:
-    """Refuses an ``optimization.lr`` that is the rate of no group of the optimizer: it would do nothing.
+    """Refuses an ``optimization.lr`` that no optimizer group uses: it would have no effect.
 
     Raises:
-        ValueError: says which rates there are.
+        ValueError: names the rates in use.
     """
     groups, given = (cfg.get("optimizer") or {}).get("groups") or {}, list(cfg["optimization"]["lr"])
-    for name, group in groups.items():  # which fairseq does not type
+    for name, group in groups.items():  # fairseq does not check their types
         rate = group.get("lr_float")
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float))):
             raise ValueError(f"optimizer.groups.{name}.lr_float: {rate!r}; expected a number")
@@ -54,7 +54,7 @@ def check_rate(cfg: Mapping[str, Any]) -> None:
     if groups and given != FAIRSEQS_RATE and given not in rates.values():
         shown = ", ".join(f"{name} {rate[0]:g}" for name, rate in rates.items())
         raise ValueError(
-            f"optimization.lr: {given} is the rate of no group of the optimizer ({shown}), and would do nothing; set "
+            f"optimization.lr: {given} is not the rate of any optimizer group ({shown}) and would have no effect; set "
             f"optimizer.groups.default.lr_float={given[0]:g}, or optimization.lr=[{rates.get('default', given)[0]:g}]"
         )
 

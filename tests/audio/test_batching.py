@@ -1,4 +1,4 @@
-"""Batches of one length, and batches shared out: every utterance once, none padded, none too large or empty."""
+"""Equal-length batches and their division over ranks: every utterance once, none padded, none too large or empty."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_split_of_many_batches():
         assert len(found) == wanted and all(found) and max(map(len, found)) <= max(sizes)
         assert [i for batch in found for i in batch] == list(range(sum(sizes)))
         kept = [batch for batch in found if batch in batches]
-        # What was left whole is nowhere larger than twice a half.
+        # No undivided batch is larger than twice a half.
         halves = [len(batch) for batch in found if batch not in batches]
         assert not halves or max(map(len, kept), default=0) <= 2 * max(halves)
 

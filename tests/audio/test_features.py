@@ -1,4 +1,4 @@
-"""Log-mel and MFCC against the formulas written out as loops."""
+"""Log-mel and MFCC against their formulas, written as loops."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mel(hertz: float) -> float:
 
 
 def loop_log_mel(wave: np.ndarray, n_mels: int) -> np.ndarray:
-    """Every sum as a sum, in float64."""
+    """Explicit sums, in float64."""
     low, high = mel(20), mel(RATE / 2)
     result = []
     for start in range(0, len(wave) - WINDOW + 1, HOP):

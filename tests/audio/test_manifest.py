@@ -161,14 +161,14 @@ FLAC = sorted(DATA.glob("audio/**/*.flac"))[0].read_bytes()
 
 
 def flac(samples: int) -> bytes:
-    """The same audio, its header giving another number of samples; 0: unknown."""
+    """The same audio with another number of samples in its header; 0: unknown."""
     header = bytearray(FLAC)
     header[18:26] = (int.from_bytes(FLAC[18:26], "big") >> 36 << 36 | samples).to_bytes(8, "big")
     return bytes(header)
 
 
 def damaged() -> dict[str, tuple[bytes, list]]:
-    """Files by name, and what the message must say."""
+    """Files by name, and the expected message."""
     ogg, mp3 = io.BytesIO(), io.BytesIO()
     wave = np.concatenate([soundfile.read(io.BytesIO(FLAC), dtype="float32")[0]] * 3)
     soundfile.write(ogg, wave, 16000, format="OGG", subtype="VORBIS")
@@ -184,7 +184,7 @@ def damaged() -> dict[str, tuple[bytes, list]]:
     if "MP3" in soundfile.available_formats():
         soundfile.write(mp3, wave, 16000, format="MP3", bitrate_mode="VARIABLE", compression_level=0.5)
         data = mp3.getvalue()
-        second = data.index(data[:2], data.index(b"Xing"))  # the frame behind the one that has the length
+        second = data.index(data[:2], data.index(b"Xing"))  # the frame after the one with the length
         files["half.mp3"] = (data[: len(data) // 2], [f"{len(wave)} samples"])
         files["no_header.mp3"] = (data[second:], ["more than", "variable bit rate", "ffmpeg"])
     return files
@@ -197,7 +197,7 @@ def test_damaged_audio_is_a_value_error_that_names_it_and_costs_no_memory(tmp_pa
     tracemalloc.start()
     with pytest.raises(ValueError, match=says(tmp_path / name, *said)):
         load_audio(tmp_path / name)
-    peak = tracemalloc.get_traced_memory()[1]  # numpy reports its arrays
+    peak = tracemalloc.get_traced_memory()[1]  # numpy's arrays are traced too
     tracemalloc.stop()
     assert peak < 40_000_000
 

@@ -12,7 +12,7 @@ def test_short_audio_stays_whole_and_long_audio_has_pieces_of_like_length() -> N
     for samples, lengths in (
         (1, [1]),
         (most, [most]),
-        (most + 1, [most // 2 + 1, most // 2]),  # not a rest of one sample
+        (most + 1, [most // 2 + 1, most // 2]),  # no remainder of one sample
         (3 * most, [most] * 3),
         (3 * most + 2, [4501, 4501, 4500, 4500]),
     ):

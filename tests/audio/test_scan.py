@@ -1,4 +1,4 @@
-"""Looking at every file of a corpus: what is taken, what a scan survives, and how one goes on."""
+"""Scanning every file of a corpus: selection, failures, and resuming."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_folders_that_overlap_are_visited_once_and_excluded_ones_never(
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, listed = corpus(tmp_path, "a/1.flac", "closed/2.flac"), os.scandir
 
-    def refusing(path: str) -> object:  # root may list everything
+    def refusing(path: str) -> object:  # root can list everything
         if str(path).endswith("closed"):
             raise PermissionError(13, "Permission denied", str(path))
         return listed(path)
@@ -93,10 +93,10 @@ def test_a_scan_goes_on_where_it_was_ended(tmp_path: Path, monkeypatch: pytest.M
     files, path = sorted(root.iterdir()), tmp_path / "unfinished_scan.jsonl"
     first = scan(files, Progress(path, decode=False), jobs=1)
     assert [next(first) for _ in range(25)] == [Facts(800, 16000, 1)] * 25
-    first.close()  # what an error or a signal does
+    first.close()  # like an error or a signal
     assert len(path.read_text().splitlines()) >= 25
     with open(path, "a") as stream:
-        stream.write('[false, "')  # a line that a kill cut short
+        stream.write('[false, "')  # a line truncated by a kill
     soundfile.write(files[3], np.zeros(900), 16000)  # changed since
     looked: list[Path] = []
     monkeypatch.setattr(scanning, "look", lambda file, decode: looked.append(file) or look(file, decode))
@@ -118,7 +118,7 @@ def test_the_order_is_that_of_the_files_whatever_the_jobs(tmp_path: Path) -> Non
 
 
 def test_jobs_look_at_files_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four must meet for one to get on: a network's file system is waited for once, not four times."""
+    """Each read waits for four at a time: on a network file system, their waits overlap."""
     meeting = threading.Barrier(4)
 
     def waiting(file: Path, decode: bool) -> Facts:

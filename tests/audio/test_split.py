@@ -1,4 +1,4 @@
-"""Sharing recordings out: by file, folder or speaker."""
+"""Dividing recordings by file, folder or speaker."""
 
 from __future__ import annotations
 

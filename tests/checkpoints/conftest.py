@@ -1,4 +1,4 @@
-"""Small foreign models with random weights, their hidden states, and files of them as others write them."""
+"""Small foreign models with random weights, their hidden states, and their files in foreign formats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def foreign() -> Any:
 
 
 class States(NamedTuple):
-    """Hidden states as SpeechEncoder orders them, the output, and True where a frame is padding."""
+    """Hidden states in SpeechEncoder's order, the output, and the frames' padding mask (True = padding)."""
 
     hidden: list[Tensor]
     x: Tensor
@@ -72,7 +72,7 @@ def fairseq(kind: str, style: str, **changes: Any) -> tuple[nn.Module, dict[str,
         layers = {"extractor_mode": "layer_norm", "pos_conv_depth": depth, "conv_pos": length}
         cfg = Data2VecAudioConfig(ema_anneal_end_step=10, max_update=10, **{**fields, **layers})
         model = Data2VecAudioModel(cfg)
-        model.set_num_updates(0)  # makes the moving average, which goes into the checkpoint
+        model.set_num_updates(0)  # makes the moving average, which is saved in the checkpoint
     else:
         cfg = Wav2Vec2Config(quantize_targets=True, latent_vars=4, final_dim=8, **fields)
         model = Wav2Vec2Model(cfg)
@@ -113,13 +113,13 @@ def fairseq_states(model: Any, source: Tensor, padding: Tensor | None = None) ->
     with Recorder(first, *model.encoder.layers) as hidden, torch.no_grad():
         out = model.extract_features(source, padding, mask=False)
     x, padding = (out["x"], out["padding_mask"]) if isinstance(out, dict) else out
-    # fairseq's layers work on (T, B, D), with T made even.
+    # fairseq's layers work on (T, B, D), with T padded to an even number.
     hidden = [hidden[0]] + [h[: x.size(1)].transpose(0, 1) for h in hidden[1:]]
     return States(hidden, x, padding)
 
 
 def save_fairseq(model: Any, cfg: Any, path: Path, **changes: Any) -> Path:
-    """Writes a checkpoint with everything that fairseq's trainer puts into one."""
+    """Writes a checkpoint with everything that fairseq's trainer saves."""
     from fairseq.data import Dictionary
 
     optimizer = torch.optim.Adam([nn.Parameter(torch.ones(3))])
@@ -146,7 +146,8 @@ def save_fairseq(model: Any, cfg: Any, path: Path, **changes: Any) -> Path:
 
 
 def assert_teaches_and_learns(small: Any, data: Path, path: Path, folder: Path) -> None:
-    """A file serves as task.teacher and model.init_from, and the checkpoint of its student stands alone."""
+    """Checks that a file works as task.teacher and model.init_from, and that its student's checkpoint needs no
+    teacher."""
     from skill_fairseq.checkpoints import load_encoder
 
     original = load_encoder(path)
@@ -177,7 +178,7 @@ def assert_teaches_and_learns(small: Any, data: Path, path: Path, folder: Path) 
 
 
 class Recorder:
-    """Collects copies of the outputs of modules, in the order of their calls, while it is entered."""
+    """Collects copies of modules' outputs, in call order, inside the block."""
 
     def __init__(self, *modules: nn.Module) -> None:
         self.modules = modules
@@ -197,7 +198,8 @@ class Recorder:
 
 
 def assert_same_states(ours: Any, theirs: States, tolerance: float = 1e-5) -> None:
-    """Every hidden state, the output and the frame counts agree outside the padding, relative to the state's size."""
+    """Checks that all hidden states, the output and frame counts agree outside the padding, relative to the state's
+    size."""
     if theirs.padding is None:
         assert ours.padding_mask is None or not ours.padding_mask.any()
         counts = torch.ones(theirs.x.shape[:2], dtype=torch.bool)
@@ -207,6 +209,6 @@ def assert_same_states(ours: Any, theirs: States, tolerance: float = 1e-5) -> No
     assert len(ours.hidden_states) == len(theirs.hidden)
     for i, (a, b) in enumerate(zip([*ours.hidden_states, ours.x], [*theirs.hidden, theirs.x])):
         assert a.shape == b.shape
-        assert b[counts].std() > 0.1  # random weights, yet signals of a usual size
+        assert b[counts].std() > 0.1  # random weights, but signals of usual size
         scale = max(1.0, float(b[counts].abs().max()))
         assert float((a - b)[counts].abs().max()) <= tolerance * scale, f"hidden state {i}"

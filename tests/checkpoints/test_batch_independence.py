@@ -1,4 +1,4 @@
-"""What a batch does to an utterance's features: nothing, unless the architecture does it, as load_encoder says."""
+"""A batch does not change an utterance's features, except in the architectures that load_encoder documents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def load(foreign, library, kind, style, folder):
 
 
 def difference(encoder, source, padding):
-    """Largest change of any state of an utterance, on the frames it has alone, between alone and padded."""
+    """Largest difference in any state of an utterance between unpadded and padded, on its own frames."""
     worst = 0.0
     with torch.no_grad():
         batch = encoder(source, padding)

@@ -1,4 +1,4 @@
-"""Files that are broken, foreign or ask for too much: one error that names the file, and no memory for what is not."""
+"""Broken, foreign or oversized files: one error that names the file, without allocating memory that it claims."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ METADATA = {"format": "skill_fairseq.encoder", "format_version": "1", "provenanc
 
 
 def info_error(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that skill-info says of a file."""
+    """The line that skill-info prints for a file."""
     assert skill_info([str(path)]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("error: ")
@@ -176,10 +176,10 @@ def test_heads_that_the_encoder_does_not_need_are_named_and_left_out(small, tmp_
     caplog.set_level(logging.INFO)
     found = load_encoder(tmp_path / "a")
     assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), encoder.state_dict().values()))
-    assert "left out" in caplog.text and "final_proj.bias, final_proj.weight" in caplog.text
+    assert "ignored" in caplog.text and "final_proj.bias, final_proj.weight" in caplog.text
     assert skill_info([str(tmp_path / "a"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["left_out"] == ["final_proj.bias", "final_proj.weight"]
-    adapter = {"encoder.layers.0.adapter.weight": torch.ones(2)}  # this one would change what the encoder computes
+    adapter = {"encoder.layers.0.adapter.weight": torch.ones(2)}  # this one would change the encoder's results
     save_file({**state, **adapter}, tmp_path / "a" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=says("1 left over", "encoder.layers.0.adapter.weight")):
         load_encoder(tmp_path / "a")
@@ -218,7 +218,7 @@ def test_the_origin_of_a_file_is_named_fields(small, tmp_path, provenance):
 
 
 def test_a_loaded_encoder_owns_its_weights(small, tmp_path):
-    """Tensors that share memory in a file, as a flattened model's do, are apart in the encoder, and may be trained."""
+    """Tensors that share memory in a file, as in a flattened model, are separate and trainable in the encoder."""
     encoder = small.random_encoder()
     state = {f"speech_encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     flat = torch.cat([tensor.flatten() for tensor in state.values()])
@@ -235,7 +235,7 @@ def test_a_loaded_encoder_owns_its_weights(small, tmp_path):
     with torch.no_grad():
         found.transformer.layers[0].ffn.fc1.bias.zero_()
     assert torch.equal(found.transformer.layers[1].ffn.fc1.bias, encoder.transformer.layers[0].ffn.fc1.bias)
-    if _ASSIGNS:  # otherwise the encoder is drawn, then filled
+    if _ASSIGNS:  # otherwise the encoder is initialised, then filled
         before = torch.get_rng_state()
         load_encoder(tmp_path / "a.pt")
         assert torch.equal(torch.get_rng_state(), before)

@@ -1,7 +1,7 @@
-"""DPHuBERT's published students compute here what they compute there.
+"""DPHuBERT's published students give the same results here.
 
-Their layout and arithmetic are written down below after github.com/pyf98/DPHuBERT (wav2vec2/components.py), whose
-package is not on PyPI: TorchAudio's, with a number a layer, and LayerNorm over the channels that are left.
+Their layout and arithmetic are reimplemented below after github.com/pyf98/DPHuBERT (wav2vec2/components.py), whose
+package is not on PyPI: TorchAudio's, with one number per layer, and LayerNorm over the remaining channels.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def heads_of(config, layer):
 
 
 def random_state(config):
-    """Weights under DPHuBERT's names; no scale is 1, no bias 0."""
+    """Weights with DPHuBERT's names; no scale is 1, no bias 0."""
     generator = torch.Generator().manual_seed(0)
     state = {}
 
@@ -128,7 +128,7 @@ def random_state(config):
 
 
 def position_bias(state, frames, max_distance):
-    """(H, T, T), or None where layer 0 has no attention."""
+    """(H, T, T), or None if layer 0 has no attention."""
     table = state.get("encoder.transformer.layers.0.attention.rel_attn_embed.weight")
     if table is None:
         return None

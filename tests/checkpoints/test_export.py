@@ -80,7 +80,7 @@ def test_half_precision_files_load_as_float32(encoder, foreign, dtype, tolerance
     save_encoder(encoder, tmp_path / "32.safetensors")
     save_encoder(encoder, tmp_path / "16.safetensors", dtype=dtype)
     sizes = [(tmp_path / name).stat().st_size for name in ("16.safetensors", "32.safetensors")]
-    assert 0.5 < sizes[0] / sizes[1] < 0.62  # names and gates stay as they are
+    assert 0.5 < sizes[0] / sizes[1] < 0.62  # names and gates do not change
     found = load_encoder(tmp_path / "16.safetensors")
     assert {p.dtype for p in found.parameters()} == {torch.float32}
     for name, tensor in encoder.state_dict().items():

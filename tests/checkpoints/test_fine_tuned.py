@@ -1,4 +1,4 @@
-"""Checkpoints that fairseq's hubert_ctc and wav2vec_ctc fine-tuned: the encoder inside computes what it computed."""
+"""Checkpoints fine-tuned by fairseq's hubert_ctc and wav2vec_ctc: the encoder inside gives the same results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from skill_fairseq.checkpoints.load import read_source
 
 
 def fine_tuned(foreign, kind, pretrained, folder, normalize):
-    """fairseq's CTC model made from a pre-trained checkpoint, and the checkpoint that its trainer would save."""
+    """fairseq's CTC model from a pre-trained checkpoint, and the checkpoint that its trainer would save."""
     from fairseq.data import Dictionary
     from fairseq.models.hubert.hubert_asr import HubertCtc, HubertCtcConfig
     from fairseq.models.wav2vec.wav2vec2_asr import Wav2Vec2CtcConfig, Wav2VecCtc
@@ -117,4 +117,4 @@ def test_other_weights_of_the_encoder_are_left_over_and_those_of_other_parts_nam
     )
     caplog.set_level("INFO")
     load_encoder(path)
-    assert "left out" in caplog.text and "w2v_encoder.adapter.weight" in caplog.text
+    assert "ignored" in caplog.text and "w2v_encoder.adapter.weight" in caplog.text

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, with its own client, from a server on 127.0.0.1."""
+"""Models of the Hugging Face hub, through its own client, from a server on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytest.importorskip("huggingface_hub", minversion="0.20")
 
 
 def run(server: Hub, home: Path, code: str, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
-    """Python code in a process of its own: huggingface_hub reads the environment when it is imported."""
+    """Runs Python code in a new process, because huggingface_hub reads the environment when imported."""
     own = {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test", **env}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True)
@@ -36,7 +36,7 @@ torch.save(encoder(torch.linspace(-1, 1, 4000)[None]).x.detach(), sys.argv[2])
 
 @pytest.fixture
 def folder(small: Any, tmp_path: Path) -> Path:
-    """A folder as skill-export writes it."""
+    """A folder from skill-export."""
     save_encoder(small.random_encoder(), tmp_path / "teacher.safetensors")
     assert export.main([str(tmp_path / "teacher.safetensors"), str(tmp_path / "folder"), "--to", "huggingface"]) == 0
     return tmp_path / "folder"
@@ -62,7 +62,7 @@ def test_a_repository_that_is_not_there(folder: Path, tmp_path: Path) -> None:
     with hub(folder) as server:
         done = run(server, tmp_path / "home", LOAD, "hf://user/other", tmp_path / "out.pt")
     error = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and error.startswith("ValueError: hf://user/other: cannot be fetched (")
+    assert done.returncode == 1 and error.startswith("ValueError: hf://user/other: cannot be downloaded (")
 
 
 @pytest.mark.parametrize("name", ["hf://repo", "hf://user/repo/file", "hf://user/repo@", "hf://"])

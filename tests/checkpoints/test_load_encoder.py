@@ -1,4 +1,4 @@
-"""load_encoder: own checkpoints, missing, truncated and foreign files, and life without fairseq."""
+"""load_encoder: own checkpoints, missing, truncated and foreign files, and use without fairseq."""
 
 from __future__ import annotations
 
@@ -84,6 +84,21 @@ def test_files_that_are_no_checkpoints(content, said, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=says(path, said)):
         load_encoder(path)
+
+
+@pytest.mark.parametrize("beginning", [b" <", b" {", b"\x80\x3c", b"\x18{", b"  \x01"])
+def test_the_length_that_a_safetensors_file_begins_with_is_no_kind_of_file(beginning, small, tmp_path):
+    """Its bytes may be those of a page, of JSON, or blanks."""
+    encoder = small.random_encoder()
+    save_encoder(encoder, tmp_path / "model.safetensors")
+    content = (tmp_path / "model.safetensors").read_bytes()
+    end, length = 8 + int.from_bytes(content[:8], "little"), int.from_bytes(beginning, "little")
+    assert end - 8 < length
+    path = tmp_path / "padded.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + content[8:end].ljust(length) + content[end:])
+    assert path.read_bytes().startswith(beginning)
+    again = load_encoder(path)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), encoder.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What pre-training put in place of masked frames: kept from every kind of file, and through every export."""
+"""The mask embedding of pre-training is kept from every kind of file and through every export."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def masked(encoder, source, mask):
 
 @pytest.mark.parametrize("kind", ["wavlm", "hubert", "wav2vec2", "data2vec-audio"])
 def test_masked_frames_are_those_of_transformers(foreign, kind, tmp_path):
-    """Given the same mask, the outputs are the same; and again from a stock folder of skill-export."""
+    """With the same mask, outputs are equal, also from a stock folder of skill-export."""
     model = foreign.huggingface(kind, "base").eval()
     model.config.mask_time_prob = 0.05
     if not hasattr(model, "masked_spec_embed"):
@@ -40,7 +40,7 @@ def test_masked_frames_are_those_of_transformers(foreign, kind, tmp_path):
     assert export([str(tmp_path / "model"), str(tmp_path / "out"), "--to", "huggingface"]) == 0
     again = type(model).from_pretrained(tmp_path / "out")
     assert torch.equal(again.masked_spec_embed, model.masked_spec_embed)
-    with torch.no_grad():  # nothing is masked before it is switched on, in training either
+    with torch.no_grad():  # masking is off by default, also in training
         assert torch.equal(*(each.masked_spec_embed for each in (again, model)))
         again.train()
         hidden = torch.randn(1, 50, model.config.hidden_size)
@@ -102,7 +102,7 @@ def test_a_students_own_counts_where_it_was_trained(foreign, tmp_path):
 
 @pytest.mark.parametrize("pruned", [False, True])
 def test_exports_hold_it(pruned, tmp_path):
-    """And those of encoders without one stay as they were."""
+    """Files of encoders without one do not change."""
     units = ["ffn"] if pruned else []
     encoder, without = (random_encoder(pruning_units=units) for _ in range(2))
     encoder.mask_embedding = torch.linspace(-1, 1, 32)
@@ -125,7 +125,7 @@ def test_exports_hold_it(pruned, tmp_path):
 
 @pytest.mark.parametrize("broken", [torch.ones(5), torch.full((32,), float("nan"))])
 def test_one_that_is_not_usable_is_left_out(broken, tmp_path, caplog):
-    """Most encoders are loaded to be used without."""
+    """Most encoders are used without it."""
     encoder = random_encoder()
     encoder.mask_embedding = broken
     save_encoder(encoder, tmp_path / "e.safetensors")

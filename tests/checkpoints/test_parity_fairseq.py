@@ -31,7 +31,7 @@ def test_same_hidden_states_alone_and_padded(foreign, kind, style, tmp_path):
         ours = encoder(source, padding)
         foreign.assert_same_states(ours, theirs)
         assert (encoder(source).x - ours.x)[~theirs.padding].abs().max() > 1e-2
-        # The two models of fairseq count padded frames by different rules, and the batch tells them apart.
+        # fairseq's two models count padded frames by different rules, and this batch distinguishes them.
         other = {"chunks": "convolution", "convolution": "chunks"}[encoder.config.padding_rule]
         encoder.config = encoder.config.replace(padding_rule=other)
         assert not torch.equal(encoder(source, padding).padding_mask, theirs.padding)

@@ -1,4 +1,4 @@
-"""The encoder computes what Microsoft's WavLM computes, alone and padded: their code travels with s3prl."""
+"""The encoder computes what Microsoft's WavLM computes, unpadded and padded; s3prl ships their code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from skill_fairseq.checkpoints import load_encoder
 
 
 def wavlm(foreign, style):
-    """A random WavLM of Microsoft's code, and the ``cfg`` of its file."""
+    """A random WavLM from Microsoft's code, and the ``cfg`` of its file."""
     sys.modules.setdefault("torchaudio", None)
     from s3prl.upstream.wavlm.WavLM import WavLM, WavLMConfig
 
@@ -59,7 +59,7 @@ def test_same_hidden_states_alone_and_padded(foreign, style, tmp_path):
             foreign.assert_same_states(encoder(alone), wavlm_states(foreign, model, alone))
         theirs = wavlm_states(foreign, model, source, padding)
         foreign.assert_same_states(encoder(source, padding), theirs)
-        # Their rule for padded frames is not transformers'.
+        # Their rule for padded frames differs from transformers'.
         encoder.config = encoder.config.replace(padding_rule="convolution")
         assert not torch.equal(encoder(source, padding).padding_mask, theirs.padding)
 

@@ -12,14 +12,14 @@ from skill_fairseq.checkpoints.load import read_source
 
 
 def converted(model, cfg, path, **changes):
-    """What s3prl's convert.py writes of a fairseq checkpoint: plain values, weights as they were."""
+    """The file that s3prl's convert.py writes for a fairseq checkpoint: plain values, unchanged weights."""
     kept = {"task_cfg": cfg["task"], "model_cfg": cfg["model"], "model_weight": model.state_dict()}
     torch.save({**kept, **changes}, path)
     return path
 
 
 def in_s3prl(kind, path):
-    """s3prl's model of a converted file, as its load_converted_model makes it (which would import torchaudio)."""
+    """s3prl's model of a converted file, built like its load_converted_model (which would import torchaudio)."""
     sys.modules.setdefault("torchaudio", None)
     saved = torch.load(path)
     if kind == "hubert":

@@ -1,6 +1,6 @@
-"""The encoder computes what TorchAudio's models compute, from bare state dicts and with a config beside them.
+"""The encoder computes what TorchAudio's models compute, from state dicts with and without a config.
 
-TorchAudio's code is taken from its folder: beside a CPU torch its package cannot be imported.
+TorchAudio's code is loaded from its folder, because its package cannot be imported with a CPU torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def torchaudio():
 
 
 def shape_of(foreign, style, dim, heads, **changes):
-    """Keyword arguments of torchaudio.models.wav2vec2_model, small but for the width."""
+    """Keyword arguments of torchaudio.models.wav2vec2_model, small except for the width."""
     large = style == "large"
     return {
         "extractor_mode": "layer_norm" if large else "group_norm",
@@ -59,7 +59,7 @@ def states(foreign, model, source, padding=None):
     with foreign.Recorder(model.encoder.feature_projection) as first, torch.no_grad():
         layers, lengths = model.extract_features(source, lengths)
         x = layers[-1]
-        if not model.encoder.transformer.layer_norm_first:  # it is theirs, and means the opposite there
+        if not model.encoder.transformer.layer_norm_first:  # theirs, with the opposite meaning
             x = model.encoder.transformer.layer_norm(x)
     if lengths is not None:
         padding = torch.arange(x.size(1)) >= lengths[:, None]
@@ -94,7 +94,7 @@ def test_a_model_in_pretraining(foreign, torchaudio, tmp_path):
     masking.update(dict.fromkeys(("no_mask_overlap", "no_mask_channel_overlap", "skip_masked", "skip_nomask"), False))
     masking.update(mask_other=0.0, mask_channel_other=0.0, num_classes=5, final_dim=8, feature_grad_mult=0.1)
     if "feature_grad_mult" not in inspect.signature(torchaudio.hubert_pretrain_model).parameters:
-        del masking["feature_grad_mult"]  # TorchAudio of some years ago
+        del masking["feature_grad_mult"]  # older TorchAudio
     model = torchaudio.hubert_pretrain_model(**shape_of(foreign, "base", 768, 12), **masking)
     torch.save(foreign.randomise(model).state_dict(), tmp_path / "model.pth")
     compare(foreign, load_encoder(tmp_path / "model.pth"), model.wav2vec2)
@@ -106,10 +106,10 @@ def test_what_the_tensors_leave_open_is_said_to_be_assumed(foreign, torchaudio, 
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     torch.save({"state_dict": model.state_dict(), "config": {**shape, "normalize_waveform": False}}, tmp_path / "a.pth")
     load_encoder(tmp_path / "bare.pth")
-    for said in ("12 attention heads", "from the width 768 alone", "strides 5,2,2,2,2,2,2", "LayerNorm after"):
+    for said in ("12 attention heads", "from the width 768", "strides 5,2,2,2,2,2,2", "LayerNorm after"):
         assert any(said in message and "assumed" in message for message in caplog.messages), said
     assert skill_info([str(tmp_path / "bare.pth")]) == 0
-    assert "assumed       12 attention heads, from the width 768 alone" in capsys.readouterr().out
+    assert "assumed       12 attention heads, from the width 768" in capsys.readouterr().out
     caplog.clear()
     load_encoder(tmp_path / "a.pth")
     assert not caplog.messages
@@ -140,7 +140,7 @@ def test_a_config_beside_it_settles_what_the_tensors_leave_open(foreign, torchau
 
 
 def wavlm_state_dict(model):
-    """transformers' WavLM in TorchAudio's layout: one matrix for query, key and value, another tree above."""
+    """transformers' WavLM in TorchAudio's layout: one matrix for query, key and value, other module names."""
     state = {}
     for name, tensor in model.state_dict().items():
         if name == "masked_spec_embed":
@@ -184,7 +184,7 @@ def test_wavlm(foreign, torchaudio, style, tmp_path):
 
 
 def theirs_name(name, model):
-    """The spelling of the weight norm that this TorchAudio has."""
+    """The weight norm's names in this TorchAudio."""
     new = any("original0" in key for key in model.state_dict())
     for old, other in (
         ("weight_g", "parametrizations.weight.original0"),

@@ -1,4 +1,4 @@
-"""The encoder computes what transformers' models compute, through every form of their files."""
+"""The encoder computes what transformers' models compute, from every form of their files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_same_hidden_states_alone_and_padded(foreign, kind, style, tmp_path):
         theirs = foreign.huggingface_states(model, source, padding)
         ours = encoder(source, padding)
         foreign.assert_same_states(ours, theirs)
-    # The mask does something, and it is not fairseq's.
+    # The mask has an effect, and differs from fairseq's.
     assert (encoder(source).x - ours.x)[~theirs.padding].abs().max() > 1e-2
     chunks = encoder.config.replace(padding_rule="chunks")
     encoder.config = chunks
@@ -84,7 +84,7 @@ def test_relative_position_buckets_at_every_distance(foreign, num_buckets, max_d
 
 
 def split(folder, form, tensors):
-    """A folder with the weights in several .bin files and an index, as transformers wrote it before safetensors."""
+    """A folder with weights in several .bin files and an index, as transformers wrote before safetensors."""
     names = sorted(tensors)
     files = {f"pytorch_model-{i:05}-of-00003.bin": names[i - 1 :: 3] for i in (1, 2, 3)}
     for file, held in files.items():
@@ -104,7 +104,7 @@ def test_every_form_of_the_weights(foreign, kind, tmp_path):
     assert len(list(forms["shards"].glob("*.safetensors"))) > 2
     state = model.state_dict()
     other = dict(state)
-    if kind != "data2vec-audio":  # torch renamed weight norm's tensors in 2.0; here is the spelling that is not torch's
+    if kind != "data2vec-audio":  # torch renamed weight norm's tensors in 2.0; this is the other naming
         conv = "encoder.pos_conv_embed.conv."
         spellings = (
             ("weight_g", "weight_v"),

@@ -1,4 +1,4 @@
-"""Reading torch files: harmless classes as placeholders, everything else refused by name."""
+"""Reading torch files: harmless classes become placeholders, all others are refused by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from skill_fairseq.checkpoints.unpickling import Placeholder, read
 
 
 class RunsCode:
-    """A pickle that would make a folder when it is read."""
+    """A pickle that would create a folder when read."""
 
     def __init__(self, folder):
         self.folder = str(folder)
@@ -87,7 +87,7 @@ HOSTILE = {
     "attributes of a function": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.",
     "a class that may only be named": b"\x80\x02cbuiltins\nlist\n]\x85R.",
     "a number type is called": b"\x80\x02ctorch\nfloat32\nK\x01\x85R.",
-    "memory for an index": b"\x80\x02Nr\xff\xff\xff\x7f0N.",  # fine: no memory is taken for it
+    "memory for an index": b"\x80\x02Nr\xff\xff\xff\x7f0N.",  # fine: no memory is allocated for it
     "a hash as deep as the file": b"\x80\x02}N" + b"\x85" * 200_000 + b"Ns.",
     "a text longer than the file": b"\x80\x04\x8d" + (1 << 40).to_bytes(8, "little") + b"x.",
     "a bytearray longer than the file": b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"x.",
@@ -117,7 +117,7 @@ def test_no_pickle_changes_the_program_or_takes_memory_that_the_file_does_not_ha
 
 
 def rewritten(path, change):
-    """A copy of a torch file whose members a function has changed; stored, with right checksums."""
+    """A copy of a torch file with members changed by a function; stored, with correct checksums."""
     with zipfile.ZipFile(path) as old:
         members = change({name: old.read(name) for name in old.namelist()})
     with zipfile.ZipFile(path, "w") as new:

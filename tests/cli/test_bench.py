@@ -1,4 +1,4 @@
-"""`skill-bench`: what it measures is what it says, on an encoder of a few thousand parameters."""
+"""`skill-bench` measures what it reports, on an encoder of a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from skill_fairseq.benchmarking import turns
 from skill_fairseq.benchmarking.contestants import huggingface_encoder
 from skill_fairseq.benchmarking.setup import Setup, equal_groups, gated_student
 from skill_fairseq.checkpoints import save_encoder
-from skill_fairseq.cli.bench import main
+from skill_fairseq.cli.bench import PRINTS, main
 from skill_fairseq.modules.config import EncoderConfig, hubert_base, wavlm_base, wavlm_large
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.expected import expected_parameters, full_parameters
@@ -36,17 +36,21 @@ def model(tmp_path: Path) -> str:
     return str(path)
 
 
-def measure(arguments: list[str], tmp_path: Path) -> dict[str, Any]:
-    record = tmp_path / "record.json"
-    assert main([*arguments, "--json", str(record)]) == 0
-    return json.loads(record.read_text())
+def measure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], str]:
+    """The record, and the text."""
+    assert main([*arguments, "--json"]) == 0
+    printed = capsys.readouterr()
+    record = json.loads(printed.out)
+    assert set(record) == set(PRINTS[arguments[0]]) and "\r" not in printed.err
+    return record, printed.err
 
 
 @pytest.mark.slow
-def test_training_step(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_step(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--model", model, "--sparsity", "0.5", "--against", "transformers", *SMALL]
     began = time.monotonic()
-    results = measure(arguments, tmp_path)["results"]
+    record, table = measure(arguments, capsys)
+    results = record["results"]
     elapsed = time.monotonic() - began
     assert list(results) == ["skill_fairseq", "transformers"]
     for result in results.values():
@@ -57,26 +61,25 @@ def test_training_step(model: str, tmp_path: Path, capsys: pytest.CaptureFixture
         assert result["audio seconds per second"] == pytest.approx(0.5 / total)
     totals = [result["seconds"]["total"]["min"] for result in results.values()]
     assert 3 * sum(totals) < elapsed  # three steps of each, in turn
-    table = capsys.readouterr().out
     assert "time ratio" in table and f"{results['transformers']['seconds']['total']['min']:.3f}" in table
 
 
 @pytest.mark.slow
-def test_the_peak_grows_by_what_a_larger_batch_holds(model: str, tmp_path: Path) -> None:
-    """At least its samples and the 16 channels that the first convolution makes of every 5 of them."""
+def test_the_peak_grows_by_what_a_larger_batch_holds(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """At least its samples and the first convolution's 16 channels per 5 samples."""
     peaks = []
     for batch in (1, 9):
         arguments = ["infer", "--model", model, "--repeats", "1", "--warmup", "0", "--seconds", "20"]
-        peaks.append(measure([*arguments, "--batch", str(batch)], tmp_path)["results"]["skill_fairseq"]["peak bytes"])
+        record, _ = measure([*arguments, "--batch-size", str(batch)], capsys)
+        peaks.append(record["results"]["skill_fairseq"]["peak bytes"])
     held = 8 * 20 * 16000 * 4 * (1 + 16 / 5)
     assert held < peaks[1] - peaks[0] < 10 * held
 
 
 @pytest.mark.slow
-def test_inference_of_a_shrunk_student_beside_the_full_encoder(model: str, tmp_path: Path) -> None:
-    results = measure(["infer", "--model", model, "--sparsity", "0.5", "--against", "full", *SMALL], tmp_path)[
-        "results"
-    ]
+def test_inference_of_a_shrunk_student_beside_the_full_encoder(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    record, _ = measure(["infer", "--model", model, "--sparsity", "0.5", "--against", "full", *SMALL], capsys)
+    results = record["results"]
     full = random_encoder()
     assert results["full"]["parameters"] == full.num_parameters()
     assert results["full"]["macs"] == full.macs(0.5)
@@ -87,7 +90,7 @@ def test_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     peaks: list[int] = []
 
     class OfKnownSize:
-        """A contestant that needs 10 bytes an utterance, and fails above 70."""
+        """A contestant that needs 10 bytes per utterance, and fails above 70."""
 
         def __init__(self, name: str, setup: Setup, what: str) -> None:
             if setup.batch > 7:
@@ -116,7 +119,7 @@ def test_largest_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def killer(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sends a signal to the next contestant's process as soon as it is there."""
+    """Sends a signal to the next contestant's process as soon as it exists."""
 
     def arm(number: int) -> None:
         start = multiprocessing.context.SpawnProcess.start
@@ -134,7 +137,7 @@ def killer(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def test_a_crash_or_a_kill_is_no_lack_of_memory(
     number: int, killer: Callable[[int], None], model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Taken for one, the search would end with a smaller batch, or say that nothing fits."""
+    """Otherwise the search would end with a smaller batch, or report that nothing fits."""
     killer(number)
     arguments = ["train", "--model", model, "--find-max-tokens", "--memory", "100", *SMALL]
     assert main(arguments) == 2
@@ -146,7 +149,7 @@ def test_a_crash_or_a_kill_is_no_lack_of_memory(
 def test_a_kill_by_a_system_without_memory_is_one(
     killer: Callable[[int], None], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its count of such kills, which no test can raise, has grown."""
+    """Simulates a rise of the system's count of such kills, which no test can cause."""
     counts = iter(range(100))
     monkeypatch.setattr(turns, "oom_kills", lambda: next(counts))
     killer(signal.SIGKILL)
@@ -162,16 +165,16 @@ def test_memory_that_a_process_cannot_get_is_a_batch_that_does_not_fit(model: st
 
 @pytest.mark.slow
 def test_a_batch_is_really_run(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A process with torch alone takes more than this."""
+    """A process that only imports torch takes more than this."""
     assert main(["train", "--model", model, "--find-max-tokens", "--memory", "0.05", "--seconds", "1"]) == 2
     assert re.search(says("--memory", "0.05 GB", "1 s"), capsys.readouterr().err)
 
 
-def test_clustering_and_loading(model: str, tmp_path: Path) -> None:
-    record = measure(["cluster", "--model", model, *SMALL], tmp_path)
+def test_clustering_and_loading(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    record, _ = measure(["cluster", "--model", model, *SMALL], capsys)
     assert record["overhead"] == pytest.approx(sum(record["similarity s"]) / sum(record["forward s"]))
     manifest = Path(__file__).parents[2] / "examples/tiny/data/train.tsv"
-    record = measure(["load", "--manifest", str(manifest), "--limit", "20", "--min-sample-size", "0"], tmp_path)
+    record, _ = measure(["load", "--manifest", str(manifest), "--max-seconds", "20", "--min-sample-size", "0"], capsys)
     assert record["audio seconds"] >= 20
     assert record["audio seconds per second"] == pytest.approx(record["audio seconds"] / record["seconds"])
 
@@ -196,12 +199,12 @@ def test_both_sides_have_the_same_architecture(shape: EncoderConfig) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_every_consumer_in_turn(model: str, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_consumer_in_turn(model: str, precision: str, capsys: pytest.CaptureFixture[str]) -> None:
     for module in ("transformers", "onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(module)
     names = ["transformers", "onnxruntime", "openvino"]
     arguments = ["infer", "--model", model, "--precision", precision, "--against", ",".join(names), *SMALL]
-    record = measure(arguments, tmp_path)
+    record, table = measure(arguments, capsys)
     results = record["results"]
     assert list(results) == ["skill_fairseq", *names]
     rate = record["products"]["GMACs per second"] * 1e9
@@ -211,7 +214,6 @@ def test_every_consumer_in_turn(model: str, precision: str, tmp_path: Path, caps
         assert results[name]["limit seconds"] == pytest.approx(results[name]["macs"] / rate)
     assert results["transformers"]["precision"] == "fp32" and results["openvino"]["precision"] == precision
     assert results["skill_fairseq"]["kernels"] == {"plain": 1}  # small products are not measured
-    table = capsys.readouterr().out
     assert all(row in table for row in ("time / limit", "time ratio to it", "kernels", f"products in {precision}"))
 
 
@@ -231,10 +233,9 @@ def test_groups_that_stand_in_for_clusters() -> None:
         (["infer", "--seconds", "1e308"], "--seconds: 1e+308"),
         (["infer", "--threads", "-1"], "--threads: -1"),
         (["infer", "--seed", "-1"], "--seed: -1"),
-        (["infer", "--batch", "1e3"], "--batch: '1e3'"),
+        (["infer", "--batch-size", "1e3"], "--batch-size: '1e3'"),
         (["train", "--find-max-tokens", "--memory", "inf"], "--memory: inf"),
         (["infer", "--device", "cuda:9"], "--device: 'cuda:9'"),
-        (["infer", "--json", "/proc/none/a.json"], "--json: /proc/none/a.json"),
         (["load", "--manifest", "train.tsv", "--workers", "-1"], "--workers: -1"),
         (["train", "--keep-conv", "0.5"], "--keep-conv: 0.5"),
         (["train", "--find-max-tokens"], "--memory"),

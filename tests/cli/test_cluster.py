@@ -1,4 +1,4 @@
-"""`skill-cluster` from the command line, on the repository's own speech and a small random teacher."""
+"""`skill-cluster` on the command line, with the repository's speech and a small random teacher."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ def make_teacher(path, layers=LAYERS, width=16, **changes):
     ).replace(**changes)
     encoder = SpeechEncoder(shape)
     for parameter in encoder.transformer.layers.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)  # or all layers would be alike
+        parameter.data += 0.3 * torch.randn_like(parameter)  # otherwise all layers would be alike
     save_encoder(encoder, path)
     return path
 
@@ -86,7 +86,7 @@ def test_recordings_that_cannot_be_read_are_skipped_named_and_counted(command, t
 
 
 def test_only_the_sampled_files_of_a_large_manifest_are_looked_at(command, tmp_path, monkeypatch):
-    """The others may be gone; and nothing is done once a line for each of them."""
+    """The others may be missing, and no work or message is repeated for each of them."""
     manifest = read_manifest(SPEECH)
     names = [f"gone/{i}.flac" for i in range(100_000)]
     write_manifest(tmp_path / "large.tsv", manifest.root, names, [9 * 16000] * len(names))  # none fits into 8 s
@@ -189,7 +189,7 @@ def test_without_layer_0(command, tmp_path):
 
 
 def test_teachers_of_two_widths_are_clustered_together(command, teacher, tmp_path):
-    """CKA between all layers, as the library has it; groups.yaml is what criterion.groups_file takes."""
+    """CKA between all layers equals the library's; criterion.groups_file accepts groups.yaml."""
     wider = make_teacher(tmp_path / "wider.safetensors", layers=3, width=24)
     code, out, err = command("--teacher", wider, "--num-groups", 3, "--no-layer-0", "--compare")
     assert code == 0, err
@@ -261,7 +261,7 @@ def test_comparison_shows_every_measure(command, tmp_path):
 def test_without_matplotlib_there_is_no_picture_but_all_else(command, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # what Python itself does to forbid an import
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # how Python itself blocks an import
     code, _, err = command()
     assert code == 0
     assert len(err.strip().splitlines()) == 1 and "pip install '.[plots]'" in err

@@ -1,4 +1,4 @@
-"""The frame of all commands: whose errors are one line, signals, what is printed, devices and numbers."""
+"""Common behaviour of all commands: one-line errors, signals, output, devices and numbers."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_an_output_that_cannot_say_it_costs_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_leave_no_temporary_file(tmp_path: Path, number: int) -> None:
-    # A shell starts its background jobs, as these tests may be one, with SIGINT ignored.
+    # A shell starts background jobs, such as these tests, with SIGINT ignored.
     default = functools.partial(signal.signal, number, signal.SIG_DFL)
     child = program(tmp_path / "a.json", "wait", stdout=subprocess.DEVNULL, preexec_fn=default)
     assert child.stderr is not None and child.stderr.readline() == "ready\n"
@@ -231,9 +231,7 @@ def test_numbers_within_bounds(
         ("export", ["none.pt", "file/folder", "--to", "s3prl"], "OUT"),
         ("export", ["none.pt", "/proc/none", "--to", "huggingface"], "OUT"),
         ("labels", ["m/train.tsv", "--transcripts", "text.tsv", "--out", "file"], "--out"),
-        ("probe", ["none.pt", "--task", "none", "--json", "file/a.json"], "--json"),
         ("probe", ["none.pt", "--task", "none", "--plot", "/proc/none/a.png"], "--plot"),
-        ("bench", ["infer", "--model", "none.pt", "--json", "folder.safetensors"], "--json"),
         ("report", ["none", "--out", "file"], "--out"),
     ],
 )
@@ -245,7 +243,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    """The inputs are not there either: the first reader would say so."""
+    """The inputs do not exist either, which the first reader would report."""
     monkeypatch.chdir(tmp_path)
     for folder in ("audio", "folder.safetensors", "m"):
         (tmp_path / folder).mkdir()
@@ -261,7 +259,7 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(
 
 @pytest.mark.parametrize("module", COMMANDS)
 def test_every_number_of_every_command_has_bounds(module: str) -> None:
-    """int and float as they are would take nan, inf and negative numbers."""
+    """Plain int and float would accept nan, inf and negative numbers."""
 
     def actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
         found = []

@@ -33,7 +33,7 @@ def config():
 
 
 def checkpoint(config, path, **extra):
-    """A fairseq checkpoint of this package as training leaves it, optimizer state included."""
+    """A fairseq checkpoint of this package from training, with optimizer state."""
     encoder = SpeechEncoder(config)
     state = {f"speech_encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     state["mask_emb"] = torch.ones(16)

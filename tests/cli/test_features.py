@@ -1,4 +1,4 @@
-"""skill-features: the numbers of the encoder, in the hands of fairseq's own k-means scripts."""
+"""skill-features writes the encoder's numbers, and fairseq's own k-means scripts read them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ def states(model, data, layer):
 
 def test_layers_are_the_encoders(teacher_file, data, tmp_path, capsys):
     words = [str(teacher_file), str(data / "train.tsv"), str(tmp_path / "f")]
-    assert main([*words, "--layers", "3,1", "--json", str(tmp_path / "s.json")]) == 0
-    assert "5 recordings, 190 frames of 32 features for each of layers 3, 1" in capsys.readouterr().out
+    assert main([*words, "--layers", "3,1", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "5 recordings, 190 frames of 32 features for each of layers 3, 1" in printed.err
     for layer in (1, 3):
         found = list(read_features(tmp_path / "f" / f"layer_{layer}", "train"))
         for a, b in zip(found, states(teacher_file, data / "train.tsv", layer), strict=True):
             np.testing.assert_allclose(a, b.numpy(), rtol=1e-5, atol=1e-5)
-    about = json.loads((tmp_path / "s.json").read_text())
-    assert (about["recordings"], about["frames"], about["layers"], about["unreadable"]) == (5, 190, [3, 1], [])
-    assert len(about["model sha256"]) == 64 and all(Path(path).is_file() for path in about["files"])
+    about = json.loads(printed.out)
+    assert (about["recordings"], about["frames"], about["width"], about["unreadable"]) == (5, 190, 32, [])
+    assert about["settings"]["layers"] == [3, 1] and len(about["settings"]["model sha256"]) == 64
+    assert all(Path(path).is_file() for path in about["files"])
     assert main([*words, "--layers", "3,1"]) == 0 and "there already" in capsys.readouterr().out
     assert main([*words, "--layers", "3,2"]) == 2 and "layers differ" in capsys.readouterr().err
 
@@ -83,13 +85,13 @@ def test_what_cannot_be_read_keeps_its_line(teacher_file, data, tmp_path, capsys
     (tmp_path / "bad.wav").write_bytes(b"RIFF nothing")
     good = str(data / "train" / "0.wav")
     write_manifest(tmp_path / "train.tsv", "/", [good[1:], str(tmp_path / "bad.wav")[1:], good[1:]], [4800] * 3)
-    assert main(["mfcc", str(tmp_path / "train.tsv"), str(tmp_path / "f"), "--json", str(tmp_path / "s.json")]) == 0
+    assert main(["mfcc", str(tmp_path / "train.tsv"), str(tmp_path / "f"), "--json"]) == 0
     said = capsys.readouterr()
     assert "1 recordings could not be read" in said.err and "bad.wav" in said.err
     found = list(read_features(tmp_path / "f", "train"))
     assert [len(a) for a in found] == [28, 0, 28]
     np.testing.assert_array_equal(found[2], mfcc(load_audio(good)).numpy())
-    assert json.loads((tmp_path / "s.json").read_text())["unreadable"] == [str(tmp_path / "bad.wav")[1:]]
+    assert json.loads(said.out)["unreadable"] == [str(tmp_path / "bad.wav")[1:]]
 
 
 @pytest.mark.formats("out", "features in .npy and .len", "fairseq's learn_kmeans.py and dump_km_label.py")

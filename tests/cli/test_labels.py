@@ -1,4 +1,4 @@
-"""skill-labels: transcripts of every layout to labels that fairseq reads."""
+"""skill-labels converts transcripts of every layout to labels for fairseq."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXTS = {
 
 
 def write_data(root: Path, texts: dict[str, dict[str, str]] = TEXTS, seconds: float = 2.0) -> list[str]:
-    """LibriSpeech's layout of audio, and a manifest a split; the manifests' paths."""
+    """LibriSpeech's audio layout, and one manifest per split; the manifests' paths."""
     for split, rows in texts.items():
         paths = []
         for name in rows:
@@ -63,17 +63,17 @@ def test_letters_in_fairseqs_convention(tmp_path: Path, capsys: pytest.CaptureFi
     counts = {row.split(" ")[0]: int(row.split(" ")[1]) for row in lines(out / "dict.ltr.txt")}
     assert counts["|"] == 10 and counts["E"] == 5 and counts["'"] == 1 and len(counts) == 14
     assert [*counts.values()] == sorted(counts.values(), reverse=True)
-    for split in TEXTS:  # fairseq takes a relative root relative to the working directory
+    for split in TEXTS:  # fairseq resolves a relative root against the working directory
         copy, original = read_manifest(out / f"{split}.tsv"), read_manifest(tmp_path / "data" / f"{split}.tsv")
         assert lines(out / f"{split}.tsv")[0] == str(original.root) and copy.paths == original.paths
     printed = capsys.readouterr().out
     assert "upper case; 14 characters kept: ' A C D E H I L N O R S T W" in printed
-    assert "'W' 1" in printed and "<unk>" in printed  # NEW is in valid alone
+    assert "'W' 1" in printed and "<unk>" in printed  # NEW is only in valid
     assert f"task.data={out} task.labels=ltr" in printed
 
 
 def test_fairseq_reads_them(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """fairseq's dictionary and its post-processing give the words back, for letters and pieces."""
+    """fairseq's dictionary and post-processing restore the words, for letters and pieces."""
     from fairseq.data import Dictionary
     from fairseq.data.data_utils import post_process
 
@@ -197,7 +197,7 @@ def test_manifests_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([manifests[0], manifests[0], "--transcripts", source, "--out", str(tmp_path / "out")]) == 2
     assert re.search(says("train.tsv", "2 manifests"), capsys.readouterr().err)
     one = read_manifest(manifests[0])
-    write_manifest(manifests[0], tmp_path, one.paths, one.sizes)  # an absolute root may stay where it is
+    write_manifest(manifests[0], tmp_path, one.paths, one.sizes)  # an absolute root works from anywhere
     assert main([manifests[0], "--transcripts", source, "--out", str(tmp_path)]) == 0
     assert lines(tmp_path / "train.wrd") == list(TEXTS["train"].values())
 

@@ -115,7 +115,7 @@ def test_damage_in_the_middle_needs_decode(tmp_path: Path) -> None:
 
 
 def test_nothing_that_the_decoder_meets_ends_the_scan(tmp_path: Path) -> None:
-    """A length that the header does not give, or makes up; a format without a header; a pipe nobody writes to."""
+    """A header without a length or with a wrong one; a format without a header; a pipe without a writer."""
     folder = many(tmp_path / "audio", 2)
     soundfile.write(folder / "a.flac", tone(2), 16000)
     data = (folder / "a.flac").read_bytes()
@@ -125,12 +125,12 @@ def test_nothing_that_the_decoder_meets_ends_the_scan(tmp_path: Path) -> None:
     (folder / "numbers.raw").write_bytes(bytes(32000))
     os.mkfifo(folder / "pipe.wav")
     options = ["--ext", "flac", "wav", "raw", "--valid-percent", "0"]
-    assert main([str(folder), str(tmp_path / "out"), *options]) == 1  # most are left out
+    assert main([str(folder), str(tmp_path / "out"), *options]) == 1  # most are skipped
     assert splits(tmp_path / "out")["train"] == ["a.flac", "speaker0/000.wav", "speaker1/001.wav"]
     reasons = left_out(tmp_path / "out")
     assert set(reasons) == {"unknown.flac", "absurd.flac", "numbers.raw", "pipe.wav"}
     assert all(reason.startswith("unreadable\t") for reason in reasons.values())
-    assert "no length" in reasons["unknown.flac"] and "no regular file" in reasons["pipe.wav"]
+    assert "no length" in reasons["unknown.flac"] and "not a regular file" in reasons["pipe.wav"]
 
 
 def test_split_shares_out_everything_reproducibly(tmp_path: Path) -> None:

@@ -69,19 +69,24 @@ def saved_encoder(path: Path) -> str:
     return str(path)
 
 
-def results(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    entries = json.loads(path.read_text())["results"]
-    return {(entry["model"], entry["task"]): entry for entry in entries}
+def probed(capsys: pytest.CaptureFixture, *words: object) -> tuple[dict[str, Any], list[str]]:
+    """What --json prints, and the lines of the text."""
+    assert main([*map(str, words), "--json"]) == 0
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err.splitlines()
+
+
+def results(said: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(entry["model"], entry["task"]): entry for entry in said["results"]}
 
 
 def test_recordings_that_cannot_be_read_are_left_out_named_and_counted(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
 ) -> None:
-    target, report = small_task(tmp_path), tmp_path / "probe.json"
+    target = small_task(tmp_path)
 
     def run() -> dict[str, Any]:
-        assert main(["logmel", "--task", str(target), "--json", str(report)]) == 0
-        return results(report)["logmel", "digit"]
+        return results(probed(capsys, "logmel", "--task", target)[0])["logmel", "digit"]
 
     whole = run()
     root, first, second, *rest = (target / "test.tsv").read_text().splitlines()
@@ -94,13 +99,9 @@ def test_recordings_that_cannot_be_read_are_left_out_named_and_counted(
     assert part["right"] == whole["right"][:1] + whole["right"][2:]
 
 
-def test_log_mel_knows_speakers_and_some_digits_of_unseen_speakers(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    report = tmp_path / "probe.json"
-    tasks = ["--task", str(TASKS / "digit"), "--task", str(TASKS / "speaker")]
-    assert main(["logmel", *tasks, "--json", str(report)]) == 0
-    digit, speaker = results(report)["logmel", "digit"], results(report)["logmel", "speaker"]
+def test_log_mel_knows_speakers_and_some_digits_of_unseen_speakers(capsys: pytest.CaptureFixture) -> None:
+    record, said = probed(capsys, "logmel", "--task", TASKS / "digit", "--task", TASKS / "speaker")
+    digit, speaker = results(record)["logmel", "digit"], results(record)["logmel", "speaker"]
     assert (digit["total"], digit["classes"], speaker["total"], speaker["classes"]) == (300, 10, 120, 6)
     assert 0.4 < digit["value"] < 0.6 and speaker["value"] > 0.9
     for entry in (digit, speaker):
@@ -109,7 +110,6 @@ def test_log_mel_knows_speakers_and_some_digits_of_unseen_speakers(
     low, high = speaker["interval"]
     assert 0 <= low < speaker["value"] <= high <= 1 and speaker["no_interval"] is None
     assert digit["interval"] is None and digit["no_interval"].startswith("2 speakers,")
-    said = capsys.readouterr().out.splitlines()
     assert f"{100 * speaker['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]" in said[2]
     assert f"  {100 * digit['value']:.1f}  " in said[2] and said[3] == f"digit: no interval: {digit['no_interval']}"
 
@@ -118,14 +118,12 @@ def test_several_models_and_tasks_make_one_table(tmp_path: Path, capsys: pytest.
     encoder = saved_encoder(tmp_path / "student.safetensors")
     tasks = [small_task(tmp_path, "speaker"), verification_task(tmp_path)]
     models = [f"student={encoder}", f"untrained=random:{encoder}", "logmel"]
-    options = ["--json", str(tmp_path / "probe.json"), "--plot", str(tmp_path / "probe.png"), "--seed", "3"]
-    options += [word for task in tasks for word in ("--task", str(task))]
-    assert main([*models, *options]) == 0
-
-    lines = capsys.readouterr().out.splitlines()
+    options = ["--plot", tmp_path / "probe.png", "--seed", 3]
+    options += [word for task in tasks for word in ("--task", task)]
+    record, lines = probed(capsys, *models, *options)
     assert len(lines) == 5 and "speaker, accuracy %" in lines[0] and "pairs, equal error rate %" in lines[0]
     assert [line.split()[0] for line in lines[2:]] == ["student", "untrained", "logmel"]
-    found = results(tmp_path / "probe.json")
+    found = results(record)
     assert len(found) == 6
     for line in lines[2:]:
         for task in ("speaker", "pairs"):
@@ -143,36 +141,32 @@ def test_several_models_and_tasks_make_one_table(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_report_says_what_was_probed_with_what(tmp_path: Path) -> None:
-    encoder, report = saved_encoder(tmp_path / "student.safetensors"), tmp_path / "probe.json"
+def test_the_record_says_what_was_probed_with_what(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    encoder = saved_encoder(tmp_path / "student.safetensors")
     task = small_task(tmp_path)
-    words = [f"one={encoder}", f"none=random:{encoder}", "logmel", "--task", str(task), "--json", str(report)]
-    assert main([*words, "--seed", "7"]) == 0
-    said = json.loads(report.read_text())
+    said, _ = probed(capsys, f"one={encoder}", f"none=random:{encoder}", "logmel", "--task", task, "--seed", 7)
     assert said["versions"] == versions("scikit-learn") and said["seed"] == 7
     content = sha256(encoder)
     assert said["models"]["one"] == {"kind": "encoder", "sha256": content}
     assert said["models"]["none"] == {"kind": "random", "sha256": content}
     assert said["models"]["logmel"] == {"kind": "logmel", "sha256": None}
     assert said["tasks"] == {"digit": {file.name: sha256(file) for file in task.iterdir()}}
-    assert str(tmp_path) not in report.read_text()
+    assert str(tmp_path) not in json.dumps(said)
 
 
 def test_without_scikit_learn_it_says_so_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)  # what is not installed
-    message = fails(capsys, "gone.pt", "--task", TASKS / "digit")  # not even the model has been looked for
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # not installed
+    message = fails(capsys, "gone.pt", "--task", TASKS / "digit")  # not even the model has been read
     assert "'digit'" in message and "scikit-learn" in message and "'.[probe]'" in message
-    assert main(["logmel", "--task", str(verification_task(tmp_path)), "--json", str(tmp_path / "probe.json")]) == 0
+    assert main(["logmel", "--task", str(verification_task(tmp_path))]) == 0
 
 
-def test_a_second_run_gives_the_same_figures(tmp_path: Path) -> None:
+def test_a_second_run_gives_the_same_figures(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     encoder = saved_encoder(tmp_path / "student.safetensors")
-    task = small_task(tmp_path, "digit")
-    for name in ("first", "second"):
-        assert main([f"random:{encoder}", "--task", str(task), "--json", str(tmp_path / name)]) == 0
-    assert (tmp_path / "first").read_text() == (tmp_path / "second").read_text()
+    words = [f"random:{encoder}", "--task", small_task(tmp_path, "digit")]
+    assert probed(capsys, *words) == probed(capsys, *words)
 
 
 def fails(capsys: pytest.CaptureFixture, *arguments: object) -> str:

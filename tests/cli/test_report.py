@@ -1,4 +1,4 @@
-"""skill-report on a run that fairseq has really trained, and its options."""
+"""skill-report on a real fairseq training run, and its options."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_table_shows_every_layer(stage1: Path, gated: SpeechEncoder, capsys: Any
         f"actual {1 - after / before:.4f}",
     ]
     blocks = "\n".join(lines).split("\n\n")[1:]
-    for block in blocks:  # aligned: the last column of a table ends at one place
+    for block in blocks:  # aligned: all rows of a table end in the same column
         assert len({len(line) for line in block.splitlines()[1:]}) == 1
     assert list(stage1.parent.iterdir()) == [stage1]
 
@@ -118,7 +118,7 @@ def test_macs_may_be_what_goes(stage1: Path, gated: SpeechEncoder, capsys: Any) 
     said = read_source(out).provenance
     assert (said["cost"], said["cost_seconds"], said["sparsity"]["actual"]) == ("macs", 2.0, pytest.approx(gone))
     assert f"sparsity of {gated.macs(2):,} MACs for 2 s of audio" in capsys.readouterr().out
-    # What stage 1 aimed at says nothing of another cost; a target of MACs needs no option.
+    # Stage 1's target does not apply to another cost; a target of MACs needs no option.
     assert main([str(stage1), "--table-only", "--cost", "macs"]) != 0
     assert re.search(says(stage1, "target_sparsity", "MACs for 10 s", "--sparsity"), capsys.readouterr().err)
     save_encoder(gated, stage1, {"target_sparsity": 0.6, "cost": "macs", "cost_seconds": 2.0})
@@ -144,7 +144,7 @@ def test_a_sparsity_far_from_what_the_gates_expect_is_warned_of(
 
 @pytest.mark.slow
 def test_one_run_of_stage_1_serves_for_another_sparsity_nearby(tmp_path: Path) -> None:
-    """Trained for 0.75, cut at 0.8; stage 2 starts from the file. The example's teacher, in few updates."""
+    """Trained for 0.75, cut at 0.8; stage 2 starts from the file. Uses the example's teacher and few updates."""
     where = [f"task.data={EXAMPLE / 'data'}", f"task.teacher={EXAMPLE / 'teacher' / 'teacher.safetensors'}"]
     where += ["criterion.groups=[[0],[1,2,3,4],[5,6,7,8],[9,10,11,12]]", "dataset.max_tokens=48000"]
     never = ["dataset.validate_interval_updates=0", "checkpoint.save_interval_updates=0"]

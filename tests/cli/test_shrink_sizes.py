@@ -1,4 +1,4 @@
-"""skill-shrink --size and --all: which sizes are cut, under which names, and which are refused."""
+"""skill-shrink --size and --all: sizes, names, and refusals."""
 
 from __future__ import annotations
 

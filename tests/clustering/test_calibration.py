@@ -1,4 +1,4 @@
-"""Which utterances are chosen, and that batches change nothing."""
+"""The choice of utterances, and independence of batches."""
 
 import functools
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_nothing_fits():
 
 @pytest.fixture
 def files(tmp_path):
-    """Noise whose loudness differs; three recordings of one length, two of another, one of a third."""
+    """Noise of varying loudness; three recordings of one length, two of another, one of a third."""
     generator = np.random.default_rng(0)
     found = []
     for i, samples in enumerate([4000, 4000, 4000, 5111, 6000, 6000]):

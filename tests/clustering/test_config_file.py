@@ -1,4 +1,4 @@
-"""Groups put into a training config: nothing else may change."""
+"""Writing groups into a training config changes nothing else."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Trees and cuts against scipy, scikit-learn, exhaustive merging, and matrices with plain groups."""
+"""Trees and cuts against scipy, scikit-learn, exhaustive merging, and matrices with obvious groups."""
 
 import itertools
 
@@ -49,7 +49,7 @@ def test_tree_is_scipys(method, seed):
 
 @pytest.mark.parametrize("method", linkage.LINKAGES)
 def test_neighbours_only_is_scipys_where_neighbours_are_nearest(method):
-    """On a line each merge joins neighbours anyway, so that the constraint changes nothing (Ward too)."""
+    """On a line each merge joins neighbours anyway, so the constraint changes nothing (also for Ward)."""
     distances = on_a_line(*np.sort(np.random.default_rng(4).random(12)))
     ours, scipys = linkage.link(distances, method, neighbours_only=True), linkage.link(distances, method)
     np.testing.assert_allclose(ours[:, 2:], scipys[:, 2:], rtol=1e-12)

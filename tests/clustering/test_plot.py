@@ -1,4 +1,4 @@
-"""What the picture shows."""
+"""The content of the plot."""
 
 import re
 
@@ -21,7 +21,7 @@ def test_runs_of_layers_stay_in_order():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_branches_do_not_cross(seed):
-    """Every cut's groups lie together in the order of the leaves."""
+    """In every cut, each group's leaves are consecutive."""
     distances = np.random.default_rng(seed).random((9, 9))
     tree = linkage.link(np.triu(distances, 1) + np.triu(distances, 1).T)
     order = leaf_order(tree)
@@ -44,7 +44,7 @@ def test_picture_shows_values_layers_and_cut(tmp_path, measure, corner):
     file = tmp_path / "clusters.svg"
     plot_clusters(file, distances, tree, [[0, 1], [2, 3]], 0.3, [1, 2, 3, 4], measure, "the title")
     shown = texts(file.read_text())
-    assert shown.count(corner) == 2  # layers 1 and 4, as similarity where the measure has one
+    assert shown.count(corner) == 2  # layers 1 and 4, as similarity if the measure has one
     assert shown[:4] == ["1", "2", "3", "4"]
     assert "cut at 0.3" in shown and "the title" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["clusters.svg"]

@@ -1,4 +1,4 @@
-"""Every measure against a computation that keeps all frames, and the properties it must have."""
+"""Every measure against a computation on all frames, and its properties."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ LAYERS, FEATURES = 4, 6
 
 
 def states(frames: int, seed: int = 0) -> torch.Tensor:
-    """(LAYERS, frames, FEATURES): each layer is the one before, turned, shifted and disturbed."""
+    """(LAYERS, frames, FEATURES): each layer is the previous one, rotated, shifted and disturbed."""
     generator = torch.Generator().manual_seed(seed)
     layers = [torch.randn(frames, FEATURES, generator=generator)]
     for i in range(1, LAYERS):
@@ -31,7 +31,7 @@ def measured(parts, measures=MEASURES, **options):
 
 
 def in_batches(frames: torch.Tensor, *sizes: int):
-    """(L, N, D) as batches (L, B, T, D) of T = 5 with the given B, and what is left as one row."""
+    """(L, N, D) as batches (L, B, T, D) of T = 5 with the given B, and the rest as one row."""
     start = 0
     for size in sizes:
         yield frames[:, start : start + 5 * size].unflatten(1, (size, 5))
@@ -41,7 +41,7 @@ def in_batches(frames: torch.Tensor, *sizes: int):
 
 
 def exact_cka(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """By centred Gram matrices of all frames (Kornblith et al. 2019, eq. 3), not by covariances."""
+    """From centred Gram matrices of all frames (Kornblith et al. 2019, eq. 3), not from covariances."""
     n = len(x)
     centring = torch.eye(n, dtype=torch.float64) - 1 / n
 
@@ -90,7 +90,7 @@ def test_unbiased_hsic_equals_its_definition():
 def test_minibatch_cka_averages_interleaved_blocks():
     frames = states(50).double()
     found = measured(in_batches(frames, 3, 2), ["cka_minibatch"], block_frames=10, buffer_blocks=2)
-    # Two buffers of 20 frames, each cut into every second frame; the last 10 are a block of their own.
+    # Two buffers of 20 frames, each divided by taking every second frame; the last 10 form their own block.
     blocks = [frames[:, start + b : start + 20 : 2] for start in (0, 20) for b in (0, 1)] + [frames[:, 40:]]
     hsic = sum(torch.stack([torch.stack([hsic_1(x, y) for y in block]) for x in block]) for block in blocks)
     own = hsic.diagonal().sqrt()
@@ -147,12 +147,12 @@ def test_cka_ignores_turning_scaling_and_shifting(measure):
     turned = 3.7 * first @ turn + 5
     distance = measured([torch.stack([first, turned])[:, None]], [measure])[measure][0, 1]
     assert distance == pytest.approx(0, abs=1e-10)
-    skewed = first * torch.linspace(0.1, 3, FEATURES)  # not isotropic: this does count
+    skewed = first * torch.linspace(0.1, 3, FEATURES)  # not isotropic: this does matter
     assert measured([torch.stack([first, skewed])[:, None]], [measure])[measure][0, 1] > 0.05
 
 
 def test_only_the_minibatch_estimate_is_unbiased():
-    """Independent layers: their CKA is 0, but that of a small sample is far from it."""
+    """Independent layers have a CKA of 0, but a small sample's is far from it."""
     pairs = torch.randn(2, 1, 512, 256, generator=torch.Generator().manual_seed(3))
     found = measured([pairs], ["cka", "cka_minibatch"], block_frames=64)
     assert found["cka"][0, 1] < 0.75
@@ -173,7 +173,7 @@ def test_reading_the_result_does_not_end_the_stream():
 
 @pytest.mark.parametrize("measure", ["cka", "cka_minibatch"])
 def test_layers_of_several_widths(measure):
-    """As two encoders have them; equal to the definition for each pair."""
+    """As with two encoders; equal to the definition for each pair."""
     generator = torch.Generator().manual_seed(1)
     narrow, wide = states(90), states(90, seed=1) @ torch.randn(FEATURES, 11, generator=generator)
     layers = [*narrow, *(wide + 0.5 * torch.randn(wide.shape, generator=generator)), narrow[1] * 2]
@@ -221,7 +221,7 @@ def test_clear_errors():
 
 
 def test_memory_does_not_grow_with_the_audio() -> None:
-    """What is held after 10 batches is held after 50: sums, and a buffer of fixed size."""
+    """Memory after 50 batches equals that after 10: sums, and a buffer of fixed size."""
 
     def held(similarity: LayerSimilarity) -> int:
         tensors = [t for value in vars(similarity).values() for t in (value if isinstance(value, list) else [value])]

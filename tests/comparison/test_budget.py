@@ -1,4 +1,4 @@
-"""Students of related systems are brought to the budget."""
+"""Students of related systems match the budget."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_thin_students_are_scaled_to_the_budget(share: float, cost: str) -> None
     channels = [c for c, _, _ in found.conv_feature_layers]
     assert found.encoder_layers == 4 and channels[-1] == found.encoder_embed_dim and found.encoder_embed_dim % 8 == 0
     assert channels[:-1] == [round(c * found.encoder_embed_dim / 48) for c, _, _ in THIN.conv_feature_layers][:-1]
-    # Of all widths the FFN's share of the width is nearest to the recipe's, 2.
+    # Of all widths, this FFN's ratio to the width is closest to the recipe's, 2.
     ratios = []
     for width in range(8, 200, 8):
         one = [THIN.replace(encoder_embed_dim=width, encoder_ffn_embed_dim=f, feature_linear=True) for f in (1, 2)]
@@ -71,14 +71,14 @@ def test_a_shape_within_the_tolerance_stays_as_it_is() -> None:
 
 
 def test_copied_layers_keep_their_width() -> None:
-    """Further layers where the budget is larger, fewer units where it is smaller."""
+    """More layers for a larger budget, fewer units for a smaller one."""
     full = cost_of(WIDE, PARAMETERS)
     more = plan(WIDE, ["conv", "layers"], [1, 3], 6, 1.2 * full, PARAMETERS)
     assert more.layers == (1, 3, 4) and more.shape.encoder_layers == 3 and more.cut == ("conv", "heads", "ffn")
     less = plan(WIDE, ["conv", "layers"], [1, 3], 6, 0.5 * full, PARAMETERS)
     assert less.layers == (1, 3) and less.shape == WIDE and less.cut == ("conv", "heads", "ffn")
     shared = plan(WIDE.replace(reuse_attention=[2]), ["layers"], [1, 3], 6, 0.5 * full, PARAMETERS)
-    assert shared.cut == ("conv", "ffn")  # layers that share a map keep the same heads
+    assert shared.cut == ("conv", "ffn")  # layers that share a map must keep the same heads
     with pytest.raises(ValueError, match=says("[5, 6]", "no more", "sparsity")):
         plan(WIDE, ["layers"], [5, 6], 6, 1.2 * full, PARAMETERS)
     with pytest.raises(ValueError, match=says("[1, 3]", "whatever is cut", "sparsity")):
@@ -109,8 +109,8 @@ def test_a_shipped_recipe_starts_at_the_budget(name: str) -> None:
     pairs = list(zip(student.parameters(), again.parameters()))
     assert all(torch.equal(a, b) for a, b in pairs)
     changed = not all(torch.equal(a, b) for a, b in zip(student.parameters(), other.parameters()))
-    assert changed == (name != "distilhubert")  # of which nothing but a LayerNorm is new
-    if name == "distilhubert":  # its convolutions are the teacher's, those of the largest filters
+    assert changed == (name != "distilhubert")  # only a LayerNorm of it is new
+    if name == "distilhubert":  # its convolutions are the teacher's with the largest filters
         mine, theirs = (e.feature_extractor.layers[0].conv.weight.flatten(1) for e in (student, teacher))
         assert all((theirs == row).all(1).any() for row in mine) and len(mine) < len(theirs)
 

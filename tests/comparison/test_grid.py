@@ -1,4 +1,4 @@
-"""Reading grids, and the runs that they come to."""
+"""Reading grids, and the runs that they define."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import yaml
 from grid import (
     STAGES,
+    Run,
     changed_setting,
     composed,
     extended,
@@ -22,6 +23,8 @@ from grid import (
     settings_of,
 )
 from messages import says
+from methods import Target
+from student import filled
 
 from skill_fairseq.clustering.similarity import MEASURES
 
@@ -40,7 +43,7 @@ FIELDS: dict[str, Any] = {
     "seeds": [1, 2],
 }
 CLUSTERS = {
-    "groups": [[0], [1], [2], [3]],  # what skill_l1 and single_layers come to as well
+    "groups": [[0], [1], [2], [3]],  # equal to skill_l1 and single_layers
     "layers": [0, 1, 2, 3],
     "matrices": {"l1": [[float(abs(i - j)) for j in range(4)] for i in range(4)]},
     "measure": "l1",
@@ -146,7 +149,7 @@ SHIPPED_OVERRIDES = ["dataset.disable_validation=true"]
 
 
 def settings(hashes: dict[str, Any], package: str = "1.0", stage1: Any = None) -> dict[str, Any]:
-    """As the command compares them: from JSON."""
+    """Compared like the command does, from JSON."""
     grid = read_grid(SHIPPED, "trial")
     configs = {"stage1": stage1 or {"model": {"ffn": 0.5}}, "stage2": {"model": {"ffn": 0.5}}}
     return json.loads(json.dumps(settings_of(grid, hashes, configs, {"skill_fairseq": package})))
@@ -201,6 +204,16 @@ def test_gated_recipes_take_over_how_gates_move() -> None:
     assert gate_overrides([*words, "optimizer.groups.default.lr_float=1"]) == words[1:]
 
 
+def test_overrides_may_name_what_a_run_leaves(tmp_path: Path) -> None:
+    """And the comparison's folder; other words with a $ stay, which OmegaConf reads."""
+    overrides = ("+criterion.target={latency: $left, table: $out/latency.json}", "task.data=${task.teacher}")
+    run = Run("by_time", 0.9, 1, Target([[0]], "all", stage1=overrides))
+    folder = tmp_path / "out" / "runs" / run.name
+    asked, same = filled(run, folder)
+    assert asked == f"+criterion.target={{latency: 0.1, table: {tmp_path}/out/latency.json}}"
+    assert same == overrides[1]
+
+
 def test_budgets_are_parameters_or_macs(tmp_path: Path) -> None:
     path = written(tmp_path, one={**FIELDS, "budget": "macs"}, two={**FIELDS, "budget": "watts"})
     assert read_grid(path, "one").overrides("stage1") == ["a=1", "criterion.cost=macs"]
@@ -209,8 +222,24 @@ def test_budgets_are_parameters_or_macs(tmp_path: Path) -> None:
         read_grid(path, "two")
 
 
+@pytest.mark.parametrize("name", ["family_macs", "cost"])
+def test_a_size_of_another_cost_composes(name: str) -> None:
+    """With every override of its variants and its recipes."""
+    grid, config = read_grid(SHIPPED, name), SHIPPED.parents[2] / "config"
+    costs = set()
+    for variant in grid.variants.values():
+        more = ["criterion.target_sparsity=0.75", *variant.get("stage1", [])]
+        found = composed(config, grid.stage1["config"], [*grid.overrides("stage1"), *more])
+        costs.add("target" if found["criterion"].get("target") else found["criterion"]["cost"])
+    assert costs == ({"macs"} if name == "family_macs" else {"parameters", "macs", "target"})
+    for recipe in grid.recipes.values():
+        if "l0_kd" in recipe.config or "lrf_kd" in recipe.config:
+            moves = gate_overrides(grid.overrides("stage1"))
+            assert composed(config, recipe.config, [*moves, *recipe.overrides])["criterion"]["cost"] == "macs"
+
+
 def test_a_config_is_composed_with_overrides_and_what_it_leaves_to_defaults(tmp_path: Path) -> None:
-    """So that a changed file, a changed override and a changed default are each another recipe."""
+    """A changed file, override or default gives another recipe."""
     shutil.copytree(SHIPPED.parents[2] / "config" / "distill", tmp_path / "distill")
     before = composed(tmp_path, "distill/tiny", SHIPPED_OVERRIDES)
     assert before["dataset"]["disable_validation"] is True and before["optimization"]["max_update"] == 400

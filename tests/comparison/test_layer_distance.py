@@ -1,4 +1,4 @@
-"""Distances of hidden states, layer by layer."""
+"""Distances of hidden states by layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_distances_against_numbers_worked_out_by_hand() -> None:
     student = [torch.tensor([[4.0, 3.0], [0.0, 2.0]] * 2)]
     l1, normalized, cos, _ = state_distances(student, teacher)[:, 0].tolist()
     assert l1 == pytest.approx((1 + 1 + 1 + 2) / 4)
-    assert normalized == pytest.approx(2, abs=1e-3)  # two features in the other order: (1, -1) against (-1, 1)
+    assert normalized == pytest.approx(2, abs=1e-3)  # two features in reverse order: (1, -1) against (-1, 1)
     assert cos == pytest.approx(1 - (24 / 25 + 0) / 2)
 
 
@@ -44,6 +44,15 @@ def test_cka_ignores_rotation_and_scale_and_is_that_of_the_clustering() -> None:
     expected = both.distances()["cka_minibatch"][0, 1]
     assert dict(zip(KINDS, state_distances([one], [one + two])[:, 0].tolist()))["cka"] == pytest.approx(expected)
     assert 0.2 < expected < 0.8
+
+
+def test_a_student_whose_frames_are_alike_is_as_far_as_can_be_by_cka() -> None:
+    """Of a teacher's layer that does not vary nothing can be said."""
+    states = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    constant = torch.ones(50, 8)
+    assert state_distances([constant], [states])[KINDS.index("cka")].item() == 1
+    with pytest.raises(ValueError, match=says("do not vary")):
+        state_distances([states], [constant])
 
 
 def test_means_over_frames_and_over_recordings(tmp_path: Path, small: Any) -> None:
@@ -126,7 +135,7 @@ def test_a_recording_too_short_for_cka_is_named(tmp_path: Path, small: Any) -> N
 
 
 def test_no_recordings_are_refused(small: Any) -> None:
-    with pytest.raises(ValueError, match=says("none", "at least one")):
+    with pytest.raises(ValueError, match=says("empty", "at least one")):
         layer_distances(small.random_encoder(), small.random_encoder(), [])
 
 

@@ -26,7 +26,7 @@ SKILL = [[0], [1, 2], [3, 4, 5, 6, 7], [8, 9, 10, 11, 12]]
 
 
 def clusters(**changes: Any) -> dict[str, Any]:
-    """As skill-cluster --compare writes them: by l1, layers lie on a line with gaps before 5 and 9 and 12."""
+    """As skill-cluster --compare writes them: by l1, layers are on a line with gaps before 5 and 9 and 12."""
     points = np.array([0, 1, 2, 3, 4, 20, 21, 22, 23, 40, 41, 42, 60])
     line = np.abs(np.subtract.outer(points, points)).astype(float).tolist()
     return {
@@ -92,7 +92,7 @@ def test_clustering_again_by_other_options() -> None:
     assert cluster_again(clusters(), num_groups=3) == [[0, 1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
     assert cluster_again(clusters(), linkage="single", num_groups=3) == [[0, 1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11], [12]]
     assert cluster_again(clusters(), layer_0=False)[0] == [1, 2, 3, 4]
-    # Layers 0 and 2 alike, 1 apart from both: only as neighbours are they kept from joining.
+    # Layers 0 and 2 are alike, 1 differs from both: only the neighbour constraint keeps them from joining.
     far = clusters(layers=[0, 1, 2], groups=[[0], [1]], matrices={"l1": [[0, 9, 1], [9, 0, 8], [1, 8, 0]]})
     assert cluster_again(far) == [[0, 2], [1]]
     assert cluster_again(far, neighbours_only=True) == [[0], [1, 2]]

@@ -11,7 +11,7 @@ from skill_fairseq.comparison.statistics import Estimate, crossed_mean, paired_d
 
 
 def own(values: np.ndarray) -> list[str]:
-    """Each recording a speaker's of its own."""
+    """Each recording has its own speaker."""
     return [f"s{i:03}" for i in range(np.shape(values)[-1])]
 
 
@@ -30,7 +30,7 @@ def test_one_seed_is_students_interval_over_speakers() -> None:
 
 
 def test_seeds_that_disagree_as_a_whole_count_as_so_many_numbers() -> None:
-    """Each seed gives every recording the same value: there are three measurements, not three hundred."""
+    """Each seed gives every recording the same value, so there are three measurements, not three hundred."""
     means = [0.5, 0.6, 0.8]
     low, high = stats.t.interval(0.95, 2, np.mean(means), stats.sem(means))
     values = np.repeat(np.array(means)[:, None], 100, 1)
@@ -38,7 +38,7 @@ def test_seeds_that_disagree_as_a_whole_count_as_so_many_numbers() -> None:
 
 
 def test_the_variance_is_the_estimate_of_the_two_way_layout() -> None:
-    """Written out with sums of squares, for a layout where nothing is bounded."""
+    """The formula written with sums of squares, for data where no bound applies."""
     rng = np.random.default_rng(1)
     values = rng.normal(size=(4, 1)) + rng.normal(size=(1, 30)) + 0.1 * rng.normal(size=(4, 30))
     grand = values.mean()
@@ -54,7 +54,7 @@ def test_the_variance_is_the_estimate_of_the_two_way_layout() -> None:
 
 @pytest.mark.parametrize("seed_spread, speaker_spread", [(0.0, 1.0), (0.2, 1.0), (1.0, 0.2), (0.0, 0.0)])
 def test_intervals_hold_the_truth_as_often_as_they_say(seed_spread: float, speaker_spread: float) -> None:
-    """Among 1,000 made-up benchmarks of three seeds: 95 %, or somewhat more."""
+    """Coverage over 1,000 simulated benchmarks of three seeds: 95 %, or somewhat more."""
     rng = np.random.default_rng(2)
     names = [str(i // 3) for i in range(60)]
     hits = 0
@@ -67,7 +67,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seed_spread: float, speak
 
 @pytest.mark.parametrize("speakers, each", [(3, 100), (6, 20), (8, 40)])
 def test_accuracies_of_three_seeds_hold_the_truth_over_speakers(speakers: int, each: int) -> None:
-    """Rates that differ by 6 points between speakers; taking recordings as independent holds the truth less often."""
+    """Rates differ by 6 points between speakers; assuming independent recordings covers the truth less often."""
     rng = np.random.default_rng(3)
     names = [str(k) for k in range(speakers) for _ in range(each)]
     hits = naive = 0
@@ -83,7 +83,7 @@ def test_accuracies_of_three_seeds_hold_the_truth_over_speakers(speakers: int, e
 
 
 def test_differences_that_vary_by_speaker_hold_the_truth() -> None:
-    """One method is better for some speakers, the other for others: pairs of recordings do not see that."""
+    """One method is better for some speakers, the other for others, which pairs of recordings do not show."""
     rng = np.random.default_rng(4)
     names = [str(i // 20) for i in range(120)]
     hits = naive = 0
@@ -139,5 +139,5 @@ def test_what_is_no_measurement_is_refused(values: np.ndarray) -> None:
 
 def test_what_is_no_pair_is_refused() -> None:
     for shape in ((3, 4), (2, 5)):
-        with pytest.raises(ValueError, match=says((3, 5), shape, "pairs")):
+        with pytest.raises(ValueError, match=says((3, 5), shape, "not paired")):
             paired_difference(np.zeros((3, 5)), np.zeros(shape), list("abcde"))

@@ -195,7 +195,7 @@ def test_where_speakers_are_few_or_unknown_there_are_values_and_it_is_said_why_n
 
 
 def test_no_evidence_of_a_difference_is_never_called_no_difference() -> None:
-    """A method with the baseline's own rate: what the interval allows stands beside it."""
+    """A method with the baseline's rate is shown with the bound that its interval allows."""
     same = [r for r in results((0.5,)) if r["method"] == "dphubert"]
     twin = [{**r, "method": "skill", "probes": result("dphubert", 0.501, r["seed"])["probes"]} for r in same]
     summary = summarise([*same, *twin], REFERENCES, "dphubert")
@@ -232,8 +232,8 @@ def test_tables_show_the_numbers() -> None:
     assert "| skill | 1,002 | 2.000 | 0.250 | 0.7500 | 0.7510 to 0.7530 | 61 | 20 | 5 | 3 |" in text
     assert re.search(r"\*\*skill\*\*.*dphubert.*3 seeds.*digit \+", text)
     tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 9  # of what is not distilled; probes, distance and costs of two sparsities; two of the means
-    for head, *lines in tables:  # else Markdown drops cells
+    assert len(tables) == 9  # undistilled models; probes, distance, costs of two sparsities; two of the means
+    for head, *lines in tables:  # otherwise Markdown drops cells
         assert [line.count("|") for line in lines] == [head.count("|")] * len(lines)
 
 
@@ -272,7 +272,7 @@ def test_the_table_of_runs_holds_what_every_interval_is_made_of(tmp_path: Path) 
 
 
 def test_students_of_another_width_are_compared_by_cka_alone() -> None:
-    """A related system: no groups, but trained, so that its seeds are paired with the baseline's."""
+    """A related system has no groups, but is trained, so its seeds are paired with the baseline's."""
     found = []
     for r in results((0.75,)):
         if r["method"] == "skill":

@@ -1,4 +1,4 @@
-"""The sum of objectives: SKILL's alone, with a new one beside it, in real runs and from labels; and what it refuses."""
+"""The sum of objectives: SKILL's alone, with a new one, in real runs and from labels; and refusals."""
 
 from __future__ import annotations
 
@@ -81,6 +81,19 @@ def test_objectives_add_up_and_the_teacher_runs_once(build: Any, small: Any) -> 
     assert per_frame["distillation_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_a_weight_that_falls_with_the_epoch(build: Any, small: Any) -> None:
+    """It is saved with the objective and follows fairseq's epoch."""
+    entry = {**NEW, "weight": 2.0, "weight_epochs": 4}
+    task, model, criterion, cfg = build(objectives={"skill": SKILL, "new": entry})
+    assert plain(cfg.objectives.new)["weight_epochs"] == 4 and "weight_epochs" not in plain(cfg.objectives.skill)
+    for epoch, weight in ((1, 1.5), (3, 0.5), (4, 0.0), (9, 0.0), (9, 2.0)):
+        task.begin_epoch(epoch, model)
+        criterion.train(weight != 2.0)  # validation has the whole weight in every epoch
+        loss, _, log = criterion(model, batch(small))
+        skill, new = (float(log[name]) / log["frames"] for name in ("skill_loss", "new_loss"))
+        assert loss.item() == pytest.approx(skill + weight * new, rel=1e-5)
+
+
 def test_a_new_objective_by_hand(build: Any, small: Any) -> None:
     task, model, criterion, _ = build(objectives={"new": NEW})
     _, _, log = criterion(model, batch(small))
@@ -99,7 +112,7 @@ def test_a_new_objective_by_hand(build: Any, small: Any) -> None:
 
 
 def test_padding_changes_nothing(build: Any, small: Any, tmp_path: Path) -> None:
-    """The mean over the frames of the utterances, where no statistic runs over time."""
+    """The mean over the utterances' frames, if no statistic runs over time."""
     style = {**LARGE_STYLE, "padding_rule": "convolution"}
     for name, seed in (("teacher", 0), ("pupil", 9)):
         save_encoder(random_encoder(seed, **style), tmp_path / f"{name}.safetensors")
@@ -119,7 +132,7 @@ def test_padding_changes_nothing(build: Any, small: Any, tmp_path: Path) -> None
 
 
 class Labels(objective.Objective):
-    """Which of two classes an utterance belongs to, from its mean state: labels of the batch, no teacher."""
+    """Predicts one of two classes from an utterance's mean state, with labels of the batch and no teacher."""
 
     def __init__(self, cfg: Any, student: Any, teachers: Any, field: str = "criterion") -> None:
         super().__init__(cfg, student, teachers, field)
@@ -140,7 +153,7 @@ def test_labels_beside_distillation(
     monkeypatch.setitem(objective.OBJECTIVES, "labels", (Labels, new_objective.HeadsAndMapsConfig))
     objectives = {"label": {"_name": "labels", "weight": 3.0}}
     task, model, criterion, _ = build(student=path, teacher=path, objectives=objectives)
-    monkeypatch.setattr(task.teachers[0], "tap", None)  # nobody asks it
+    monkeypatch.setattr(task.teachers[0], "tap", None)  # no tap uses it
     label = torch.tensor([0, 1])
     loss, _, _ = criterion(model, {**batch(small), "label": label})
     state = model.speech_encoder(small.waves()).hidden_states[2].mean(1)
@@ -225,7 +238,7 @@ def test_parameters_of_other_settings_are_refused(build: Any, tmp_path: Path) ->
 
 
 def configure(folder: Path) -> Path:
-    """Both tiny recipes with another criterion block."""
+    """The two tiny recipes with another criterion block."""
     for kind in ("distill", "final"):
         text = (CONFIG / kind / "tiny.yaml").read_text()
         (block,) = re.findall(r"(?ms)^criterion:\n.*?(?=^\w)", text)
@@ -239,7 +252,7 @@ def configure(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_new_objective_in_one_file_through_both_stages(speech: Path, teacher_file: Path, tmp_path: Path) -> None:
-    """Pruned, continued and distilled on, by fairseq-hydra-train's own program that has imported the file."""
+    """Prunes, resumes and distils further, with fairseq-hydra-train's program after it imported the file."""
     config = configure(tmp_path)
     program = [sys.executable, str(Path(new_objective.__file__)), "--config-name", "tiny"]
     where = ["hydra.run.dir=.", "checkpoint.save_dir=.", f"task.data={speech}", f"task.teacher={teacher_file}"]
@@ -265,7 +278,7 @@ def test_a_new_objective_in_one_file_through_both_stages(speech: Path, teacher_f
     start = f"model.init_from={tmp_path / 'run_distill' / 'checkpoint_last.pt'}"
     last, later = train("final", 2, start)
     assert [entry["num_updates"] for entry in last] == [1, 2] and last[0]["loss"] == last[0]["distillation_loss"]
-    head = "objectives.new.heads.0.weight"  # taken over: 2 Adam updates are smaller than a start from random numbers
+    head = "objectives.new.heads.0.weight"  # loaded: 2 Adam updates change less than a random start
     assert (later[head] - state[head]).abs().max() < 0.01 < state[head].abs().max()
     student = load_encoder(tmp_path / "run_final" / "checkpoint_last.pt")
     assert student.num_parameters() < 0.81 * load_encoder(teacher_file).num_parameters()

@@ -1,4 +1,4 @@
-"""Elastic training: the loss of an update, what validation says, real runs of both stages, and what is refused."""
+"""Elastic training: the loss of an update, validation, real runs of both stages, and refusals."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_both_stages_resume_bit_for_bit_and_every_size_is_cut(
 
 @pytest.mark.slow
 def test_two_ranks_hear_the_same_sizes(speech: Path, teacher_file: Path, tmp_path: Path) -> None:
-    """Both backends, both stages: gates and weights of two ranks are one, and their sizes are those of one rank."""
+    """Both backends, both stages: two ranks have equal gates and weights, and the sizes of a single rank."""
     source = """
 import json, os
 import torch

@@ -29,7 +29,7 @@ OBJECTIVE = {
 
 @pytest.fixture(scope="module")
 def masked_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random teacher that knows what it was pre-trained with."""
+    """A random teacher with a mask embedding."""
     path, encoder = tmp_path_factory.mktemp("teacher") / "teacher.safetensors", random_encoder()
     encoder.mask_embedding = torch.randn(32, generator=torch.Generator().manual_seed(5))
     save_encoder(encoder, path)
@@ -48,7 +48,7 @@ def build(small: Any, data: Path, teacher: Path, objectives: Any = None, **task:
 
 
 def batches(task: Any, shards: int = 1) -> list[Any]:
-    """Of each rank, the first epoch's."""
+    """Those of each rank's first epoch."""
     task.load_dataset("train")
     data, found = task.dataset("train"), []
     for shard in range(shards):
@@ -59,7 +59,7 @@ def batches(task: Any, shards: int = 1) -> list[Any]:
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_student_and_teacher_hear_the_same_frames(small: Any, speech: Path, masked_teacher: Path, padded: bool) -> None:
-    """By hand: the student's masked frames against the whole teacher's, its others against the masked one's."""
+    """By hand: the student's masked frames against the unmasked teacher, its other frames against the masked one."""
     task, model, criterion = build(small, speech, masked_teacher, enable_padding=padded)
     model.train(), criterion.train()
     (masking,) = task.maskings
@@ -93,7 +93,7 @@ def test_student_and_teacher_hear_the_same_frames(small: Any, speech: Path, mask
 
 
 def test_masks_are_the_utterances_own_on_any_number_of_ranks(small: Any, speech: Path, masked_teacher: Path) -> None:
-    """And others in every epoch, and none in validation."""
+    """They differ in every epoch, and validation has none."""
 
     def of_files(found: list[Any]) -> dict[str, list[bool]]:
         masks = [(b["files"], *b["masked"].values()) for b in found]
@@ -144,7 +144,7 @@ def test_a_teacher_without_an_embedding_is_refused_where_it_is_asked_for(
 
 
 def test_a_student_without_masks_does_not_learn_its_embedding(small: Any, speech: Path, masked_teacher: Path) -> None:
-    """It starts as the teacher's, whose projection is copied."""
+    """It starts as the teacher's if the projection is copied."""
     plain = {name: value for name, value in OBJECTIVE.items() if name not in SPANS}
     task = small.make_task(speech, masked_teacher)
     model = task.build_model(small.student_config(masked_teacher))

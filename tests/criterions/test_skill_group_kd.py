@@ -1,4 +1,4 @@
-"""The group criterion: its value against a computation by hand, its gradients, and what it refuses."""
+"""The group criterion: its value against a computation by hand, its gradients, and refusals."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def batch(source: Tensor, padding_mask: Tensor | None = None) -> dict[str, Any]:
 
 
 def means(result: tuple) -> dict[str, Any]:
-    """What a forward logs, a frame."""
+    """Logged values of a forward, per frame."""
     counted = ("frames", "nsentences", "ntokens", "audio_seconds")
     return {n: v if n in counted else float(v) / result[2]["frames"] for n, v in result[2].items()}
 
@@ -124,7 +124,7 @@ def test_states_can_be_normalised_before_averaging(build: Any, small: Any) -> No
 
 
 def test_singletons_are_distillation_layer_by_layer(build: Any, small: Any) -> None:
-    """With groups {0} and {last} the loss is DPHuBERT's on those layers; the others are not looked at."""
+    """With groups {0} and {last} the loss is DPHuBERT's on those layers; other layers do not matter."""
     source = small.waves()
     task, model, criterion = build(groups=[[0], [3]])
     loss = criterion(model.eval(), batch(source))[0].item()
@@ -136,7 +136,7 @@ def test_singletons_are_distillation_layer_by_layer(build: Any, small: Any) -> N
 
 
 def test_projections(build: Any, small: Any) -> None:
-    """They start as the identity, are used by their groups alone, and may be shared."""
+    """They start as the identity, serve only their groups, and can be shared."""
     source = batch(small.waves())
     start = build(projection="identity")[2]
     _, model, criterion = build(projection_sharing=[0, 1, 1])
@@ -186,7 +186,7 @@ def test_the_target_may_be_of_macs(build: Any, small: Any) -> None:
 
 
 def test_multipliers_ascend_and_gates_follow(build: Any, small: Any) -> None:
-    """Too dense: descending on the flipped gradient makes lambda1 fall and the gates close."""
+    """For a student that is too dense, descent on the negated gradient makes lambda1 fall and gates close."""
     task, model, criterion = build(UNITS, target_sparsity=0.6, sparsity_warmup=0)
     criterion.constraint.lambda1.data.fill_(-1.0)
     model.train()
@@ -209,7 +209,7 @@ def test_multipliers_ascend_and_gates_follow(build: Any, small: Any) -> None:
 def test_a_padded_batch_is_the_mean_over_the_frames_of_its_utterances(
     build: Any, small: Any, rule: str, tmp_path: Path
 ) -> None:
-    """Where no statistic runs over time (layer_norm extractors), padding changes nothing."""
+    """If no statistic runs over time (layer_norm extractors), padding changes nothing."""
     style = {**small.LARGE_STYLE, "padding_rule": rule}
     for name, seed in (("teacher", 0), ("student", 9)):
         save_encoder(small.random_encoder(seed, **style), tmp_path / f"{name}.safetensors")
@@ -227,7 +227,7 @@ def test_a_padded_batch_is_the_mean_over_the_frames_of_its_utterances(
         assert frames[0] == 24 and frames[2] < frames[1] < 24
         expected = 0.0
         for row, count in enumerate(frames.tolist()):
-            # Frames at the end that only the rule "chunks" counts see zeros of the padding: give them those.
+            # Last frames that only the rule "chunks" counts cover zeros of the padding, so append these.
             needed = max(lengths[row], 400 + 320 * (count - 1))
             alone = means(criterion(model, batch(source[row : row + 1, :needed])))["loss"]
             assert model(source[row : row + 1, :needed])["x"].size(1) == count
@@ -267,7 +267,7 @@ def test_another_width_needs_a_projection(build: Any, small: Any, tmp_path: Path
 
 
 def save_run(criterion: Any, path: Path) -> None:
-    """The parts of fairseq's checkpoint that projections are taken from."""
+    """The parts of a fairseq checkpoint from which projections are loaded."""
     cfg = {"criterion": OmegaConf.to_container(criterion.cfg, enum_to_str=True)}
     torch.save({"model": {}, "criterion": criterion.state_dict(), "cfg": cfg}, path)
 
@@ -295,7 +295,7 @@ def test_projections_of_stage_1_are_taken_over(build: Any, tmp_path: Path) -> No
 def test_projections_of_another_run_are_refused(
     build: Any, tmp_path: Path, field: str, value: Any, before: str
 ) -> None:
-    """They would fit by shape, but for the second."""
+    """All but the second would match by shape."""
     save_run(build(UNITS, target_sparsity=0.5)[2], tmp_path / "stage1.pt")
     said = says("criterion.init_from", f"criterion.{field} = {before}", value, "criterion.init_from=null")
     with pytest.raises(ValueError, match=said):
@@ -303,7 +303,7 @@ def test_projections_of_another_run_are_refused(
 
 
 def test_a_file_without_projections_is_named(build: Any, teacher_file: Path, caplog: Any) -> None:
-    """As ``model.init_from``, which ``criterion.init_from`` follows, may be one."""
+    """``model.init_from``, which ``criterion.init_from`` follows, can be one."""
     exported = build(init_from=str(teacher_file))[2]
     assert torch.equal(exported.projections.projections[0].weight, torch.eye(32))
     warning = next(record for record in caplog.records if record.levelname == "WARNING").getMessage()
@@ -311,7 +311,7 @@ def test_a_file_without_projections_is_named(build: Any, teacher_file: Path, cap
 
 
 def test_unequal_batches_have_the_gradients_of_one_large_batch(build: Any, small: Any, tmp_path: Path) -> None:
-    """As fairseq makes them: summed, and divided by the summed weights. Padding changes nothing in this extractor."""
+    """Like fairseq's: summed, and divided by the summed weights. Padding changes nothing in this extractor."""
     style = {**small.LARGE_STYLE, "padding_rule": "convolution"}
     for name, seed in (("teacher", 0), ("student", 9)):
         save_encoder(small.random_encoder(seed, **style), tmp_path / f"{name}.safetensors")
@@ -319,7 +319,7 @@ def test_unequal_batches_have_the_gradients_of_one_large_batch(build: Any, small
     task, model, criterion = build(UNITS, **paths, target_sparsity=0.5, sparsity_warmup=0)
     criterion.constraint.lambda1.data.fill_(0.3)
     criterion.train()
-    model.eval()  # gates as they are expected
+    model.eval()  # gates at their expectation
     parameters = {**dict(model.named_parameters()), **dict(criterion.named_parameters())}
     parameters = {name: p for name, p in parameters.items() if p.requires_grad}
     waves = [small.waves(length, batch=rows, seed=length) for length, rows in ((8080, 1), (2960, 3), (4560, 1))]
@@ -346,7 +346,7 @@ def test_unequal_batches_have_the_gradients_of_one_large_batch(build: Any, small
     for name, grad in expected.items():
         assert (found[name] - grad).abs().max() < 2e-5 * largest, name
     excess = 1 - expected_parameters(model.speech_encoder).item() / full_parameters(model.speech_encoder.config) - 0.5
-    assert found["constraint.lambda1"].item() == pytest.approx(-excess, rel=1e-5)  # once an update
+    assert found["constraint.lambda1"].item() == pytest.approx(-excess, rel=1e-5)  # once per update
     for part in ("log_alpha", "projections.0.weight", "fc1.weight"):
         assert all(grad.abs().max() > 0 for name, grad in expected.items() if name.endswith(part)), part
 
@@ -354,7 +354,7 @@ def test_unequal_batches_have_the_gradients_of_one_large_batch(build: Any, small
 def test_validation_does_not_depend_on_the_batch_size(
     build: Any, small: Any, teacher_file: Path, tmp_path: Path
 ) -> None:
-    """With an extractor whose statistics run over time, padding too, and utterances of very different lengths."""
+    """Also with an extractor whose statistics run over time, and utterances of very different lengths."""
     from fairseq import metrics
 
     lengths = [0.5, 0.1, 1.5, 0.5, 0.1, 0.1, 0.3]
@@ -401,7 +401,7 @@ def test_logs_are_means_over_frames_and_audio_is_counted_per_second(build: Any) 
     ]
     with metrics.aggregate() as together:
         criterion.reduce_metrics(logs)
-    with metrics.aggregate() as apart:  # validation: one batch after the other
+    with metrics.aggregate() as apart:  # validation: batch after batch
         for log in logs:
             criterion.reduce_metrics([log])
     for found in (together, apart):
@@ -430,7 +430,7 @@ def test_layers_above_the_deepest_group_are_named_not_computed_and_not_trained(
     criterion(model.train(), batch(small.waves()))[0].backward()
     assert ran == list(range(1, layer + 1))
     for name, parameter in model.named_parameters():
-        # What takes part has a gradient, what has none takes no part; the constraint alone moves gates above.
+        # Exactly the trainable weights have gradients; only the constraint moves the gates above.
         assert parameter.requires_grad == (parameter.grad is not None), name
         if name.endswith("log_alpha"):
             assert parameter.grad.abs().max() > 0, name
@@ -512,7 +512,7 @@ def test_group_files_that_are_refused(build: Any, tmp_path: Path) -> None:
 def test_states_are_normalised_where_the_teacher_needs_it(
     build: Any, small: Any, tmp_path: Path, pre_norm: bool, asked: Any
 ) -> None:
-    """Where layers begin with their LayerNorm, unless the config says otherwise; what was chosen is in the config."""
+    """For pre-LayerNorm layers, unless the config says otherwise; the choice is filled into the config."""
     path = tmp_path / "teacher.safetensors"
     save_encoder(small.random_encoder(layer_norm_first=pre_norm), path)
     criterion = build(student=path, teacher=path, **({} if asked is None else {"normalize_states": asked}))[2]
@@ -549,7 +549,7 @@ def test_targets_of_several_costs(build: Any, small: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"target": {"macs": 0.5}, "target_sparsity": 0.5}, ["criterion.target_sparsity: 0.5", "beside", "=null"]),
+        ({"target": {"macs": 0.5}, "target_sparsity": 0.5}, ["criterion.target_sparsity: 0.5", "conflicts", "=null"]),
         ({"target": {"macs": 0.5}, "cost": "macs"}, ["criterion.cost: macs", "=parameters"]),
         ({"target": {"macs": 0.001}}, ["criterion.target", "MACs", "cannot be reached", "gates on"]),
         ({"target": {"latency_ms": 5.0, "table": "nowhere.json"}}, ["criterion.target.table", "nowhere.json"]),

@@ -1,4 +1,4 @@
-"""A student cut very unevenly out of the tiny teacher, exported every way by skill-export itself."""
+"""A very unevenly pruned student of the tiny teacher, exported in every format by skill-export itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UTTERANCES = ("george/fsdd-george-0-00", "lucas/fsdd-lucas-3-01", "jackson/fsdd-
 PROVENANCE = {"source": "stage2.pt", "groups": [[0, 1], [2]], "target_sparsity": 0.9, "num_updates": 200}
 
 CONV = (7, 30, 2, 64, 1, 33, 40)
-HEADS = (3, 0, None, 1)  # None: the sublayer goes; 0: its bias stays; further layers lose both sublayers
+HEADS = (3, 0, None, 1)  # None: the sublayer is removed; 0: its bias stays; further layers lose both sublayers
 FFN = (77, None, 300, 0)
 
 
@@ -71,7 +71,7 @@ def student() -> SpeechEncoder:
 
 @pytest.fixture(scope="session")
 def speech() -> tuple[Tensor, Tensor]:
-    """(B, N) real speech, zero where padded, and its padding mask; the first is the longest."""
+    """(B, N) real speech, zero in the padding, and its padding mask; the first is the longest."""
     folder = EXAMPLE / "data" / "audio" / "fsdd"
     waves = [torch.from_numpy(soundfile.read(str(folder / f"{name}.flac"), dtype="float32")[0]) for name in UTTERANCES]
     waves.sort(key=len, reverse=True)
@@ -84,7 +84,7 @@ def speech() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="session")
 def export(student: SpeechEncoder, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Writes the student as ``--to`` says, once, and returns the file or folder; ONNX with the mask."""
+    """Exports the student to the format ``--to``, once, and returns the file or folder; ONNX with the mask."""
     folder = tmp_path_factory.mktemp("exported")
     save_encoder(student, folder / "student.safetensors", PROVENANCE)
 
@@ -106,7 +106,7 @@ def states_of(encoder: SpeechEncoder, source: Tensor, padding: Tensor | None = N
 
 
 def assert_same(found: list[Any], wanted: list[Tensor], skip: Tensor | None = None, tolerance: float = 1e-4) -> None:
-    """All states agree in shape and, but for the frames of ``skip`` (B, T), in value."""
+    """Checks that all states agree in shape and, except for the frames of ``skip`` (B, T), in value."""
     assert len(found) == len(wanted)
     for i, (a, b) in enumerate(zip(found, wanted)):
         a = torch.as_tensor(a)
@@ -123,7 +123,7 @@ sys.modules["torchaudio"] = None  # PyPI's cannot be imported beside a CPU torch
 
 
 def run_without_package(code: str, *arguments: Any) -> str:
-    """Runs Python code where ``import skill_fairseq`` fails; returns what it printed."""
+    """Runs Python code where ``import skill_fairseq`` fails; returns its output."""
     path = os.pathsep.join(str(p) for p in sys.path if p and not (Path(p) / "skill_fairseq").is_dir())
     command = [sys.executable, "-c", WITHOUT + code, *map(str, arguments)]
     with tempfile.TemporaryDirectory() as home:  # transformers copies the code of models there

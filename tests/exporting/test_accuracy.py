@@ -1,4 +1,4 @@
-"""The accuracy of an export: numbers by hand, on real speech by the command, in the card and in JSON."""
+"""The accuracy of an export: by hand, on real speech from the command, in the card and in JSON."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_file_that_keeps_every_bit_is_without_error(small, teacher_file, data,
     assert main([str(teacher_file), str(out), "--accuracy", str(data / "valid.tsv")]) == 0
     found = json.loads((tmp_path / "student.accuracy.json").read_text())
     assert set(found["relative_l1"].values()) == {0.0} and "warning" not in capsys.readouterr().err
-    bias = rounded(load_encoder(out), torch.bfloat16).transformer.layer_norm.bias  # in fewer bits each is rounded
+    bias = rounded(load_encoder(out), torch.bfloat16).transformer.layer_norm.bias  # with fewer bits each is rounded
     assert torch.equal(bias, bias.bfloat16().float())
 
 
@@ -87,7 +87,7 @@ def test_what_does_not_go_together(small, teacher_file, data, tmp_path, capsys):
         (["a.safetensors", "--limit", "0"], ["--limit", "above 0"]),
     ):
         if OLD_TORCH and not arguments[0].endswith(".safetensors"):
-            continue  # it says that it cannot record an encoder at all
+            continue  # it reports that it cannot record any encoder
         assert main([str(teacher_file), str(tmp_path / arguments[0]), *arguments[1:]]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and all(part in error for part in said), error

@@ -29,7 +29,7 @@ def test_imports_stay_in_the_folder(root):
                 foreign.update(alias.name.partition(".")[0] for alias in node.names)
         assert text.startswith("# skill_fairseq.") and "MIT License" in text.splitlines()[1]
     standard = set(sys.stdlib_module_names)
-    foreign -= {"scipy"}  # within a try: only audio of another rate needs it
+    foreign -= {"scipy"}  # inside a try: only audio at another rate needs it
     assert {"torch", "numpy"} <= foreign and foreign - standard <= {"torch", "numpy", "transformers", "safetensors"}
 
 

@@ -1,4 +1,4 @@
-"""A student exported each way gives the same features on the same speech, in the hands of the real consumer."""
+"""A student exported to any format gives the same features on the same speech, in the real consumer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX and torch.export: other shapes, without the mask's input, and what is refused."""
+"""ONNX and torch.export: other shapes, without the mask input, and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LARGE = {
     "extractor_mode": "layer_norm",
     "layer_norm_first": True,
     "conv_bias": True,
-    "conv_feature_layers": "[(16,10,5)] + [(16,3,4)] + [(16,2,2)]",  # three, as the recording takes its time
+    "conv_feature_layers": "[(16,10,5)] + [(16,3,4)] + [(16,2,2)]",  # three, because recording takes long
     "encoder_layers": 1,
     "conv_channels": [3, 16, 5],
     "heads": [[0, 3]],
@@ -46,7 +46,7 @@ def contents(path):
 @new_torch
 @pytest.mark.slow
 def test_onnxruntime_quantises_a_graph(exporting, small, tmp_path):
-    """Its weights are constants, that of the positional convolution too."""
+    """Its weights are constants, also those of the positional convolution."""
     import onnxruntime
     from onnxruntime.quantization import quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -95,7 +95,7 @@ def test_large_style(exporting, small, tmp_path):
         exporting.assert_same([*states, x], wanted)
         found = program(source, torch.zeros_like(source, dtype=torch.bool))
         exporting.assert_same([*found["hidden_states"], found["x"]], wanted)
-    for length in (79, 80, 119, 120, 300):  # frames are counted as the convolutions make them
+    for length in (79, 80, 119, 120, 300):  # frames are counted like the convolutions' output
         padding = torch.arange(751).expand(2, -1) >= torch.tensor([[751], [length]])
         source = torch.randn(2, 751).masked_fill(padding, 0.0)
         found = program(source, padding)
@@ -103,7 +103,7 @@ def test_large_style(exporting, small, tmp_path):
         assert torch.equal(found["padding_mask"], frames)
         assert (~frames[1]).sum() == encoder.config.num_frames(length) < 19
         exporting.assert_same([*found["hidden_states"], found["x"]], exporting.states_of(encoder, source, padding))
-        for dtype in (torch.int64, torch.uint8):  # a program takes any type: 0 and 1 mean the same
+        for dtype in (torch.int64, torch.uint8):  # a program accepts any dtype: 0 and 1 work too
             assert torch.equal(program(source, padding.to(dtype))["x"], found["x"])
     for wrong in (padding[:, :700], padding[:1], padding[0]):
         with pytest.raises(Exception, match="padding_mask"):

@@ -1,4 +1,4 @@
-"""Hugging Face folders: stock models where nothing was pruned, own code elsewhere, config, types, model card."""
+"""Hugging Face folders: stock models if nothing was pruned, own code otherwise, config, types, model card."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGE = {"extractor_mode": "layer_norm", "layer_norm_first": True, "conv_bias": 
 
 @pytest.fixture
 def transformers():
-    # PyPI's torchaudio beside a CPU torch cannot be imported, and transformers tries.
+    # PyPI's torchaudio cannot be imported with a CPU torch, and transformers tries.
     sys.modules.setdefault("torchaudio", None)
     import transformers
 
@@ -70,7 +70,7 @@ def test_stock_models_need_no_code(exporting, small, transformers, changes, name
     waves = [small.waves(samples, 1, seed)[0] for seed, samples in enumerate((6000, 4100))]
     inputs = extractor([w.numpy() for w in waves], sampling_rate=16000, return_tensors="pt", padding=True)
     source = inputs["input_values"]
-    if encoder.normalize:  # there the variance is 1e-7 larger, in fairseq 1e-5
+    if encoder.normalize:  # it adds 1e-7 to the variance, fairseq 1e-5
         exact = (waves[0] - waves[0].mean()) / (waves[0].var(unbiased=False) + 1e-7).sqrt()
         assert (source[0] - exact).abs().max() < 1e-5
         assert (source[0] - F.layer_norm(waves[0], waves[0].shape)).abs().max() < 1e-2
@@ -80,7 +80,7 @@ def test_stock_models_need_no_code(exporting, small, transformers, changes, name
     with torch.no_grad():
         theirs = model(**inputs, output_hidden_states=True)
         ours = encoder(source, padding)
-    # Theirs begin behind the positional convolution, and the last one has been through the final LayerNorm.
+    # Theirs start after the positional convolution, and the last one is after the final LayerNorm.
     wanted = [*ours.hidden_states[1:-1], ours.x]
     exporting.assert_same([*theirs.hidden_states[1:-1], theirs.last_hidden_state], wanted, ours.padding_mask)
     again = load_encoder(tmp_path / "a")

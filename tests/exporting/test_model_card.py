@@ -1,4 +1,4 @@
-"""The model card holds what is known of the run, and nothing that is not."""
+"""The model card holds the known facts about the run, and nothing else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_card(small):
     assert rows == {
         "parameters": f"{size:,}",
         "before pruning": f"100,000 (sparsity {(1 - size / 100_000) * 100:.1f} %)",
-        "MACs for a second of audio": f"{encoder.macs(1.0):,}",
+        "MACs per second of audio": f"{encoder.macs(1.0):,}",
         "conv channels": "16 16 16 16 16 16 16",
         "attention heads": "2 0 -",
         "FFN units": "0 - 7",
@@ -38,4 +38,4 @@ def test_card(small):
 
 def test_what_is_unknown_is_left_out(small):
     names = [name for name, _ in facts(small.random_encoder(), {})]
-    assert names == ["parameters", "MACs for a second of audio", "conv channels", "attention heads", "FFN units"]
+    assert names == ["parameters", "MACs per second of audio", "conv channels", "attention heads", "FFN units"]

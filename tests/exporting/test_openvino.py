@@ -1,4 +1,4 @@
-"""``skill-export --to openvino``: what OpenVINO itself computes of it, beside the student."""
+"""``skill-export --to openvino``: OpenVINO's results compared with the student's."""
 
 from __future__ import annotations
 

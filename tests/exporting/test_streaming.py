@@ -1,4 +1,4 @@
-"""What a user who streams must know: the smallest chunk, the hop, and that the encoder is not causal."""
+"""Facts about streaming: the smallest chunk, the hop, and that the encoder is not causal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from messages import says
 
 
 def seen(outputs: torch.Tensor, source: torch.Tensor) -> tuple[int, int]:
-    """(first, last) sample of which a function of ``source`` (1, N) depends."""
+    """(first, last) sample on which a function of ``source`` (1, N) depends."""
     (gradient,) = torch.autograd.grad(outputs.square().sum(), source, retain_graph=True)
     used = gradient[0].nonzero().flatten()
     return int(used[0]), int(used[-1])
@@ -31,7 +31,7 @@ def test_group_norm_sees_the_whole_utterance(small):
     source = torch.randn(1, 5000, generator=torch.Generator().manual_seed(0)).requires_grad_()
     frames, _ = encoder.feature_extractor(source)
     first, last = seen(frames[:, 0], source)
-    assert first == 0 and last >= 4990  # samples that its first convolution leaves over at the end
+    assert first == 0 and last >= 4990  # samples that its first convolution drops at the end
 
 
 @pytest.mark.parametrize("extractor", ["default", "layer_norm"])
@@ -57,7 +57,7 @@ def test_a_stream_with_all_of_the_audio_as_context_is_the_whole(small, style):
     if style == "gated":
         with torch.no_grad():
             encoder.gates.log_alpha[::5] = -5
-    audio = torch.randn(50_123, generator=torch.Generator().manual_seed(0)).cumsum(0) / 50  # far from its mean at times
+    audio = torch.randn(50_123, generator=torch.Generator().manual_seed(0)).cumsum(0) / 50  # drifts far from its mean
     whole = encoder(audio[None])
     found = list(encoder.stream(audio.numpy(), chunk_seconds=1.0, context_seconds=60.0))
     assert [out.x.size(1) for out in found] == [50, 50, 50, 6]

@@ -1,4 +1,4 @@
-"""Encoders with time reduction and reused attention maps, in the hands of those who use encoders."""
+"""Encoders with time reduction and reused attention maps, in everything that uses encoders."""
 
 from __future__ import annotations
 

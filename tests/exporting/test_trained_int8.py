@@ -88,6 +88,52 @@ def test_it_loads_as_it_was_trained(kind: str, dtype: str, tmp_path: Path) -> No
     assert max(difference(a, b) for a, b in zip(states(found), states(encoder))) < limit
 
 
+def test_a_tap_of_the_positional_convolution_that_rounds_to_0(tmp_path: Path) -> None:
+    encoder = trained()
+    with torch.no_grad():
+        encoder.transformer.pos_conv.weight_g[..., 2] *= 1e-4
+    save_encoder(encoder, tmp_path / "student.safetensors", dtype="int8")
+    found = load_encoder(tmp_path / "student.safetensors")
+    assert (quantize_weight(whole_weight(found.transformer.pos_conv))[0][..., 2] == 0).all()
+    assert max(difference(a, b) for a, b in zip(states(found), states(encoder))) < 0.002
+
+
+@graphs
+@pytest.mark.slow
+def test_layers_that_training_did_not_reach(tmp_path: Path) -> None:
+    """In a graph they are refused; torch rounds their inputs by each batch, as in training."""
+    from skill_fairseq.exporting.onnx_graph import make_onnx
+    from skill_fairseq.exporting.onnx_trained import to_trained_int8
+
+    encoder = trained()
+    for one in Ranges(encoder.transformer.layers[-1]).ranges:
+        one.set(torch.zeros(2))
+        one._known = None
+    wanted = states(encoder)
+    path = tmp_path / "student.safetensors"
+    save_encoder(encoder, path, dtype="int8")
+    found = states(load_encoder(path, precision="int8"))
+    assert max(difference(a, b) for a, b in zip(found, wanted)) < 0.01
+    depth = encoder.config.encoder_layers
+    to_trained_int8(make_onnx(encoder, layers=[depth - 1]), encoder)
+    with pytest.raises(
+        ValueError, match=says(f"transformer.layers.{depth - 1}.attention.q_proj", "no range", "--layers")
+    ):
+        to_trained_int8(make_onnx(encoder, layers=[depth]), encoder)
+
+
+def test_accuracy_of_a_file_in_int8_is_that_of_training(
+    student: tuple[SpeechEncoder, Path], tmp_path: Path, capsys: Any
+) -> None:
+    example = Path(__file__).parents[2] / "examples" / "tiny" / "data"
+    speech = tmp_path / "speech.tsv"
+    speech.write_text(f"{example}\n" + (example / "valid.tsv").read_text().splitlines()[1] + "\n")
+    out = tmp_path / "student.safetensors"
+    assert main([str(student[1]), str(out), "--dtype", "int8", "--accuracy", str(speech)]) == 0
+    found = json.loads((tmp_path / "student.accuracy.json").read_text())
+    assert set(found["relative_l1"].values()) == {0.0}
+
+
 def test_a_byte_a_weight(tmp_path: Path) -> None:
     """Of a student with a quarter of WavLM Base's parameters."""
     config = wavlm_base(conv_channels=[512, 410, 410, 410, 410, 410, 410], quantize="int8").replace(
@@ -178,4 +224,4 @@ def test_skill_export_needs_no_calibration(student: tuple[SpeechEncoder, Path], 
     found = json.loads((tmp_path / "student.accuracy.json").read_text())
     assert max(found["relative_l1"].values()) < 0.005
     assert main(["--info", str(out)]) == 0
-    assert "trained in    int8" in capsys.readouterr().out
+    assert re.search(r"trained in +int8", capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Shards of features: their files, going on after a kill, and what does not fit."""
+"""Feature shards: their files, resuming after a kill, and mismatches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SETTINGS = {"model": "a", "layers": [1, 2]}
 
 
 def recordings(number, width=3):
-    """(T, width) features of each, T from 0 on."""
+    """(T, width) features of each recording, T from 0."""
     random = np.random.default_rng(0)
     return [random.normal(size=(length, width)).astype(np.float32) for length in range(1, number + 1)]
 

@@ -1,4 +1,4 @@
-"""Fine-tuning a student with fairseq's own CTC models: on real speech, from skill-labels to a word error rate."""
+"""Fine-tuning a student with fairseq's CTC models on real speech, from skill-labels to a word error rate."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ ENVIRONMENT = {
 
 
 def logged(log: str, kind: str, field: str) -> list[float]:
-    """The values of a field in the order of the log."""
+    """The values of a field in log order."""
     entries = re.findall(rf"\[{kind}\]\[INFO\] - (\{{.*\}})", log)
     return [float(json.loads(entry)[field]) for entry in entries]
 
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders ``ltr`` and ``spm`` of skill-labels: ten spoken digits, to learn and to be tested on again."""
+    """Folders ``ltr`` and ``spm`` of skill-labels: ten spoken digits, for both training and test."""
     folder = tmp_path_factory.mktemp("labels")
     manifest = read_manifest(TINY / "data" / "tasks" / "digit" / "train.tsv")
     chosen = [i for i, path in enumerate(manifest.paths) if re.search(r"fsdd-george-\d-10", path)]
@@ -83,7 +83,7 @@ def compose_run(config: str, name: str, *overrides: str) -> Any:
 def stages(labels: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Checkpoints of stage 1 (gated) and 2 (part of the small real teacher cut away), as fairseq's trainer saves them.
 
-    Their gates are untrained: the student is damaged where stage 1 would have found what can go.
+    Their gates are untrained, so the student is damaged, unlike after a real stage 1.
     """
     from fairseq import tasks
     from fairseq.trainer import Trainer
@@ -99,15 +99,15 @@ def stages(labels: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, 
         where = (f"task.data={labels}", f"task.teacher={teacher}", "checkpoint.no_save_optimizer_state=true")
         cfg = compose_run(config, "tiny", *where, "criterion.groups=[[0],[1,2]]", own)
         task = tasks.setup_task(cfg.task)
-        torch.manual_seed(stage)  # of the gates, and with them of what is cut away
+        torch.manual_seed(stage)  # of the gates, and thus of the removed units
         model = task.build_model(cfg.model)
         Trainer(cfg, task, model, task.build_criterion(cfg.criterion)).save_checkpoint(str(checkpoints[stage]), {})
-    teacher.unlink()  # nobody asks for it any more
+    teacher.unlink()  # no longer needed
     return checkpoints
 
 
 def finetune(folder: Path, labels: Path, student: Path, model: str, kind: str) -> str:
-    """The log of ``fairseq-hydra-train`` on labels of a kind, in a folder where its checkpoints go too."""
+    """The log of ``fairseq-hydra-train`` on a kind of labels, in a folder that also gets its checkpoints."""
     where = ["--config-dir", str(CONFIG / "finetune"), "--config-name", "tiny_ctc", "hydra.run.dir=."]
     overrides = [
         f"task.data={labels / kind}",
@@ -117,7 +117,7 @@ def finetune(folder: Path, labels: Path, student: Path, model: str, kind: str) -
         f"model.w2v_path={student}",
         f"optimization.max_update={UPDATES}",
         f"dataset.validate_interval_updates={UPDATES // 2}",
-        "dataset.batch_size=1",  # no padding, on which this teacher's group norm depends: decode.py has none
+        "dataset.batch_size=1",  # no padding, because this teacher's group norm depends on it and decode.py has none
         *PLAIN,
         "checkpoint.save_dir=.",
         "common.log_format=json",
@@ -161,7 +161,7 @@ def decode() -> Any:
 
 
 def check_run(folder: Path, log: str, data: Path, decode: Any, capsys: pytest.CaptureFixture) -> None:
-    """The loss fell, the digits are learnt, and fairseq's Viterbi decoder finds what its criterion found."""
+    """The loss fell, the digits are learned, and fairseq's Viterbi decoder agrees with its criterion."""
     losses, errors = logged(log, "train_inner", "loss"), logged(log, "valid", "valid_wer")
     assert len(losses) == UPDATES and sum(losses[-10:]) < 0.1 * sum(losses[:10])
     assert len(errors) == 2 and errors[-1] <= 10
@@ -191,7 +191,7 @@ def test_wav2vec_ctc_learns_sentence_pieces(
 
 
 def build(labels: Path, student: Path, *overrides: str) -> tuple[Any, Any, dict[str, Any], Any]:
-    """Task, model, one padded batch and criterion, as fairseq's training builds them."""
+    """Task, model, one padded batch and criterion, built like in fairseq's training."""
     from fairseq import tasks
 
     cfg = compose_run(
@@ -209,7 +209,7 @@ def build(labels: Path, student: Path, *overrides: str) -> tuple[Any, Any, dict[
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_both_models_see_the_students_features(labels: Path, stages: dict[int, Path], stage: int) -> None:
-    """hubert_ctc unpacks a pair, wav2vec_ctc looks names up: the same numbers, those of load_encoder."""
+    """hubert_ctc unpacks a pair, wav2vec_ctc looks up names: both get load_encoder's numbers."""
     outputs, losses = [], []
     for name in ("hubert_ctc", "wav2vec_ctc"):
         _, model, batch, criterion = build(labels, stages[stage], f"model._name={name}")
@@ -226,7 +226,7 @@ def test_both_models_see_the_students_features(labels: Path, stages: dict[int, P
 
 
 def test_gradients_follow_the_config(labels: Path, stages: dict[int, Path]) -> None:
-    """feature_grad_mult scales what the conv stack learns, 0 freezes it; the mask embedding learns where it masks."""
+    """feature_grad_mult scales the conv stack's gradient, 0 freezes it; the mask embedding learns if it masks."""
     gradients = {}
     for mult in (0.0, 0.1, 1.0):
         _, model, batch, criterion = build(labels, stages[2], f"model.feature_grad_mult={mult}")
@@ -250,7 +250,7 @@ def test_gradients_follow_the_config(labels: Path, stages: dict[int, Path]) -> N
 
 
 def test_hubert_pretraining_fine_tunes_too(labels: Path, stages: dict[int, Path]) -> None:
-    """The task of fairseq's own HuBERT recipes, with the same batch, has the same loss."""
+    """The task of fairseq's own HuBERT recipes gives the same loss for the same batch."""
     from fairseq.tasks.hubert_pretraining import HubertPretrainingConfig, HubertPretrainingTask
     from omegaconf import OmegaConf
 

@@ -1,4 +1,4 @@
-"""Numbers on a device against the same by textbook operations, in float64 or float32: one row a comparison."""
+"""Numbers on a device against textbook operations in float64 or float32: one row per comparison."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNITS = ["conv", "heads", "ffn", "attention_layers", "ffn_layers"]
 
 
 class Row(NamedTuple):
-    """One comparison: the relative error (of norms) and the most that is allowed."""
+    """One comparison: the relative error (of norms) and its limit."""
 
     name: str
     error: float
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 
 def distance(found: Any, exact: Any) -> float:
-    """Relative distance of lists of tensors taken together, in float64."""
+    """Relative distance between lists of tensors, in float64."""
     one, two = (torch.cat([t.detach().double().flatten().cpu() for t in side]) for side in (found, exact))
     return float((one - two).norm() / two.norm())
 
@@ -51,7 +51,7 @@ def gated(style: dict[str, Any], device: str) -> SpeechEncoder:
 def states_and_gradients(
     encoder: SpeechEncoder, autocast: torch.dtype | None = None, forward: Callable[..., Any] = SpeechEncoder.forward
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Hidden states and all gradients for one batch with padding and one draw of the gates."""
+    """Hidden states and all gradients for a batch with padding and one draw of the gates."""
     assert encoder.gates is not None
     encoder.gates.generator = torch.Generator().manual_seed(5)
     encoder.zero_grad(set_to_none=True)
@@ -93,7 +93,7 @@ def encoders(device: str) -> Iterator[Row]:
 
 
 def attention(device: str) -> Iterator[Row]:
-    """The device's attention kernel against one matrix, with bias, padding and an utterance without a frame."""
+    """The device's attention kernel against one matrix, with bias, padding and an utterance without frames."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

@@ -4,8 +4,8 @@
 #   bash tests/gpu/run.sh OUT                     on the first CUDA device; Base+ shapes, 156 s batches, bfloat16
 #   bash tests/gpu/run.sh OUT --device cpu        the same steps on a CPU with small shapes, to try the script itself
 #
-# OUT is made, and gets results.json, table.md and a log of each step. Needs an environment with the package and its
-# extras hf (tests/run.sh makes one: PATH=$PWD/tests/.venv/bin:$PATH). Exit code 1: a check failed, or a step did.
+# OUT is created and gets results.json, table.md and a log of each step. Needs an environment with the package and its
+# extras hf (tests/run.sh makes one: PATH=$PWD/tests/.venv/bin:$PATH). Exit code 1: a check or a step failed.
 set -euo pipefail
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 if [ $# -lt 1 ]; then sed -n '2,9p' "$0"; exit 2; fi

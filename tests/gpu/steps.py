@@ -24,7 +24,7 @@ from tests.conftest import random_encoder
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny"
 GROUPS = "criterion.groups=[[0],[1,2,3],[4,5,6,7,8],[9,10,11,12]]"
 MODES = {
-    "fp32": [],  # first: the others are held against it
+    "fp32": [],  # first: the reference for the others
     "bf16": ["common.bf16=true", "common.fp16_no_flatten_grads=true"],
     "fp16": ["common.fp16=true", "common.fp16_no_flatten_grads=true"],
     "amp": ["common.amp=true"],
@@ -35,11 +35,11 @@ BENCH = "from skill_fairseq.cli.bench import main; raise SystemExit(main())"
 
 
 class Steps:
-    """What every step needs.
+    """Settings of every step.
 
     Args:
         out: folder of the results.
-        device: "cuda" or "cpu"; on a CPU shapes are small, so that it all takes a minute or two.
+        device: "cuda" or "cpu"; a CPU uses small shapes, so that all steps take a minute or two.
     """
 
     def __init__(self, out: Path, device: str) -> None:
@@ -65,11 +65,11 @@ class Steps:
         return {"rows": found, "ok": all(row["ok"] for row in found.values())}
 
     def precisions(self) -> dict[str, Any]:
-        """Losses of whole runs beside the one in float32."""
+        """Losses of whole runs compared with float32."""
         losses = {}
         for mode, overrides in MODES.items():
             if mode in ("fp16", "amp") and not self.gpu:
-                continue  # on a CPU the one is in tests/test_mixed_precision.py, and fairseq's amp does nothing
+                continue  # on a CPU tests/test_mixed_precision.py does this, and fairseq's amp does nothing
             run = self.training(f"run_{mode}", *overrides).finish()
             losses[mode] = [update["distillation_loss"] for update in run.updates().values()]
         exact = torch.tensor(losses["fp32"])
@@ -77,7 +77,7 @@ class Steps:
         return {"mean relative distance of the loss from fp32": off, "ok": all(value < 0.03 for value in off.values())}
 
     def kills(self) -> dict[str, Any]:
-        """A run in bfloat16 that is killed (on a GPU twice) ends as the one that is not."""
+        """A bfloat16 run that is killed (on a GPU twice) ends like an undisturbed one."""
         straight = self.training("straight", *MODES["bf16"]).finish()
         disturbed = self.training("killed", *MODES["bf16"])
         last = straight.last_update()
@@ -94,17 +94,16 @@ class Steps:
         return {"identical bits": identical, "first difference": where, "ok": identical or self.gpu}
 
     def bench(self, what: str, *arguments: str) -> dict[str, Any]:
-        record = self.out / "bench.json"
         command = [sys.executable, "-c", BENCH, what, *arguments, "--device", self.device]
         if self.gpu:
-            size = ["--seconds", "15.6", "--batch", "10", "--precision", "bf16", "--repeats", "8", "--warmup", "3"]
+            size = ["--seconds", "15.6", "--batch-size", "10", "--precision", "bf16", "--repeats", "8", "--warmup", "3"]
         else:
             model = self.out / "model.safetensors"
             if not model.exists():
                 save_encoder(random_encoder(), model)
             size = ["--model", str(model), "--seconds", "0.5", "--repeats", "1", "--warmup", "1", "--threads", "1"]
-        subprocess.run([*command, *size, "--json", str(record)], check=True, env=ENVIRONMENT)
-        return json.loads(record.read_text())["results"]
+        done = subprocess.run([*command, *size, "--json"], check=True, env=ENVIRONMENT, stdout=subprocess.PIPE)
+        return json.loads(done.stdout)["results"]
 
     def speed(self) -> dict[str, Any]:
         teacher = ["--teacher-dtype", "bf16"] if self.gpu else []
@@ -117,7 +116,7 @@ class Steps:
         }
 
     def waits(self) -> dict[str, Any]:
-        """Where the host waits in one training step, by torch's profiler."""
+        """Waits of the host in one training step, from torch's profiler."""
         from skill_fairseq.benchmarking.contestants import ours
         from skill_fairseq.benchmarking.setup import Setup
 
@@ -143,7 +142,7 @@ class Steps:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What was found, as Markdown."""
+    """The results as Markdown."""
     machine = results["machine"]
     lines = [f"{machine['device']}, torch {machine['torch']}, skill_fairseq {machine['skill_fairseq']}", ""]
     lines += ["| step | s a step | audio s per s | peak, GB | against |", "|---|---|---|---|---|"]
@@ -169,7 +168,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Runs every step, whatever becomes of the one before; returns the exit code."""
+    """Runs every step, even after failures; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cuda", help="(default: cuda)")
@@ -191,7 +190,7 @@ def main() -> int:
             results[step.__name__] = step()
             if not results[step.__name__].get("ok", True):
                 failed.append(step.__name__)
-        except Exception as error:  # the others are still worth having
+        except Exception as error:  # the others are still useful
             results[step.__name__] = {"failed": f"{type(error).__name__}: {error}"[-3000:]}
             failed.append(step.__name__)
         results["seconds"][step.__name__] = time.monotonic() - began

@@ -1,4 +1,4 @@
-"""Files cut short or with a bit flipped, and the time and memory that reading them may take."""
+"""Truncated files and files with a flipped bit, and limits of time and memory for reading them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GIGABYTES = 2
 
 @contextlib.contextmanager
 def bounds() -> Iterator[None]:
-    """No hang, and no memory beyond what there was and two gigabytes."""
+    """Fails on a hang, or on more than two gigabytes of additional memory."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (GIGABYTES << 30), before[1]))
@@ -32,7 +32,7 @@ def bounds() -> Iterator[None]:
 
 
 def spoiled(content: bytes, number: int, dice: random.Random) -> bytes:
-    """An odd number: cut somewhere; an even one: a bit flipped, half of the times near an end, where structure is."""
+    """Odd numbers truncate; even ones flip a bit, half of the time near an end, where the structure is."""
     if number % 2:
         return content[: dice.randrange(len(content))]
     near = dice.choice((len(content), min(len(content), 600)))

@@ -1,4 +1,4 @@
-"""Runs of ``fairseq-hydra-train`` that are disturbed: started, watched, signalled, and compared."""
+"""Disturbed runs of ``fairseq-hydra-train``: starts, watches, signals and compares them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SETTINGS = [
     "optimizer.groups.gates.lr_scheduler.warmup_updates=5",
     "optimizer.groups.multipliers.lr_scheduler.warmup_updates=5",
     "optimizer.groups.gates.lr_float=0.1",
-    # Everything random is on: crops, dropout, gates.
+    # All randomness is on: crops, dropout, gates.
     "task.max_sample_size=9000",
     "task.crop_multiple=1",
     "model.dropout=0.1",
@@ -50,7 +50,7 @@ def free_port() -> int:
 
 
 class Run:
-    """A training run in a folder, of one process or several; every call of :meth:`start` is the same command."""
+    """A training run in a folder, with one process or several; every :meth:`start` is the same command."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Run:
         return self
 
     def signal(self, number: int, ranks: Any = None) -> None:
-        """To every process of the ranks, data-loading workers too, as Slurm does."""
+        """Sends a signal to every process of the ranks, including data-loading workers, like Slurm."""
         for rank, process in enumerate(self.processes):
             if ranks is None or rank in ranks:
                 os.killpg(process.pid, number)
@@ -116,7 +116,7 @@ class Run:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait_for(self, found: Callable[[], Any], seconds: float = 120) -> None:
-        """Until something is so; fails if the run ends before."""
+        """Waits for a condition; fails if the run ends before."""
         end = time.monotonic() + seconds
         while not found():
             assert time.monotonic() < end, f"waited {seconds} s\n{self.log()[-3000:]}"
@@ -124,7 +124,7 @@ class Run:
             time.sleep(0.01)
 
     def updates(self) -> dict[int, dict[str, float]]:
-        """What was logged of each update. An update that was made twice was the same both times."""
+        """The logged values of each update; checks that repeated updates are equal."""
         found: dict[int, dict[str, float]] = {}
         for line in re.findall(r"\[train_inner\]\[INFO\] - (\{.*\})", self.log()):
             entry = {k: float(v) for k, v in json.loads(line).items() if k not in CLOCKS}
@@ -133,7 +133,7 @@ class Run:
         return found
 
     def last_update(self) -> int:
-        """The last one logged, by this start or another."""
+        """The last logged one, from any start."""
         found = re.findall(r'"num_updates": "(\d+)"', self.log())
         return int(found[-1]) if found else 0
 
@@ -145,7 +145,7 @@ CLOCKS = ("wall", "train_wall", "ups", "wps", "audio_s_per_s")
 
 
 def same(one: Any, two: Any, where: str = "") -> None:
-    """Bit for bit, through every dictionary and list."""
+    """Compares bit for bit, through every dictionary and list."""
     assert type(one) is type(two), where
     if isinstance(one, torch.Tensor):
         assert one.dtype == two.dtype and torch.equal(one, two), where
@@ -162,7 +162,7 @@ def same(one: Any, two: Any, where: str = "") -> None:
 
 
 def same_outcome(one: Run, two: Run) -> None:
-    """Two runs ended with the same weights, gates, multipliers, moments, schedules and place in the data."""
+    """Checks that two runs ended with the same weights, gates, multipliers, moments, schedules and data position."""
     first, second = one.checkpoint(), two.checkpoint()
     for part in ("model", "criterion", "last_optimizer_state"):
         same(first[part], second[part], part)

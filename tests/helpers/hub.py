@@ -1,4 +1,4 @@
-"""A small server on 127.0.0.1 that speaks what huggingface_hub asks to fetch and to push a model."""
+"""A small server on 127.0.0.1 with the calls that huggingface_hub needs to fetch and push a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the files of a folder as the repository `user/repo`, and keeps what is pushed.
+    """Serves the files of a folder as the repository `user/repo`, and records pushes.
 
     Attributes:
         asked: method and path of every request.
@@ -94,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def hub(folder: Path) -> Iterator[Hub]:
-    """The server, running."""
+    """Runs the server."""
     server = Hub(folder)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

@@ -17,11 +17,11 @@ SHAPE: dict[str, dict[str, Any]] = {
     "large": {"layers": 4, "dim": 64, "ffn": 96, "heads": 8, "conv_pos": 15, "groups": 8},
 }
 SAMPLES = (16000, 15900, 9150, 5841)
-POS_CONV = {"base": (4, 20), "large": (5, 15)}  # data2vec's convolutions and their length in all
+POS_CONV = {"base": (4, 20), "large": (5, 15)}  # data2vec's convolutions and their total length
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives every parameter a random value that matters: no bias is 0, no scale is 1."""
+    """Sets every parameter to a random value that matters: no bias is 0, no scale is 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -38,15 +38,15 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def padded_batch(samples: tuple[int, ...] = SAMPLES, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """(B, N) noise, zero where padded, and its padding mask."""
+    """(B, N) noise, zero in the padding, and its padding mask."""
     generator = torch.Generator().manual_seed(seed)
     padding = torch.arange(max(samples)) >= torch.tensor(samples)[:, None]
     return torch.randn(padding.shape, generator=generator).masked_fill(padding, 0.0), padding
 
 
 def huggingface(kind: str, style: str, head: str = "Model", **changes: Any) -> nn.Module:
-    """A random WavLMModel, HubertModel, Wav2Vec2Model or Data2VecAudioModel of transformers, or one with a head."""
-    # PyPI's torchaudio beside a CPU torch cannot be imported, and transformers tries.
+    """A random transformers WavLMModel, HubertModel, Wav2Vec2Model or Data2VecAudioModel, or one with a head."""
+    # PyPI's torchaudio cannot be imported with a CPU torch, and transformers tries.
     sys.modules.setdefault("torchaudio", None)  # type: ignore[arg-type]
     import transformers
 

@@ -1,7 +1,7 @@
-"""A new objective in one file, and training that knows it: ``python new_objective.py`` in place of fairseq-hydra-train.
+"""A new objective in one file, with training: ``python new_objective.py`` instead of fairseq-hydra-train.
 
-The student, some frames of which are masked, predicts teacher layers by heads (DistilHuBERT, arXiv:2110.01900), and its
-attention is to be the teacher's, averaged over heads (as tried for STaR, arXiv:2312.09040).
+The student, with some frames masked, predicts teacher layers through heads (DistilHuBERT, arXiv:2110.01900), and
+matches the teacher's attention, averaged over heads (as tried for STaR, arXiv:2312.09040).
 """
 
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Tensors and numbers of oracle/related.json, whose ``about`` says what they are."""
+"""Tensors and numbers of oracle/related.json, described in its ``about``."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def tensors(specs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def near(number: Any, rel: float = 1e-5) -> Any:
-    """Equal as closely as the reference is written."""
+    """Checks equality to the reference's precision."""
     return pytest.approx(number, rel=rel, abs=1e-6)
 
 
 def agrees(found: Tensor, summary: dict[str, Any]) -> bool:
-    """Whether a tensor has this {shape, sum, norm, first, last}."""
+    """Checks a tensor's {shape, sum, norm, first, last}."""
     flat = found.detach().double().flatten()
     return (
         list(found.shape) == summary["shape"]

@@ -1,4 +1,4 @@
-"""The encoder by textbook operations, as one function of its weights and gates: what its modules are held against."""
+"""The encoder in textbook operations, as one function of its weights and gates: the reference for its modules."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def encode(
     """What ``encoder(source, padding_mask, draw=draw)`` should return, without dropout and masking.
 
     Args:
-        encoder: its weights and shape are used, none of its code but for the draw of the gates.
+        encoder: gives weights and shape; only its code for drawing gates is used.
         source: (B, N) samples.
         padding_mask: (B, N) bool, True = padding, at the end of each row; or None.
-        draw: the gates; None: they are drawn here, as the encoder does.
+        draw: the gates; None: draw them here, like the encoder.
         drop: dropout of the (B, h, T, T) attention weights.
     """
     config, w = encoder.config, encoder.state_dict(keep_vars=True)
@@ -64,7 +64,7 @@ def encode(
         padding_mask = frame_padding(encoder, padding_mask, x.size(1))
         x = x.masked_fill(padding_mask[:, :, None], 0.0)
         padding_mask = torch.stack([padding_mask[:, r:usable:rate] for r in range(rate)]).any(0)
-        hidden = padding_mask & ~padding_mask.all(1, keepdim=True)  # an utterance without a frame hides none
+        hidden = padding_mask & ~padding_mask.all(1, keepdim=True)  # an utterance without frames masks none
     x = x + positions(w, x, config.conv_pos_groups, config.pos_conv_depth)
     first = config.layer_norm_first
     if not first:
@@ -119,7 +119,7 @@ def channel_norm(w: Weights, name: str, x: Tensor, full: int, gates: Tensor) -> 
 
 
 def frame_padding(encoder: SpeechEncoder, padding_mask: Tensor, frames: int) -> Tensor:
-    """(B, N) of samples to (B, T) of frames: an equal chunk all padding, or beyond what convolutions make of audio."""
+    """(B, N) of samples to (B, T) of frames: equal chunks of padding only, or frames beyond the audio's own."""
     if encoder.config.padding_rule == "chunks":
         chunk = padding_mask.size(1) // frames
         return torch.stack([padding_mask[:, t * chunk : (t + 1) * chunk].all(1) for t in range(frames)], 1)
@@ -156,7 +156,7 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """(B, T, D) to (B, T, D), and the maps before dropout.
 
-    ``heads`` are those left of the original ones, which ``bias`` (H, T, T) has all of.
+    ``heads`` are the remaining heads; ``bias`` (H, T, T) has all original ones.
     """
     if not heads:
         return w[f"{p}.out_proj.bias"].expand_as(x), None

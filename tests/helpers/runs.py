@@ -1,4 +1,4 @@
-"""Runs of fairseq-hydra-train with the tiny configs, and what their logs say."""
+"""Runs of fairseq-hydra-train with the tiny configs, and their logs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENVIRONMENT = {
 
 
 def run(command: list[str], folder: Path, fails: bool = False) -> str:
-    """Everything that the command prints; it must succeed, or fail."""
+    """The command's output; checks that it succeeds, or fails."""
     folder.mkdir(parents=True, exist_ok=True)
     result = subprocess.run(
         command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
@@ -35,14 +35,14 @@ def run(command: list[str], folder: Path, fails: bool = False) -> str:
 def train(
     folder: Path, config: str, *overrides: str, launcher: tuple = (), fails: bool = False, name: str = "tiny"
 ) -> str:
-    """The log of ``fairseq-hydra-train`` with a config in a folder, where its checkpoints go too."""
+    """The log of ``fairseq-hydra-train`` with a config, in a folder that also gets its checkpoints."""
     command = launcher or (str(Path(sys.executable).with_name("fairseq-hydra-train")),)
     where = ["--config-dir", str(CONFIG / config), "--config-name", name, "hydra.run.dir=.", "checkpoint.save_dir=."]
     return run([*command, *where, *overrides], folder, fails)
 
 
 def script(folder: Path, source: str, processes: int = 1) -> tuple:
-    """A launcher for :func:`train`: this Python script in place of ``fairseq-hydra-train``, by torchrun."""
+    """A launcher for :func:`train`: this Python script instead of ``fairseq-hydra-train``, with torchrun."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "script.py").write_text(source)
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
@@ -50,7 +50,7 @@ def script(folder: Path, source: str, processes: int = 1) -> tuple:
 
 
 def logged(log: str, kind: str) -> list[dict[str, float]]:
-    """What was logged as "train_inner" or "valid", one dictionary a time."""
+    """The entries logged as "train_inner" or "valid", one dictionary each."""
     entries = []
     for line in re.findall(rf"\[{kind}\]\[INFO\] - (\{{.*\}})", log):
         fields = {name.replace("valid_", ""): value for name, value in json.loads(line).items()}

@@ -1,4 +1,4 @@
-"""What the tests of the start-up hook share: the hook's file, and Pythons of their own to start it in."""
+"""Shared by the tests of the start-up hook: its file, and new Pythons to start it in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The start-up hook as a whole: when it works, when it steps aside, and where it finds the package."""
+"""The start-up hook as a whole: when it is active, when it does nothing, and where it finds the package."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_switched_off_by_environment(python):
 
 @pytest.mark.parametrize("version", ["2.1.0", "2.3.0", None])
 def test_steps_aside_from_another_omegaconf(python, tmp_path, version):
-    """An environment with the files of that version, or with a package that has no metadata at all."""
+    """An environment with that version's files, or with a package without metadata."""
     other = tmp_path / "site"
     (other / "omegaconf").mkdir(parents=True)
     (other / "omegaconf" / "__init__.py").write_text("")
@@ -86,7 +86,7 @@ def test_user_dir_that_the_user_has_set_wins(python):
 
 
 def test_user_dir_that_the_hook_of_a_parent_has_set_does_not(python):
-    """As where a program of one environment starts one of another, which has a skill_fairseq of its own."""
+    """As if a program of one environment starts one of another, with its own skill_fairseq."""
     inherited = "import os\nos.environ['SKILL_FAIRSEQ_USER_DIR'] = os.environ[hook.FOUND] = '/another/environment'\n"
     result = python(inherited + USER_DIRS)
     assert result.stdout == f"False\n{USER_DIR}\nskill_fairseq\n", result.stderr
@@ -94,7 +94,7 @@ def test_user_dir_that_the_hook_of_a_parent_has_set_does_not(python):
 
 @pytest.mark.parametrize("patches", ["BEFORE", "AFTER"])
 def test_a_patch_that_fails_breaks_no_import(python, patches):
-    """Each of them, of those before and those after an import, in turn with all others."""
+    """Each patch in turn, before and after an import, with all others active."""
     result = python(
         f"""
 def failing(*args):
@@ -132,7 +132,7 @@ FAIRSEQ = os.path.join(os.path.dirname(str(find_spec("fairseq").origin)), "confi
 
 @pytest.fixture
 def started(python, tmp_path):
-    """A program of hydra, fairseq's by the folder of its configs or a stranger's, in ``tmp_path``."""
+    """A hydra program in ``tmp_path``, with fairseq's config folder or another one."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (folder / "mine.yaml").write_text("# @package _group_\ncommon: {seed: 1}\n")
@@ -147,7 +147,7 @@ BESIDE = ("--config-dir", "elsewhere")
 
 
 def test_run_configs_are_found_beside_a_foreign_config_dir(started):
-    """By the launcher of a plain run, which has no such options, and by submitit's."""
+    """With the basic launcher, which has no such options, and with submitit's."""
     result = started(*BESIDE, "+run=slurm_1gpu")
     assert result.stdout == "None {'distributed_world_size': 1} 1 BasicLauncher\n", result.stderr
     result = started(*BESIDE, "+run=slurm_multinode", "hydra/launcher=submitit_slurm")
@@ -172,14 +172,14 @@ def test_run_config_that_is_nowhere_is_named_with_those_that_are_there(started):
 @pytest.mark.parametrize("program", ["fairseq's", "a stranger's"])
 @pytest.mark.parametrize("folder", ["config/distill", "config", "absent"])
 def test_a_config_dir_that_is_not_there_is_an_error(started, folder, program):
-    """Also where skill_fairseq has one of the name."""
+    """Also if skill_fairseq has one with the same name."""
     result = started("--config-dir", folder, config_path=FAIRSEQ if program == "fairseq's" else "elsewhere")
     assert result.returncode == 1 and result.stdout == ""
     assert "Additional config directory" in result.stderr and f"{folder}' not found" in result.stderr
 
 
 def test_other_programs_of_hydra_are_as_without_the_hook(started):
-    """Their +run is a word of theirs, their search path has nothing of ours, and their launcher keeps its schema."""
+    """Their +run means their own key, their search path has no folder of ours, and their launcher keeps its schema."""
     result = started("+run=slurm_1gpu", config_path="elsewhere")
     assert result.stdout == "slurm_1gpu None None BasicLauncher\n", result.stderr
     result = started("hydra.launcher.nodes=1", config_path="elsewhere")
@@ -208,7 +208,7 @@ def test_any_path_in_an_override_is_the_path_that_hydra_reads(python, tmp_path):
 
 
 def test_overrides_that_are_no_paths_stay_as_they_are(python, tmp_path):
-    """Also what hydra refuses; and a comma, where it parts the runs of a sweep."""
+    """Also overrides that hydra refuses, and commas between the runs of a sweep."""
     (tmp_path / "true").touch()
     words = ["common.cpu=true", "+run=cpu", "criterion.groups=[[0],[1,2]", "a=1,2", "a=choice(/x,/y)", "a='/x,y'"]
     words += ["a={b:1}", "optimizer.adam_betas=(0.9,0.98)", "~task", "--config-dir=/a=b", "x="]
@@ -218,7 +218,7 @@ def test_overrides_that_are_no_paths_stay_as_they_are(python, tmp_path):
 
 
 def test_fairseq_hydra_train_takes_any_path(tmp_path):
-    """As the README writes it; the word after --config-dir is no override."""
+    """As in the README; the word after --config-dir is not an override."""
     folder = tmp_path / "a=b" / WORST
     folder.mkdir(parents=True)
     (folder / "mine.yaml").write_text("# @package _group_\ntask:\n  data: ???\n")

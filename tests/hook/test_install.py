@@ -39,7 +39,7 @@ class Environment:
             copy = shutil.copytree if (REPO / name).is_dir() else shutil.copy
             (self.project / name).parent.mkdir(parents=True, exist_ok=True)
             copy(REPO / name, self.project / name)
-        # An import of the package shows; no batch size: fairseq stops right after importing the user dir.
+        # Shows an import of the package; without a batch size fairseq stops right after importing the user dir.
         with open(self.project / "skill_fairseq" / "__init__.py", "a") as module:
             module.write("\nimport os\n\nprint('imported:', __file__, 'in', os.getcwd(), flush=True)\n")
         (self.project / "config" / "install").mkdir()
@@ -92,7 +92,7 @@ def test_configs_are_within_reach(environment):
 
 
 def test_fairseq_hydra_train_from_a_foreign_folder(environment, tmp_path):
-    """The user dir, the run configs and the patches, in the working directory that hydra makes."""
+    """User dir, run configs and patches work in the working directory that hydra creates."""
     script = shutil.which("fairseq-hydra-train", path=os.path.dirname(sys.executable))
     configs = environment.project / "config" / "install"
     command = ["--config-dir", str(configs), "--config-name", "probe", "hydra.run.dir=made", "+run=cpu"]

@@ -1,4 +1,4 @@
-"""Each patch of the start-up hook: the error without it, on the versions that have it, and none with it."""
+"""Each patch of the start-up hook: the error without it, on affected versions, and no error with it."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_fairseq_runs_no_code_of_a_checkpoint_unless_it_is_trusted(python, zippe
     assert result.returncode == 0, result.stderr
     refused, made, trusted = result.stdout.splitlines()
     assert "stranger.pt: " in refused and "posix.mkdir" in refused and "SKILL_FAIRSEQ_TRUST=1" in refused
-    assert made == "made False False"  # and other programs of fairseq do not get this package
+    assert made == "made False False"  # and fairseq's other programs do not load this package
     assert trusted == "trusted True"
 
 
@@ -259,7 +259,7 @@ def test_other_handlers_stay(python):
 
 
 def test_other_runs_of_fairseq_spawn_as_without_the_hook(python):
-    """The exit code of a rank is an error, whatever it is, and no signal is taken over."""
+    """Any exit code of a rank is an error, and signals are not handled."""
     result = python(
         """
 from argparse import Namespace

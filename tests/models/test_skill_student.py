@@ -1,4 +1,4 @@
-"""The student: what it starts from, its gates, and its interfaces."""
+"""The student: initialisation, gates, and interfaces."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_every_gate_has_a_kind_and_the_count_of_its_units(build: Any) -> None:
 
 
 def test_drop_rates(build: Any) -> None:
-    """DPHuBERT's start: all open but the FFN units, which are half closed."""
+    """DPHuBERT's start: all open except the FFN units, which are half closed."""
     rates = {"conv": 0.01, "heads": 0.02, "ffn": 0.5, "attention_layers": 0.03, "ffn_layers": 0.03}
     model = build(
         pruning_units=UNITS, conv_drop_rate=0.01, head_drop_rate=0.02, ffn_drop_rate=0.5, layer_drop_rate=0.03
@@ -280,7 +280,7 @@ def test_masking_for_fine_tuning(small: Any, speech: Path) -> None:
     shape = fairseq_fields(small.random_encoder().config)
 
     def build(**changes: Any) -> SkillStudentModel:
-        """As fairseq's fine-tuning builds it, from a checkpoint's config."""
+        """Built from a checkpoint's config, like in fairseq's fine-tuning."""
         torch.manual_seed(0)
         return small.make_task(speech).build_model(small.student_config("gone.pt", **shape, **changes), True)
 
@@ -321,9 +321,9 @@ def test_initial_student_of_an_ungated_config_is_the_file_itself(small: Any, tea
         ("encoder_layerdrop", -0.1, "below 1"),
         ("encoder_layers", 4, "has 3"),
         ("encoder_embed_dim", 64, "has 32"),
-        ("conv_feature_layers", "[(16,10,5)]", "leave"),
+        ("conv_feature_layers", "[(16,10,5)]", "remove"),
         ("normalize", True, "has False"),
-        ("heads", [[0], [0], [0]], "leave"),
+        ("heads", [[0], [0], [0]], "remove"),
     ],
 )
 def test_fields_that_do_nothing_or_cannot_be_are_named(build: Any, field: str, value: Any, said: str) -> None:
@@ -343,7 +343,7 @@ FOREIGN = ["layer_type", "required_seq_len_multiple", "attn_type", "pos_enc_type
 
 @pytest.mark.parametrize("field", [*FOREIGN, "label_rate", "final_dim", "dropout_features", "logit_temp"])
 def test_the_student_has_no_fields_of_other_models(build: Any, small: Any, speech: Path, field: str) -> None:
-    """A run that sets one is refused by name; in a checkpoint of an earlier version it is passed over."""
+    """A run that sets one is refused by name; in a checkpoint of an earlier version it is ignored."""
     value = "conformer" if field in ("layer_type", "attn_type", "pos_enc_type") else 3
     with pytest.raises(ConfigKeyError, match=field):
         build(**{field: value})

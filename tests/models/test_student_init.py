@@ -1,4 +1,4 @@
-"""What a student starts as: copied parts and layers, a shape of its own, and seeded random weights."""
+"""A student's initialisation: copied parts and layers, its own shape, and seeded random weights."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def cfg(**fields: Any) -> Any:
 
 
 def parts_that_differ(student: SpeechEncoder, teacher: SpeechEncoder) -> set[str]:
-    """Names in the student whose tensors are not the teacher's of that name."""
+    """The student's names whose tensors differ from the teacher's."""
     theirs = teacher.state_dict()
     return {k for k, v in student.state_dict().items() if k not in theirs or not torch.equal(v, theirs[k])}
 
 
 def test_two_layers_of_a_relative_teacher(small: Any) -> None:
-    """DistilHuBERT's start: what is not copied is the LayerNorm behind the positional convolution alone."""
+    """DistilHuBERT's start: everything is copied except the LayerNorm after the positional convolution."""
     teacher = small.random_encoder()
     student = make_student(teacher, cfg(**DISTILHUBERT))
     new = {"transformer.layer_norm.weight", "transformer.layer_norm.bias"}
@@ -112,8 +112,26 @@ def test_convolutions_alone_and_another_width(small: Any) -> None:
     assert set(student.state_dict()) - parts_that_differ(student, teacher) >= names
 
 
+LOG_MEL = {
+    "init_parts": ["pos_conv", "layer_norm", "layers"],
+    "mel_bins": 40,
+    "conv_feature_layers": "[(16,3,1), (24,3,2)]",
+    "conv_bias": True,
+}
+
+
+def test_the_teachers_layers_behind_another_front_end(small: Any) -> None:
+    teacher = small.random_encoder()
+    student = make_student(teacher, cfg(**LOG_MEL))
+    assert parts_that_differ(student, teacher) == {n for n in student.state_dict() if n.startswith("feature_")}
+    wanted = {**teacher.config.to_dict(), **LOG_MEL, "conv_channels": [16, 24]}
+    del wanted["init_parts"]
+    assert student.config == EncoderConfig(**wanted)
+    assert student(small.waves()).x.shape == teacher(small.waves()).x.shape
+
+
 def test_random_weights_depend_on_the_seed_alone(small: Any) -> None:
-    """So that ranks begin alike, and so do two runs; nothing else is drawn differently afterwards."""
+    """So that ranks, and two runs, start equal; later random numbers do not change."""
     teacher = small.random_encoder()
     made = []
     for before, seed in ((1, 5), (2, 5), (1, 6)):
@@ -135,7 +153,7 @@ def test_gates_refer_to_the_student_before_pruning(small: Any, start: dict[str, 
     assert full_parameters(gated.config) == plain.num_parameters() == gated.num_parameters()
     convs = len(gated.config.conv_feature_layers)
     gates = [name for name, _ in gated.named_gates() if name.startswith("feature_extractor.")]
-    assert len(gates) == convs - (not gated.config.feature_linear)  # the model's width is no channel to prune
+    assert len(gates) == convs - (not gated.config.feature_linear)  # the model's width cannot be pruned
     small_one = shrink(gated, 0.5)
     assert small_one.num_parameters() == pytest.approx(0.5 * plain.num_parameters(), rel=0.01)
     for _, gate in gated.named_gates():
@@ -197,6 +215,9 @@ def test_published_sizes(name: str, teacher: EncoderConfig) -> None:
         ({"init_layers": [True]}, ("model.init_layers", "True")),
         ({"init_layers": []}, ("model.init_layers", "[]", "such as")),
         ({"init_layers": 2}, ("model.init_layers", "2", "such as")),
+        ({"mel_bins": 40, "conv_feature_layers": "[(16,3,2)]"}, ("model.conv_feature_layers", "conv", "init_parts")),
+        ({"mel_bins": 40}, ("model.mel_bins", "40", "conv", "init_parts")),
+        ({"mel_bins": 40, "init_parts": []}, ("model.conv_feature_layers", "strides", "mel_bins")),
         ({"init_layers": [1], "init_parts": ["conv"]}, ("model.init_layers", "model.init_parts", "encoder_layers")),
         ({"init_layers": [1, 2], "encoder_layers": 3}, ("model.encoder_layers: 3", "model.init_layers", "2 layers")),
         ({"init_parts": ["conv", "lstm"]}, ("model.init_parts", "lstm", "pos_conv")),
@@ -215,7 +236,7 @@ def test_published_sizes(name: str, teacher: EncoderConfig) -> None:
         ),
         ({"init_parts": [], "encoder_embed_dim": 30}, ("model.encoder_attention_heads", "30")),
         ({"init_parts": [], "feature_linear": False}, ("model.feature_linear", "32", "conv_feature_layers")),
-        ({"init_parts": [], "ffn_dims": [1, 2, 3]}, ("model.ffn_dims", "[1, 2, 3]", "leave")),
+        ({"init_parts": [], "ffn_dims": [1, 2, 3]}, ("model.ffn_dims", "[1, 2, 3]", "remove")),
     ],
 )
 def test_what_cannot_be_is_refused(small: Any, fields: dict[str, Any], said: tuple[str, ...]) -> None:
@@ -228,7 +249,7 @@ def test_what_cannot_be_is_refused(small: Any, fields: dict[str, Any], said: tup
 def test_pruned_encoders_are_copied_as_a_whole(
     small: Any, speech: Path, teacher_file: Path, tmp_path: Path, fields: dict[str, Any], gated: bool
 ) -> None:
-    """A stage-1 checkpoint, which is shrunk at the start, and one that was shrunk before."""
+    """A stage-1 checkpoint, which is shrunk at the start, and an already shrunk one."""
     encoder = small.random_encoder(pruning_units=["ffn"])
     for _, gate in encoder.named_gates():
         gate.log_alpha.data[:10] = -9.0
@@ -277,7 +298,8 @@ def test_feature_grad_mult_scales_the_gradients_of_the_convolutions_alone(
 
 
 def test_distilhuberts_student_is_the_reference(small: Any, speech: Path, teacher_file: Path) -> None:
-    """States and gradients of the student's shape, without a LayerNorm before the linear map, by s3prl's numbers."""
+    """States and gradients for the student's shape, without a LayerNorm before the linear map, against s3prl's
+    numbers."""
     case = RELATED["cases"]["distilhubert_student"]
     shape = {k: v for k, v in case["config"].items() if k != "feature_grad_mult"}
     start = {"init_parts": [], "feature_layer_norm": False, "relative_position": False}

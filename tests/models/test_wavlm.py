@@ -21,7 +21,7 @@ CLASSES = 7
 
 @pytest.fixture
 def pretraining(small: Any, speech: Path, tmp_path: Path) -> Any:
-    """Builds (task, model, criterion, batch); labels are random, 50 a second."""
+    """Builds (task, model, criterion, batch) with random labels, 50 per second."""
     labels = tmp_path / "labels"
     labels.mkdir()
     (labels / "dict.km.txt").write_text("".join(f"{i} 1\n" for i in range(CLASSES)))
@@ -80,7 +80,7 @@ def pretraining(small: Any, speech: Path, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize("style", ["base", "large"])
 def test_learns_masked_prediction(pretraining: Any, small: Any, style: str) -> None:
-    """A few updates on one batch lower its loss, and every parameter takes part."""
+    """A few updates on one batch lower its loss, and every parameter is trained."""
     torch.manual_seed(0)
     task, model, criterion, batch = pretraining(**(small.LARGE_STYLE if style == "large" else {}))
     assert type(model) is WavLMModel
@@ -118,7 +118,7 @@ def test_feature_grad_mult_scales_the_gradient_of_the_convolutions(pretraining: 
     for factor in (1.0, scale):
         torch.manual_seed(0)
         _, model, _, _ = pretraining(feature_grad_mult=factor)
-        model.double()  # GroupNorm: small gradients of large terms, whose digits in float32 depend on the processor
+        model.double()  # GroupNorm: small gradients from large terms, whose float32 digits depend on the processor
         features = model.forward_features(small.waves().double())
         if features.requires_grad:
             features.square().sum().backward()
@@ -142,7 +142,7 @@ def test_features_are_the_encoders(pretraining: Any, small: Any) -> None:
 
 
 def test_without_relative_position_it_is_hubert(pretraining: Any) -> None:
-    """Only the table and the gates go. (That the rest computes what HuBERT does is tested with the importers.)"""
+    """Only the table and the gates are missing. (The importers' tests show that the rest computes what HuBERT does.)"""
     _, wavlm, _, _ = pretraining()
     _, hubert, _, _ = pretraining(relative_position=False)
     extra = set(wavlm.state_dict()) - set(hubert.state_dict())

@@ -1,4 +1,4 @@
-"""Adapters beside the FFNs: OS-KDFT's numbers, sizes, passes with and without, files, and what is trained."""
+"""Adapters beside the FFNs: OS-KDFT's numbers, sizes, passes with and without, files, and training."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_adapter_of_the_first_scripts_is_the_reference() -> None:
     adapter.load_state_dict(state)
     x = tensor(case["inputs"]["x"])
     assert agrees(adapter(x), case["output"])
-    # In a layer that normalises first: h + FFN(LN(h)) + h + 0.1 up(...), of h as it is before the LayerNorm.
+    # In a pre-LayerNorm layer: h + FFN(LN(h)) + h + 0.1 up(...), with h from before the LayerNorm.
     ffn = FeedForward(6, 5)
     layer = EncoderLayer(6, None, ffn, True, adapter=adapter).double().eval()
     torch.nn.init.normal_(layer.ffn_norm.weight)
@@ -58,7 +58,7 @@ def test_the_student_of_the_first_scripts_has_the_published_size() -> None:
     shape = xlsr.replace(encoder_layers=4, adapter_dim=64, adapter_form="residual", heads=None, ffn_dims=None)
     without = shape.replace(adapter_dim=0, adapter_form="plain")
     sizes = [count_parameters(config, widths_of(config)) for config in (xlsr, shape, without)]
-    mask_embedding = 1024  # which an encoder here does not have
+    mask_embedding = 1024  # which encoders here lack
     assert sizes[0] + mask_embedding == counts["teacher"]
     assert sizes[1] + mask_embedding == counts["student_with_adapters"]
     assert sizes[1] - sizes[2] == counts["adapters"]
@@ -138,7 +138,7 @@ RESIDUAL = {**LARGE_STYLE, "adapter_form": "residual"}
 
 @pytest.mark.parametrize("style", [{}, LARGE_STYLE, RESIDUAL, {"reuse_attention": [2], "time_reduction": 2}])
 def test_passes_with_and_without(style: dict, small: Any) -> None:
-    """Of one forward; without, an encoder is the one that has none."""
+    """Per forward; without them, it equals an encoder that has none."""
     encoder = random_encoder(adapter_dim=5, **style)
     plain = SpeechEncoder(encoder.config.replace(adapter_dim=0, adapter_form="plain")).eval()
     plain.load_state_dict({k: v for k, v in encoder.state_dict().items() if ".adapter." not in k})

@@ -1,4 +1,4 @@
-"""The kernels of attention that other devices take, forced on a CPU and held against textbook operations."""
+"""Attention kernels of other devices, forced on a CPU and checked against textbook operations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """Makes every attention take a kernel."""
+    """Makes every attention use a kernel."""
     return lambda kernel: monkeypatch.setattr(attention_core, "choose_kernel", lambda *_: kernel)
 
 
@@ -53,7 +53,7 @@ def with_attention_dropout(encoder: SpeechEncoder, probability: float) -> Speech
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_outputs_and_gradients_in_float64(kernel: Any, style: str, padded: bool, dropout: float, force: Any) -> None:
     encoder = with_attention_dropout(random_encoder(**STYLES[style], pruning_units=UNITS[:3]).double().train(), dropout)
-    generator = set_gates(encoder, 3.0)  # all heads are computed: both draw as many numbers for dropout
+    generator = set_gates(encoder, 3.0)  # all heads are computed, so both draw equally many numbers for dropout
     for name, gate in encoder.named_gates():
         if ".attention." in name:
             gate.log_alpha.data.fill_(9.0)
@@ -61,7 +61,7 @@ def test_outputs_and_gradients_in_float64(kernel: Any, style: str, padded: bool,
     force(kernel)
     torch.manual_seed(0)
     states, gradients = run(encoder, source, mask if padded else None, generator)
-    order = [-1] if encoder.config.relative_position else []  # then the kernels' keys stand in reverse
+    order = [-1] if encoder.config.relative_position else []  # then the kernels' keys are reversed
 
     def drop(weights: Tensor) -> Tensor:
         return F.dropout(weights.flip(order), dropout).flip(order)
@@ -109,10 +109,10 @@ def test_in_bfloat16_no_farther_from_float64_than_the_best(kernel: Any, padded: 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("style", STYLES)
 def test_an_utterance_whose_every_key_is_hidden(style: str, dtype: torch.dtype, force: Any) -> None:
-    """Kernels of torch 2.0 to 2.4 make NaN of it, later ones 0: they are never asked."""
+    """Kernels of torch 2.0 to 2.4 give NaN for it, later ones 0, so they never get it."""
     encoder = random_encoder(**STYLES[style], padding_rule="convolution").train()
     source, mask = torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 4000).bool()
-    mask[0, 300:] = True  # 300 samples are no frame
+    mask[0, 300:] = True  # 300 samples give no frame
     seen: list[Tensor] = []
 
     def watched(*arguments: Any) -> Tensor:
@@ -147,10 +147,10 @@ def test_which_kernel_where(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose_kernel("cpu", 50, False, gradients) is attend_blockwise
 
 
-@needs_fused  # and with it, modes that see every operation
+@needs_fused  # together with modes that observe every operation
 @pytest.mark.parametrize("relative_position", [True, False])
 def test_long_inputs_keep_no_matrix_without_gradients(relative_position: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest tensor of a forward over T frames has far fewer than T^2 numbers; the outputs are the plain ones."""
+    """The largest tensor of a forward over T frames has far fewer than T^2 numbers; outputs equal the plain ones."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -159,7 +159,7 @@ def test_long_inputs_keep_no_matrix_without_gradients(relative_position: bool, m
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             for tensor in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(tensor, Tensor):  # a view is as large as what it looks at
+                if isinstance(tensor, Tensor):  # a view is as large as its base
                     storage = getattr(tensor, "untyped_storage", tensor.storage)()
                     self.nbytes = max(self.nbytes, storage.nbytes())
             return out

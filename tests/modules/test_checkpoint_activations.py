@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same gradients, less kept for the backward pass."""
+"""Activation checkpointing: the same gradients, with less memory for the backward pass."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_layers_keep_their_inputs_alone() -> None:
     _, _, kept = train_once(encoder, False)
     _, _, less = train_once(encoder, True)
     frames, width = 3 * 20, encoder.config.encoder_embed_dim
-    # The rest is what convolutions and the states' means keep; a layer kept more than ten of its inputs.
+    # Convolutions and the states' means keep the rest; a layer kept more than ten times its input.
     assert kept - less > 6 * 10 * 4 * frames * width
 
 
@@ -103,7 +103,7 @@ def _worker(rank: int, folder: str) -> None:
         found[checkpointing] = {n: p.grad for n, p in encoder.named_parameters()}
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
-    os._exit(0)  # gloo's threads may abort an orderly exit
+    os._exit(0)  # gloo's threads may abort a normal exit
 
 
 @pytest.mark.slow

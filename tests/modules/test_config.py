@@ -1,4 +1,4 @@
-"""Shapes as data: convolution strings, published sizes, bad values."""
+"""EncoderConfig: convolution strings, published sizes, bad values."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_conv_strings_in_their_usual_forms(text):
         "[(512,1e1,5)]",
         "[(512,10,5)] * 0",
         "[(512,10,5)(512,3,2)]",
-        "[" + "(512,10,5)          " * 40 + "x",  # must not take for ever either
+        "[" + "(512,10,5)          " * 40 + "x",  # must not take forever either
         "[]",
         "",
         [],
@@ -88,7 +88,7 @@ def test_a_huge_conv_string_is_refused_without_making_it():
     ],
 )
 def test_published_sizes(preset, parameters):
-    # Tensors without memory, where torch has them.
+    # Tensors without memory, if torch has them.
     meta = torch.device("meta") if hasattr(torch.device, "__enter__") else contextlib.nullcontext()
     with meta:
         assert SpeechEncoder(preset()).num_parameters() == parameters

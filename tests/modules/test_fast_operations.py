@@ -1,4 +1,4 @@
-"""The operations of the fast path, each against torch's own and, backwards, against finite differences."""
+"""Each operation of the fast path against torch's own, and its gradient against finite differences."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_attention_dropout() -> None:
         torch.manual_seed(5)
         return attend(*x, dropout=0.3)
 
-    # What is dropped in the forward pass is what is dropped in the backward pass.
+    # The backward pass drops the same entries as the forward pass.
     assert torch.autograd.gradcheck(repeatable, (q, k, randn(1, 2, 9, 3)))
     masks = attention_core._Dropout(0.1, 3).masks(torch.device("cpu"))
     dropped = 1 - masks(torch.empty(1000, 999)).double().mean()
@@ -176,7 +176,7 @@ def test_group_norm_folded_into_the_map_before(offset: float, bias: bool, monkey
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
     factor, moved = group_norm_of_linear(windows, kernel, shift, norm.weight, norm.bias, norm.eps)
-    monkeypatch.setattr(norms, "MOST_WINDOWS", 70)  # a long recording's statistics, piece by piece
+    monkeypatch.setattr(norms, "MOST_WINDOWS", 70)  # a long recording's statistics, in pieces
     again = group_norm_of_linear(windows, kernel, shift, norm.weight, norm.bias, norm.eps)
     for one, other in zip(again, (factor, moved)):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)

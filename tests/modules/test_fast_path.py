@@ -1,4 +1,4 @@
-"""The encoder against the same by textbook operations: outputs, and the gradient of every weight and gate."""
+"""The encoder against textbook operations: outputs, and the gradient of every weight and gate."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ UNITS = ["conv", "heads", "ffn", "attention_layers", "ffn_layers"]
 
 
 def units_of(style: dict[str, Any]) -> list[str]:
-    """Those that an encoder of this style may have gates on."""
+    """The units that an encoder of this style can gate."""
     return [unit for unit in UNITS if not style.get("reuse_attention") or unit in ("conv", "ffn", "ffn_layers")]
 
 
@@ -66,7 +66,7 @@ def run(
     generator: torch.Generator | None,
     forward: Callable[..., EncoderOutput] = SpeechEncoder.forward,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Hidden states and gradients of a loss in which every number of every state counts differently."""
+    """Hidden states and gradients of a loss with a different weight for every number of every state."""
     encoder.zero_grad(set_to_none=True)
     if generator is not None:
         generator.manual_seed(7)
@@ -142,7 +142,7 @@ def test_closed_units_are_left_out_and_get_no_gradient(monkeypatch: pytest.Monke
         units = samples[f"{prefix}.ffn.gate"]
         open_ones = int((units > 0).sum())
         assert 0 < open_ones < units.numel()
-        assert (-(-open_ones // 16) * 16, 32) in widths  # fc1 of no more than the open units, rounded up
+        assert (-(-open_ones // 16) * 16, 32) in widths  # fc1 with only the open units, rounded up
         closed = units == 0
         assert not gradients[f"{prefix}.ffn.fc1.weight"][closed].any()
         assert not gradients[f"{prefix}.ffn.fc2.weight"][:, closed].any()
@@ -237,19 +237,19 @@ def test_prepared_encoders_still_have_gradients() -> None:
 
 
 def _worker(rank: int, folder: str) -> None:
-    """One of two data-parallel processes with its half of the batch; saves what gradients all agreed on."""
+    """One of two data-parallel processes with its half of the batch; saves the reduced gradients."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     encoder = random_encoder(pruning_units=UNITS).double().train()
     generator = set_gates(encoder, -1.0)
     generator.manual_seed(7)  # the same gates on both
-    model = torch.nn.parallel.DistributedDataParallel(encoder)  # fails where a parameter gets no gradient
+    model = torch.nn.parallel.DistributedDataParallel(encoder)  # fails if a parameter gets no gradient
     source, _ = batch(torch.float64)
     out = model(source[rank : rank + 1])
     sum(state.square().mean() for state in out.hidden_states).backward()  # type: ignore[union-attr]
     torch.save({n: p.grad for n, p in encoder.named_parameters()}, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
-    os._exit(0)  # gloo's threads may abort an orderly exit
+    os._exit(0)  # gloo's threads may abort a normal exit
 
 
 @pytest.mark.slow
@@ -283,7 +283,7 @@ def test_block_size_of_attention_does_not_matter(monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_utterance_without_a_frame_gives_no_nan() -> None:
-    """Under transformers' padding rule 300 samples are no frame: every key of that utterance is hidden."""
+    """With transformers' padding rule 300 samples give no frame: every key of that utterance is masked."""
     encoder = random_encoder(padding_rule="convolution").train()
     source, mask = torch.randn(2, 4000), torch.zeros(2, 4000, dtype=torch.bool)
     mask[0, 300:] = True

@@ -1,4 +1,4 @@
-"""The bank: what its vectors of gates share, and that it is no different from vectors of their own."""
+"""The bank: what its vectors of gates share, and equality to separate vectors."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def seeded_encoder(**changes: Any) -> SpeechEncoder:
 
 
 def test_noise_in_a_half_model_stays_inside_the_open_interval() -> None:
-    # In float16 1 - 1e-6 is 1, and its logit infinite: every such gate would be open at any log_alpha.
+    # In float16 1 - 1e-6 is 1, with an infinite logit: every such gate would be open for any log_alpha.
     assert not bank_of(torch.full((200_000,), -20.0)).half().draw().z.any()
 
 
@@ -200,7 +200,7 @@ def test_expected_widths_and_size_are_those_of_gates_one_by_one() -> None:
     assert widths["ffn"].tolist() == pytest.approx(ffn, rel=1e-6)  # type: ignore[union-attr]
     assert widths["attention_layers"].tolist() == pytest.approx(present, rel=1e-6)  # type: ignore[union-attr]
     assert heads[1:] == [0, 0]
-    # Wide open, the expected encoder is the encoder as it is.
+    # With all gates wide open, the expected encoder equals the actual one.
     with torch.no_grad():
         encoder.gates.log_alpha.fill_(40.0)
     assert expected_parameters(encoder).item() == encoder.num_parameters()

@@ -50,7 +50,7 @@ def test_evaluation(case: dict) -> None:
     module.bank.eval()
     assert num_kept(log_alpha) == case["n_kept"] == len(log_alpha) - case["num_zeros"]
     mask, expected = module(), torch.tensor(case["eval_mask"])
-    if "tie" in case["note"]:  # which of equal units goes is not specified
+    if "tie" in case["note"]:  # which of equal units is dropped is not specified
         mask, expected = mask.sort().values, expected.sort().values
     else:
         assert kept_units(log_alpha).nonzero().flatten().tolist() == case["kept_index"]

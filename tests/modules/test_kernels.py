@@ -1,4 +1,4 @@
-"""Every kernel against float64 sums, the choice among them, and encoders that run by each."""
+"""Every kernel against float64 sums, the choice among them, and encoders with each."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_fastest_is_chosen_and_remembered(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(Product, "seconds", seconds)
     product = Product(torch.randn(3, 8, 8), None, 2)
     assert [product.chosen(torch.zeros(n, 8)) for n in (60, 64, 100)] == ["unfolded", "unfolded", "plain"]
-    assert asked == [60, 100]  # like lengths choose alike, and little is gained by 4 %
+    assert asked == [60, 100]  # similar lengths share a choice, and 4 % is too little gain
     assert kernels.chosen() == {"plain": 1, "unfolded": 1}
     kernels._measured.clear()  # as in another process
     kernels._read.clear()
@@ -137,7 +137,7 @@ def test_the_setting_comes_from_the_call_or_the_environment(monkeypatch: pytest.
     encoder.prepare()
     assert choice() == "measured"
     FrozenTeacher(encoder)
-    assert choice() == "plain"  # targets of training are the same everywhere
+    assert choice() == "plain"  # training targets are the same everywhere
     monkeypatch.setenv(kernels.SETTING, "onednn_conv")
     encoder.prepare()
     assert choice() == "onednn_conv"

@@ -1,4 +1,4 @@
-"""Linear maps as two thin matrices: the nearest ones, as large as counted, and what gates expect of them."""
+"""Linear maps as two thin matrices: best approximation, counted sizes, and expectations under gates."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def test_the_start_is_the_truncated_svd() -> None:
     assert up.numel() + down.numel() == case["parameters_low_rank"] < weight.numel() == case["parameters_full"]
     up, down = factorise(weight, 8)
     assert (up.norm(dim=0) * down.norm(dim=1)).tolist() == near(case["singular_values"])
-    torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1))  # the root of it in each
+    torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1))  # its root in each
     torch.testing.assert_close(up @ down, weight)
-    for other in (-weight, weight[:, torch.arange(11, -1, -1)]):  # signs that LAPACK chooses do not show
+    for other in (-weight, weight[:, torch.arange(11, -1, -1)]):  # LAPACK's choice of signs has no effect
         assert all((column[column.abs().argmax()] > 0) for column in factorise(other, 8)[0].T)
     assert factorise(weight.half(), 3)[0].dtype == torch.float16
 
@@ -54,7 +54,7 @@ def test_a_random_start_is_as_spread_as_berts() -> None:
 
 
 def test_one_matrix_where_it_is_not_larger() -> None:
-    assert [r for r in range(5) if is_thin(r, 4, 4)] == [0, 1]  # of rank 2 both have 16 weights
+    assert [r for r in range(5) if is_thin(r, 4, 4)] == [0, 1]  # at rank 2 both have 16 weights
     assert [r for r in range(5) if is_thin(r, 4, 12)] == [0, 1, 2]
     assert not any(is_thin(r, 0, 4) for r in range(3))
 
@@ -93,16 +93,17 @@ def test_counts_are_the_modules(shape: dict[str, Any]) -> None:
     assert MacCost(103 / 16000)(config, widths) - MacCost(103 / 16000)(whole, plain) == frames * (
         size - PARAMETERS(whole, plain)
     )
-    for cost in COSTS:  # expectations of what is certain are exact
+    for cost in COSTS:  # expectations of certain values are exact
         certain = from_flat(torch.tensor([float(w) for c in widths.values() for w in c]), widths)
         assert cost(config, certain).item() == pytest.approx(cost(config, widths), abs=0.5)
 
 
 @pytest.mark.parametrize("cost", COSTS, ids=str)
 def test_expectation_is_the_mean_over_all_gates(cost: Cost) -> None:
-    """Every combination of open gates, counted exactly and weighted by its probability, is it for two thin matrices.
+    """Equals the sum over all combinations of open gates, counted exactly and weighted by probability, for thin
+    matrices.
 
-    Where few heads or FFN units are open, one matrix would be smaller, which is no part of the expectation.
+    With few open heads or FFN units one matrix would be smaller, which the expectation ignores.
     """
     like = widths_of(SMALL)
     full = {"conv": [2, 3], "heads": [3], "ffn": [9], "attention_layers": [1], "ffn_layers": [1]}
@@ -124,7 +125,7 @@ def test_expectation_is_the_mean_over_all_gates(cost: Cost) -> None:
         bound += chance * (exact + _frames(cost) * _excess(thin))
     expected = cost(SMALL, from_flat(torch.tensor([n * q for _, n, q in counts]).double(), like)).item()
     assert expected == pytest.approx(bound, rel=1e-6)  # two thin matrices throughout: exactly bilinear
-    assert mean <= expected <= 1.01 * mean  # an FFN of one or two units would rather have one matrix
+    assert mean <= expected <= 1.01 * mean  # an FFN of one or two units would be smaller as one matrix
 
 
 def _frames(cost: Cost) -> int:
@@ -132,7 +133,7 @@ def _frames(cost: Cost) -> int:
 
 
 def _excess(widths: dict[str, list[int]]) -> int:
-    """Weights that two thin matrices have more than the smaller of both forms."""
+    """Excess weights of two thin matrices over the smaller of both forms."""
     inner = [4 * widths["heads"][0]] * 4 + [widths["ffn"][0]] * 2
     there = [widths["attention_layers"][0]] * 4 + [widths["ffn_layers"][0]] * 2
     return sum(p * max(r * (w + 12) - 12 * w, 0) for r, w, p in zip(widths["rank"], inner, there))
@@ -148,7 +149,7 @@ def test_gradient_against_finite_differences(cost: Cost) -> None:
     flat[:start] -= 0.3 * torch.rand(start, dtype=torch.float64, generator=generator)
     flat[start:] = 3 * torch.rand(len(flat) - start, dtype=torch.float64, generator=generator)  # all thin
 
-    def scaled(flat: Tensor) -> Tensor:  # of the order of 1
+    def scaled(flat: Tensor) -> Tensor:  # on the order of 1
         return cost(config, from_flat(flat, like)) / cost.original(config)
 
     assert torch.autograd.gradcheck(scaled, (flat.requires_grad_(),), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Masks at the encoder's door: refused, or taken as meant, under both rules."""
+"""Padding masks: refused or interpreted correctly, with both rules."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_masks_that_mean_something_else_are_refused(rule: str) -> None:
     gap = torch.zeros_like(mask)
     gap[1, 10:20] = True
     for wrong, row, said in (
-        (~mask, 0, "starts"),  # True where there is audio
+        (~mask, 0, "starts"),  # True = audio
         (torch.ones_like(mask), 0, "starts"),
         (mask.flip(1), 1, "starts"),  # padding on the left
         (gap, 1, "audio after padding"),

@@ -64,7 +64,7 @@ def test_parameters_and_macs(depth):
     encoder = SpeechEncoder(config)
     widths = widths_of(config)
     assert count_parameters(config, widths) == sum(p.numel() for p in encoder.parameters())
-    narrow = config.replace(conv_pos_groups=24)  # one channel a group, not 8
+    narrow = config.replace(conv_pos_groups=24)  # one channel per group, not 8
     frames = config.num_frames(3200)
     kernel = config.pos_conv_kernel
     assert count_macs(config, widths, 3200) - count_macs(narrow, widths, 3200) == depth * frames * 24 * 7 * kernel

@@ -61,7 +61,7 @@ def test_time_reduction_is_that_of_fithubert() -> None:
     states = module(x)[1]
     assert agrees(reduced[0], cases["encoder"]["reduced"])
     assert all(agrees(state, wanted) for state, wanted in zip(states, cases["encoder"]["layers"]))
-    assert states[0].shape == (2, 4, 8)  # of 9 frames the last falls away
+    assert states[0].shape == (2, 4, 8)  # the last of 9 frames is dropped
     mask = torch.zeros(2, 9, dtype=torch.bool)
     mask[0, 6:] = True
     for state, wanted in zip(module(x, mask)[1], cases["encoder_padded"]["valid_frames_of_utterance_0"]):
@@ -91,7 +91,7 @@ def test_gradients_are_scaled_as_in_armhuberts_code() -> None:
                 encoder(source).hidden_states[layer].square().sum().backward()
                 norms.append(encoder.transformer.layers[layer - 1].ffn_norm.weight.grad.norm().item())
         assert [b / a for a, b in zip(norms, norms[layers:])] == near(case[key], 1e-4)
-    # And through the layers above: of a loss on the last, what reaches the last but one.
+    # And through the layers above: the part of the last layer's loss that reaches the one before.
     found = []
     for scaled in (False, True):
         encoder.transformer.layer_grad_scale = scaled

@@ -1,4 +1,4 @@
-"""Encoders whose linear layers a tool has replaced: quantised ones, adapters."""
+"""Encoders whose linear layers a tool has replaced, by quantised layers or adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 class Adapter(nn.Module):
-    """What an adapter looks like: the old layer, and something beside it; here twice the old layer less itself."""
+    """A typical adapter: the old layer plus another branch; here twice the old layer less itself."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()

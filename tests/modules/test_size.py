@@ -98,7 +98,7 @@ def parameter(size: int) -> nn.Module:
 
 
 def build_tiny(config: EncoderConfig, widths: dict[str, list[int]]) -> nn.ModuleList:
-    """The modules of a small encoder, one by one, to count what torch counts."""
+    """Compares with torch's own counts of a small encoder's modules."""
     dim, width, conv = config.encoder_embed_dim, config.head_dim, widths["conv"]
     norm = {
         "layer_norm": [nn.LayerNorm(c) for c in conv],
@@ -115,7 +115,7 @@ def build_tiny(config: EncoderConfig, widths: dict[str, list[int]]) -> nn.Module
     if config.feature_linear:
         modules.append(nn.Linear(channels[-1], dim))
     position = nn.Conv1d(dim, dim, config.conv_pos, groups=config.conv_pos_groups)
-    modules += [position, parameter(config.conv_pos)]  # weight norm adds one magnitude a kernel position
+    modules += [position, parameter(config.conv_pos)]  # weight norm adds one magnitude per kernel position
     if config.relative_position:
         modules.append(nn.Embedding(config.num_buckets, config.encoder_attention_heads))
     for heads, present in zip(widths["heads"], widths["attention_layers"]):
@@ -154,7 +154,7 @@ COSTS = [PARAMETERS, MacCost(0.01)]
 
 @pytest.mark.parametrize("cost", COSTS, ids=str)
 def test_expectation_is_the_mean_over_all_gates(cost: Cost) -> None:
-    """Every combination of open gates, counted exactly and weighted by its probability."""
+    """The sum over all combinations of open gates, counted exactly and weighted by probability."""
     full, p = [2, 3, 2, 2, 1, 1], [0.3, 0.6, 0.8, 0.45, 0.7, 0.2]  # conv, conv, heads, ffn, attention, ffn
     like = widths_of(SMALL)
     mean = 0.0
@@ -172,7 +172,7 @@ def test_gradient_against_finite_differences(cost: Cost) -> None:
     flat = 3 * torch.rand(2 + 4 * 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     like = widths_of(TINY)
 
-    def scaled(flat: Tensor) -> Tensor:  # of the order of 1
+    def scaled(flat: Tensor) -> Tensor:  # on the order of 1
         return cost(TINY, from_flat(flat, like)) / cost.original(TINY)
 
     assert torch.autograd.gradcheck(scaled, (flat.requires_grad_(),), rtol=1e-6)
@@ -191,7 +191,7 @@ def test_macs_against_running_the_modules(relative: bool) -> None:
     assert frames == 16
     dim, width = config.encoder_embed_dim, config.head_dim
     macs += frames * 7 * dim + frames * dim * (dim // 3) * 6
-    for heads in (2, 1):  # of the four layers, one keeps its bias alone and one is gone
+    for heads in (2, 1):  # of the four layers, one keeps only its bias and one is removed
         query = key = value = torch.randn(frames, heads * width)
         for projected in (query, key, value):
             macs += projected.numel() * dim

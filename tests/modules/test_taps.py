@@ -1,4 +1,4 @@
-"""Taps: what an encoder hands out, at which cost, and the path of attention maps against the fast one."""
+"""Taps: an encoder's results, their cost, and the path with attention maps against the fast one."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_asking_for_maps_changes_no_output_and_no_gradient(style: str, openness:
 
 
 def textbook_map(encoder: SpeechEncoder, x: Tensor, mask: Tensor) -> Tensor:
-    """(B, H, T, T) attention of the first layer, element by element."""
+    """(B, H, T, T) attention of the first layer, computed by element."""
     layer, table = encoder.transformer.layers[0], encoder.transformer.relative_position
     assert layer.attention is not None
     frames, heads = x.size(1), encoder.config.encoder_attention_heads

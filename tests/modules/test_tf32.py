@@ -1,4 +1,4 @@
-"""TF32: what is allowed, and what stays float32. No GPU is needed to see the settings."""
+"""TF32: what may use it, and what stays float32. The settings are visible without a GPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_exact_products_whatever_is_allowed() -> None:
         raise KeyError
     assert torch.backends.cuda.matmul.allow_tf32
     with exact_products(CPU):
-        assert torch.backends.cuda.matmul.allow_tf32  # no business of a CPU
+        assert torch.backends.cuda.matmul.allow_tf32  # irrelevant on a CPU
     allow_tf32(False)
     with exact_products(GPU):
         assert not torch.backends.cuda.matmul.allow_tf32
@@ -91,7 +91,7 @@ def test_the_tasks_field_acts_on_gpus_alone(field: Any, cuda: bool, monkeypatch:
     assert SkillDistillationConfig().tf32 is True
 
     class Far(Exception):
-        """The constructor has come as far as this test looks."""
+        """The constructor got as far as this test needs."""
 
     def stop(*_: Any) -> None:
         raise Far

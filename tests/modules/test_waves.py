@@ -1,4 +1,4 @@
-"""Features of waveforms as they come from a file."""
+"""Features of raw waveforms."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_all_layers_of_one_array(small: Any) -> None:
 
 
 def test_another_rate_is_resampled(small: Any) -> None:
-    """A tone that both rates can hold: nearly the same features, where unresampled audio would give others."""
+    """A tone within both rates: almost the same features, unlike without resampling."""
     encoder, time = small.random_encoder(), np.arange(48000) / 48000
     high = np.sin(2 * np.pi * 220 * time).astype(np.float32)
     low = high[::3]

@@ -1,4 +1,4 @@
-"""STaR's temporal Gram matrices and averaged attention maps, by the reference's numbers and by hand."""
+"""STaR's temporal Gram matrices and averaged attention maps, against the reference's numbers and by hand."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_gram_matrices_are_the_reference() -> None:
     between = zip(student, student[1:], teacher, teacher[1:])
     intra = [gram_distance((s, u), (t, v)).item() for s, u, t, v in between]
     assert intra == near(expected["intra_mean_per_layer"])
-    entries = 6 * 6  # the paper's sums, as the reimplementation quotes them
+    entries = 6 * 6  # the paper's sums, as quoted by the reimplementation
     assert entries * sum(each[1:]) == near(expected["paper_sums"]["layer_wise_1_to_L"])
     assert entries * sum(intra) == near(expected["paper_sums"]["intra_1_to_L"])
 
@@ -73,7 +73,7 @@ def test_half_precision_is_raised_first() -> None:
 
 
 def test_padding_changes_nothing() -> None:
-    """Each utterance's own mean, weighed by its frames, as if it were alone; what padding holds does not matter."""
+    """Each utterance's own mean, weighted by its frames, as if unpadded; values in the padding do not matter."""
     student, teacher = oracle_states()
     student = [state.detach().clone() for state in student]
     padding = torch.zeros(2, 6, dtype=torch.bool)

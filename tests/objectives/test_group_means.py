@@ -1,4 +1,4 @@
-"""SKILL's objective by itself: its projections, and what a run that goes on must have in common."""
+"""SKILL's objective alone: its projections, and the settings that a later run must share."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ TWO = [[0, "1/0"], [1, 3, "1/2", "1/5", "1/6"], ["1/1"], [2]]
 
 @pytest.mark.parametrize("sharing", ["none", "all", [0, 1, 1, 0]])
 def test_groups_of_two_teachers_of_two_widths(sharing: Any) -> None:
-    """Loss and gradients by the definition: the group's loss is the mean over its teachers, each with a projection."""
+    """Loss and gradients by definition: the group's loss is the mean over its teachers, each with a projection."""
     cfg = GroupMeansConfig(groups=TWO, group_weights=[0.5, 1.0, 2.0, 0.25], projection_sharing=sharing)
     skill = GroupMeans(cfg, TEACHER, [TEACHER, WIDER]).double()
     asked = [(tap.teacher, tap.layers) for tap in skill.teacher_taps]

@@ -49,7 +49,7 @@ def test_layers_of_several_teachers() -> None:
     assert by_teacher(groups[1]) == {0: (2, 3), 1: (6,)} and by_teacher(groups[2]) == {0: (1,), 2: (10,)}
     for pair in ((0, 7), (1, 0), (2, 24)):
         assert layer_of(layer_name(*pair)) == pair
-    # Each in proportion to its own teacher's depth; what meets in one student layer counts once.
+    # Each in proportion to its teacher's depth; layers that map to the same student layer count once.
     assert map_groups(((0, "1/0"), (2, "1/4"), (3, "1/3")), [3, 6], 6) == ((0,), (4,), (6, 3))
 
 

@@ -1,4 +1,4 @@
-"""Layers against layers: DistilHuBERT's heads and loss by the reference's numbers, and every pairing by hand."""
+"""Layer-to-layer distances: DistilHuBERT's heads and loss against the reference's numbers, and all pairings by hand."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_which_layer_learns_from_which(depths: Any, fields: Any, pairs: list) ->
     ("weights", "factors"), [(None, [1 / 3] * 3), (1.0, [1.0] * 3), ([0.1, 0.1, 1.0], [0.1, 0.1, 1.0])]
 )
 def test_layer_to_layer_by_hand(weights: Any, factors: list[float]) -> None:
-    """A linear map each; the mean, the sum or a weighted sum over layers; three distances at once."""
+    """One linear map per pair; mean, sum or weighted sum over layers; three distances together."""
     objective = make(deep(3, 16), None, l1_weight=0.5, mse_weight=2.0, cos_weight=0.25, layer_weights=weights)
     own, theirs = states(objective.student_taps, 16, 0), states(objective.teacher_taps, 32, 1)
     loss, log = objective(own, theirs)
@@ -174,7 +174,7 @@ def test_padding_and_what_is_in_it_change_nothing(head: str) -> None:
 
 
 def test_states_of_teachers_whose_norm_comes_first_are_normalised() -> None:
-    """As for groups of layers; the published teachers are of the other kind, and their states stay as they are."""
+    """As for layer groups; the published teachers are of the other kind, and their states are not normalised."""
     for first, chosen, normalized in ((False, None, False), (True, None, True), (True, False, False)):
         objective = make(None, {"layer_norm_first": first}, normalize_states=chosen)
         taps = [*objective.student_taps, *objective.teacher_taps]
@@ -227,7 +227,7 @@ def norms(gradients: Any) -> list[float]:
 
 
 def test_fithuberts_hints_are_the_reference() -> None:
-    """An odd frame of the teacher's has no counterpart."""
+    """An odd last frame of the teacher has no counterpart."""
     thin = {**deep(3, 8), "encoder_attention_heads": 2, "conv_pos_groups": 2, "time_reduction": 2}
     wide = {**deep(3, 10), "encoder_attention_heads": 2, "conv_pos_groups": 2}
     objective = make(thin, wide, head="upsample_linear", **SQUARED)
@@ -249,7 +249,7 @@ def test_fithuberts_hints_are_the_reference() -> None:
 
 
 def test_reduced_frames_that_are_padding_count_for_nothing() -> None:
-    """At the teacher's rate: the loss of an utterance is the same alone and beside a longer one."""
+    """At the teacher's rate, an utterance's loss is the same alone and with a longer one."""
     objective = make({**deep(3), "time_reduction": 2}, head="upsample_linear")
     generator = torch.Generator().manual_seed(0)
     own = [torch.randn(2, 4, 32, generator=generator, dtype=torch.float64) for _ in range(3)]
@@ -282,7 +282,7 @@ def test_masking_distillation_is_the_reference(l1: bool) -> None:
     assert loss.item() == near(MASKING["loss_l1" if l1 else "loss"])
     if not l1:
         assert norms(torch.autograd.grad(loss, own)) == near(MASKING["grad_norms"])
-        # In validation every tap hears everything.
+        # In validation no tap is masked.
         assert objective(own, [*whole, *whole])[0].item() == near(MASKING["validation_loss_without_mask"])
 
 
@@ -344,7 +344,7 @@ def test_where_no_frame_is_compared_the_loss_is_zero() -> None:
         ({}, {**SPANS, "masked_frames": "clean"}, ["masked_frames", "clean", "whole, masked or null"]),
         ({}, {"layer_weights": {"last": 1.0}}, ["layer_weights", "{'last': 1.0}", "others"]),
         ({}, {"layer_weights": {"last": -1.0, "others": 0.1}}, ["layer_weights", "-1.0", "3 numbers >= 0"]),
-        ({}, {"head": "upsample_linear"}, ["head", "upsample_linear", "1 of the teacher's", "another"]),
+        ({}, {"head": "upsample_linear"}, ["head", "upsample_linear", "1 of the teacher's", "without up-sampling"]),
         ({"time_reduction": 2}, {"head": "linear"}, ["head", "linear", "2 of the teacher's", "upsample_linear"]),
     ],
 )

@@ -68,7 +68,7 @@ def test_padding_does_not_count() -> None:
     teacher[1, 4:] = 1e30
     student.requires_grad_()
     loss = distillation_loss(student, teacher, mask)
-    # The means weigh every frame alike: 6 of the first utterance, 4 of the second.
+    # The means weight every frame equally: 6 of the first utterance, 4 of the second.
     alone = [distillation_loss(student[i : i + 1, :n], teacher[i : i + 1, :n]) for i, n in enumerate((6, 4))]
     for part, first, second in zip(loss, *alone):
         assert part.item() == pytest.approx((6 * first.item() + 4 * second.item()) / 10, rel=1e-12)

@@ -1,4 +1,4 @@
-"""Masked units: codebooks by brute force, the loss by fairseq's HuBERT criterion, and what is refused."""
+"""Masked units: codebooks against brute force, the loss against fairseq's HuBERT criterion, and refusals."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def batch(seed: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_units_are_the_nearest_centroids_of_what_is_left() -> None:
-    """By brute force, also of features whose mean is far from 0, and in any precision of the input."""
+    """Against brute force, also for features with a mean far from 0, and for any input precision."""
     books, states = book(books=3), torch.randn(4, 6, 32)
     far = Codebook(books.centroids.clone(), books.scale, 2, "t", "abc")
     far.centroids[0] += 1000.0
@@ -85,7 +85,7 @@ def test_a_file_holds_all_of_a_codebook(tmp_path: Path) -> None:
     assert torch.equal(found.centroids, books.centroids) and torch.equal(found.scale, books.scale)
     assert (found.layer, found.teacher, found.teacher_sha256) == (3, "teacher.pt", "abc")
     save_file({"centroids": books.centroids}, tmp_path / "other.safetensors")
-    for name, said in (("other.safetensors", "is no codebook"), ("none.safetensors", "does not exist")):
+    for name, said in (("other.safetensors", "is not a codebook"), ("none.safetensors", "does not exist")):
         with pytest.raises((ValueError, FileNotFoundError), match=says(FIELD, name, said, "skill-labels")):
             load_codebook(tmp_path / name, FIELD)
 
@@ -93,7 +93,7 @@ def test_a_file_holds_all_of_a_codebook(tmp_path: Path) -> None:
 @pytest.mark.parametrize("head", ["cosine", "linear"])
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.7, 0.3), (0.0, 1.0)])
 def test_the_loss_is_a_weighted_mean_over_frames(head: str, weights: tuple[float, float], tmp_path: Path) -> None:
-    """Frame by frame, with padding, of a file with two codebooks and another with one."""
+    """Per frame, with padding, for a file with two codebooks and another with one."""
     first, second = book(books=2), book(units=4, layer=1, seed=5)
     objective = make(
         tmp_path, first, second, head=head, head_dim=6, masked_weight=weights[0], unmasked_weight=weights[1]
@@ -125,7 +125,7 @@ def test_the_loss_is_a_weighted_mean_over_frames(head: str, weights: tuple[float
 
 
 def test_the_loss_is_that_of_fairseqs_hubert_criterion(tmp_path: Path) -> None:
-    """Its sums over masked and other frames, of the logits that its model makes of the same head."""
+    """Its sums over masked and other frames, for its model's logits with the same head."""
     books = book()
     objective = make(tmp_path, books, head_dim=6, masked_weight=1.0, unmasked_weight=0.4)
     own, theirs, padding, masked = batch()
@@ -151,7 +151,7 @@ def test_the_loss_is_that_of_fairseqs_hubert_criterion(tmp_path: Path) -> None:
 
 
 def test_where_nothing_is_masked_every_frame_counts(tmp_path: Path) -> None:
-    """In validation, and where no masks are asked for; of a batch whose frames all have no weight the loss is 0."""
+    """In validation, and without masking; if all frames of a batch have weight 0, the loss is 0."""
     own, theirs, padding, masked = batch()
     objective = make(tmp_path, book(), masked_weight=0.5)
     without = make(tmp_path, book(), masked_weight=0.5, **NO_MASKS)
@@ -282,7 +282,7 @@ def trained(small: Any, speech: Path, teacher_file: Path, tmp_path: Path) -> Any
 
 
 def test_the_loss_falls_beside_group_means_and_gates(trained: Any) -> None:
-    """Also the accuracy of masked frames rises, and the student's mask embedding is learned."""
+    """The accuracy on masked frames also rises, and the student's mask embedding is learned."""
     task, model, criterion = trained
     task.load_dataset("train")
     iterator = task.get_batch_iterator(task.dataset("train"), max_tokens=100000, seed=1, epoch=1)
@@ -313,7 +313,7 @@ def test_the_loss_falls_beside_group_means_and_gates(trained: Any) -> None:
 
 
 def test_codebooks_of_another_teacher_are_refused(tmp_path: Path) -> None:
-    """By width or depth at once, by the file's hash in the task."""
+    """Immediately by width or depth, in the task by the file's hash."""
     for other, said in ((book(width=16), "width 16"), (book(layer=9), "layer 9")):
         with pytest.raises(ValueError, match=says(f"{FIELD}.codebooks", "0.safetensors", said, "3 layers of width 32")):
             make(tmp_path, other)

@@ -1,4 +1,4 @@
-"""Masked frames: how many, whose, and that nothing but seed and utterance decides them."""
+"""Masked frames: their number, and that they depend only on seed and utterance."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def parse(**fields: Any) -> Any:
 
 
 def lengths(mask: np.ndarray, masked: bool) -> list[int]:
-    """Of the runs of masked frames, or of others between two of these."""
+    """Lengths of the runs of masked frames, or of the gaps between them."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(int)))
     return (edges[1::2] - edges[::2] if masked else edges[2::2] - edges[1:-1:2]).tolist()
 
 
 @pytest.mark.parametrize(("prob", "share"), [(0.8, 0.78), (0.4, 0.40)])
 def test_the_published_masks_hide_the_published_share(prob: float, share: float) -> None:
-    """MaskHuBERT's, of utterances of 15.6 s: spans of up to 20 frames, none touches another."""
+    """MaskHuBERT's masking of 15.6 s utterances: spans of up to 20 frames that do not touch."""
     masking = parse(mask_prob=prob, **PUBLISHED)
     masks = [draw_spans(masking, 780, [1, 1, i]) for i in range(40)]
     assert np.mean(masks) == pytest.approx(share, abs=0.02)
@@ -46,7 +46,7 @@ def test_the_published_masks_hide_the_published_share(prob: float, share: float)
 
 
 def test_another_thread_may_seed_numpy_meanwhile() -> None:
-    """fairseq's trainer does in every update, and its loader draws ahead in a thread of its own."""
+    """fairseq's trainer does so in every update, while its loader draws ahead in another thread."""
     wanted = [draw_spans(SPANS, 300, [1, i]).tolist() for i in range(20)]
     done = threading.Event()
 
@@ -106,7 +106,7 @@ def test_what_an_objective_finds_in_a_batch() -> None:
 
 
 def test_hidden_frames_become_the_embedding_in_one_pass() -> None:
-    """Whatever stood there, even no number; the others and their gradients stay."""
+    """Any values there, even NaN, are replaced; other frames and their gradients do not change."""
     mask = torch.tensor([[True, False, False], [False, True, True]])
     x = torch.randn(2, 3, 4)
     x[0, 0] = float("nan")
@@ -116,7 +116,7 @@ def test_hidden_frames_become_the_embedding_in_one_pass() -> None:
     bound = with_masks(taps, {SPANS: mask}, embedding)
     assert [tap.layers for tap in bound] == [tap.layers for tap in taps] and not any(tap.masking for tap in bound)
     assert bound[0].transform is bound[1].transform is not None
-    assert bound[2] == taps[2] and bound[3].transform is None  # not drawn: it hears everything
+    assert bound[2] == taps[2] and bound[3].transform is None  # not drawn: it is not masked
     hidden = bound[0].transform(x, None)
     assert torch.equal(hidden[mask], embedding.expand(3, 4)) and torch.equal(hidden[~mask], x[~mask])
     hidden.sum().backward()
@@ -125,12 +125,12 @@ def test_hidden_frames_become_the_embedding_in_one_pass() -> None:
     assert with_masks(taps[:1], {}, None) == [Tap((1,))]
     with pytest.raises(ValueError, match="no mask embedding"):
         with_masks(taps, {SPANS: mask}, None)
-    with pytest.raises(ValueError, match=says("masked", "(2, 3)", "(2, 5, 4)", "as many frames")):
+    with pytest.raises(ValueError, match=says("masked", "(2, 3)", "(2, 5, 4)", "equally many frames")):
         HideFrames(mask, embedding)(torch.zeros(2, 5, 4))
 
 
 def test_a_teacher_hears_an_utterance_whole_and_masked_at_once() -> None:
-    """Each as if it were asked alone; its embedding is its own."""
+    """Each gives the same as alone, with its own embedding."""
     encoder, source = random_encoder(), waves(8000)
     encoder.mask_embedding = torch.randn(32)
     mask = torch.zeros(2, 24, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Labels beside manifests, and objectives that learn from them: numbers, what counts, what falls, what is refused."""
+"""Labels beside manifests, and objectives that learn from them: numbers, weights, falling losses, and refusals."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_ctc_is_the_sum_over_paths() -> None:
     labels = pad_labels([[0, 1], None, [1], [0, 0, 0, 0]], True)
     mask = torch.arange(5).expand(4, 5) >= torch.tensor([5, 5, 3, 5]).unsqueeze(1)
     probs = log_probs.exp()
-    # The last one has too few frames for its units: it counts as 0, and its units among the others'.
+    # The last one has too few frames for its units: it counts as 0, but its units count.
     wanted = -(math.log(by_hand(probs[0], [0, 1])) + math.log(by_hand(probs[2, :3], [1]))) / 7
     assert ctc_loss(log_probs, labels, mask).item() == pytest.approx(wanted)
     assert ctc_loss(log_probs, torch.full((4, 1), NONE), mask).item() == 0
@@ -123,7 +123,7 @@ def test_labels_are_read_beside_the_manifest(labelled: Path, caplog: Any) -> Non
     assert speaker.read(train) == [0, 1, 0, None, 1, 0, 1, 1]
     assert letters.read(train)[:3] == [[2, 1, 0], [1, 0], None]
     assert speaker.read(valid) == [1, None, None] and "'c'" in caplog.text
-    # A run's saved settings say the classes without a file.
+    # A run's saved settings hold the classes without a file.
     assert read_targets(settings(targets), Path("nowhere/train.tsv")) == targets
 
 
@@ -134,7 +134,7 @@ def test_labels_are_read_beside_the_manifest(labelled: Path, caplog: Any) -> Non
         ({"s": {"colunm": "speaker"}}, ["task.targets.s", "colunm", "column"]),
         ({"s": {"column": 3}}, ["task.targets.s.column: 3"]),
         ({"s": {"classes": "ab"}}, ["task.targets.s.classes: 'ab'"]),
-        ({"s": {"file": "ltr", "column": "x"}}, ["task.targets.s.column", "no table"]),
+        ({"s": {"file": "ltr", "column": "x"}}, ["task.targets.s.column", "not a table"]),
         ({"s": {"column": "age"}}, ["train.labels.tsv", "age"]),
         ({"s": {"classes": ["a", "b"], "column": "speaker"}}, ["task.targets.s.counts"]),
         ({"s": {"file": "phn"}}, ["dict.phn.txt"]),
@@ -173,7 +173,7 @@ OBJECTIVE = {
 
 
 def test_losses_fall_without_a_teacher(small: Any, labelled: Path, teacher_file: Path) -> None:
-    """All three at once; a checkpoint's config knows the classes."""
+    """All three together; a checkpoint's config holds the classes."""
     torch.manual_seed(0)
     task, model, criterion, cfg = make(small, labelled, teacher_file, OBJECTIVE)
     assert task.teacher_sha256() is None

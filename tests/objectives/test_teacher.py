@@ -1,4 +1,4 @@
-"""The frozen teacher: what it runs, in which precision, and what it hands over."""
+"""The frozen teacher: what it runs, its precision, and its results."""
 
 from __future__ import annotations
 

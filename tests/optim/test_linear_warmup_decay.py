@@ -1,4 +1,4 @@
-"""The learning-rate schedule as fairseq runs it."""
+"""The learning-rate schedule in fairseq."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_oracle(case: dict) -> None:
 
 @pytest.mark.parametrize("decay", ["linear", "cosine"])
 def test_schedules_of_related_systems(decay: str) -> None:
-    """A warm-up of a share of all updates, and either decay, as s3prl makes them; it numbers updates from 1 on."""
+    """A warm-up over a share of all updates and either decay, against s3prl, which numbers updates from 1."""
     case = RELATED["cases"]["schedule"]
     scheduler, _ = make_scheduler(case["warmup"], case["total"], decay=decay)
     for update, factor in case[decay]:

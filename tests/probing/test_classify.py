@@ -15,7 +15,7 @@ CLASSES = ["one", "two", "three", "four"]
 
 
 def made_up(seed: int = 0, signal: float = 2.0) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-    """Four layers of ten dimensions, of which only layer 2 knows the class; scales differ wildly."""
+    """Four layers of ten dimensions, of which only layer 2 encodes the class; scales differ widely."""
     generator = np.random.default_rng(seed)
     centres = signal * generator.normal(size=(len(CLASSES), 10))
     features, labels = {}, {}
@@ -29,7 +29,7 @@ def made_up(seed: int = 0, signal: float = 2.0) -> tuple[dict[str, np.ndarray], 
 
 
 def probe(features: dict[str, np.ndarray], labels: dict[str, list[str]], speakers: int = 8) -> ProbeResult:
-    """Test recordings of so many speakers, in turn."""
+    """Test recordings of this many speakers, in turn."""
     return probe_of_speakers(features, labels, [str(i % speakers) for i in range(len(labels["test"]))])
 
 
@@ -62,7 +62,7 @@ def test_weights_minimise_the_stated_objective() -> None:
     x, y = standardised(features["train"]), np.array([CLASSES.index(label) for label in labels["train"]])
 
     def best_objective(weights: np.ndarray) -> float:
-        """Gradient descent on the head alone, layer weights held."""
+        """Gradient descent on the head only, with fixed layer weights."""
         mixed = torch.from_numpy(np.tensordot(x, weights.astype(np.float32), axes=([1], [0])))
         head, bias = torch.zeros(10, 4, requires_grad=True), torch.zeros(4, requires_grad=True)
         optimizer = torch.optim.Adam([head, bias], lr=0.1)
@@ -109,7 +109,7 @@ def test_test_labels_are_used_for_counting_only() -> None:
 
 
 def test_the_valid_set_chooses_the_regularisation() -> None:
-    """With valid labels that follow the training noise, weak regularisation wins; else strong."""
+    """If valid labels follow the training noise, weak regularisation wins, otherwise strong."""
     generator = np.random.default_rng(3)
     x = generator.normal(size=(60, 1, 80)).astype(np.float32)
     truth = np.where(x[:, 0, 0] > 0, "a", "b")

@@ -1,4 +1,4 @@
-"""Intervals of rates: of independent trials, and over speakers."""
+"""Intervals of rates, for independent trials and over speakers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_not_one_speaker_a_recording_is_refused() -> None:
 
 
 def drawn(rng: np.random.Generator, speakers: int, each: int, spread: float, rate: float) -> np.ndarray:
-    """(speakers, each) right or wrong, each speaker with a rate of their own."""
+    """(speakers, recordings) right or wrong, each speaker with its own rate."""
     own = np.full(speakers, rate)
     if spread:
         size = rate * (1 - rate) / spread**2 - 1
@@ -55,8 +55,8 @@ def drawn(rng: np.random.Generator, speakers: int, each: int, spread: float, rat
 @pytest.mark.parametrize(("speakers", "each"), [(3, 50), (6, 20), (6, 50), (20, 50)])
 @pytest.mark.parametrize("spread", [0.0, 0.06, 0.12])
 def test_intervals_hold_the_true_rate_as_often_as_they_say(speakers: int, each: int, spread: float) -> None:
-    """95 % or somewhat more, for no interval is narrower than that of independent recordings. Wilson's, which takes
-    them as independent, holds it in 78 to 92 % at a spread of 6 points between speakers, in 59 to 76 % at 12."""
+    """95 % or somewhat more, because no interval is narrower than for independent recordings. Wilson's, which assumes
+    independence, covers it in 78 to 92 % at a spread of 6 points between speakers, in 59 to 76 % at 12."""
     rng = np.random.default_rng(0)
     names = [str(k) for k in range(speakers) for _ in range(each)]
     held = naive = 0
@@ -74,7 +74,7 @@ def test_intervals_hold_the_true_rate_as_often_as_they_say(speakers: int, each: 
 def test_a_speaker_who_is_always_wrong_widens_it() -> None:
     names = [str(k) for k in range(6) for _ in range(20)]
     alike = accuracy_interval(([True] * 17 + [False] * 3) * 6, names)
-    apart = accuracy_interval([True] * 102 + [False] * 18, names)  # the same rate, all of it the last speaker's
+    apart = accuracy_interval([True] * 102 + [False] * 18, names)  # the same rate, all from the last speaker
     assert alike == pytest.approx(wilson(102, 120)) and apart is not None
     assert apart[1] - apart[0] > 3 * (alike[1] - alike[0])
 

@@ -45,7 +45,7 @@ def test_values_by_speaker_have_the_rate_as_mean_whatever_the_lengths() -> None:
 
 
 def spoken(text: str, generator: torch.Generator) -> torch.Tensor:
-    """(2, T, 5): noise in layer 0, in layer 1 three frames of a dimension for each letter, and one between."""
+    """(2, T, 5): noise in layer 0; in layer 1 each letter is three frames of its dimension, with one frame between."""
     frames = [4 if i % 4 == 0 else ALPHABET.index(letter) for letter in text for i in range(4)]
     noise = torch.randn(2, len(frames), 5, generator=generator)
     noise[1] = 0.3 * noise[1] + 3 * torch.eye(5)[frames]

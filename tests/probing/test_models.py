@@ -1,4 +1,4 @@
-"""Words of the command line to models."""
+"""Models from command-line words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks some of whose recordings cannot be read."""
+"""Tasks with unreadable recordings."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ def test_trials_keep_their_recordings() -> None:
     names = [[part.manifests["test"].paths[i] for i in pair] for _, *pair in part.trials or []]
     assert names == [["test0.flac", "test2.flac"], ["test3.flac", "test2.flac"], ["test3.flac", "test0.flac"]]
     assert [same for same, *_ in part.trials or []] == [True, True, False]
-    with pytest.raises(ValueError, match=says("no trial")):
+    with pytest.raises(ValueError, match=says("no trial has two readable recordings")):
         readable_part(whole, without(whole, "test2.flac", "test3.flac"))

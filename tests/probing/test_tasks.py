@@ -15,7 +15,7 @@ DATA = Path(__file__).resolve().parents[2] / "examples" / "tiny" / "data"
 
 
 def make_task(folder: Path) -> Path:
-    """A well-formed task; its audio is empty files, which reading a task does not open."""
+    """A well-formed task with empty audio files, which reading a task does not open."""
     task = folder / "tasks" / "vowels"
     for split, names in {"train": ["a", "b"], "valid": ["c"], "test": ["d", "e"]}.items():
         write_manifest(task / f"{split}.tsv", "../..", [f"{name}.flac" for name in names], [400] * len(names))
@@ -100,7 +100,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def make_trials(folder: Path, *lines: str, speakers: str = "") -> Path:
-    """VoxCeleb's way: the same file names in every speaker's folder."""
+    """As in VoxCeleb: the same file names in every speaker's folder."""
     task = folder / "pairs"
     paths = ["id1/x/00001.wav", "id1/x/00002.wav", "id2/y/00001.wav", "id2/y/00001.flac"]
     for path in paths:
@@ -135,7 +135,7 @@ def test_speakers_of_verification_come_from_a_file(tmp_path: Path) -> None:
     [
         ("2\tid1/x/00001\tid1/x/00002", ["same", "'2'", "0 or 1"]),
         ("1\t00001\tid1/x/00002", ["'00001'", "test.tsv", "path"]),
-        ("0\tid2/y/00001\tid1/x/00002", ["'id2/y/00001.wav'", "'id2/y/00001.flac'", "ending"]),
+        ("0\tid2/y/00001\tid1/x/00002", ["'id2/y/00001.wav'", "'id2/y/00001.flac'", "suffix"]),
         ("1\tid1/x/00001\tid1/x/00001.wav", ["'id1/x/00001'", "itself"]),
         ("0\tid1/x/00001.wav\tid2/y/00001.wav", ["same pair", "line 3"]),
         ("1\tid1/x/00002\tid1/x/00001", ["same pair", "line 2"]),

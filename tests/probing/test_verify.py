@@ -77,7 +77,7 @@ def test_verify_separates_speakers_and_is_reproducible() -> None:
 
     clear, noisy = result(0.1), result(3.0)
     assert clear.eer == 0 and len(clear.scores) == 435
-    assert clear.interval is None and "changes nothing" in str(clear.no_interval)  # no certainty: nothing varies
+    assert clear.interval is None and "changes nothing" in str(clear.no_interval)  # without variation nothing is known
     assert 0.2 < noisy.eer < 0.5 and noisy.interval and noisy.no_interval is None
     low, high = noisy.interval
     assert low < noisy.eer < high and 0.05 < high - low < 0.25
@@ -88,8 +88,8 @@ WHO = [str(k) for k in range(8) for _ in range(6)]
 
 
 def draw(rng: np.random.Generator, spread: float = 0.0) -> tuple[np.ndarray, list[Trial]]:
-    """Recordings scattered around their speaker's place, by some speakers' more than by others': all pairs of one
-    speaker, twice as many of two."""
+    """Recordings scattered around each speaker's centre, with different spreads: all pairs of one speaker, twice as
+    many of two."""
     who = np.repeat(np.arange(8), 6)
     noise = 1.2 * np.exp(spread * rng.normal(size=8))[who, None]
     vectors = rng.normal(size=(8, 12))[who] + noise * rng.normal(size=(len(who), 12))
@@ -123,13 +123,13 @@ def test_their_interval_holds_the_true_rate_as_often_as_it_says(spread: float) -
     held = np.mean([low <= np.mean(rates) <= high for low, high in intervals])
     assert 0.92 <= held <= 0.995
     error = np.mean([(high - rate) / 2.365 for rate, (_, high) in zip(rates, intervals)])  # t of 7 degrees of freedom
-    assert np.std(rates) < error < 1.35 * np.std(rates)  # jackknives err to the safe side
+    assert np.std(rates) < error < 1.35 * np.std(rates)  # jackknives are conservative
 
 
 def test_without_three_known_speakers_there_is_a_rate_but_no_interval() -> None:
     trials = [(True, 0, 1), (False, 0, 2), (True, 2, 3)]
     features = np.random.default_rng(0).normal(size=(5, 1, 3))
-    two = verify(features, trials, ["a", "a", "b", "b", "c"])  # nobody hears c
+    two = verify(features, trials, ["a", "a", "b", "b", "c"])  # c is in no trial
     assert two.interval is None and two.by_speaker == [] and str(two.no_interval).startswith("2 speakers,")
     unknown = verify(features, trials, None)
     assert unknown.interval is None and "speakers unknown" in str(unknown.no_interval)
@@ -143,7 +143,7 @@ def test_pairs_of_one_kind_without_a_speaker_leave_no_interval() -> None:
 
 
 def test_an_interval_ends_where_rates_do() -> None:
-    """Seven speakers apart, one beside another: a few errors, and Student's t would reach below 0."""
+    """Seven distant speakers and one close to another: a few errors, for which Student's t would go below 0."""
     rng = np.random.default_rng(5)
     who = np.repeat(np.arange(8), 4)
     places = 5.0 * rng.normal(size=(8, 12))

@@ -1,4 +1,4 @@
-"""What must be equal on every rank, and what is said where it is not."""
+"""Values that must be equal on every rank, and the error if they are not."""
 
 from __future__ import annotations
 

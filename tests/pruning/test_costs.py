@@ -1,4 +1,4 @@
-"""Costs: what is constrained, selected for and reported, and a new one that is registered in this file alone."""
+"""Costs in constraint, selection and report, and a new one that only this file registers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.pruning.test_shrink import BASE, LARGE, assert_same_outputs, gated_en
 
 @dataclasses.dataclass(frozen=True)
 class PeakMemory(Cost):
-    """Numbers that the widest layer holds at a time, smoothed so that it has a gradient everywhere: a float."""
+    """The largest number of activations in a layer, smoothed to have a gradient everywhere: a float."""
 
     name = "peak_memory"
     sharpness: float = 8.0
@@ -52,7 +52,7 @@ def test_shrinking_to_macs_hits_them(shape: dict, sparsity: float) -> None:
     smallest_unit = 2 * 99 * 32  # of the FFN, on 99 frames
     assert abs(found - (1 - sparsity) * before) <= smallest_unit / 2 + 1
     assert found == selected_cost(gated, sparsity, cost) == cost(small.config, widths_of(small.config))
-    assert shrink(gated, sparsity).macs(2.0) != found  # so many parameters less are another selection
+    assert shrink(gated, sparsity).macs(2.0) != found  # the same saving in parameters gives another selection
     apply_selection(gated, select_units(gated, sparsity, cost))
     assert_same_outputs(gated, small, padded=False)
 
@@ -88,7 +88,8 @@ def test_reports_and_reach_are_of_the_cost() -> None:
 
 
 def test_a_cost_of_ones_own(peak_memory: Any) -> None:
-    """Constrained, selected for and reported without a change anywhere else; a float, and no sum over units."""
+    """It works in constraint, selection and report without other changes, although it is a float and not a sum over
+    units."""
     cost = make_cost("peak_memory", cost_sharpness=8.0, cost_seconds=10.0)
     assert cost == peak_memory == saved_cost({"cost": "peak_memory", "cost_sharpness": 8.0, "groups": [[0]]})
     gated = gated_encoder(BASE, ("heads", "ffn"), spread=0.5)

@@ -1,4 +1,4 @@
-"""Several sizes in one update: the shift of each, its gradient, which are drawn, and what is refused."""
+"""Several sizes in one update: shifts, gradients, random sizes, and refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNITS = ("conv", "heads", "ffn")
 
 
 def expected(encoder: SpeechEncoder, log_alpha: torch.Tensor, cost: Cost = PARAMETERS) -> float:
-    """What is left as these gates expect it, in float64."""
+    """The expected remaining share for these gates, in float64."""
     moved = (log_alpha - encoder.gates.log_alpha).detach().double()
     return float(1 - cost.sparsity(encoder.config, expected_widths(encoder, moved)))
 
@@ -38,7 +38,7 @@ def test_gates_expect_each_size_and_a_smaller_ones_units_are_among_a_larger_ones
         values = constraint.log_alpha(gated, size, 0)
         if values is not None:
             assert expected(gated, values, cost) == pytest.approx(size, abs=2e-6)
-        gated.gates.generator.manual_seed(4)  # as the student's model does
+        gated.gates.generator.manual_seed(4)  # like the student's model
         drawn.append(gated.draw_gates(values).z)
     assert all((smaller <= larger).all() for larger, smaller in zip(drawn, drawn[1:]))
     assert [int((z > 0).sum()) for z in drawn] == sorted((int((z > 0).sum()) for z in drawn), reverse=True)
@@ -55,7 +55,7 @@ def test_sizes_rise_over_the_warmup_together() -> None:
 
 
 def test_the_gradient_is_that_of_the_shifted_loss() -> None:
-    """Against central differences of ``a -> loss(a + c(a))`` for the smaller size, the gates at rest at the larger."""
+    """Against central differences of ``a -> loss(a + c(a))`` for the smaller size, with gates fixed at the larger."""
     gated = gated_encoder(BASE, UNITS, spread=1.0)
     constraint = ElasticConstraint(Sizes(0.35, 0.7))
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The constraint by construction: the shift against a root finder's, its gradient against differences, real runs."""
+"""The exact constraint: its shift against a root finder, its gradient against differences, and real runs."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_gates_are_not_opened_beyond_their_start() -> None:
         found.append(sparsity(gates.encoder))
     assert found[0] == pytest.approx(started, abs=2e-3) and 0.01 < started < 0.075
     assert found[1:] == pytest.approx([max(0.075 * u, found[0]) for u in range(1, 10)] + [0.75] * 2, abs=1e-6)
-    ExactConstraint(0.02, 10).impose(gates, 0)  # less than the start: asked for at once
+    ExactConstraint(0.02, 10).impose(gates, 0)  # below the start: applies immediately
     assert sparsity(gates.encoder) == pytest.approx(0.02, abs=1e-6)
 
 
@@ -132,7 +132,7 @@ def test_the_gradient_is_that_of_the_shifted_loss() -> None:
     def loss(values: torch.Tensor) -> torch.Tensor:
         return (weights * torch.sigmoid(values.double() / 3)).sum()
 
-    (2 * loss(gates)).backward()  # linear in the loss, as for batches that accumulate
+    (2 * loss(gates)).backward()  # linear in the loss, as for accumulated batches
     loss(gates).backward()
     found, there = gates.grad / 3, gates.detach().clone()
     for i in torch.randperm(len(gates), generator=torch.Generator().manual_seed(2))[:12].tolist():
@@ -147,7 +147,7 @@ def test_the_gradient_is_that_of_the_shifted_loss() -> None:
 
 
 def test_training_keeps_the_target_in_every_update_and_tells_units_apart() -> None:
-    """Gates of the units that the loss asks for open, the others close; a loss that asks for all alike moves none."""
+    """Gates of units that the loss needs open and the others close; a loss that needs all equally moves none."""
     torch.manual_seed(0)
     gates = gate(SpeechEncoder(gated_encoder(BASE, ()).config), ["ffn"])
     bank = gates.encoder.gates
@@ -200,7 +200,7 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.nightly)])
 def test_runs_are_exact_and_resume_bit_for_bit(
     speech: Path, teacher_file: Path, tmp_path: Path, precision: str
 ) -> None:
@@ -222,6 +222,6 @@ def test_runs_are_exact_and_resume_bit_for_bit(
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     source = read_source(tmp_path / "once" / "checkpoint_last.pt")
     gated = build_encoder(source, tmp_path)
-    assert sparsity(gated) == pytest.approx(0.5, abs=2e-6)  # as it is saved: no update is left to be shifted for
+    assert sparsity(gated) == pytest.approx(0.5, abs=2e-6)  # in its saved state there is no later update to shift for
     small = shrink(gated.eval(), source.provenance["target_sparsity"])
     assert PARAMETERS.sparsity(small.config, widths_of(small.config)) == pytest.approx(0.5, abs=1e-3)

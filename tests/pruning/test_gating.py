@@ -1,4 +1,4 @@
-"""Gates on our own encoder, in a loop of plain PyTorch; and what the library needs."""
+"""Gates on our own encoder in a plain PyTorch loop, and the library's dependencies."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_gated_encoder_is_the_one_that_is_built_with_gates(small: Any, style: 
 
 
 def test_the_task_loss_alone_prunes_to_the_target(small: Any) -> None:
-    """An encoder learns four tones' labels while it loses 60 % of its parameters."""
+    """An encoder learns to classify four tones while losing 60 % of its parameters."""
     torch.manual_seed(0)
     encoder = small.random_encoder()
     full = encoder.num_parameters()
@@ -94,7 +94,7 @@ def test_bad_input_says_what_to_do(small: Any) -> None:
 
 
 def test_torch_is_all_that_it_needs() -> None:
-    """With everything else that the package uses out of reach: numpy comes with torch."""
+    """All other dependencies are blocked; numpy comes with torch."""
     code = (
         "import sys\n"
         "absent = 'fairseq fairseq_cli hydra omegaconf transformers safetensors scipy soundfile sklearn matplotlib'\n"

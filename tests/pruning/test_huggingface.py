@@ -1,4 +1,4 @@
-"""Gates on models of transformers, and the smaller models that shrinking makes of them."""
+"""Gates on transformers models, and shrinking them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SAMPLES = (4000, 3990, 2500)
 
 
 def gated(kind: str, style: str, units: Any = tuple(UNITS), **changes: Any) -> tuple[Any, Gates]:
-    """A model whose gates lie around their threshold, and some sublayers without units or gone altogether."""
+    """A model with gates around their threshold, and some sublayers without units or removed."""
     model = huggingface(kind, style, **changes)
     gates = gate(model, units)
     scatter(model, gates)
@@ -45,7 +45,7 @@ def scatter(model: Any, gates: Gates) -> None:
     with torch.no_grad():
         model.gates.log_alpha.copy_(torch.randn(len(model.gates.log_alpha), generator=torch.manual_seed(1)) * 2 + 0.5)
         for name, value in {
-            "0.attention.gate": -9.0,  # layer 0 has WavLM's table of positions
+            "0.attention.gate": -9.0,  # layer 0 has WavLM's position table
             "0.attention.output_gate": 2.0,
             "0.ffn.output_gate": 9.0,
             "1.attention.output_gate": -9.0,
@@ -133,7 +133,7 @@ def test_kinds_of_unit_one_by_one(kind: str, units: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_computes_what_our_gated_encoder_computes(kind: str, style: str) -> None:
-    """The same noise gives the same states and the same gradients, of weights and of gates."""
+    """The same noise gives the same states and gradients of weights and gates."""
     model, gates = gated(kind, style, **STILL)
     ours = as_encoder(model).train()
     model.train()
@@ -164,7 +164,7 @@ def test_gates_are_drawn_anew_in_training_and_fixed_in_evaluation() -> None:
         drawn = [model(source).last_hidden_state for _ in range(3)]
         assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
         assert torch.equal(model.eval()(source).last_hidden_state, fixed)
-        model.gates.log_alpha.add_(0.3)  # an edit acts at once
+        model.gates.log_alpha.add_(0.3)  # an edit takes effect immediately
         assert not torch.equal(model(source).last_hidden_state, fixed)
 
 
@@ -200,7 +200,7 @@ def test_expected_size_is_that_of_the_model_which_certain_gates_leave(kind: str,
         for i in (0, 3, 6):
             vectors[f"feature_extractor.layers.{i}.gate"].log_alpha[i + 2 :] = -40.0
     left = size(shrink(model))
-    # A closed attention keeps its small gate of relative position in the expectation: only rounding tells that it goes.
+    # In the expectation a closed attention keeps its small relative-position gate; only rounding removes it.
     relative = gates.encoder.config.head_dim * 8 + 8 + gates.encoder.config.encoder_attention_heads
     assert gates.expected_cost().item() == left + (relative if kind == "wavlm" else 0) < full / 2
     with torch.no_grad():
@@ -243,7 +243,7 @@ def test_a_model_with_a_head_keeps_its_forward_and_its_loss() -> None:
         expected = model(source, attention_mask=mask).logits
         model.wavlm = shrink(model.wavlm)
         assert torch.allclose(model(source, attention_mask=mask).logits, expected, atol=1e-5)
-    model.train()(source, attention_mask=mask, labels=labels).loss.backward()  # fine-tuning goes on
+    model.train()(source, attention_mask=mask, labels=labels).loss.backward()  # fine-tuning continues
     assert all(p.grad is not None for p in model.wavlm.encoder.layers[-1].parameters())
 
 

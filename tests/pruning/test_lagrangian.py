@@ -58,14 +58,14 @@ def test_learning_rate_schedule(case: dict) -> None:
 
 
 def test_trajectory() -> None:
-    """Thirty updates of gates and multipliers by one descending AdamW, as training makes them."""
+    """Thirty updates of gates and multipliers with one descending AdamW, as in training."""
     setting = ORACLE["trajectory"]
     gate = GateBank().add(setting["n_gates"])
     gate.log_alpha.data.copy_(torch.tensor(setting["loga0"], dtype=torch.float64))
     constraint = SizeConstraint(setting["target"], setting["sparsity_warmup"])
     parameters = [gate.bank.log_alpha, *constraint.parameters()]
     for parameter in parameters:
-        parameter.data = parameter.data.double()  # as the oracle: multipliers pass near zero
+        parameter.data = parameter.data.double()  # like the oracle: multipliers pass close to zero
     optimizer = torch.optim.AdamW(
         parameters, lr=setting["reg_lr"], weight_decay=0.0, betas=tuple(setting["adamw"]["betas"])
     )

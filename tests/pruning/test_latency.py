@@ -1,4 +1,4 @@
-"""Measured time as a cost: interpolation, a synthetic table whose times are known, and one that is measured."""
+"""Measured time as a cost: interpolation, a synthetic table with known times, and a measured one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.conftest import random_encoder
 
 
 def made_up(config: EncoderConfig) -> dict[str, Any]:
-    """5 ms, 8 for the conv stack by its MACs, half a ms a head, and FFN units the dearer the more there are."""
+    """5 ms, up to 8 ms for the conv stack by MACs, 0.5 ms per head, and FFN units that cost more the more there are."""
 
     def truth(student: EncoderConfig) -> float:
         share = conv_share(student, student.conv_channels)
@@ -52,7 +52,7 @@ def test_lines_from_knot_to_knot_with_their_slopes() -> None:
 
 def test_the_conv_stacks_share_is_that_of_its_macs() -> None:
     config = random_encoder().config
-    cost = MacCost(60.0)  # so long that the frames lost at the ends do not count
+    cost = MacCost(60.0)  # long enough that frames lost at the ends do not matter
     no_conv = {**widths_of(config.full()), "conv": [1] * len(config.conv_feature_layers)}
     channels = [max(1, width // 2) for width in config.conv_channels]
     share = conv_share(config, channels)
@@ -90,7 +90,7 @@ def test_gates_and_student_meet_milliseconds() -> None:
         ({"table": None}, ["f", "skill-bench table"]),
         ({"table": {"rest_ms": 1.0}}, ["f", "shape", "skill-bench table"]),
         ({"heads": {"widths": [0, 0], "ms": [1, 2]}}, ["f", "heads", "ascend"]),
-        ({"ffn": {"widths": [0, 1], "ms": [1]}}, ["f", "ffn", "one length"]),
+        ({"ffn": {"widths": [0, 1], "ms": [1]}}, ["f", "ffn", "equal length"]),
     ],
 )
 def test_what_is_refused(change: dict, said: list) -> None:
@@ -110,16 +110,18 @@ def test_a_table_of_another_shape_is_refused() -> None:
 
 @pytest.mark.slow
 def test_a_table_is_measured_and_a_run_held_to_it(speech: Path, tmp_path: Path, capsys: Any) -> None:
-    """That the numbers are times, and that one command's file is the other's target; not how exact they are."""
+    """The numbers are times, and one command's file is the other's target; their accuracy is not tested."""
     teacher, file = tmp_path / "teacher.safetensors", tmp_path / "latency.json"
     save_encoder(random_encoder(), teacher)
     words = ["table", "--model", str(teacher), "--seconds", "1", "--points", "2", "--checks", "1", "--repeats", "2"]
-    assert main([*words, "--threads", "1", "--json", str(file)]) == 0
-    found = json.loads(file.read_text())
-    assert found["runtime"] == "torch" and len(found["check"]) == 2 and "by the table" in capsys.readouterr().out
+    assert main([*words, "--threads", "1", "--json"]) == 0
+    printed = capsys.readouterr()
+    file.write_text(printed.out)
+    found = json.loads(printed.out)
+    assert found["runtime"] == "torch" and len(found["check"]) == 2 and "by the table" in printed.err
     read_table(file.read_text())
     before, least = LatencyCost(found).unpruned(), found["rest_ms"]
-    assert 0 < least <= before  # on a busy machine so small a student may be as slow as the full encoder
+    assert 0 < least <= before  # on a busy machine such a small student may be as slow as the full encoder
     found["ffn"]["ms"] = [10.0 * width / found["ffn"]["widths"][-1] for width in found["ffn"]["widths"]]
     file.write_text(json.dumps(found))
     before = LatencyCost(found).unpruned()

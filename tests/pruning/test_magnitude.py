@@ -1,4 +1,4 @@
-"""Pruning by the size of weights."""
+"""Magnitude pruning."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_smallest_go_in_equal_shares_and_the_size_is_right(small: Any, spars
     assert abs(student.num_parameters() - (1 - sparsity) * teacher.num_parameters()) <= smallest_unit
     shares = [width / full for width, (full, _, _) in zip(student.config.conv_channels, [(16, 0, 0)] * 7)]
     shares += [dim / 48 for dim in student.config.ffn_dims]
-    assert max(shares) - min(shares) <= 2 / 16  # whole units, of which the last few are chosen to hit the size
+    assert max(shares) - min(shares) <= 2 / 16  # whole units, the last few of which are chosen to match the size
     heads = [len(heads) / 4 for heads in student.config.heads]
     assert max(heads) - min(heads) == 0 and abs(heads[0] - shares[-1]) <= 1 / 4
 

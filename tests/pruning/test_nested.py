@@ -1,4 +1,4 @@
-"""Sizes out of one encoder: exact, nested, and slices of shared weights compute what the cut student computes."""
+"""Sizes of one encoder: exact and nested; slices of shared weights compute what the cut student computes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_unit_goes_at_the_shift_at_which_rounding_lets_it_go() -> None:
         for (_, vector), times in zip(gated.named_gates(), stays):
             if (times - fall).abs().min() > 0.01:
                 wanted = kept_units(vector.log_alpha.double() - fall)
-                goes = ~times.isinf()  # of convolutions one channel stays whatever comes
+                goes = ~times.isinf()  # convolutions always keep one channel
                 assert torch.equal((times > fall)[goes], wanted[goes])
                 assert (~goes).sum() == (vector.unit == "conv")
                 compared += 1

@@ -1,4 +1,4 @@
-"""A kind of prunable unit that this file alone adds: the ranks of the FFN's two linear maps.
+"""A kind of prunable unit that only this file adds: the ranks of the FFN's two linear maps.
 
 ``W = A diag(z) B`` with a gate z for every rank; cut, it is two thin matrices (Wang et al. 2020, arXiv:1910.04732).
 """
@@ -57,7 +57,7 @@ class LowRank(StandIn):
 
 
 class FFNRank(PrunableUnit):
-    """Two entries a layer: of the FFN's first linear map and of its second."""
+    """Two entries per layer, for the FFN's first and second linear map."""
 
     name = "ffn_rank"
     drop_rate = "ffn_drop_rate"
@@ -115,7 +115,7 @@ def teacher() -> SpeechEncoder:
 
 @pytest.fixture
 def gated(teacher: SpeechEncoder) -> SpeechEncoder:
-    """The teacher's weights; gates scattered, one FFN sublayer closed, one of no units, one matrix of no rank."""
+    """The teacher's weights, scattered gates, one closed FFN sublayer, one without units, one matrix of rank 0."""
     encoder = SpeechEncoder(teacher.config.replace(pruning_units=KINDS)).eval()
     state = with_units(encoder.config, teacher.state_dict(), teacher.config)
     missing, unexpected = encoder.load_state_dict(state, strict=False)
@@ -219,7 +219,7 @@ def test_what_was_cut_starts_another_stage_of_its_own_kind(gated: SpeechEncoder)
     gated.gates.log_alpha.data.add_(1.0)
     once = shrink(gated)
     cfg = SkillStudentConfig(pruning_units=["ffn_rank"], seed=1)
-    again = make_student(once, cfg)  # it has the matrices, which must not be factorised once more
+    again = make_student(once, cfg)  # it already has the matrices, which must not be factorised again
     again.gates.log_alpha.data.fill_(60.0)
     assert {gate.unit for _, gate in again.named_gates()} == {"ffn_rank"}
     assert_close(again, once)

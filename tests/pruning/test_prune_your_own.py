@@ -1,4 +1,4 @@
-"""The example of your own training loop: short, without fairseq, and it does what its page says."""
+"""The example of your own training loop: short, without fairseq, and as its page describes."""
 
 from __future__ import annotations
 

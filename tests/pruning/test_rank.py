@@ -1,4 +1,4 @@
-"""Ranks of linear maps as prunable units: cut, the encoder computes the same, and is as large as counted."""
+"""Ranks of linear maps as prunable units: the cut encoder computes the same and has the counted size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from skill_fairseq import pruning
 from skill_fairseq.checkpoints import load_encoder, save_encoder
-from skill_fairseq.exporting.describe import as_lines, describe
+from skill_fairseq.exporting.describe import as_rows, describe
 from skill_fairseq.exporting.model_card import model_card
 from skill_fairseq.models.student_init import make_student
 from skill_fairseq.modules.encoder import SpeechEncoder
@@ -35,7 +35,7 @@ KINDS = [["rank"], ["heads", "ffn", "rank"], ALL]
 
 
 def gated_encoder(units: list[str], seed: int = 0, **changes: Any) -> SpeechEncoder:
-    """Random weights, gates scattered; a layer's attention, a layer's FFN, and some ranks are closed."""
+    """Random weights and scattered gates; a layer's attention, a layer's FFN, and some ranks are closed."""
     encoder = random_encoder(**changes)
     pruning.gate(encoder, units)
     generator = torch.Generator().manual_seed(seed)
@@ -113,7 +113,7 @@ def test_sampled_zeros_are_exact_too() -> None:
 
 
 def test_the_constraint_closes_ranks_from_the_start() -> None:
-    """Of full rank one component less saves nothing, but all of them together do."""
+    """At full rank, dropping one component saves nothing, but dropping all of them does."""
     gated = gated_encoder(["rank"])
     gated.gates.log_alpha.data.fill_(4.6)
     constraint = CostConstraint(0.5, 0)
@@ -151,7 +151,7 @@ def test_what_was_cut_starts_another_stage() -> None:
     once = shrink(gated_encoder(["heads", "ffn", "rank"], seed=1))
     again = SpeechEncoder(once.config.replace(pruning_units=["ffn", "rank"]))
     ranks = [gate for _, gate in again.named_gates() if gate.unit == "rank"]
-    assert len(ranks) == sum(isinstance(m, LowRankLinear) and m.rank > 0 for m in once.modules())  # thin ones alone
+    assert len(ranks) == sum(isinstance(m, LowRankLinear) and m.rank > 0 for m in once.modules())  # only thin ones
     pruning.gate(once, ["ffn", "rank"])
     once.gates.log_alpha.data.copy_(torch.linspace(-3, 3, len(once.gates.log_alpha)))
     twice = shrink(once)
@@ -193,7 +193,7 @@ def test_a_start_of_a_fixed_rank(small: Any, teacher_file: Path, speech: Path, t
         with pytest.raises(ValueError, match=says("model.unit_widths", *said)):
             task.build_model(small.student_config(teacher_file, unit_widths=widths))
     again = small.student_config(tmp_path / "student.safetensors", unit_widths={"rank": 4})
-    with pytest.raises(ValueError, match=says("model.unit_widths", "{'rank': 4}", "leave the field out")):
+    with pytest.raises(ValueError, match=says("model.unit_widths", "{'rank': 4}", "remove the field")):
         task.build_model(again)
 
 
@@ -248,7 +248,7 @@ def test_tables_cards_and_reports_show_them(tmp_path: Path) -> None:
     assert lines[1][-1] == "- - - - - -"  # removed attention, FFN of no units
     save_encoder(small, tmp_path / "small.safetensors")
     assert load_encoder(tmp_path / "small.safetensors").config == small.config
-    (line,) = (line for line in as_lines(describe(tmp_path / "small.safetensors")) if line.startswith("rank "))
+    (line,) = (cells for name, cells in as_rows(describe(tmp_path / "small.safetensors")) if name == "rank")
     assert first in line
     assert f"| ranks (q k v out fc1 fc2) | {first}" in model_card(small, {}, "", "s3prl")
     gated = model_card(gated_encoder(["rank"]), {}, "", "s3prl")

@@ -1,4 +1,4 @@
-"""Warnings before stage 1 that the gates cannot get there, and the report after it."""
+"""Warnings before stage 1 that the gates cannot reach the target, and the report after it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_factors_of_our_schedule_are_the_sum_of_the_optimizers_rates(warmup: int
     optimizer = SimpleNamespace(lr=None)
     optimizer.set_lr = lambda lr: setattr(optimizer, "lr", lr)
     optimizer.get_lr = lambda: optimizer.lr
-    # fairseq's base class wants an optimizer of its own; the schedule is ours.
+    # fairseq's base class needs its own optimizer; the schedule is ours.
     schedule = LinearWarmupDecay.__new__(LinearWarmupDecay)
     schedule.cfg, schedule.optimizer, schedule.warmup = scheduler, optimizer, warmup
     rates = [schedule.step_update(update) for update in range(updates)]
@@ -132,7 +132,7 @@ def test_a_run_that_is_too_short_is_told_what_would_do(gated: SpeechEncoder, cap
     assert f"{expected_sparsity(gated, -1.0):.4f}" in message  # 0.1 x 20 / 2
     rate = float(re.search(r"optimizer\.groups\.gates\.lr_float to (\S+)", message)[1])
     updates = int(re.search(r"optimization\.max_update to (\d+)", message)[1])
-    # Either remedy silences it, and hardly less would.
+    # Either remedy silences it, but hardly anything less.
     for changes, less in (((20, rate), (20, 0.9 * rate)), ((updates, 0.1), (int(0.9 * updates), 0.1))):
         warnings = [
             check_reach(config(max_update=n, warmup=2, lr_float=lr), gated, criterion(0.5, 6))
@@ -220,7 +220,7 @@ def test_far_from_what_the_gates_expect(gated: SpeechEncoder) -> None:
 
 @pytest.mark.faults(
     "the run is too short, or the gates too slow, for the target sparsity",
-    "a warning before training names the fields and values that would do; a report at the end",
+    "a warning before training names the fields and sufficient values; a report at the end",
 )
 @pytest.mark.slow
 def test_a_real_run_that_is_too_short_is_warned_and_does_not_get_there(
@@ -244,7 +244,7 @@ def test_a_real_run_that_is_too_short_is_warned_and_does_not_get_there(
     )
     found = re.search(r"\[WARNING\] - criterion\.target_sparsity: 0\.5 cannot (.*)", log)
     assert found and re.search(says("optimizer.groups.gates.lr_float=0.8", "optimization.max_update=12"), found[1])
-    best = float(re.search(r"bring the student to (0\.\d+)", found[1])[1])
+    best = float(re.search(r"would give (0\.\d+)", found[1])[1])
     reached = logged(log, "train_inner")[-1]["expected_sparsity"]
     assert 0.02 < reached < best < 0.3  # from 0.003 at the start
     ended = re.search(r"sparsity of [\d,]+ parameters: (0\.\d+) expected by the gates, .* the target is 0\.5000", log)

@@ -1,4 +1,4 @@
-"""Shrinking keeps the function, at the size asked for."""
+"""Shrinking keeps the function, at the requested size."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ THIN = {
     "conv_feature_layers": "[(8,10,5), (16,1,1)] + [(16,3,2)] * 4 + [(32,1,1)] + [(32,2,2)] * 2",
     "feature_linear": False,
 }
-NOTHING = 1e-35  # oneDNN of torch 1.12 leaves denormal numbers where the gradient is 0
+NOTHING = 1e-35  # oneDNN of torch 1.12 gives denormal numbers instead of gradients of 0
 
 
 def gated_encoder(shape: dict, units: tuple = ALL, seed: int = 0, spread: float = 2.0) -> SpeechEncoder:
-    """Random weights everywhere, gates scattered around their threshold, every layer's gate but two open."""
+    """Random weights everywhere, gates scattered around their threshold, and all layer gates open except two."""
     torch.manual_seed(seed)
     encoder = SpeechEncoder(EncoderConfig(pruning_units=list(units), **shape))
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_global_correction_hits_the_size(sparsity: float) -> None:
     apply_selection(gated, selection)
     assert_same_outputs(gated, small)
     kept = {name: gate.kept() for name, gate in gated.named_gates()}
-    for name, gate in gated.named_gates():  # within a gate always the most wanted units
+    for name, gate in gated.named_gates():  # within a gate, always the most wanted units
         if kept[name].any() and not kept[name].all():
             assert gate.log_alpha[kept[name]].min() >= gate.log_alpha[~kept[name]].max()
 

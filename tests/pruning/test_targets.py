@@ -1,4 +1,4 @@
-"""Targets of several costs: what a config asks for, which one binds, and students that meet all of them."""
+"""Targets of several costs: parsing, the binding one, and students that meet all of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MACS, PARAMETERS = MacCost(10.0), ParameterCost()
 
 @pytest.fixture(scope="module")
 def learned() -> SpeechEncoder:
-    """Gates such that conv channels, which cost MACs, stay longer than the rest, which has the parameters."""
+    """Gates for which conv channels, which cost MACs, stay longer than the rest, which has the parameters."""
     encoder = load_encoder(TINY)
     gates = gate(encoder)
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def test_gates_and_student_meet_every_target(
 
 
 def test_both_may_bind(learned: SpeechEncoder) -> None:
-    """Targets that the gates happen to meet together: neither is exceeded."""
+    """Targets that the gates meet together: neither is exceeded."""
     ExactConstraint(0.7, 0).impose(learned, 0)
     both = [Target(each, expected_sparsity(learned, cost=each)) for each in (MACS, PARAMETERS)]
     small = shrink(learned, both)

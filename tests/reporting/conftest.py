@@ -1,4 +1,4 @@
-"""A run's folder and a benchmark's, of real parts but for the training, whose log is written down here."""
+"""The folder of a run and of a benchmark, with real parts except for the training log, which is written here."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SPEAKERS = [f"s{i // 25}" for i in range(200)]
 
 
 def write_log(folder: Path, points: list, valid: list, form: str) -> None:
-    """``hydra_train.log`` as fairseq writes it with log_format simple or json."""
+    """``hydra_train.log`` in fairseq's log_format simple or json."""
     lines = []
     for update, loss, expected, target in points:
         values = {"distillation_loss": loss, "l1_g0": 0.1, "l1_g1": 0.2}
@@ -125,7 +125,7 @@ def benchmark_results() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def benchmark_folder(tmp_path_factory: pytest.TempPathFactory, run_folder: Path) -> Path:
-    """As examples/benchmark/run.py leaves it, one run missing and one failed."""
+    """Like the output of examples/benchmark/run.py, with one run missing and one failed."""
     path = tmp_path_factory.mktemp("report") / "benchmark"
     path.mkdir()
     (path / "clusters").symlink_to(run_folder / "clusters")

@@ -72,7 +72,7 @@ def test_pictures_of_differences_and_distances(made: tuple) -> None:
 
 
 def test_a_picture_says_what_its_colours_and_arrows_mean(made: tuple, benchmark_folder: Path, tmp_path: Path) -> None:
-    plain = "in colour: intervals without 0"
+    plain = "in colour: intervals that exclude 0"
     captions = r"<figcaption>(.*?)</figcaption>"
     assert re.findall(captions, made[0]) == [plain] * 3  # of two methods, both are shown
     summary = json.loads((benchmark_folder / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""The pages in a real browser, on a phone's and a desktop's width: nothing sticks out, nothing fails."""
+"""The pages in a real browser, at the width of a phone and a desktop: nothing overflows, nothing fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONS = (
     "--disable-component-update --disable-sync --enable-logging=stderr "
     "--virtual-time-budget=20000 --window-size=1400,900"
 )
-# A window of Chromium is at least 500 px wide, a frame in it is as narrow as one likes.
+# A Chromium window is at least 500 px wide, but a frame in it can have any width.
 CHECK = """<!doctype html><body><iframe id="frame" width="%d" height="800" style="border:0" srcdoc="%s"></iframe>
 <script>
 addEventListener("load", () => {
@@ -66,7 +66,7 @@ pytestmark = [
 
 
 def browse(page: str, width: int, folder: Path) -> dict[str, Any]:
-    """What the browser found in a page of this width."""
+    """The browser's findings for a page of this width."""
     wrapper = folder / f"wrapper_{width}.html"
     wrapper.write_text(CHECK % (width, html.escape(page)), encoding="utf-8")
     profile = folder / f"profile_{width}"

@@ -1,4 +1,4 @@
-"""Folders from strangers, and damaged ones: nothing is written outside, and no file ends in a traceback."""
+"""Untrusted and damaged folders: nothing is written outside, and no file causes a traceback."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_no_name_in_a_file_leads_out_of_the_folder(tmp_path: Path) -> None:
     assert main([str(run)]) == 0
     made = {file.relative_to(tmp_path) for file in tmp_path.rglob("*") if file.is_file()}
     assert {file.parent for file in made} == {Path("a/b/run"), Path("a/b/run/report")}
-    assert len(made) == 1 + len(NAMES) + 1  # probe.json, a picture a task, the page
-    assert (run / "report" / "probe_a-b.png").is_file()  # a harmless name stays as it is
+    assert len(made) == 1 + len(NAMES) + 1  # probe.json, one picture per task, the page
+    assert (run / "report" / "probe_a-b.png").is_file()  # a harmless name does not change
 
 
 def test_links_in_the_folder_are_not_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,16 +76,16 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         ("probe.json", '{"results": [{"model": "m", "task": "t", "metric": "accuracy"}]}', ["results[0]", "'value'"]),
         ("probe.json", probes("t").replace("0.5", "NaN"), ["results[0].value", "nan", "a finite number"]),
         ("probe.json", probes("t").replace("0.4, ", ""), ["results[0].interval", "[0.6]", "a list of 2"]),
-        ("probe.json", "[" * 100_000, ["is no JSON", "nested too deeply"]),
+        ("probe.json", "[" * 100_000, ["is not JSON", "nested too deeply"]),
         ("probe.json", "[]", ["[]", "results"]),
-        ("probe.json", b"\xff{}", ["is no JSON"]),
+        ("probe.json", b"\xff{}", ["is not JSON"]),
         ("clusters/clusters.json", '{"groups": [[0]]}', ["'layers'"]),
         ("results.json", '{"baseline": "b", "rows": [3]}', ["'tasks'"]),
         ("stage1/.hydra/hydra.yaml", "hydra:\n  run:\n    dir: x\n", ["hydra: has no field 'job'"]),
-        ("stage1/.hydra/hydra.yaml", "hydra: {job: {config_name", ["is no YAML"]),
+        ("stage1/.hydra/hydra.yaml", "hydra: {job: {config_name", ["is not YAML"]),
         ("stage1/.hydra/overrides.yaml", "- a: 1\n", ["[0]", "text"]),
         ("stage1/.hydra/config.yaml", "- 1\n", ["[1]", "fields"]),
-        ("stage1/.hydra/config.yaml", "date: 2001-99-99\n", ["is no YAML"]),
+        ("stage1/.hydra/config.yaml", "date: 2001-99-99\n", ["is not YAML"]),
     ],
 )
 def test_a_damaged_file_is_named_in_one_line(
@@ -102,7 +102,7 @@ def test_a_damaged_file_is_named_in_one_line(
 
 
 def places(content: Any, where: tuple = ()) -> Iterator[tuple]:
-    """Of every value in nested dictionaries and lists; of long lists, the first and last entries."""
+    """Places of all values in nested dictionaries and lists; for long lists, of the first and last entries."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         if not isinstance(content, list) or key in (0, len(content) - 1):
@@ -111,7 +111,7 @@ def places(content: Any, where: tuple = ()) -> Iterator[tuple]:
 
 
 def changed(content: Any, where: tuple, value: Any) -> Any:
-    """A copy with another value at a place; without that place where the value is ``places``."""
+    """A copy with another value at a place, or without that place if the value is ``places``."""
     made = copy.deepcopy(content)
     inner = made
     for key in where[:-1]:
@@ -125,7 +125,7 @@ def changed(content: Any, where: tuple, value: Any) -> Any:
 
 @pytest.fixture
 def nothing_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures take their time; what is drawn is worked out all the same."""
+    """Drawing is slow, so it is skipped, but everything to draw is still computed."""
 
     def blank(path: Path, *args: Any, **options: Any) -> Path:
         path.write_bytes(b"")
@@ -142,7 +142,7 @@ FILES = ["probe.json", "clusters/clusters.json", "results.json", "hydra", "confi
 def test_no_field_that_is_missing_or_odd_ends_in_a_traceback(
     file: str, run_folder: Path, benchmark_folder: Path, tmp_path: Path, nothing_drawn: None
 ) -> None:
-    """Every field in turn is taken out and becomes an odd value: an error that names the file, or a page."""
+    """Removes or replaces every field in turn: the result is an error that names the file, or a page."""
     run, out = tmp_path / "run", tmp_path / "out"
     out.mkdir()
     source = benchmark_folder if file == "results.json" else run_folder
@@ -152,7 +152,7 @@ def test_no_field_that_is_missing_or_odd_ends_in_a_traceback(
     path = run / file if "." in file else run / "stage1" / ".hydra" / f"{file}.yaml"
     read, write = (json.loads, json.dumps) if path.suffix == ".json" else (yaml.safe_load, yaml.safe_dump)
     content = read(path.read_text())
-    if file == "config":  # without what it names: reading an encoder each time takes long
+    if file == "config":  # without the files that it names: reading an encoder each time takes long
         content["task"] = {"teacher": "nowhere", "data": "nowhere"}
     tried = [(where, value) for where in places(content) for value in [places, *ODD]]
     pages = 0

@@ -1,4 +1,4 @@
-"""What the pictures show, and that it can be told apart."""
+"""The content of the pictures, and that curves are distinguishable."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from skill_fairseq.clustering.plot import COLOURS, plot_clusters
 from skill_fairseq.reporting import pictures
 from skill_fairseq.reporting.pictures import STYLES, beyond, draw_curves, forest
 
-# Machado, Oliveira and Fernandes 2009: what is left of linear RGB without long, middle and short cones.
+# Machado, Oliveira and Fernandes 2009: linear RGB as seen without long, middle and short cones.
 SIGHT = {
     "all cones": np.eye(3),
     "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
@@ -39,7 +39,7 @@ def lab(colour: str, sight: Any) -> np.ndarray:
 
 @pytest.mark.parametrize("sight", SIGHT)
 def test_colours_are_told_apart_by_the_colour_blind_too(sight: str) -> None:
-    """A difference of 2.3 is just noticed; here it is 15, and none is too pale for white paper."""
+    """A difference of 2.3 is just noticeable; here it is 15, and no colour is too pale for white paper."""
     seen = [lab(colour, SIGHT[sight]) for colour in COLOURS]
     assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 15
     assert max(colour[0] for colour in seen) < 80
@@ -53,7 +53,7 @@ def test_any_two_styles_differ_in_two_ways_or_more() -> None:
 
 @pytest.mark.parametrize("points", [13, 400])
 def test_of_24_curves_no_two_look_alike(points: int) -> None:
-    """Drawn at the same place, one at a time: every two pictures differ, in black and white too."""
+    """Drawn at the same place, one at a time, any two pictures differ, also in black and white."""
     seen = []
     for number in range(24):
         lines = {str(i): (range(points), [0.0 if i == number else np.nan] * points) for i in range(24)}
@@ -105,7 +105,7 @@ def clusters(path: Path, layers: int) -> None:
 
 @pytest.mark.parametrize("name", PAINTERS)
 def test_words_can_be_read_on_a_phone(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """360 px less the margins: 328; clusters scroll; 7.9 px are small print."""
+    """360 px less margins is 328; clusters scroll; 7.9 px is small text."""
     width = 860 if name.startswith("clusters") else 328
     figure = drawn(monkeypatch, tmp_path / "a.png", PAINTERS[name]).figure
     words = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
@@ -154,7 +154,7 @@ def test_what_lies_beyond_the_axis() -> None:
     far = ROWS[2]
     assert beyond(ROWS, 0.0) == [2] and beyond([far, *ROWS[:2] * 2, far], 0.0) == [0, 5]
     assert beyond(ROWS[:2], 0.0) == []  # not three times as far
-    assert beyond([far, *ROWS], 0.0) == []  # half are far: then all are shown
+    assert beyond([far, *ROWS], 0.0) == []  # if half are far, all are shown
     assert beyond([far], 0.0) == [] and beyond(ROWS, -30.0) == []
 
 

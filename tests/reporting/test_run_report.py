@@ -1,4 +1,4 @@
-"""The page on a run: its numbers are those of the files."""
+"""The page on a run shows the files' numbers."""
 
 from __future__ import annotations
 
@@ -136,7 +136,8 @@ def test_settings_and_commands_to_repeat(made: tuple, run_folder: Path, teacher_
         "fairseq-hydra-train --config-dir config/distill --config-name tiny common.seed=4711 "
         "'criterion.groups=[[0],[1,2]]' hydra.run.dir=stage1" in repeat
     )
-    assert f"skill-probe teacher={teacher_file} student=student.safetensors logmel --task TASKS/digit" in repeat
+    probing = f"skill-probe teacher={teacher_file} student=student.safetensors logmel --task TASKS/digit"
+    assert f"{probing} --json > probe.json" in repeat
     assert "skill-shrink stage1/checkpoint_last.pt shrunk.safetensors --sparsity 0.4<" in repeat
     assert f"skill-report {run_folder} --teacher {teacher_file} --data {speech}<" in repeat
     assert "(TASKS)" in repeat
@@ -146,7 +147,7 @@ def test_settings_and_commands_to_repeat(made: tuple, run_folder: Path, teacher_
     ("saved", "there", "shown"),
     [
         ("checkpoints", None, "stage1/checkpoints/checkpoint_last.pt"),  # the README's and submit.sh's layout
-        ("{run}/stage1", None, "stage1/checkpoint_last.pt"),  # that of examples/tiny/run.sh
+        ("{run}/stage1", None, "stage1/checkpoint_last.pt"),  # the layout of examples/tiny/run.sh
         ("/elsewhere/my runs", None, "'/elsewhere/my runs/checkpoint_last.pt'"),
         ("/before/it/was/moved", "stage1/checkpoint_last.pt", "stage1/checkpoint_last.pt"),
         ("/before/it/was/moved", "stage1/checkpoints/checkpoint_last.pt", "stage1/checkpoints/checkpoint_last.pt"),
@@ -195,7 +196,7 @@ def test_losses_that_are_not_finite_are_said_and_not_drawn(run_folder: Path, tmp
 
 
 def test_logs_of_submit_are_no_trainings(run_folder: Path, tmp_path: Path) -> None:
-    """logs/stage1.log, a job's screen, repeats what stage1/hydra_train.log has; a copy beside it does too."""
+    """logs/stage1.log, a job's screen output, repeats stage1/hydra_train.log; so does a copy beside it."""
     path = tmp_path / "run"
     shutil.copytree(run_folder / "stage1", path / "stage1")
     for copy in ("logs/stage1.log", "old.log"):

@@ -1,4 +1,4 @@
-"""Every size of an elastic run beside students that were trained for one."""
+"""Every size of an elastic run, compared with students that were trained for one size."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture
 def run(small: Any, tmp_path: Path) -> Path:
-    """Students as skill-shrink --size 0.5 --size 0.25 writes them, and one that was trained for a half."""
+    """Students from skill-shrink --size 0.5 --size 0.25, and one that was trained for a half."""
     folder, teacher = tmp_path / "run", small.random_encoder()
     (folder / "dedicated").mkdir(parents=True)
     for size in (0.5, 0.25):
         student = prune_by_magnitude(teacher, 1 - size, ["conv", "heads", "ffn"])
         save_encoder(student, folder / f"student-{size}.safetensors", {"elastic": {"smallest": 0.2, "largest": 0.5}})
     save_encoder(prune_by_magnitude(teacher, 0.5, ["heads", "ffn"]), folder / "dedicated" / "half.safetensors")
-    save_encoder(teacher, folder / "other-0.5.safetensors")  # of no elastic run
+    save_encoder(teacher, folder / "other-0.5.safetensors")  # not from an elastic run
     return folder
 
 
@@ -32,7 +32,7 @@ def test_files_are_those_of_the_run_and_the_dedicated_ones(run: Path) -> None:
     found = {kind: [path.stem for path in paths] for kind, paths in size_files(run).items()}
     assert found == {"one elastic run": ["student-0.25", "student-0.5"], "a run for each size": ["half"]}
     (run / "student-0.25.safetensors").unlink()
-    assert size_files(run) == {}  # one size is no series
+    assert size_files(run) == {}  # one size is not a series
 
 
 def test_the_table_and_its_pictures(run: Path, small: Any, speech: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Numbers out of fairseq's log."""
+"""Reading numbers from fairseq's log."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_series_skips_entries_without_the_name_or_a_finite_number() -> None:
 
 
 def test_what_is_no_entry_is_passed_over() -> None:
-    """An update that is no number, lists in place of numbers, JSON nested without end, a line of a megabyte."""
+    """An update that is not a number, lists instead of numbers, endlessly nested JSON, a line of a megabyte."""
     start = "[t][train_inner][INFO] - "
     deep = '{"num_updates": ' * 5000
     lines = ["epoch 1: loss=1, num_updates=nan", '{"num_updates": [1]}', deep, "num_updates=1 " + "a" * 1_000_000]
@@ -72,13 +72,13 @@ def test_what_is_no_entry_is_passed_over() -> None:
 
 
 def test_long_words_cost_no_more_than_short_ones() -> None:
-    """Of a word of n letters no part is looked at as a name: n^2 steps, here 10^10, would not end."""
+    """Parts of a word of n letters are not tried as names: n^2 steps, here 10^10, would take forever."""
     line = "[t][train_inner][INFO] - num_updates=1 " + "a" * 99_000
     assert len(parse_log([line] * 20)["train_inner"]) == 1
 
 
 def test_the_log_of_a_folder(tmp_path: Path) -> None:
-    """No other file: submit.sh keeps the screens of all steps as logs/*.log, and a copy may lie anywhere."""
+    """Other files are not read: submit.sh keeps the output of all steps as logs/*.log, and copies may be anywhere."""
     nothing = {"train_inner": [], "train": [], "valid": []}
     assert read_log(tmp_path) == nothing
     (tmp_path / "stage1.log").write_text(PLAIN)

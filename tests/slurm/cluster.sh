@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A Slurm of one node for the tests, in a folder of its own: sourced by run.sh, as root.
+# A one-node Slurm for the tests, in its own folder: sourced by run.sh, as root.
 #
 #   start_cluster FOLDER    munged, slurmctld and slurmd on free ports of 127.0.0.1; sets SLURM_CONF
 #   stop_cluster            stops what start_cluster started, by its own process ids
 #
-# Nothing of it touches a Slurm or munge that the machine may have: key, socket, ports, state and logs lie in FOLDER.
+# It does not touch a Slurm or munge of the machine: key, socket, ports, state and logs are in FOLDER.
 
 cluster_pids=()
 
@@ -37,7 +37,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits as long as a credential lives: 120 s unless told otherwise.
+# A requeued job waits for a credential's lifetime: 120 s by default.
 AuthInfo=socket=$cluster/munge/socket,cred_expire=5
 StateSaveLocation=$cluster/state
 SlurmdSpoolDir=$cluster/spool
@@ -58,7 +58,7 @@ ReturnToService=2
 KillWait=5
 OverTimeLimit=0
 MinJobAge=3600
-# What the machine lacks, in CPUs, is overcommitted.
+# Missing CPUs are overcommitted.
 SlurmdParameters=config_overrides
 NodeName=$host NodeAddr=127.0.0.1 CPUs=2 RealMemory=16000 State=UNKNOWN
 PreemptType=preempt/partition_prio

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs examples/librispeech/submit.sh and the run configs on a real Slurm of one node, which it starts and stops, and
-# disturbs them: requeues, preempts, cancels, signals, lets time run out. Four to eight minutes on 2 CPU cores.
+# Runs examples/librispeech/submit.sh and the run configs on a real one-node Slurm, which it starts and stops, and
+# disturbs them: requeues, preempts, cancels, signals, and exceeds time limits. Four to eight minutes on 2 CPU cores.
 #
 #   bash tests/slurm/run.sh
 #
-# Uses the environment of tests/run.sh (VENV names another). Needs root, as Slurm's daemons do, and Debian's packages
-# slurm-wlm and munge, which it installs where they are missing. Exit code 77: could not be run here, for it is not
-# root, or there is neither Slurm nor apt-get. KEEP=1 keeps the folder with all logs; so does a failure.
+# Uses the environment of tests/run.sh (VENV names another). Needs root, like Slurm's daemons, and Debian's packages
+# slurm-wlm and munge, which it installs if missing. Exit code 77: it cannot run here, without root, or with neither
+# Slurm nor apt-get. KEEP=1 keeps the folder with all logs; so does a failure.
 set -euo pipefail
 ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || { echo "$0: bash $BASH_VERSION, expected 4.4 or later" >&2; exit 2; }
 cwd=$PWD
@@ -127,7 +127,7 @@ for name, tensor in one.items():
 PYTHON
 }
 
-# Two runs beside each other, the second disturbed
+# Two runs in parallel, the second disturbed
 submit plain >"$work/plain.log"
 submit disturbed >"$work/disturbed.log"
 check "four jobs are submitted" is "$(grep -c submitted "$work/disturbed.log")" 4
@@ -162,8 +162,8 @@ wait_for 30 is_gone disturbed export || true
 submit disturbed >"$work/when_done.log"
 check "submitted when all is done: nothing" is "$(grep -c ': done' "$work/when_done.log") $(squeue --noheader | wc -l)" "4 0"
 
-# Two processes, one task each, as on GPUs. Slurm looks every 30 s for jobs that are to be warned: 29 to 59 s after the
-# start, of the minute that the job has.
+# Two processes, one task each, as on GPUs. Every 30 s Slurm looks for jobs to warn: 29 to 59 s after the start, of the
+# minute that the job has.
 two=(--run-config slurm_1node --groups "$work/plain/clusters/groups.yaml" --set common.cpu=true)
 two+=(--set distributed_training.distributed_world_size=2 --set distributed_training.distributed_backend=gloo)
 for option in --ntasks-per-node=2 --cpus-per-task=1 --gpus-per-node=0 --mem=2G; do two+=(--sbatch "$option"); done

@@ -1,4 +1,4 @@
-"""examples/librispeech/submit.sh as far as it goes without Slurm; run.sh beside this file has the rest."""
+"""examples/librispeech/submit.sh as far as possible without Slurm; run.sh beside this file tests the rest."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def printed(out: Path, *options: object) -> dict[str, list[str]]:
 
 
 def value(command: list[str], option: str) -> str | None:
-    """Of the last such option, as sbatch takes it; None where it is not there."""
+    """The value of the last such option, as in sbatch; None without it."""
     found = [word.split("=", 1)[1] for word in command if word.startswith(option + "=")]
     return found[-1] if found else None
 
@@ -91,7 +91,7 @@ def test_options_reach_the_steps_that_they_are_for(tmp_path: Path) -> None:
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
-    """A folder without the mark of its completion is not done."""
+    """A folder without the marker of completion is not done."""
     (tmp_path / "clusters").mkdir()
     (tmp_path / "stage1").mkdir()
     commands = printed(tmp_path)
@@ -137,7 +137,7 @@ def test_paths_are_handed_on_whatever_they_hold(tmp_path: Path) -> None:
 
 
 def test_several_teachers(tmp_path: Path) -> None:
-    """Whatever their paths hold, each step gets all of them; the first as before."""
+    """Each step gets all of them, with any paths; the first one as before."""
     folder = tmp_path / WORST
     folder.mkdir()
     for name in ("one, two", "second"):
@@ -155,7 +155,7 @@ def test_several_teachers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_job_trains_under_any_path(tmp_path: Path, speech: Path, teacher_file: Path) -> None:
-    """Clone, data, teacher and results: both stages and the student."""
+    """Clone, data, teacher and results, for both stages and the student."""
     folder = tmp_path / WORST
     folder.mkdir()
     (folder / "clone").symlink_to(EXAMPLES.parent)
@@ -204,7 +204,7 @@ def test_bad_options_are_named(options: list[object], said: list) -> None:
 
 
 def test_job_outside_of_slurm_is_the_step_itself(tmp_path: Path) -> None:
-    """Complete steps are left alone; a step that does not exist is an error."""
+    """Complete steps are skipped; a step that does not exist is an error."""
     job = ["bash", str(SUBMIT.with_name("job.sh"))]
     (tmp_path / "student.safetensors").write_bytes(b"there")
     assert subprocess.run([*job, "export", str(tmp_path)]).returncode == 0
@@ -218,7 +218,7 @@ def test_job_outside_of_slurm_is_the_step_itself(tmp_path: Path) -> None:
     [("exit 75", 75), ("kill -USR1 $$", 75), ("kill -USR2 $$", 75), ("exit 1", 1), ("kill -KILL $$", 137)],
 )
 def test_a_job_that_was_told_to_stop_goes_on_later(tmp_path: Path, end: str, code: int) -> None:
-    """75 is the code of a training that was told to stop; a signal's own code means that it had not begun."""
+    """75 is the exit code of a training that was asked to stop; a signal's own code means that it had not started."""
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / "fairseq-hydra-train"
     program.write_text(f"#!/usr/bin/env bash\n{end}\n")

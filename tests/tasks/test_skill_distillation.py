@@ -1,4 +1,4 @@
-"""The distillation task: its data, its teacher, and what it refuses."""
+"""The distillation task: data, teacher, and refusals."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_missing_files_are_an_error_before_training(tmp_path: Path, small: Any) 
 def test_a_sample_of_the_files_is_looked_for_or_all(
     tmp_path: Path, small: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thousand at most, whatever the corpus; a wrong root is found all the same."""
+    """At most a thousand for any corpus, which still detects a wrong root."""
     names = [f"{i}.wav" for i in range(5000)]
     looked: list[str] = []
     missing = {"4711.wav"}
@@ -346,7 +346,7 @@ def test_long_recordings_are_cut_in_validation_and_named(
     cut = task.dataset("valid")
     for i, length in enumerate(lengths):
         assert cut.size(i) == min(length, limit)
-        assert torch.equal(cut[i]["source"], whole[i]["source"][:limit])  # the beginning, every time
+        assert torch.equal(cut[i]["source"], whole[i]["source"][:limit])  # the beginning each time
     heard = [batch["net_input"]["source"].size(1) for batch in batches(task, "valid", shuffle=False)]
     assert max(heard) == limit
     task.load_dataset("train")

@@ -1,4 +1,4 @@
-"""Fields of the distillation task: each acts, or is refused by name."""
+"""Fields of the distillation task: each has an effect, or is refused by name."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_subsets_that_are_not_there_are_named(small: Any, speech: Path) -> None:
     with pytest.raises(FileNotFoundError, match=says("dataset.valid_subset", "dev.tsv")):
         task.load_dataset("dev")
     with pytest.raises(FileNotFoundError, match=says("dataset.train_subset", "other.tsv")):
-        task.load_dataset("other", data_selector=None)  # as fairseq's trainer asks for its training data
+        task.load_dataset("other", data_selector=None)  # like fairseq's trainer requests its training data
 
 
 def test_training_data_may_have_another_name(small: Any, speech: Path) -> None:
@@ -139,7 +139,7 @@ def test_student_keeps_the_sample_rate_in_its_config(small: Any, speech: Path, t
     assert model.speech_encoder.config.sample_rate == cfg.sample_rate == 8000
     again = small.make_task(speech).build_model(cfg, from_checkpoint=True)
     assert again.speech_encoder.config == model.speech_encoder.config
-    del cfg["sample_rate"]  # of a checkpoint that does not hold it; the task's config does
+    del cfg["sample_rate"]  # for a checkpoint without it; the task's config has it
     old = small.make_task(speech, sample_rate=8000).build_model(cfg, from_checkpoint=True)
     assert old.speech_encoder.config.sample_rate == 8000
 
@@ -155,7 +155,7 @@ def test_teachers_are_paths(given: Any, small: Any, speech: Path) -> None:
     [
         ({"sample_rate": 8000}, ["sample_rate", 8000, 16000]),
         ({"normalize": True}, ["normalize", "True", "False"]),
-        ({"conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)]"}, ["samples a frame", 160, 320]),
+        ({"conv_feature_layers": "[(8,10,5)] + [(8,3,2)] * 4 + [(8,2,2)]"}, ["samples per frame", 160, 320]),
         ({"conv_feature_layers": "[(8,12,5)] + [(8,3,2)] * 4 + [(8,2,2)] * 2"}, ["first frame", 402, 400]),
     ],
 )

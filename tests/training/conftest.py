@@ -1,4 +1,4 @@
-"""What the tests of disturbed runs share: their data, and the undisturbed run."""
+"""Shared by the tests of disturbed runs: their data, and the undisturbed run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bad days on a cluster: unreadable files, losses that are not finite, full disks, lost teachers."""
+"""Faults on a cluster: unreadable files, losses that are not finite, full disks, missing teachers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TWELVE = ["optimization.max_update=12", "checkpoint.save_interval_updates=4"]
 
 @pytest.fixture
 def own_speech(speech: Path, tmp_path: Path) -> Path:
-    """A copy of the data, to be spoilt."""
+    """A copy of the data to damage."""
     return shutil.copytree(speech, tmp_path / "speech")
 
 
@@ -32,7 +32,7 @@ def where(speech: Path, teacher_file: Path) -> list[str]:
 
 
 def spoil(speech: Path, *names: str) -> list[str]:
-    """No audio any more."""
+    """Makes a file unreadable."""
     files = [speech / name for name in names]
     for file in files:
         file.write_bytes(b"RIFF" + bytes(range(256)) * 20)
@@ -40,7 +40,7 @@ def spoil(speech: Path, *names: str) -> list[str]:
 
 
 def absurd(speech: Path, name: str) -> str:
-    """A FLAC whose header gives 2^35 samples, more than there is memory for."""
+    """A FLAC whose header claims 2^35 samples, more than fit into memory."""
     content = io.BytesIO()
     soundfile.write(content, soundfile.read(str(speech / name))[0], 16000, format="FLAC")
     data = content.getvalue()
@@ -50,7 +50,7 @@ def absurd(speech: Path, name: str) -> str:
 
 
 def infinite(speech: Path, name: str) -> str:
-    """Finite samples, whose sums are not."""
+    """Finite samples whose sums are not finite."""
     frames = soundfile.info(str(speech / name)).frames
     soundfile.write(str(speech / name), np.full(frames, 3.4e38, np.float32), 16000, subtype="FLOAT")
     return str(speech / name)
@@ -71,7 +71,7 @@ def test_unreadable_files_are_skipped_and_named(
     epochs = int(max(entry["epoch"] for entry in run.updates().values()))
     assert epochs >= 2
     for file, why in zip(files, ("cannot be decoded", "its header gives 34")):
-        # Once an epoch, whichever rank has it; the last epoch may not have come to it.
+        # Once per epoch, on any rank; the last epoch may not have reached it.
         assert logs.count(f"file skipped: {file}: {why}") in (epochs - 1, epochs)
     assert f"file skipped: {files[2]}: cannot be decoded" in logs
 
@@ -84,7 +84,7 @@ def test_unreadable_files_are_skipped_and_named(
 def test_too_many_unreadable_files_end_the_run(
     own_speech: Path, teacher_file: Path, tmp_path: Path, world_size: int
 ) -> None:
-    """Ranks see one or two each, and stop together: neither waits for the other."""
+    """Ranks get one or two each, and stop together, without waiting for each other."""
     spoil(own_speech, "train/3.wav", "train/9.wav", "train/17.wav")
     limit = "task.max_unreadable_files=2"
     run = Run(tmp_path / "run", *where(own_speech, teacher_file), *TWELVE, limit, world_size=world_size)
@@ -116,7 +116,7 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_names_the_files(
 
 
 def test_in_bf16_an_update_is_skipped_alone(own_speech: Path, teacher_file: Path, tmp_path: Path) -> None:
-    """fairseq's optimizer would multiply the next gradient by what the skipped one left behind."""
+    """fairseq's optimizer would multiply the next gradient by the factor of the skipped one."""
     infinite(own_speech, "train/5.wav")
     settings = [*where(own_speech, teacher_file), *TWELVE, "optimization.update_freq=[2]"]
     norms = []
@@ -130,7 +130,7 @@ def test_in_bf16_an_update_is_skipped_alone(own_speech: Path, teacher_file: Path
 
 @pytest.mark.faults(
     "more than task.max_skipped_updates in a row",
-    "the run ends and says so",
+    "the run ends with an error",
 )
 def test_too_many_skipped_updates_end_the_run(own_speech: Path, teacher_file: Path, tmp_path: Path) -> None:
     for i in range(24):
@@ -143,12 +143,12 @@ def test_too_many_skipped_updates_end_the_run(own_speech: Path, teacher_file: Pa
 
 @pytest.mark.faults(
     "the disk is full",
-    "the run ends with the file, the reason and the room left; older checkpoints are whole",
+    "the run ends and names the file, the reason and the free space; older checkpoints are intact",
 )
 def test_a_full_disk_ends_the_run_and_older_checkpoints_stay_whole(
     data: list[str], straight: Any, tmp_path: Path
 ) -> None:
-    """A limit on the size of files stands for the disk: the system refuses the write in its middle."""
+    """A limit on file sizes simulates a full disk: the system refuses in the middle of a write."""
     run = Run(tmp_path, *data, "checkpoint.save_interval_updates=5")
     run.start()
     run.wait_for(lambda: (tmp_path / "checkpoint_last.pt").exists())
@@ -178,7 +178,7 @@ def test_a_full_disk_ends_the_run_and_older_checkpoints_stay_whole(
 
 @pytest.mark.faults(
     "checkpoint_last.pt is truncated or damaged",
-    "named, set aside as *.damaged; the newest whole checkpoint before it is used",
+    "it is named and renamed to *.damaged; the newest undamaged checkpoint before it is used",
 )
 def test_a_truncated_last_checkpoint_costs_what_came_after_the_one_before(
     data: list[str], straight: Any, tmp_path: Path
@@ -199,7 +199,7 @@ def test_a_truncated_last_checkpoint_costs_what_came_after_the_one_before(
 
 
 @pytest.mark.faults(
-    "the teacher or stage 1's checkpoint is gone",
+    "the teacher or stage 1's checkpoint is missing",
     "an error before training names the config's field and the path",
 )
 def test_a_teacher_that_is_gone_is_an_error_before_training(speech: Path, teacher_file: Path, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ fairseq_cli.hydra_train.cli_main()
 
 
 def out_of_memory(folder: Path, fails: str) -> tuple[str, ...]:
-    """A program that trains, but for a forward that fails; ``calls``: of the student, whether in training."""
+    """A training program with a failing forward; ``calls``: the student's calls, whether in training."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "program.py").write_text(OUT_OF_MEMORY.replace("FAILS", fails))
     return (sys.executable, "program.py")
@@ -242,11 +242,11 @@ def out_of_memory(folder: Path, fails: str) -> tuple[str, ...]:
 
 @pytest.mark.faults(
     "out of memory",
-    "fairseq drops the batch and goes on; a hint says what dataset.max_tokens to try",
+    "fairseq drops the batch and continues; a hint suggests a value for dataset.max_tokens",
 )
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_out_of_memory_drops_the_batch_with_a_hint(data: list[str], tmp_path: Path, world_size: int) -> None:
-    """On one of two ranks the other's batch makes the update."""
+    """With two ranks, the other rank's batch makes the update."""
     program = out_of_memory(tmp_path, "sum(calls) == 3")
     run = Run(tmp_path, *data, *TWELVE, program=program, world_size=world_size).finish()
     assert sorted(run.updates()) == list(range(1, 13))
@@ -257,7 +257,7 @@ def test_out_of_memory_drops_the_batch_with_a_hint(data: list[str], tmp_path: Pa
 
 @pytest.mark.faults(
     "out of memory in validation",
-    "fairseq tries the batch once more; a hint says what dataset.max_tokens_valid to try",
+    "fairseq tries the batch again; a hint suggests a value for dataset.max_tokens_valid",
 )
 def test_out_of_memory_in_validation_has_a_hint_of_its_own(data: list[str], tmp_path: Path) -> None:
     program = out_of_memory(tmp_path, "calls.count(False) == 1 and not self.training")

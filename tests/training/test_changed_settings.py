@@ -1,4 +1,4 @@
-"""A run directory that is used again with other settings: the log names them."""
+"""A run directory reused with other settings: the log names them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CFG: dict[str, Any] = {
 
 
 def changed(cfg: dict[str, Any], **values: Any) -> dict[str, Any]:
-    """A copy with other values, by dotted names with __ for a dot."""
+    """A copy with other values, by dotted names with __ for the dot."""
     copy = OmegaConf.create(cfg)
     for name, value in values.items():
         OmegaConf.update(copy, name.replace("__", "."), value)
@@ -53,7 +53,7 @@ def test_fields_with_other_values_are_found() -> None:
 
 
 def test_what_changes_in_the_ordinary_way_is_not() -> None:
-    """A longer run, schedules that follow its length, another folder or log."""
+    """A longer run, schedules that depend on its length, another folder or log."""
     length = {"optimization__max_update": 500, "optimizer__groups__gates__lr_scheduler__total_num_update": 500}
     now = changed(CFG, common__log_format="simple", checkpoint__save_dir="there", **length)
     assert changed_settings(CFG, now) == {}
@@ -69,7 +69,7 @@ def test_the_number_of_ranks_is_not_wherever_fairseq_repeats_it() -> None:
     ranks = ["distributed_training.distributed_world_size=4", "distributed_training.ddp_backend=legacy_ddp"]
     before, now = resolved(), resolved(*ranks, "dataset.data_buffer_size=3", "common.fp16=true")
     assert now["bmuf"]["distributed_world_size"] == 4 != before["bmuf"]["distributed_world_size"]
-    for cfg in (before, now):  # as the criterion adaptive_loss and fine-tuned models have it
+    for cfg in (before, now):  # as in the criterion adaptive_loss and fine-tuned models
         cfg["criterion"] = {"ddp_backend": cfg["distributed_training"]["ddp_backend"]}
     assert changed_settings(before, now) == {"common.fp16": (False, True)}
 
@@ -98,7 +98,7 @@ def test_a_checkpoints_config_is_read_and_no_code_is_run(tmp_path: Path, monkeyp
     [{"args": Namespace(lr=1), "cfg": None, "model": {}}, {"model": {}}, {"cfg": OmegaConf.create(CFG)}, 3, None],
 )
 def test_what_cannot_be_compared_is_passed_over(tmp_path: Path, content: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Old checkpoints, others', a missing one, and the format before torch 1.6."""
+    """Old, foreign and missing checkpoints, and the format before torch 1.6."""
     path = tmp_path / "checkpoint_last.pt"
     for new_format in (True, False):
         if content is not None:
@@ -120,10 +120,10 @@ def test_the_warning_has_an_end(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 @pytest.mark.faults(
     "a run directory is used again with other settings",
-    "the run goes on from its checkpoint; one warning names the fields, the old values and the new",
+    "the run resumes from its checkpoint; one warning names the fields with old and new values",
 )
 @pytest.mark.faults(
-    "a run goes on with another teacher under the same name",
+    "a run resumes with another teacher under the same name",
     "a warning names the file and both hashes of its content",
 )
 @pytest.mark.slow

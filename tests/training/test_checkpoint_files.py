@@ -1,4 +1,4 @@
-"""Whole checkpoint files, and the newest of them."""
+"""Undamaged checkpoint files, and the newest of them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_damaged_last_checkpoint_is_named_and_set_aside(
     ]
     assert re.search(says(last, "damaged"), caplog.text)
     assert str(tmp_path / "checkpoint_1_200.pt") in caplog.text
-    # A run that ends before it has written a last one again.
+    # A run that ends before it rewrites the last one.
     assert newest_whole_checkpoint(last) == tmp_path / "checkpoint_1_200.pt"
 
 
@@ -96,14 +96,14 @@ def test_nothing_to_go_on_from(tmp_path: Path) -> None:
     last = tmp_path / "checkpoint_last.pt"
     assert newest_whole_checkpoint(last) == last  # a first start
     truncate(write(last))
-    for _ in range(2):  # a requeued job tries again: not from the beginning, in silence
-        with pytest.raises(ValueError, match=says("no whole checkpoint", tmp_path / "checkpoint_last.pt.damaged")):
+    for _ in range(2):  # a requeued job tries again, instead of silently starting from the beginning
+        with pytest.raises(ValueError, match=says("no undamaged checkpoint", tmp_path / "checkpoint_last.pt.damaged")):
             newest_whole_checkpoint(last)
 
 
 @pytest.mark.faults(
     "a kill or a full disk in the middle of writing a checkpoint",
-    "the file is whole or absent, never half; leftovers go at the next start",
+    "the file is complete or absent; leftovers are removed at the next start",
 )
 def test_a_copy_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = write(tmp_path / "source.pt", 1.0), write(tmp_path / "target.pt", 2.0)
@@ -123,7 +123,7 @@ def test_a_copy_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_systems_error_is_what_is_told(tmp_path: Path) -> None:
-    """torch's writer answers a full disk with an error of its own."""
+    """torch's writer reports a full disk with its own error."""
     path = tmp_path / "checkpoint_last.pt"
     with pytest.raises(CheckpointNotWritten, match=says(os.strerror(errno.ENOSPC), "GB")):
         with writing(str(path)):
@@ -135,7 +135,7 @@ def test_the_systems_error_is_what_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("handled", [None, OSError(errno.EIO, "an audio file")])
 def test_errors_of_which_the_system_knows_nothing_are_passed_on(tmp_path: Path, handled: Any) -> None:
-    """Making room would not help; an error that was being handled before does not count."""
+    """Free space would not help; an error that was being handled before does not count."""
     path = tmp_path / "crash.pt"
     error = AttributeError("Can't pickle local object")
 

@@ -1,4 +1,4 @@
-"""Several processes train as one does: gradients, parameters, gates and data, by torchrun and fairseq-hydra-train."""
+"""Several processes train like one: gradients, parameters, gates and data, with torchrun and fairseq-hydra-train."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ COMMON = [
     "model.ffn_drop_rate=0.7",
 ]
 UPDATES, EQUAL, SAMPLES = 3, 8, 8000
-# Rates so low that rounding cannot grow: Adam would make a full step of a gradient that is 0 but for rounding.
+# Rates are so low that rounding cannot grow: Adam would make a full step for a gradient that is 0 up to rounding.
 SLOW = [
     f"optimization.max_update={UPDATES}",
     "dataset.validate_interval_updates=3",
@@ -111,7 +111,8 @@ def record(
 
 @pytest.fixture(scope="module")
 def equal(small: Any, teacher_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Eight training utterances of one length, so that halves of a batch are equal; five of several to validate."""
+    """Eight training utterances of equal length, so that halves of a batch are equal; five of various lengths to
+    validate."""
     lengths = {"train": [SAMPLES / 16000] * EQUAL, "valid": [0.4, 0.9, 0.6, 1.1, 0.8]}
     return [
         f"task.data={small.write_speech(tmp_path_factory.mktemp('equal'), lengths)}",
@@ -121,7 +122,7 @@ def equal(small: Any, teacher_file: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def ways(equal: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[list[Update]], str]]:
-    """The same three updates in every way."""
+    """The same three updates in every setup."""
     found = {}
     for name, (processes, accumulated, changes) in WAYS.items():
         batch = EQUAL * SAMPLES // (processes * accumulated)
@@ -175,7 +176,7 @@ def test_gates_are_those_of_the_update_on_every_rank_and_in_every_batch(ways: di
 
 
 def test_gradients_of_gates_and_multipliers_are_summed_in_float32_in_a_half_precision_run(ways: dict) -> None:
-    """The multipliers' gradient is the excess of sparsity: known to float32, and to three digits of it in bfloat16."""
+    """The multipliers' gradient is the excess sparsity: accurate to float32, and to three digits in bfloat16."""
     (whole,), _ = ways["one, bf16"]
     for updates in ways["two, bf16"][0]:
         for update, expected in zip(updates, whole):
@@ -185,7 +186,7 @@ def test_gradients_of_gates_and_multipliers_are_summed_in_float32_in_a_half_prec
                 assert (update["grads"][name] - grad).abs() <= 1e-6 * grad.abs(), name
             gates = [entry["grads"]["speech_encoder.gates.log_alpha"] for entry in (update, expected)]
             assert gates[0].dtype == torch.float32
-            # Not three digits alone: those that bfloat16 would round away are there.
+            # More than three digits: those that bfloat16 would round are present.
             assert (gates[0] != gates[0].bfloat16().float()).float().mean() > 0.3
             assert (gates[0] - gates[1]).norm() < 0.05 * gates[1].norm()
 
@@ -200,7 +201,7 @@ def test_ranks_may_draw_gates_of_their_own(ways: dict) -> None:
 
 
 def test_validation_is_the_same_on_any_number_of_processes(ways: dict) -> None:
-    """In three batches, one of them alone on its rank."""
+    """In three batches, one of which is alone on its rank."""
     entries = {way: logged(log, "valid")[-1] for way, (_, log) in ways.items()}
     for way, entry in entries.items():
         for name in ("distillation_loss", "l1_g0", "cos_g2", "expected_sparsity", "lambda1"):
@@ -211,7 +212,7 @@ def test_validation_is_the_same_on_any_number_of_processes(ways: dict) -> None:
 def test_gradients_of_unequal_batches_are_weighed_by_their_frames(
     small: Any, teacher_file: Path, tmp_path: Path
 ) -> None:
-    """A rank with four utterances of 24 frames and one with two of 12, against a process for each."""
+    """A rank with four utterances of 24 frames and one with two of 12, against a single process for each."""
     audio = small.write_speech(tmp_path / "audio", {"train": [0.5] * 4 + [0.25] * 2})
     _, *lines = (audio / "train.tsv").read_text().splitlines()
     grads, gates = {}, []
@@ -304,7 +305,7 @@ MIXED = [
 
 @pytest.fixture(scope="module")
 def mixed_data(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """13 utterances to train on, which make an odd number of batches."""
+    """13 training utterances, which give an odd number of batches."""
     lengths = [0.3 + 0.07 * i for i in range(13)]
     return small.write_speech(tmp_path_factory.mktemp("mixed"), {"train": lengths, "valid": [0.5, 0.7, 1.1]})
 
@@ -350,7 +351,7 @@ def test_every_utterance_is_seen_once_an_epoch_and_no_rank_idles(mixed: tuple, m
     for epoch in (1, 2, 3):
         unsplit = len(task.get_batch_iterator(task.dataset("train"), max_tokens=25000, epoch=epoch).frozen_batches)
         batches = [batch for pair in zip(first[epoch], second[epoch]) for batch in pair]
-        assert unsplit % 2 == 1  # fairseq alone would have left a rank without
+        assert unsplit % 2 == 1  # plain fairseq would have left a rank without
         assert len(first[epoch]) == len(second[epoch]) == (unsplit + 1) // 2
         assert all(batches)
         assert sorted(i for batch in batches for i in batch) == list(range(13))
@@ -401,7 +402,7 @@ def test_validation_ends_a_run_whose_ranks_disagree(
     tamper = TAMPER.replace("LAMBDA1", str(lambda1)).replace("GATE", str(gate))
     launcher = script(tmp_path, RECORD + tamper + RUN, 2)
     log = train(tmp_path, "distill", *COMMON, *equal, *SLOW, *fields, world, launcher=launcher, fails=True)
-    for rank in (0, 1):  # the first validation, of equal ranks, let them pass
+    for rank in (0, 1):  # the first validation, with equal ranks, passed
         assert len(torch.load(tmp_path / f"rank{rank}.pt")) == 2
     found = re.search(rf"{re.escape(name)}: (\S+) on rank 1, (\S+) on rank 0", log)
     assert found and float(found[1]) - float(found[2]) == pytest.approx(0.25, abs=1e-6)

@@ -1,4 +1,4 @@
-"""The data-parallel wrapper sums gradients of each type in that type."""
+"""The data-parallel wrapper sums gradients of each dtype in that dtype."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def _reduce(rank: int, file: str, results: Any) -> None:
     for update in range(2):
         scale = (rank + 1) * (update + 1)
         module.weight.grad = torch.full((6, 5), scale, dtype=torch.float16)
-        module.gates.grad = torch.linspace(1e-9, 1e6, 7) * scale  # float16 ends at 65,504 and begins at 6e-8
+        module.gates.grad = torch.linspace(1e-9, 1e6, 7) * scale  # float16's range is 6e-8 to 65,504
         module.multiplier.grad = torch.tensor(1 / 3) * scale
         with wrapped.no_sync():
-            wrapped.all_reduce_grads()  # a batch that is accumulated: nothing is summed
+            wrapped.all_reduce_grads()  # an accumulated batch: nothing is summed
         assert module.multiplier.grad == torch.tensor(1 / 3) * scale
         wrapped.all_reduce_grads()
     results.put((rank, {name: p.grad.tolist() for name, p in module.named_parameters()}))

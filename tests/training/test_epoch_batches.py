@@ -1,4 +1,4 @@
-"""A run that goes on in an epoch which now has other batches."""
+"""A run that resumes in an epoch that now has other batches."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def state(done: int, saved: Any = None) -> dict[str, Any]:
 def test_other_batches_are_told_from_the_same(other: Any, caplog: pytest.LogCaptureFixture) -> None:
     same = iterator([np.array(batch) for batch in BATCHES])
     assert not skips_to_next_epoch(state(2, iterator()), same) and not caplog.records
-    assert not skips_to_next_epoch(state(0, iterator()), other)  # the epoch has not begun
+    assert not skips_to_next_epoch(state(0, iterator()), other)  # the epoch has not started
     found = state(2, iterator())
     with caplog.at_level(logging.WARNING):
         assert skips_to_next_epoch(found, other)
@@ -57,8 +57,8 @@ def test_checkpoints_of_earlier_versions_know_how_far_they_were() -> None:
 
 
 @pytest.mark.faults(
-    "a run goes on with other files, dataset.max_tokens or number of processes",
-    "it leaves its epoch and goes on with the next one; a warning says so",
+    "a run resumes with other files, dataset.max_tokens or number of processes",
+    "it continues with the next epoch; a warning says so",
 )
 @pytest.mark.slow
 def test_a_run_goes_on_with_the_next_epoch(data: list[str], speech: Path, tmp_path: Path) -> None:

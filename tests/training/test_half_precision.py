@@ -1,4 +1,4 @@
-"""Half precision forgets nothing at a restart, and hands on what it has learnt in float32."""
+"""Half precision loses nothing at a restart, and passes on float32 weights."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ assert [os.waitpid(runner, 0)[1] for runner in runners] == [0] * len(runners)
 
 @pytest.fixture(scope="module")
 def pairs(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Run, Run]]:
-    """For each mode a run of 40 updates, and one that was killed thrice, or once without float32 weights."""
+    """For each mode a run of 40 updates, and one killed three times (once without float32 weights)."""
     folder = tmp_path_factory.mktemp("half")
     made: dict[str, tuple[Run, Run]] = {}
     jobs = []
@@ -106,7 +106,7 @@ def pairs(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.mark.faults(
     "a process is killed (SIGKILL, a node goes down)",
-    "the same command goes on from the last checkpoint; the outcome is the same, bit for bit",
+    "the same command resumes from the last checkpoint; the result is identical, bit for bit",
 )
 @pytest.mark.nightly
 @pytest.mark.parametrize("mode", MODES)
@@ -120,7 +120,7 @@ def test_kills_change_nothing(pairs: Any, mode: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["bf16", "fp16"])
 def test_whoever_reads_the_checkpoint_gets_float32_weights(pairs: Any, mode: str) -> None:
-    """skill-shrink and skill-export by load_encoder, stage 2 by its model.init_from."""
+    """skill-shrink and skill-export through load_encoder, stage 2 through model.init_from."""
     run = pairs[mode][0]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[mode]
     path, saved = run.folder / "checkpoint_last.pt", run.checkpoint()
@@ -148,7 +148,7 @@ def half_optimizer(module: nn.Module, flat: bool) -> FP16Optimizer:
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_masters_start_before_the_cast_and_survive_a_round_trip(flat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # where fairseq puts its flat copy
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the place of fairseq's flat copy
     torch.manual_seed(0)
     model, criterion = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), nn.Module()
     exact = copy.deepcopy(model.state_dict())

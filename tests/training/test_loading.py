@@ -1,4 +1,4 @@
-"""Loading workers and SIGTERM: it does nothing to them; the training process still ends them."""
+"""Loading workers ignore SIGTERM; the training process still ends them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from skill_fairseq.training.loading import ShieldedLoader
 
 
 class Numbers(Dataset):
-    """0 to 11, each from a process that gets SIGTERM from itself before."""
+    """0 to 11, each from a process that first sends itself SIGTERM."""
 
     first = 0
 
@@ -70,7 +70,7 @@ def test_a_signal_in_a_workers_first_moment_does_not_reach_it(monkeypatch: pytes
 
 @pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
 def test_the_training_process_ends_a_worker_to_which_a_strangers_signal_is_pending(start: str) -> None:
-    """One more SIGTERM would be lost: the kernel keeps one of a kind."""
+    """Another SIGTERM would be lost, because the kernel keeps only one of each kind."""
     iterator: Any = iter(ShieldedLoader(Numbers(), batch_size=4, num_workers=1, multiprocessing_context=start))
     next(iterator)
     (process,) = iterator._workers

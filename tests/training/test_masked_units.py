@@ -1,4 +1,4 @@
-"""Runs on masked units: killed, of two processes, and in bfloat16."""
+"""Runs on masked units: killed, with two processes, and in bfloat16."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS = [
     "criterion.objectives.units.head_dim=8",
     "criterion.objectives.units.mask_length=3",
     "model.encoder_layers=2",
-    # Everything random is on: crops, masks, dropout.
+    # All randomness is on: crops, masks, dropout.
     "task.max_sample_size=9000",
     "task.crop_multiple=1",
     "model.dropout=0.1",
@@ -106,7 +106,7 @@ def test_a_kill_changes_nothing(start: Any, straight: Any, mode: str, tmp_path: 
 
 
 def test_bfloat16_learns_what_float32_does(straight: Any) -> None:
-    """The same masks and units; losses within the three digits of bfloat16; weights that are kept in float32."""
+    """The same masks and units; losses within bfloat16's three digits; weights kept in float32."""
     whole, half = (straight(mode) for mode in MODES)
     for update, expected in whole.updates().items():
         assert half.updates()[update]["units_loss"] == pytest.approx(expected["units_loss"], rel=0.02)
@@ -117,7 +117,7 @@ def test_bfloat16_learns_what_float32_does(straight: Any) -> None:
 
 
 def test_two_processes_are_one(small: Any, teacher_file: Path, units: str, tmp_path: Path) -> None:
-    """Gradients of three updates, of one batch or its halves: masks are those of the utterance, on any rank."""
+    """Gradients of three updates, for one batch or its halves: masks belong to the utterance, on any rank."""
     audio = small.write_speech(tmp_path / "audio", {"train": [SAMPLES / 16000] * EQUAL, "valid": [0.5]})
     found = {}
     for processes in (1, 2):

@@ -1,4 +1,4 @@
-"""Relative paths of a config mean what they mean in the user's shell, though hydra changes the working directory."""
+"""Relative paths of a config start at the user's working directory, although hydra changes it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _say(queue: multiprocessing.Queue) -> None:
 
 
 def test_in_a_process_that_fairseq_starts_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It begins where hydra has gone, and has no hydra that says where the command was typed in."""
+    """It starts in hydra's folder, without a hydra that knows where the command was started."""
     began = Path(multiprocessing.process.ORIGINAL_DIR)
     monkeypatch.chdir(tmp_path)
     context = multiprocessing.get_context("spawn")
@@ -46,7 +46,7 @@ def test_in_a_process_that_fairseq_starts_for_a_gpu(tmp_path: Path, monkeypatch:
     assert where == str(tmp_path) and found == str(began / "data")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_both_stages_by_relative_paths(speech: Path, teacher_file: Path, tmp_path: Path) -> None:
     here = tmp_path / "project"
     here.mkdir()

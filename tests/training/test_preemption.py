@@ -1,4 +1,4 @@
-"""Signals before a job's end: the update is finished, the checkpoint written, and the exit code says why."""
+"""Signals before a job's end: the update is finished, the checkpoint written, and the exit code gives the reason."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from skill_fairseq.training.preemption import REQUEUE_EXIT_CODE, SIGNALS, Preemp
 
 @pytest.mark.faults(
     "SIGTERM, SIGUSR1 or SIGUSR2: preemption, the end of the time limit",
-    "the update is finished, a checkpoint written, exit code 75 on every rank; no update is lost",
+    "the update is finished and a checkpoint written; exit code 75 on every rank; no update is lost",
 )
 @pytest.mark.nightly
 def test_signals_to_every_process_lose_no_update(data: list[str], straight: Any, tmp_path: Path) -> None:
-    """As Slurm sends them."""
+    """As sent by Slurm."""
     run = Run(tmp_path, *data, "dataset.num_workers=2", "checkpoint.save_interval_updates=1000")
     for number, update in ((signal.SIGTERM, 8), (signal.SIGUSR1, 17), (signal.SIGUSR2, 26)):
         run.start()
@@ -41,7 +41,7 @@ def test_signals_to_every_process_lose_no_update(data: list[str], straight: Any,
 
 
 @pytest.mark.faults(
-    "SIGTERM, SIGUSR1 or SIGUSR2 before training has begun",
+    "SIGTERM, SIGUSR1 or SIGUSR2 before training starts",
     "the run ends at once with exit code 75; nothing is lost",
 )
 @pytest.mark.slow
@@ -49,7 +49,7 @@ def test_signals_to_every_process_lose_no_update(data: list[str], straight: Any,
 def test_a_signal_while_a_run_starts_up(
     data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    """From the first import of fairseq on."""
+    """From the first import of fairseq."""
     monkeypatch.setitem(ENVIRONMENT, "SKILL_PREEMPTED_FILE", str(tmp_path / "preempted"))
     run = Run(tmp_path / "run", *data).start()
     status = Path(f"/proc/{run.processes[0].pid}/status")
@@ -63,11 +63,11 @@ def test_a_signal_while_a_run_starts_up(
     run.signal(number)
     assert run.wait() == [REQUEUE_EXIT_CODE]
     assert (tmp_path / "preempted").read_text() == f"{number.name}\n"
-    assert re.search(f"{number.name}.*not begun|not begun.*{number.name}", run.log())
+    assert re.search(f"{number.name}.*not started|not started.*{number.name}", run.log())
 
 
 def pretraining(speech: Path, folder: Path) -> list[str]:
-    """Data of fairseq's hubert_pretraining: the same speech, with a random unit for each of its frames (50 Hz)."""
+    """Data for fairseq's hubert_pretraining: the same speech, with a random unit for each frame (50 Hz)."""
     folder.mkdir()
     random = np.random.default_rng(0)
     for split in ("train", "valid"):
@@ -81,12 +81,12 @@ def pretraining(speech: Path, folder: Path) -> list[str]:
 
 @pytest.mark.faults(
     "SIGTERM reaches the data-loading workers too",
-    "they outlive it, whatever the dataset; the training process decides",
+    "they survive it, with any dataset; the training process decides",
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["skill_distillation", "hubert_pretraining"])
 def test_loading_workers_outlive_the_signal(data: list[str], speech: Path, tmp_path: Path, task: str) -> None:
-    """It may reach them first: their end would be the run's, as soon as a batch is waited for."""
+    """It may reach them first; their death would end the run at the next wait for a batch."""
     many = ["dataset.num_workers=2", "optimization.max_update=70", "checkpoint.save_interval_updates=1000"]
     if task == "skill_distillation":
         run = Run(tmp_path / "run", *data, "dataset.max_tokens=9000", *many)
@@ -102,14 +102,14 @@ def test_loading_workers_outlive_the_signal(data: list[str], speech: Path, tmp_p
     for worker in workers:
         os.kill(worker, signal.SIGTERM)
     seen = run.last_update()
-    run.wait_for(lambda: run.last_update() >= seen + 30)  # more than an epoch, or what is buffered
+    run.wait_for(lambda: run.last_update() >= seen + 30)  # more than an epoch, or more than is buffered
     run.signal(signal.SIGTERM)
     assert run.wait() == [REQUEUE_EXIT_CODE]
 
 
 @pytest.mark.faults(
     "SIGTERM, SIGUSR1 or SIGUSR2: preemption, the end of the time limit",
-    "the update is finished, a checkpoint written, exit code 75 on every rank; no update is lost",
+    "the update is finished and a checkpoint written; exit code 75 on every rank; no update is lost",
 )
 @pytest.mark.slow
 def test_ranks_stop_together_when_one_is_asked(data: list[str], straight: Any, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ fairseq_cli.hydra_train.cli_main()
 
 @pytest.mark.faults(
     "submitit waits for the signal itself",
-    "its handler, which requeues the job, is called when the checkpoint is written",
+    "its handler, which requeues the job, is called after the checkpoint is written",
 )
 @pytest.mark.slow
 def test_a_handler_that_was_there_is_called_once_all_is_saved(data: list[str], tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_signals_are_noted_and_given_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
         assert preemption.received == signal.SIGTERM
-        preemption.install()  # a second run in the process does not take itself for the handler before
+        preemption.install()  # a second run in the process does not mistake itself for the previous handler
     finally:
         preemption.uninstall()
     assert preemption.received is None

@@ -1,4 +1,4 @@
-"""What the trainer is put into, and what is left to stock fairseq."""
+"""Where the trainer is installed, and where stock fairseq stays."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ fairseq_cli.hydra_train.cli_main()
 
 @pytest.mark.slow
 def test_another_trainer_of_fairseq_trains_as_in_stock_fairseq(data: list[str], tmp_path: Path) -> None:
-    """In the place of the one for ``common.model_parallel_size`` > 1, which needs megatron."""
+    """Instead of the one for ``common.model_parallel_size`` > 1, which needs megatron."""
     (tmp_path / "program.py").write_text(OTHER_TRAINER)
     few = ["optimization.max_update=6", "checkpoint.save_interval_updates=2"]
     run = Run(tmp_path, *data, *few, program=(sys.executable, "program.py")).finish()
     assert sorted(run.updates()) == [1, 2, 3, 4, 5, 6]
     assert run.checkpoint()["optimizer_history"][-1]["num_updates"] == 6
-    assert run.log().count("MegatronTrainer trains (as with common.model_parallel_size > 1)") == 1
+    assert run.log().count("MegatronTrainer (as with common.model_parallel_size > 1) replaces") == 1
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="torch < 2.3 has no gradient scaler for the CPU")
 @pytest.mark.parametrize("patched", [True, False])
 def test_amp_unscales_gradients_once(patched: bool) -> None:
-    """Gradients well above Adam's epsilon, and far below it once divided by the scale a second time."""
+    """Gradients well above Adam's epsilon, but far below it after a second division by the scale."""
     code = f"""
 import torch
 from fairseq.optim import amp_optimizer

@@ -1,4 +1,4 @@
-"""One run, one folder of checkpoints: others are kept out as long as it lives, and no longer."""
+"""One run per checkpoint folder: others are locked out exactly as long as it lives."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from skill_fairseq.training.run_lock import NAME, lock_run, unlock_run
 
 
 def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
-    """Even by kill -9, which leaves the file."""
+    """Also after kill -9, which leaves the file."""
     told, tell = os.pipe()
     child = os.fork()
     if not child:
@@ -59,8 +59,8 @@ def test_a_file_system_without_locks_is_named(
 
 
 @pytest.mark.faults(
-    "a second run is started in a run directory while the first is at it",
-    "the second ends before training and names the first's process and machine; the first goes on",
+    "a second run is started in a run directory while the first is running",
+    "the second ends before training and names the first's process and machine; the first continues",
 )
 @pytest.mark.slow
 def test_a_second_run_in_the_same_directory_ends_and_the_first_goes_on(data: list[str], tmp_path: Path) -> None:

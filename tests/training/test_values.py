@@ -1,4 +1,4 @@
-"""Numbers that no training can use are refused by name."""
+"""Unusable numbers are refused by name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def changed(**values: Any) -> dict[str, Any]:
 def test_ordinary_values_pass() -> None:
     check_values(CFG)
     check_values(changed(optimization__lr=[0.02]))  # the rate of another group
-    check_values(changed(optimization__lr=[0.25]))  # fairseq's default: nobody has set it
+    check_values(changed(optimization__lr=[0.25]))  # fairseq's default, so it was not set
     check_values({**CFG, "optimizer": {"_name": "adam", "adam_betas": "(0.9,0.98)"}})
 
 

@@ -1,4 +1,4 @@
-"""How often a training step makes the host wait for the device, counted on CPU tensors by the calls that would."""
+"""How often a training step makes the host wait for the device, from the responsible calls on CPU tensors."""
 
 from __future__ import annotations
 
@@ -93,17 +93,18 @@ SETTINGS = [
     "dataset.validate_interval_updates=4",
     "model.conv_drop_rate=0.3",
     "model.ffn_drop_rate=0.7",
-    "model.attention_dropout=0.0",  # blockwise attention, for CPUs alone, fetches the seed of its dropout
+    "model.attention_dropout=0.0",  # blockwise attention, only for CPUs, fetches the seed of its dropout
     "distributed_training.distributed_backend=gloo",
 ]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("processes", [1, 2])
 def test_waits_of_a_step(processes: int, speech: Path, teacher_file: Path, tmp_path: Path) -> None:
     data = [f"task.data={speech}", f"task.teacher={teacher_file}"]
     world = f"distributed_training.distributed_world_size={processes}"
     train(tmp_path, "distill", *data, world, *SETTINGS, launcher=script(tmp_path, COUNT, processes))
-    # fairseq's own: is the norm finite, on one rank and on all of them? And a number that is on the host already.
+    # fairseq's own: two checks for a finite norm, on one rank and on all, and a number already on the host.
     theirs = {
         "trainer.py train_step: _local_scalar_dense": processes,
         "trainer.py _reduce_and_log_stats: _local_scalar_dense": 1,

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The top README's picture, of the runs in reduced.csv and family.csv: python examples/benchmark/results/overview.py"""
+"""The top README's picture, from the runs in reduced.csv and family.csv: python
+examples/benchmark/results/overview.py"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ METHODS = {
     "distilhubert": "DistilHuBERT",
     "no_distillation": "pruned, not distilled",
 }
-"""Methods that are drawn, and what the picture calls them."""
+"""Methods to draw, and their labels in the picture."""
 CHANCE = 10.0
 Row = Mapping[str, str]
 
@@ -30,8 +31,7 @@ def read(name: str) -> list[Row]:
 
 
 def points(rows: list[Row], method: str, column: str, scale: float) -> list[tuple[float, float]]:
-    """(x, digits in per cent), means over the seeds of each size, the largest x first; runs without the column are left
-    out."""
+    """(x, digits in per cent), means over the seeds of each size, largest x first; omits runs without the column."""
     sizes: dict[str, list[Row]] = {}
     for row in rows:
         if row["method"] == method and row.get(column):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pre-trains the small teacher of this example as HuBERT is: a first round on k-means units of MFCC, a second one on
+# Pre-trains the small teacher of this example like HuBERT: a first round on k-means units of MFCC, a second one on
 # units of the first model's features. About half an hour on 2 cores for an hour of speech.
 #
 #   bash examples/tiny/teacher/pretrain.sh MANIFESTS OUT
@@ -14,7 +14,7 @@ mkdir -p "$2"
 out=$(cd "$2" && pwd)
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-# Every batch has a length of its own: keep the convolution kernels that were compiled for each.
+# Every batch has its own length: keep the convolution kernels compiled for each.
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192
 
 mkdir -p "$out/manifests"
@@ -35,7 +35,7 @@ units=(skill-labels "$out/manifests/train.tsv" "$out/manifests/valid.tsv" --unit
 "${units[@]}" --out "$out/round1"
 pretrain round1 100 optimization.max_update=1400
 "${units[@]}" --out "$out/round2" --teacher "$out/round1/checkpoint_last.pt" --layer 8
-# The second round goes on from the first one's weights, which HuBERT does not: it saves an hour.
+# Unlike in HuBERT, the second round starts from the first one's weights, which saves an hour.
 pretrain round2 50 optimization.max_update=3000 'optimization.lr=[0.002]' \
     checkpoint.finetune_from_model="$out/round1/checkpoint_last.pt"
 skill-export "$out/round2/checkpoint_last.pt" "$out/teacher.safetensors" --dtype float16

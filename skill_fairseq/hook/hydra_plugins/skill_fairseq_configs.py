@@ -1,4 +1,4 @@
-"""A search path plugin of hydra 1.0, which looks for such in the namespace package ``hydra_plugins``."""
+"""A search path plugin for hydra 1.0, which finds it in the namespace package ``hydra_plugins``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ FAIRSEQ = os.path.join("fairseq", "config")
 
 
 class SkillFairseqConfigs(SearchPathPlugin):
-    """``+run=slurm_1gpu`` beside any ``--config-dir``, with and without a launcher of submitit.
+    """``+run=slurm_1gpu`` with any ``--config-dir``, with and without submitit's launcher.
 
-    hydra 1.0 looks for groups in the one ``--config-dir``, and takes ``+run=slurm_1gpu`` without a word for a new key
-    "run" (or, where that folder has a group of the name: "Could not load run/slurm_1gpu"): in fairseq's programs the
-    folder ``config`` of skill_fairseq now comes after all others. The search path of other programs stays as it is.
+    hydra 1.0 looks for groups in ``--config-dir`` only, and otherwise silently reads ``+run=slurm_1gpu`` as a new key
+    "run" (or, if that folder has such a group: "Could not load run/slurm_1gpu"). In fairseq's programs, skill_fairseq's
+    folder ``config`` is now searched after all others. Other programs' search path does not change.
     """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
@@ -28,14 +28,14 @@ class SkillFairseqConfigs(SearchPathPlugin):
         config = next((folder for folder in folders if os.path.isdir(os.path.join(folder, "run"))), None)
         main = [str(entry.path) for entry in search_path.get_path() if entry.provider == "main"]
         if config and any(path.endswith(FAIRSEQ) or path.startswith((config, f"file://{config}")) for path in main):
-            # --config-dir is put before the first entry of this name.
+            # hydra puts --config-dir before the first entry of this name.
             search_path.append("schema", f"file://{config}")
             _open_basic_launcher()
 
 
 def _open_basic_launcher() -> None:
-    """A run config sets options of submitit's launcher, for which the launcher of a plain run, which does not look at
-    them, has no field ("Error merging run=slurm_1gpu: Key 'name' not in 'BasicLauncherConf'"): its schema becomes open.
+    """Opens the schema of the basic launcher: a run config sets options of submitit's launcher, for which the basic one
+    has no fields ("Error merging run=slurm_1gpu: Key 'name' not in 'BasicLauncherConf'").
     """
     store = ConfigStore.instance()
     basic = dict(store.load("hydra/launcher/basic.yaml").node)
