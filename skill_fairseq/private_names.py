@@ -46,6 +46,14 @@ PRIVATE_NAMES: dict[str, tuple[str, str]] = {
     ),
     "torch.nn.Module._apply": ("modules/fp32.py", "half() and to() call it: gates and sizes stay float32"),
     "torch.nn.Module._load_from_state_dict": ("modules/encoder.py", "old files' gates become a bank"),
+    "torch.nn.modules.module.Module._load_from_state_dict": (
+        "modules/fake_quantize.py",
+        "a loaded range is known, which was asked of the one before",
+    ),
+    "torch._make_per_channel_quantized_tensor": (
+        "modules/low_precision.py",
+        "a weight in given int8 steps; the public function would round again",
+    ),
     "torch.nn.Module._parameters": ("pruning/huggingface.py", "the plain weight, where the attribute returns it gated"),
     "torch.nn.Module._replicate_for_data_parallel": (
         "modules/prepared.py",

@@ -139,7 +139,7 @@ def test_normalisation_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         ("room 101", [], ["not kept", "'1' 2", "'0' 1", "1/1/1-1-1.flac", "'room 101'"]),
         ("caf\u00e9", ["--characters", "ACF"], ["not kept", "'\u00c9' 1"]),
         ("...", [], ["nothing", "1/1/1-1-1.flac"]),
-        ("a b", ["--characters", "AB|"], ["--characters: |", "words"]),
+        ("a b", ["--characters", "AB|"], ["--characters: |", "word boundaries"]),
         (
             "a b",
             ["--units", "unigram", "--vocabulary-size", "900"],
@@ -181,7 +181,7 @@ def test_every_recording_needs_one_transcript(tmp_path: Path, capsys: pytest.Cap
     write_manifest(tmp_path / "twins.tsv", ".", ["a/x.wav", "b/x.wav"], [16000, 16000])
     file.write_text("x\tONE\n")
     assert main([str(tmp_path / "twins.tsv"), "--transcripts", str(file), "--out", str(out)]) == 2
-    assert re.search(says("1 names", "x (a/x.wav, b/x.wav)"), capsys.readouterr().err)
+    assert re.search(says("1 transcript names", "x (a/x.wav, b/x.wav)"), capsys.readouterr().err)
     for missing in ("nothing.tsv", "a"):
         assert main([*manifests, "--transcripts", str(tmp_path / missing), "--out", str(out)]) == 2
         assert str(tmp_path / missing) in capsys.readouterr().err

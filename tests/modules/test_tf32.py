@@ -110,7 +110,7 @@ def test_the_tasks_field_acts_on_gpus_alone(field: Any, cuda: bool, monkeypatch:
         optimization=SimpleNamespace(use_bmuf=False),
     )
     with pytest.raises(Far):
-        trainer.SkillTrainer(cfg, None, None, None)
+        trainer.SkillTrainer(cfg, None, torch.nn.Identity(), None)
     assert found == ([field] if cuda and field is not None else [])
 
 
