@@ -56,7 +56,8 @@ def collect(folder: Path = TESTS) -> dict[str, list[Marked]]:
     Raises:
         RuntimeError: the tests cannot be collected, or a marker is malformed; shows pytest's output.
     """
-    ours = (file for file in sorted(folder.rglob("test_*.py")) if ".venv" not in file.parts)
+    hidden = {".venv", ".matrix"}  # environments, whose packages have tests of their own
+    ours = (file for file in sorted(folder.rglob("test_*.py")) if not hidden & set(file.parts))
     files = [str(file) for file in ours if any(f"mark.{name}(" in file.read_text("utf-8") for name in FORMS)]
     collector, said = Collector(), io.StringIO()
     if files:
