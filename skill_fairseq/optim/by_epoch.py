@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 from fairseq.dataclass import FairseqDataclass
 from fairseq.optim.lr_scheduler import FairseqLRScheduler, register_lr_scheduler
@@ -60,15 +60,6 @@ class ByEpoch(FairseqLRScheduler):
         self.epoch = epoch
         cfg = self.cfg
         self.optimizer.set_lr(cfg.lr[0] * epoch_factor(epoch, cfg.epochs, cfg.final_share, cfg.ramp_epochs, cfg.decay))
-
-    def step(self, epoch: int, val_loss: Optional[float] = None) -> float:
-        """Does nothing at the end of an epoch."""
-        super().step(epoch, val_loss)
-        return self.optimizer.get_lr()
-
-    def step_update(self, num_updates: int) -> float:
-        """Does nothing at an update."""
-        return self.optimizer.get_lr()
 
     def state_dict(self) -> Dict[str, Any]:
         """fairseq's state with the current epoch."""

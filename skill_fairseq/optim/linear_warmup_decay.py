@@ -1,7 +1,7 @@
 """A learning-rate schedule: linear warm-up, then linear (DPHuBERT, DistilHuBERT) or cosine (STaR) decay to 0."""
 
 from dataclasses import dataclass, field
-from typing import Any, List, Optional
+from typing import Any, List
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.optim.lr_scheduler import FairseqLRScheduler, register_lr_scheduler
@@ -46,11 +46,6 @@ class LinearWarmupDecay(FairseqLRScheduler):
                 "the run (optimization.max_update); lower it or raise the other"
             )
         self.step_update(0)
-
-    def step(self, epoch: int, val_loss: Optional[float] = None) -> float:
-        """Does nothing at the end of an epoch."""
-        super().step(epoch, val_loss)
-        return self.optimizer.get_lr()
 
     def step_update(self, num_updates: int) -> float:
         """Sets the rate for the update with this index, from 0."""
