@@ -12,7 +12,7 @@ from skill_fairseq import __version__
 from skill_fairseq.audio.manifest import Manifest, check_manifest, read_manifest
 from skill_fairseq.checkpoints.export import DTYPES, INT8, save_encoder
 from skill_fairseq.checkpoints.hub import push
-from skill_fairseq.checkpoints.load import read_source
+from skill_fairseq.checkpoints.load import load_encoder, read_source
 from skill_fairseq.checkpoints.own_folders import UPSTREAM
 from skill_fairseq.checkpoints.source import EncoderSource, build_encoder
 from skill_fairseq.cli import info
@@ -218,19 +218,19 @@ def _write(
         save_torch_program(encoder, args.out, origin, args.padding_mask)
         found = None if speech.manifest is None else speech.measure(encoder, names, run_program(args.out))
         return "a torch.export program", found
+    if args.to == "safetensors":
+        save_encoder(encoder, args.out, origin, args.dtype)
+        exported = None if speech.manifest is None else run_encoder(load_encoder(args.out), names)
+        return "an encoder", None if exported is None else speech.measure(encoder, names, exported)
     notes, found = "", None
-    if speech.manifest is not None:
-        stored = encoder if args.dtype == INT8 else rounded(encoder, DTYPES[args.dtype])  # int8 loads back as trained
-        found = speech.measure(encoder, names, run_encoder(stored, names))
+    if speech.manifest is not None:  # before the folder is written: its model card has the numbers
+        found = speech.measure(encoder, names, run_encoder(rounded(encoder, DTYPES[args.dtype]), names))
         notes = found.markdown()
     if args.to == "huggingface":
         kind = save_huggingface(encoder, args.out, origin, args.dtype, notes)
         return f"a Hugging Face folder ({kind})", found
-    if args.to == "s3prl":
-        save_s3prl(encoder, args.out, origin, args.dtype, notes)
-        return f"an s3prl upstream ({UPSTREAM})", found
-    save_encoder(encoder, args.out, origin, args.dtype)
-    return "an encoder", found
+    save_s3prl(encoder, args.out, origin, args.dtype, notes)
+    return f"an s3prl upstream ({UPSTREAM})", found
 
 
 def _write_onnx(
