@@ -20,7 +20,8 @@ from skill_fairseq.benchmarking import turns
 from skill_fairseq.benchmarking.contestants import huggingface_encoder
 from skill_fairseq.benchmarking.setup import Setup, equal_groups, gated_student
 from skill_fairseq.checkpoints import save_encoder
-from skill_fairseq.cli.bench import PRINTS, main
+from skill_fairseq.cli._bench_options import PRINTS
+from skill_fairseq.cli.bench import main
 from skill_fairseq.modules.config import EncoderConfig, hubert_base, wavlm_base, wavlm_large
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.pruning.expected import expected_parameters, full_parameters

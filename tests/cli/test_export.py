@@ -85,7 +85,7 @@ def test_the_ending_says_what_is_written(config, tmp_path, capsys, monkeypatch):
     checkpoint(config, tmp_path / "a.pt")
     written = []
     for check in ("check_torch", "require"):  # nothing is recorded here
-        monkeypatch.setattr(f"skill_fairseq.cli.export.{check}", lambda *of: None)
+        monkeypatch.setattr(f"skill_fairseq.cli._export_options.{check}", lambda *of: None)
     monkeypatch.setattr(
         "skill_fairseq.cli.export._write_onnx", lambda args, *rest: (written.append(args.out) or "a graph", None)
     )

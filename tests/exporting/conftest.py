@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from skill_fairseq.checkpoints import load_encoder, save_encoder
-from skill_fairseq.cli.export import SUFFIXES, main
+from skill_fairseq.cli._export_options import SUFFIXES
+from skill_fairseq.cli.export import main
 from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.units import UNITS, with_units
 from skill_fairseq.pruning.shrink import shrink
