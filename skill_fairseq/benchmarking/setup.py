@@ -101,9 +101,11 @@ def gated_student(teacher: SpeechEncoder, sparsity: float, keep_conv: Optional[f
             share = keep_conv if keep_conv is not None and gate.unit == "conv" else keep
             order = torch.randperm(gate.num_units, generator=generator)
             closed = order[max(1, round(share * gate.num_units)) :]
+            # No ties: shrinking to the exact size would cut those of the first modules, and so only conv channels.
+            score = 8.0 + torch.rand(gate.num_units, generator=generator)
+            score[closed] *= -1
             with torch.no_grad():
-                gate.log_alpha.fill_(8.0)
-                gate.log_alpha[closed] = -8.0
+                gate.log_alpha.copy_(score)
         return 1 - float(expected_parameters(student).detach()) / full
 
     low, high = 0.0, 1.0

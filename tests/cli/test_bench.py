@@ -18,7 +18,7 @@ from messages import says
 
 from skill_fairseq.benchmarking import turns
 from skill_fairseq.benchmarking.contestants import huggingface_encoder
-from skill_fairseq.benchmarking.setup import Setup, equal_groups, gated_student
+from skill_fairseq.benchmarking.setup import Setup, equal_groups, gated_student, student_of
 from skill_fairseq.checkpoints import save_encoder
 from skill_fairseq.cli._bench_options import PRINTS
 from skill_fairseq.cli.bench import main
@@ -187,6 +187,13 @@ def test_students_of_a_sparsity(keep_conv: float | None) -> None:
     assert 1 - float(expected_parameters(gated).detach()) / 94_381_168 == pytest.approx(0.75, abs=0.01)
     conv = [int((g.log_alpha > 0).sum()) for n, g in gated.named_gates() if n.startswith("feature_extractor.")]
     assert len(set(conv)) == 1 and (keep_conv is None or conv[0] == round(0.8 * 512))
+
+
+def test_a_shrunk_student_keeps_about_the_same_share_of_everything() -> None:
+    setup = Setup(sparsity=0.75, stage=2)
+    config = student_of(setup, SpeechEncoder(wavlm_base())).config
+    assert all(0.18 <= channels / 512 <= 0.23 for channels in config.conv_channels)
+    assert all(0.19 <= units / 3072 <= 0.22 for units in config.ffn_dims)
 
 
 @pytest.mark.skipif(not hasattr(torch.device("cpu"), "__enter__"), reason="torch < 2.0: no device as a context")
