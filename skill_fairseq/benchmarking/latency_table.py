@@ -1,4 +1,4 @@
-"""Latency tables: times of whole students on this machine, with one part at a time made narrower, and a check."""
+"""Latency tables: fitted to times of whole students on this machine, and checked by times of others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Sequence
 
 import torch
 
@@ -18,22 +18,42 @@ from skill_fairseq.modules.size import widths_of
 from skill_fairseq.pruning.latency import PARTS, LatencyCost, conv_share, fit
 
 RUNTIMES = ("torch", "onnxruntime")
-Shares = Dict[str, float]
-"""Share of units that each part keeps."""
+Progress = Callable[[Sequence[int]], Iterable[int]]
+ROUNDS = 2
+"""How often every student is timed, minutes apart: what disturbs one round rarely disturbs the same student again."""
+Shares = Dict[str, Sequence[float]]
+"""Share of units that each layer of a part keeps."""
+
+
+def sites(full: EncoderConfig, part: str) -> int:
+    """Number of layers of a part."""
+    return len(full.conv_feature_layers) if part == "conv" else full.encoder_layers
 
 
 def student_config(full: EncoderConfig, shares: Shares) -> EncoderConfig:
-    """The encoder with these shares of every layer; at least one conv channel each."""
-    heads, units = (round(shares[part] * most) for part, most in _most(full).items())
-    channels = [max(1, round(shares["conv"] * most)) for most, _, _ in full.conv_feature_layers]
+    """The encoder with these shares of its units; at least one conv channel each."""
+    heads = [round(share * full.encoder_attention_heads) for share in shares["heads"]]
+    units = [round(share * full.encoder_ffn_embed_dim) for share in shares["ffn"]]
+    convs = zip(shares["conv"], full.conv_feature_layers)
+    channels = [max(1, round(share * most)) for share, (most, _, _) in convs]
     if not full.feature_linear:  # the last channels are the features
         channels[-1] = full.encoder_embed_dim
-    layers = full.encoder_layers
-    return full.replace(conv_channels=channels, heads=[list(range(heads))] * layers, ffn_dims=[units] * layers)
+    return full.replace(conv_channels=channels, heads=[list(range(kept)) for kept in heads], ffn_dims=units)
 
 
-def _most(full: EncoderConfig) -> Dict[str, int]:
-    return {"heads": full.encoder_attention_heads, "ffn": full.encoder_ffn_embed_dim}
+def uniform_student(full: EncoderConfig, **shares: float) -> EncoderConfig:
+    """The encoder with these shares of all layers of a part, and as little as possible of parts not named."""
+    return student_config(full, {part: [shares.get(part, 0.0)] * sites(full, part) for part in PARTS})
+
+
+def mixed_student(full: EncoderConfig, draw: random.Random) -> EncoderConfig:
+    """A student as training leaves them: each part has a random size, and its layers differ."""
+
+    def shares(part: str) -> List[float]:
+        mean = draw.random()
+        return [min(max(mean + draw.uniform(-0.4, 0.4), 0.0), 1.0) for _ in range(sites(full, part))]
+
+    return student_config(full, {part: shares(part) for part in PARTS})
 
 
 def width_of(config: EncoderConfig, part: str) -> float:
@@ -82,17 +102,18 @@ def milliseconds(config: EncoderConfig, setup: Setup, runtime: str, repeats: int
 
 
 def measure_table(
-    setup: Setup, runtime: str, points: int, checks: int, repeats: int, progress: Callable[[], object]
+    setup: Setup, runtime: str, points: int, mixed: int, checks: int, repeats: int, progress: Progress
 ) -> Dict[str, Any]:
-    """Times whole students: each part at several widths with the others at their least, and mixed ones as a check.
+    """Fits a table to times of whole students: each part at several widths without the others, and mixed ones.
 
     Args:
         setup: architecture, audio, device, threads.
         runtime: a key of :data:`RUNTIMES`.
         points: widths of each part besides the least, evenly spaced up to the full one.
-        checks: number of random mixed students whose measured time is compared with the table's.
-        repeats: measured forwards of each student; the minimum counts.
-        progress: called after every student.
+        mixed: number of students with random widths to fit.
+        checks: number of further ones, whose measured time is compared with the table's.
+        repeats: measured forwards of each student in a round; the minimum counts.
+        progress: wraps the sequence of all timings.
 
     Returns:
         the table, see :mod:`skill_fairseq.pruning.latency`, with ``check``.
@@ -102,33 +123,32 @@ def measure_table(
     full = setup.full_encoder().config
     if not full.is_full():
         raise ValueError("--model: the encoder is pruned; give an unpruned one, whose students to time")
-
-    def timed(shares: Shares) -> Tuple[EncoderConfig, float]:
-        config = student_config(full, shares)
-        found = milliseconds(config, setup, runtime, repeats)
-        progress()
-        return config, found
-
-    none = dict.fromkeys(PARTS, 0.0)
-    narrowest, least = timed(none)
-    measured: Dict[str, List[Tuple[float, float]]] = {}
+    students = [uniform_student(full)]
+    knots = {part: [width_of(students[0], part)] for part in PARTS}
     for part in PARTS:
-        measured[part] = [(width_of(narrowest, part), least)]
         for point in range(1, points + 1):
             # The conv stack's work grows with the square of its share.
-            share = (point / points) ** (0.5 if part == "conv" else 1.0)
-            config, found = timed({**none, part: share})
-            if width_of(config, part) > measured[part][-1][0]:
-                measured[part].append((width_of(config, part), found))
-    table = fit(full, measured)
-    cost = LatencyCost(table)  # type: ignore[arg-type]
+            student = uniform_student(full, **{part: (point / points) ** (0.5 if part == "conv" else 1.0)})
+            if width_of(student, part) > knots[part][-1]:
+                knots[part].append(width_of(student, part))
+                students.append(student)
+    students.append(full)
     draw = random.Random(setup.seed)
-    mixed = [dict.fromkeys(PARTS, 1.0), *({part: draw.uniform(0.1, 1.0) for part in PARTS} for _ in range(checks))]
-    table["check"] = []
-    for shares in mixed:
-        config, found = timed(shares)
-        expected = float(cost(config, widths_of(config)))
-        table["check"].append({"macs": _macs(config, setup), "measured_ms": found, "table_ms": expected})
+    students += [mixed_student(full, draw) for _ in range(mixed + checks)]
+    times = [float("inf")] * len(students)
+    for i in progress(list(range(len(students))) * ROUNDS):
+        times[i] = min(times[i], milliseconds(students[i], setup, runtime, repeats))
+    fitted = len(students) - checks
+    table = fit(full, knots, students[:fitted], times[:fitted])
+    cost = LatencyCost(table)  # type: ignore[arg-type]
+    table["check"] = [
+        {
+            "macs": _macs(students[i], setup),
+            "measured_ms": times[i],
+            "table_ms": float(cost(students[i], widths_of(students[i]))),
+        }
+        for i in range(fitted, len(students))
+    ]
     return {**table, "runtime": runtime, "seconds": setup.seconds}
 
 

@@ -172,9 +172,10 @@ def _add_table(command: argparse.ArgumentParser) -> None:
         default="torch",
         help="program that runs the students (default: torch)",
     )
-    points, checks = in_range(int, least=1, most=100), in_range(int, least=0, most=100)
+    points, several = in_range(int, least=1, most=100), in_range(int, least=0, most=1000)
     add("--points", type=points, default=4, metavar="N", help="number of widths of each part (default: 4)")
-    add("--checks", type=checks, default=3, metavar="N", help="number of mixed students to check by (default: 3)")
+    add("--mixed", type=several, default=16, metavar="N", help="number of random students to fit (default: 16)")
+    add("--checks", type=several, default=4, metavar="N", help="number of other ones to check by (default: 4)")
 
 
 def _add_steps(command: argparse.ArgumentParser, what: str) -> None:

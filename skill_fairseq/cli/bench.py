@@ -192,9 +192,15 @@ def measure_latencies(args: argparse.Namespace) -> dict[str, Any]:
     from skill_fairseq.benchmarking.latency_table import measure_table
 
     setup = _setup(args)
-    total = 1 + len(PARTS) * args.points + 1 + args.checks
-    with tqdm(total=total, desc="students", disable=None) as bar:
-        table = measure_table(setup, args.runtime, args.points, args.checks, args.repeats, bar.update)
+    table = measure_table(
+        setup,
+        args.runtime,
+        args.points,
+        args.mixed,
+        args.checks,
+        args.repeats,
+        lambda timings: tqdm(timings, desc="students", disable=None),
+    )
     rows = [["part", "width", "ms"]]
     for part in PARTS:
         pairs = zip(table[part]["widths"], table[part]["ms"])

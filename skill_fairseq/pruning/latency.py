@@ -1,4 +1,4 @@
-"""Measured time as a cost: a table of whole students' times on one machine, interpolated between widths.
+"""Measured time as a cost: a table fitted to times of whole students on one machine, interpolated between widths.
 
 An encoder's time is the time of what gates never close plus that of its parts: each attention sublayer by its heads,
 each feed-forward sublayer by its units, the conv stack by its multiply-accumulates. A table from `skill-bench table`
@@ -12,12 +12,12 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Dict, List, Tuple
+from typing import Any, ClassVar, Dict, List
 
 from torch import Tensor
 
 from skill_fairseq.modules.config import UNWRITTEN, EncoderConfig
-from skill_fairseq.modules.size import Number, Widths
+from skill_fairseq.modules.size import Number, Widths, widths_of
 from skill_fairseq.pruning.costs import Cost, register_cost
 
 PARTS = ("conv", "heads", "ffn")
@@ -152,26 +152,33 @@ def _time(table: Mapping[str, Any], part: str, width: Any) -> Any:
     return interpolate(width, table[part]["widths"], table[part]["ms"])
 
 
-def ascending(times: Sequence[float]) -> List[float]:
-    """Makes times non-decreasing in width: each is at least the one before."""
-    found: List[float] = []
-    for time in times:
-        found.append(max(time, found[-1]) if found else time)
-    return found
-
-
-def fit(full: EncoderConfig, measured: Mapping[str, Sequence[Tuple[float, float]]]) -> Dict[str, Any]:
-    """Builds a table from times of whole students.
+def fit(
+    full: EncoderConfig, knots: Mapping[str, Sequence[float]], students: Sequence[EncoderConfig], times: Sequence[float]
+) -> Dict[str, Any]:
+    """Fits a table to times of whole students: least squares of the relative errors, no part faster when wider.
 
     Args:
         full: the encoder before pruning.
-        measured: for each of :data:`PARTS` pairs (width, ms of the student), where all its layers have that width and
-            all other parts are as narrow as possible; the narrowest comes first, the same student for all parts.
+        knots: for each of :data:`PARTS` its widths in the table, ascending; the first is the narrowest student's.
+        students: their shapes.
+        times: their milliseconds.
     """
-    rest = min(pairs[0][1] for pairs in measured.values())
-    table: Dict[str, Any] = {"rest_ms": rest, "shape": {name: getattr(full, name) for name in SHAPE}}
-    for part, pairs in measured.items():
-        sites = 1 if part == "conv" else full.encoder_layers
-        widths, times = zip(*pairs)
-        table[part] = {"widths": list(widths), "ms": ascending([max(t - rest, 0.0) / sites for t in times])}
+    import numpy as np
+    from scipy.optimize import nnls
+
+    rows = [[1.0, *(rise for part in PARTS for rise in _rises(student, part, knots[part]))] for student in students]
+    measured = np.asarray(times, dtype=float)
+    (rest, *rises), _ = nnls(np.asarray(rows) / measured[:, None], np.ones(len(measured)))
+    table: Dict[str, Any] = {"rest_ms": float(rest), "shape": {name: getattr(full, name) for name in SHAPE}}
+    for part in PARTS:
+        own, rises = rises[: len(knots[part]) - 1], rises[len(knots[part]) - 1 :]
+        table[part] = {"widths": list(knots[part]), "ms": [0.0, *np.cumsum(own).tolist()]}
     return table
+
+
+def _rises(student: EncoderConfig, part: str, knots: Sequence[float]) -> List[float]:
+    """How far a student's parts rise between neighbouring knots, 1 if all the way, summed over its layers."""
+    column = widths_of(student)[part]
+    widths = [float(w) for w in ([conv_share(student, column)] if part == "conv" else column)]
+    pairs = zip(knots, knots[1:])
+    return [sum(min(max(w - low, 0.0), high - low) for w in widths) / (high - low) for low, high in pairs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from messages import says
 from runs import train
 
-from skill_fairseq.benchmarking.latency_table import student_config, width_of
+from skill_fairseq.benchmarking.latency_table import mixed_student, uniform_student, width_of
 from skill_fairseq.checkpoints import load_encoder, save_encoder
 from skill_fairseq.checkpoints.load import read_source
 from skill_fairseq.cli.bench import main
@@ -25,19 +26,26 @@ from skill_fairseq.pruning.targets import read_targets, saved_targets
 from tests.conftest import random_encoder
 
 
-def made_up(config: EncoderConfig) -> dict[str, Any]:
+def truth(student: EncoderConfig) -> float:
     """5 ms, up to 8 ms for the conv stack by MACs, 0.5 ms per head, and FFN units that cost more the more there are."""
+    heads = sum(len(kept) for kept in student.heads)
+    conv = 8 * conv_share(student, student.conv_channels)
+    return 5 + conv + 0.5 * heads + sum(0.001 * units**2 for units in student.ffn_dims)
 
-    def truth(student: EncoderConfig) -> float:
-        share = conv_share(student, student.conv_channels)
-        heads = sum(len(kept) for kept in student.heads)
-        return 5 + 8 * share + 0.5 * heads + sum(0.001 * units**2 for units in student.ffn_dims)
 
-    measured = {}
+def knots_of(config: EncoderConfig) -> tuple[dict[str, list[float]], list[EncoderConfig]]:
+    """Widths of each part at 0, a half and all of its units, and the students that have them."""
+    knots, students = {}, []
     for part in PARTS:
-        students = [student_config(config, {**dict.fromkeys(PARTS, 0.0), part: share}) for share in (0, 0.5, 1)]
-        measured[part] = [(width_of(student, part), truth(student)) for student in students]
-    return fit(config, measured)
+        own = [uniform_student(config, **{part: share}) for share in (0.0, 0.5, 1.0)]
+        knots[part] = [width_of(student, part) for student in own]
+        students += own
+    return knots, students
+
+
+def made_up(config: EncoderConfig) -> dict[str, Any]:
+    knots, students = knots_of(config)
+    return fit(config, knots, students, [truth(student) for student in students])
 
 
 def test_lines_from_knot_to_knot_with_their_slopes() -> None:
@@ -62,6 +70,37 @@ def test_the_conv_stacks_share_is_that_of_its_macs() -> None:
     ]
     rest = cost(config, {**no_conv, "conv": [0] * len(channels)})
     assert share == pytest.approx((found[0] - projection[0] - rest) / (found[1] - projection[1] - rest), rel=1e-2)
+
+
+def test_a_fit_holds_for_students_it_has_not_seen() -> None:
+    config = random_encoder().config
+    knots, _ = knots_of(config)
+    known = {
+        "rest_ms": 5.0,
+        "shape": made_up(config)["shape"],
+        **{part: {"widths": knots[part], "ms": [0.0, 2.0 + i, 7.0]} for i, part in enumerate(PARTS)},
+    }
+    cost, draw = LatencyCost(known), random.Random(0)
+    students = [mixed_student(config, draw) for _ in range(40)]
+    times = [cost(student, widths_of(student)) for student in students]
+    found = fit(config, knots, students[:30], times[:30])
+    assert found["rest_ms"] == pytest.approx(5.0, rel=1e-6)
+    for part in PARTS:
+        assert found[part]["ms"] == pytest.approx(known[part]["ms"], rel=1e-6)
+    noise = [time * draw.uniform(0.98, 1.02) for time in times]
+    about = LatencyCost(fit(config, knots, students[:30], noise[:30]))
+    for student, time in zip(students[30:], times[30:]):
+        assert about(student, widths_of(student)) == pytest.approx(time, rel=0.02)
+
+
+def test_noise_makes_no_wider_part_faster() -> None:
+    config = random_encoder().config
+    knots, students = knots_of(config)
+    times = [truth(student) for student in students]
+    times[4] += 5.0
+    table = fit(config, knots, students, times)
+    read_table(json.dumps(table))  # refuses times that fall
+    assert table["heads"]["ms"][1] > 0.5 * table["heads"]["widths"][1]
 
 
 def test_gates_and_student_meet_milliseconds() -> None:
@@ -113,8 +152,8 @@ def test_a_table_is_measured_and_a_run_held_to_it(speech: Path, tmp_path: Path, 
     """The numbers are times, and one command's file is the other's target; their accuracy is not tested."""
     teacher, file = tmp_path / "teacher.safetensors", tmp_path / "latency.json"
     save_encoder(random_encoder(), teacher)
-    words = ["table", "--model", str(teacher), "--seconds", "1", "--points", "2", "--checks", "1", "--repeats", "2"]
-    assert main([*words, "--threads", "1", "--json"]) == 0
+    words = ["table", "--model", str(teacher), "--seconds", "1", "--points", "2", "--checks", "2", "--mixed", "2"]
+    assert main([*words, "--repeats", "2", "--threads", "1", "--json"]) == 0
     printed = capsys.readouterr()
     file.write_text(printed.out)
     found = json.loads(printed.out)
