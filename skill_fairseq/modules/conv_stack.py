@@ -127,7 +127,8 @@ class ConvStack(Prepared):
     def prepare(self, kernels: str = "plain") -> None:
         """Lays out the weights for the allowed kernels."""
         super().prepare(kernels)
-        layout = self.prepared()
+        assert self._prepared is not None
+        layout = self._prepared[1]
         convs = zip(layout[1:], self.layers[1:])
         parts = [(kernel, conv.bias(None), conv.conv.stride[0]) for kernel, conv in convs]
         self._products = layout, [LowConv(*part) if self.bf16 else Product(*part, kernels) for part in parts]

@@ -126,6 +126,24 @@ def test_encoders_by_each_kernel(style: dict[str, Any], name: str, monkeypatch: 
         assert name != "plain" or torch.equal(state, expected)
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_linear_maps_and_convolutions_use_their_kernels(gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if parameters require gradients while the encoder is prepared, as they do after loading."""
+    monkeypatch.setattr(kernels, "LEAST_MACS", 1)
+    used = []
+    call = Product.__call__
+    monkeypatch.setattr(Product, "__call__", lambda self, x: used.append(self.weight.shape) or call(self, x))
+    encoder = random_encoder()
+    with torch.set_grad_enabled(gradients):
+        encoder.prepare()
+    with torch.inference_mode():
+        encoder(torch.randn(1, 7001))
+    convs = [conv.conv for conv in encoder.feature_extractor.layers[1:]]  # type: ignore[union-attr]
+    wanted = [(c.kernel_size[0], c.in_channels, c.out_channels) for c in convs]
+    assert [tuple(shape) for shape in used[: len(wanted)]] == wanted
+    assert any(shape[0] == 1 for shape in used[len(wanted) :])
+
+
 def test_the_setting_comes_from_the_call_or_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = random_encoder()
     layer = encoder.transformer.layers[0].ffn.fc1  # type: ignore[union-attr]
