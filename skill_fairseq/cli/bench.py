@@ -103,9 +103,8 @@ def format_steps(results: dict[str, dict[str, Any]], what: str) -> str:
         limits = [(r["seconds"]["total"]["min"], r.get("limit seconds")) for r in results.values()]
         rows.append(["limit by MACs, s", *("-" if limit is None else f"{limit:.3f}" for _, limit in limits)])
         rows.append(["time / limit", *("-" if limit is None else f"{time / limit:.2f}" for time, limit in limits)])
-    for key in ("precision", "kernels"):
-        if any(key in r for r in results.values()):
-            rows.append([key, *(_cell(r.get(key)) for r in results.values())])
+    if any("precision" in r for r in results.values()):
+        rows.append(["precision", *(r.get("precision") or "-" for r in results.values())])
     if len(results) > 1:
         own, *others = (r["seconds"]["total"] for r in results.values())
         shares = [[f"{own[kind] / other[kind]:.3f}" for kind in ("min", "median")] for other in others]
@@ -114,14 +113,9 @@ def format_steps(results: dict[str, dict[str, Any]], what: str) -> str:
         speed = next(iter(results.values()))["audio seconds per second"]
         hours = RECIPE_UPDATES * RECIPE_SECONDS / speed / 3600
         rows.append([f"{RECIPE_UPDATES:,} updates of {RECIPE_SECONDS:g} s", f"{hours:,.0f} h at this speed", ""])
-    return aligned(rows)
-
-
-def _cell(value: Any) -> str:
-    """A table's cell: kernels with the number of shapes that each has."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {count}" for name, count in value.items())
-    return "-" if value is None else str(value)
+    chosen = next(iter(results.values())).get("kernels")
+    shapes = "\nkernels, by number of shapes: " + ", ".join(f"{name} {count}" for name, count in (chosen or {}).items())
+    return aligned(rows) + (shapes if chosen else "")
 
 
 def measure_cluster(args: argparse.Namespace) -> dict[str, Any]:

@@ -25,6 +25,9 @@ Statistics = Union[Moments, Tensor]
 """Of the whole audio: moments of the first convolution's input, or the (B, 1, 1) peak of log-mel levels."""
 CHUNK_FRAMES = 256
 """Frames that go through all layers at a time on a CPU without gradients, to stay in its caches."""
+MULTIPLE = 8
+"""Kernels get their channels padded with zeros to a multiple of this: products of other widths take up to 1.4 times as
+long (MKL on Zen 3, 410 channels)."""
 
 
 class ConvLayer(nn.Module):
@@ -129,8 +132,15 @@ class ConvStack(Prepared):
         super().prepare(kernels)
         assert self._prepared is not None
         layout = self._prepared[1]
-        convs = zip(layout[1:], self.layers[1:])
-        parts = [(kernel, conv.bias(None), conv.conv.stride[0]) for kernel, conv in convs]
+        parts = []
+        for kernel, layer in zip(layout[1:], self.layers[1:]):
+            bias = layer.bias(None)
+            # Zeros stay zeros through a GELU, but count in a LayerNorm; plain products keep their bits.
+            if kernels != "plain" and not any(isinstance(each.norm, ChannelLayerNorm) for each in self.layers):
+                inputs, outputs = (-width % MULTIPLE for width in kernel.shape[1:])
+                kernel = F.pad(kernel, (0, outputs, 0, inputs))
+                bias = None if bias is None else F.pad(bias.detach(), (0, outputs))
+            parts.append((kernel, bias, layer.conv.stride[0]))
         self._products = layout, [LowConv(*part) if self.bf16 else Product(*part, kernels) for part in parts]
 
     @property
@@ -242,21 +252,33 @@ class ConvStack(Prepared):
         units: Sequence[Optional[Units]],
     ) -> Tensor:
         """(B, T_1, k) windows to (B, T, C) frames before the last gate."""
-        batch = windows.size(0)
+        batch, channels = windows.size(0), kernels[-1].size(2)
+        dtype = compute_dtype(self.layers[0].conv.weight)
+        products = self._usable_products(kernels, windows.device, dtype)
+        if products:
+            padding = products[0].weight.size(1) - kernel.size(2)
+            kernel = F.pad(kernel, (0, padding))
+            shift = None if shift is None else F.pad(shift, (0, padding))
         # A constant or hum in the audio cancels between taps and in the shift; 8 or 11 bits would leave noise.
         with torch.autocast(windows.device.type, enabled=False), exact_products(windows.device):
             x = torch.bmm(windows, kernel) if shift is None else torch.baddbmm(shift, windows, kernel)
-        x = x.flatten(0, 1).to(compute_dtype(self.layers[0].conv.weight))  # utterances are concatenated
-        products = self._products
-        if products is not None and products[0] is kernels and not torch.is_grad_enabled():
-            if x.dtype == kernels[0].dtype and x.device.type == "cpu":
-                return self._multiply(x, products[1]).unflatten(0, (batch, -1))  # type: ignore[no-any-return]
+        x = x.flatten(0, 1).to(dtype)  # utterances are concatenated
+        if products:
+            return self._multiply(x, products)[:, :channels].unflatten(0, (batch, -1))  # type: ignore[no-any-return]
         for i, layer in enumerate(self.layers):
             if i:
                 x = activated_conv(x, kernels[i], layer.bias(units[i]), layer.conv.stride[0])
             if isinstance(layer.norm, ChannelLayerNorm):
                 x = layer.norm(x, units[i])
         return F.gelu(x).unflatten(0, (batch, -1))  # type: ignore[arg-type]
+
+    def _usable_products(
+        self, kernels: Sequence[Tensor], device: torch.device, dtype: torch.dtype
+    ) -> Optional[List[Product]]:
+        """The prepared products, if they are of these kernels and no gradient is needed."""
+        if self._products is None or self._products[0] is not kernels or torch.is_grad_enabled():
+            return None
+        return self._products[1] if device.type == "cpu" and dtype == kernels[0].dtype else None
 
     def _multiply(self, x: Tensor, products: Sequence[Product]) -> Tensor:
         """(N, C) frames of the first layer to (N / strides, C) of the last, without gradients and gates."""

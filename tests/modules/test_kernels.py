@@ -18,6 +18,8 @@ from skill_fairseq.objectives.teacher import FrozenTeacher
 from tests.conftest import LARGE_STYLE, random_encoder
 
 SHAPES = [(1, 64, 48, 1), (1, 17, 33, 1), (3, 24, 40, 2), (3, 13, 7, 2), (2, 32, 16, 2), (4, 8, 8, 2)]
+PRUNED = [13, 16, 11, 7, 15, 1, 9]
+"""Channels of convolutions, few of them multiples of 8."""
 NEW_TORCH = int(torch.__version__.split(".")[0]) >= 2
 
 
@@ -112,8 +114,17 @@ def test_small_products_and_other_types_are_not_measured() -> None:
     assert wide.chosen(torch.zeros(20, 2048, dtype=torch.float64)) == "plain" and not kernels._measured
 
 
-@pytest.mark.parametrize("style", [{}, LARGE_STYLE, {"conv_bias": True, "relative_position": False}], ids=str)
-@pytest.mark.parametrize("name", KERNELS)
+STYLES: list[dict[str, Any]] = [
+    {},
+    LARGE_STYLE,
+    {"conv_bias": True, "relative_position": False},
+    {"conv_bias": True, "conv_channels": PRUNED},
+    {**LARGE_STYLE, "conv_channels": PRUNED},
+]
+
+
+@pytest.mark.parametrize("style", STYLES, ids=str)
+@pytest.mark.parametrize("name", [*KERNELS, "measured"])
 def test_encoders_by_each_kernel(style: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "LEAST_MACS", 1)
     encoder = random_encoder(**style)
@@ -133,13 +144,14 @@ def test_linear_maps_and_convolutions_use_their_kernels(gradients: bool, monkeyp
     used = []
     call = Product.__call__
     monkeypatch.setattr(Product, "__call__", lambda self, x: used.append(self.weight.shape) or call(self, x))
-    encoder = random_encoder()
+    encoder = random_encoder(conv_channels=PRUNED)
     with torch.set_grad_enabled(gradients):
         encoder.prepare()
     with torch.inference_mode():
         encoder(torch.randn(1, 7001))
-    convs = [conv.conv for conv in encoder.feature_extractor.layers[1:]]  # type: ignore[union-attr]
-    wanted = [(c.kernel_size[0], c.in_channels, c.out_channels) for c in convs]
+    sizes = [kernel for _, kernel, _ in encoder.config.conv_feature_layers]
+    padded = [-(-channels // 8) * 8 for channels in PRUNED]
+    wanted = list(zip(sizes[1:], padded, padded[1:]))
     assert [tuple(shape) for shape in used[: len(wanted)]] == wanted
     assert any(shape[0] == 1 for shape in used[len(wanted) :])
 
