@@ -52,11 +52,11 @@ def ends(found: Estimate) -> Optional[tuple[float, float]]:
     return None if found.low is None or found.high is None else (found.low, found.high)
 
 
-def write_table(path: Path, lines: Sequence[Line]) -> None:
-    """Writes the CSV, rates and distances as fractions with six digits."""
+def write_table(path: Path, lines: Sequence[Line], size: str = HEAD[0]) -> None:
+    """Writes the CSV, rates and distances as fractions with six digits; ``size`` names the first column."""
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(HEAD)
+        writer.writerow([size, *HEAD[1:]])
         for line in lines:
             low, high = line.interval or (None, None)
             less, more = line.difference_interval or (None, None)

@@ -17,10 +17,10 @@ from skill_fairseq.modules.encoder import SpeechEncoder
 from skill_fairseq.modules.size import widths_of
 from skill_fairseq.pruning.latency import PARTS, LatencyCost, conv_share, fit
 
-RUNTIMES = ("torch", "onnxruntime")
+RUNTIMES = {"torch": 2, "onnxruntime": 1}
+"""Programs that run the students, and how often each times every student, minutes apart: what disturbs one round rarely
+disturbs the same student again. An export takes too long to repeat."""
 Progress = Callable[[Sequence[int]], Iterable[int]]
-ROUNDS = 2
-"""How often every student is timed, minutes apart: what disturbs one round rarely disturbs the same student again."""
 Shares = Dict[str, Sequence[float]]
 """Share of units that each layer of a part keeps."""
 
@@ -136,7 +136,7 @@ def measure_table(
     draw = random.Random(setup.seed)
     students += [mixed_student(full, draw) for _ in range(mixed + checks)]
     times = [float("inf")] * len(students)
-    for i in progress(list(range(len(students))) * ROUNDS):
+    for i in progress(list(range(len(students))) * RUNTIMES[runtime]):
         times[i] = min(times[i], milliseconds(students[i], setup, runtime, repeats))
     fitted = len(students) - checks
     table = fit(full, knots, students[:fitted], times[:fitted])
