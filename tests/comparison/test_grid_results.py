@@ -17,16 +17,25 @@ BENCHMARK = Path(__file__).resolve().parents[2] / "examples" / "benchmark"
 TASKS = ("digit", "speaker", "speakers_40", "verification", "drinks", "letters")
 DISTANCES = ("cka", "l1_normalized")
 COSTS = ("parameters", "macs", "milliseconds", "training cpu seconds")
-BASELINES = {"family": "shared_projection", "elastic": "dedicated"}
+BASELINES = {
+    "family": "shared_projection",
+    "elastic": "dedicated",
+    "constraint": "lagrangian",
+    "cost": "by_parameters",
+}
 
 
-@pytest.fixture(scope="module")
-def grids() -> Any:
-    spec = importlib.util.spec_from_file_location("grids", BENCHMARK / "results" / "grids.py")
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARK / "results" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def grids() -> Any:
+    return script("grids")
 
 
 @pytest.fixture(scope="module", params=BASELINES)
@@ -108,6 +117,33 @@ def test_differences_are_paired(name: str, runs: list[dict[str, str]], lines: li
         assert found == pytest.approx(wanted, abs=1e-6)
         told += 1
     assert told > 5
+
+
+def test_students_are_compared_at_equal_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A made-up case, and the committed table from the committed runs and times."""
+    monkeypatch.syspath_prepend(str(BENCHMARK / "results"))
+    latency = script("latency")
+    known = [(50, 0.9), (30, 0.7), (20, 0.3)]
+    runs = [
+        {"method": "by_time", "seed": "1", "sparsity": str(i), "measured_ms": str(ms), "digit": str(rate), "cpu": "a"}
+        for i, (ms, rate) in enumerate(known)
+    ]
+    runs += [{**row, "seed": "2", "measured_ms": str(float(row["measured_ms"]) + 15)} for row in runs]
+    (first,) = latency.at_equal_time(runs, 27)  # those of the second seed are all slower
+    assert (first["method"], first["seed"], first["sparsity"]) == ("by_time", "1", "27")
+    assert float(first["digit"]) == pytest.approx(0.3 + 0.7 * 0.4) and "cpu" not in first
+
+    results = BENCHMARK / "results"
+    times = latency.read_runs(results / "latency.csv")
+    runs = latency.timed(latency.read_runs(results / "cost.csv"), times)
+    assert len(runs) == len(times) and {row["method"] for row in runs} == set(latency.METHODS)
+    lines = [line for ms in latency.TIMES for line in latency.table(latency.at_equal_time(runs, ms), "by_parameters")]
+    with open(results / "latency_table.csv", encoding="utf-8", newline="") as stream:
+        committed = list(csv.DictReader(stream))
+    assert [(row["milliseconds"], row["method"], row["measure"]) for row in committed] == [
+        (line.sparsity, line.method, line.measure) for line in lines
+    ]
+    assert [float(row["mean"]) for row in committed] == pytest.approx([line.mean for line in lines], abs=1e-6)
 
 
 def test_labels_that_students_learn_from_are_of_no_test_recording() -> None:

@@ -29,6 +29,7 @@ from skill_fairseq.files import atomic_write, read_json  # noqa: E402
 Row = Mapping[str, str]
 BASELINES = {
     "family": "shared_projection",
+    "family_macs": "shared_projection",
     "elastic": "dedicated",
     "constraint": "lagrangian",
     "cost": "by_parameters",
@@ -149,12 +150,12 @@ def table(runs: Sequence[Row], baseline: str) -> list[Line]:
     return lines
 
 
-def draw(lines: Sequence[Line], path: Path) -> None:
-    """One row per method, panel per task and colour per size; the teacher is a line."""
+def draw(lines: Sequence[Line], path: Path, by: str = "parameters") -> None:
+    """One row per method, panel per task and colour per size, by "parameters" or "macs"; the teacher is a line."""
     tasks = [task for task in TASKS if any(line.measure == task for line in lines)]
     students = [line for line in lines if line.method != TEACHER]
     sizes = list(dict.fromkeys(line.sparsity for line in students))
-    counts = [np.median([x.mean for x in students if (x.sparsity, x.measure) == (s, "parameters")]) for s in sizes]
+    counts = [np.median([x.mean for x in students if (x.sparsity, x.measure) == (s, by)]) for s in sizes]
     panels = {
         f"{TASKS[task]}, %": [
             (x.method, sizes.index(x.sparsity), 100 * x.mean, x.interval and (100 * x.interval[0], 100 * x.interval[1]))
@@ -168,8 +169,12 @@ def draw(lines: Sequence[Line], path: Path) -> None:
             (x.method, sizes.index(x.sparsity), x.mean, x.interval) for x in students if x.measure == "cka"
         ]
     teacher = {f"{TASKS[x.measure]}, %": 100 * x.mean for x in lines if x.method == TEACHER and x.measure in TASKS}
-    labels = [f"{count / 1000:.0f} k parameters" for count in counts]
-    draw_dots(path, panels, labels, teacher, f"{TEACHER}, 1,010 k")
+    own = next((line.mean for line in lines if (line.method, line.measure) == (TEACHER, by)), 0.0)
+    draw_dots(path, panels, [_size(count, by) for count in counts], teacher, f"{TEACHER}, {_size(own, by)}")
+
+
+def _size(count: float, by: str) -> str:
+    return f"{count / 1e6:,.0f} M MACs" if by == "macs" else f"{count / 1000:,.0f} k parameters"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_runs(HERE / f"{args.name}.csv", args.out)
     lines = table(read_runs(HERE / f"{args.name}.csv"), BASELINES[args.name])
     write_table(HERE / f"{args.name}_table.csv", lines)
-    draw(lines, HERE / f"{args.name}.png")
+    draw(lines, HERE / f"{args.name}.png", "macs" if args.name == "family_macs" else "parameters")
     return 0
 
 
