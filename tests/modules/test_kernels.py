@@ -130,11 +130,12 @@ def test_encoders_by_each_kernel(style: dict[str, Any], name: str, monkeypatch: 
     encoder = random_encoder(**style)
     source = torch.randn(3, 7001, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted = encoder(source).hidden_states
+        exact = copy.deepcopy(encoder).double()(source.double()).hidden_states
+        before = encoder(source).hidden_states
         found = encoder.prepare(name)(source).hidden_states
-    for state, expected in zip(found, wanted):
-        assert (state - expected).abs().max() <= 2e-6 * expected.abs().max()
-        assert name != "plain" or torch.equal(state, expected)
+    for state, plain, wanted in zip(found, before, exact):
+        assert (state - wanted).abs().max() <= 1e-5 * wanted.abs().max()  # LayerNorms magnify rounding
+        assert name != "plain" or torch.equal(state, plain)
 
 
 @pytest.mark.parametrize("gradients", [True, False])
