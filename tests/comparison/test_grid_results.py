@@ -129,7 +129,7 @@ def test_students_are_compared_at_equal_time(monkeypatch: pytest.MonkeyPatch) ->
         for i, (ms, rate) in enumerate(known)
     ]
     runs += [{**row, "seed": "2", "measured_ms": str(float(row["measured_ms"]) + 15)} for row in runs]
-    (first,) = latency.at_equal_time(runs, 27)  # those of the second seed are all slower
+    (first,) = latency.at_equal(runs, "measured_ms", 27)  # those of the second seed are all slower
     assert (first["method"], first["seed"], first["sparsity"]) == ("by_time", "1", "27")
     assert float(first["digit"]) == pytest.approx(0.3 + 0.7 * 0.4) and "cpu" not in first
 
@@ -137,12 +137,21 @@ def test_students_are_compared_at_equal_time(monkeypatch: pytest.MonkeyPatch) ->
     times = latency.read_runs(results / "latency.csv")
     runs = latency.timed(latency.read_runs(results / "cost.csv"), times)
     assert len(runs) == len(times) and {row["method"] for row in runs} == set(latency.METHODS)
-    lines = [line for ms in latency.TIMES for line in latency.table(latency.at_equal_time(runs, ms), "by_parameters")]
-    with open(results / "latency_table.csv", encoding="utf-8", newline="") as stream:
+    same_as_committed("latency_table", "milliseconds", latency, runs, "measured_ms", latency.TIMES)
+
+
+def test_systems_are_compared_at_equal_macs(grids: Any) -> None:
+    runs = grids.read_runs(BENCHMARK / "results" / "family.csv")
+    same_as_committed("family_equal_macs", "MACs", grids, runs, "macs", grids.MACS["family"])
+
+
+def same_as_committed(name: str, size: str, module: Any, runs: Any, column: str, values: Any) -> None:
+    baseline = BASELINES["cost" if column == "measured_ms" else "family"]
+    lines = [line for value in values for line in module.table(module.at_equal(runs, column, value), baseline)]
+    with open(BENCHMARK / "results" / f"{name}.csv", encoding="utf-8", newline="") as stream:
         committed = list(csv.DictReader(stream))
-    assert [(row["milliseconds"], row["method"], row["measure"]) for row in committed] == [
-        (line.sparsity, line.method, line.measure) for line in lines
-    ]
+    found = [(row[size], row["method"], row["measure"]) for row in committed]
+    assert found == [(line.sparsity, line.method, line.measure) for line in lines]
     assert [float(row["mean"]) for row in committed] == pytest.approx([line.mean for line in lines], abs=1e-6)
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""A grid's runs as tables and a picture: NAME.csv, NAME_table.csv and NAME.png, with NAME as in grid.yaml.
+"""A grid's runs as tables and a picture: NAME.csv, NAME_table.csv and NAME.png, with NAME as in grid.yaml; and for some
+NAME_equal_macs.csv.
 
 python examples/benchmark/results/grids.py family OUT [OUT ...]    adds the runs of these folders, then as below
 python examples/benchmark/results/grids.py family                  draws and tabulates what family.csv has
@@ -29,13 +30,14 @@ from skill_fairseq.files import atomic_write, read_json  # noqa: E402
 Row = Mapping[str, str]
 BASELINES = {
     "family": "shared_projection",
-    "family_macs": "shared_projection",
     "elastic": "dedicated",
     "constraint": "lagrangian",
     "cost": "by_parameters",
     "front_end": "shared_projection",
 }
 """The baseline method of each grid."""
+MACS = {"family": (90e6, 150e6)}
+"""Multiply-accumulates at which a grid's students are compared as well."""
 TEACHER = "teacher"
 TASKS = {
     "digit": "digits",
@@ -129,6 +131,28 @@ def difference(rows: Sequence[Row], baseline: Sequence[Row], column: str) -> Opt
     return paired_difference(values, by_speaker(baseline, column)[0], names)
 
 
+def at_equal(runs: Sequence[Row], column: str, value: float) -> list[dict[str, str]]:
+    """One row per method and seed: results where this cost has this value, linear between the two students that are
+    next to it; ``sparsity`` is the value. Omits seeds all of whose students have less, or all more."""
+    rows = []
+    for method, seed in dict.fromkeys((row["method"], row["seed"]) for row in runs):
+        own = sorted(chosen_seed(runs, method, seed), key=lambda row: float(row[column]))
+        x = [float(row[column]) for row in own]
+        if not x[0] <= value <= x[-1]:
+            continue
+        found = {"method": method, "seed": seed, "sparsity": f"{value:.0f}"}
+        for name in own[0]:
+            if name.split(", ")[0] in (*TASKS, *DISTANCES, "parameters", "macs") and all(row[name] for row in own):
+                found[name] = repr(float(np.interp(value, x, [float(row[name]) for row in own])))
+        rows.append(found)
+    return rows
+
+
+def chosen_seed(runs: Sequence[Row], method: str, seed: str) -> list[Row]:
+    """A method's runs of one seed."""
+    return [row for row in runs if (row["method"], row["seed"]) == (method, seed)]
+
+
 def table(runs: Sequence[Row], baseline: str) -> list[Line]:
     """Results and costs of the methods at each size, and differences to the baseline; the teacher first."""
     lines = []
@@ -150,12 +174,12 @@ def table(runs: Sequence[Row], baseline: str) -> list[Line]:
     return lines
 
 
-def draw(lines: Sequence[Line], path: Path, by: str = "parameters") -> None:
-    """One row per method, panel per task and colour per size, by "parameters" or "macs"; the teacher is a line."""
+def draw(lines: Sequence[Line], path: Path) -> None:
+    """One row per method, panel per task and colour per size; the teacher is a line."""
     tasks = [task for task in TASKS if any(line.measure == task for line in lines)]
     students = [line for line in lines if line.method != TEACHER]
     sizes = list(dict.fromkeys(line.sparsity for line in students))
-    counts = [np.median([x.mean for x in students if (x.sparsity, x.measure) == (s, by)]) for s in sizes]
+    counts = [np.median([x.mean for x in students if (x.sparsity, x.measure) == (s, "parameters")]) for s in sizes]
     panels = {
         f"{TASKS[task]}, %": [
             (x.method, sizes.index(x.sparsity), 100 * x.mean, x.interval and (100 * x.interval[0], 100 * x.interval[1]))
@@ -169,12 +193,8 @@ def draw(lines: Sequence[Line], path: Path, by: str = "parameters") -> None:
             (x.method, sizes.index(x.sparsity), x.mean, x.interval) for x in students if x.measure == "cka"
         ]
     teacher = {f"{TASKS[x.measure]}, %": 100 * x.mean for x in lines if x.method == TEACHER and x.measure in TASKS}
-    own = next((line.mean for line in lines if (line.method, line.measure) == (TEACHER, by)), 0.0)
-    draw_dots(path, panels, [_size(count, by) for count in counts], teacher, f"{TEACHER}, {_size(own, by)}")
-
-
-def _size(count: float, by: str) -> str:
-    return f"{count / 1e6:,.0f} M MACs" if by == "macs" else f"{count / 1000:,.0f} k parameters"
+    labels = [f"{count / 1000:.0f} k parameters" for count in counts]
+    draw_dots(path, panels, labels, teacher, f"{TEACHER}, 1,010 k")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,9 +205,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.out:
         add_runs(HERE / f"{args.name}.csv", args.out)
-    lines = table(read_runs(HERE / f"{args.name}.csv"), BASELINES[args.name])
+    students = read_runs(HERE / f"{args.name}.csv")
+    lines = table(students, BASELINES[args.name])
     write_table(HERE / f"{args.name}_table.csv", lines)
-    draw(lines, HERE / f"{args.name}.png", "macs" if args.name == "family_macs" else "parameters")
+    if args.name in MACS:
+        runs = [row for value in MACS[args.name] for row in at_equal(students, "macs", value)]
+        write_table(HERE / f"{args.name}_equal_macs.csv", table(runs, BASELINES[args.name]), "MACs")
+    draw(lines, HERE / f"{args.name}.png")
     return 0
 
 

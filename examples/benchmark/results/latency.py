@@ -20,7 +20,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from grids import DISTANCES, TASKS, table  # noqa: E402
+from grids import at_equal, table  # noqa: E402
 from results_table import read_runs, write_table  # noqa: E402
 
 from skill_fairseq import load_encoder  # noqa: E402
@@ -71,26 +71,6 @@ def timed(runs: Sequence[Row], times: Sequence[Row]) -> list[dict[str, str]]:
     return [{**row, "measured_ms": found[key]} for row, key in zip(runs, keys) if key in found]
 
 
-def at_equal_time(runs: Sequence[Row], milliseconds: float) -> list[dict[str, str]]:
-    """One row per method and seed: results at this time, linear between the two students that are next to it. Omits
-    seeds all of whose students are faster, or all slower."""
-    rows = []
-    for method, seed in dict.fromkeys((row["method"], row["seed"]) for row in runs):
-        own = sorted(
-            (row for row in runs if (row["method"], row["seed"]) == (method, seed)),
-            key=lambda row: float(row["measured_ms"]),
-        )
-        x = [float(row["measured_ms"]) for row in own]
-        if not x[0] <= milliseconds <= x[-1]:
-            continue
-        row = {"method": method, "seed": seed, "sparsity": f"{milliseconds:g}"}
-        for column in own[0]:
-            if column.split(", ")[0] in (*TASKS, *DISTANCES, "parameters", "macs") and all(r[column] for r in own):
-                row[column] = repr(float(np.interp(milliseconds, x, [float(r[column]) for r in own])))
-        rows.append(row)
-    return rows
-
-
 def draw(runs: Sequence[Row], path: Path) -> None:
     """Accuracy and distance against measured time: a curve through the means of each target, a dot per student."""
     panels = {"digit": ("digits, %", 100), "speaker": ("6 speakers, %", 100), "cka": ("1 - CKA to the teacher", 1)}
@@ -121,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out:
         measure(args.out)
     runs = timed(read_runs(HERE / "cost.csv"), read_runs(HERE / "latency.csv"))
-    compared = [row for milliseconds in TIMES for row in at_equal_time(runs, milliseconds)]
+    compared = [row for milliseconds in TIMES for row in at_equal(runs, "measured_ms", milliseconds)]
     write_table(HERE / "latency_table.csv", table(compared, next(iter(METHODS))), "milliseconds")
     draw(runs, HERE / "latency.png")
     return 0
